@@ -1,0 +1,365 @@
+"""The typed configuration of a run: one section a file group, and the checks that reach across sections.
+
+Hydra composes YAML and command line into these types (`configs/`), so an unknown key or a wrong type fails while
+composing; `Run` checks the rest as it is made and is sealed after. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from opt_parallel.shapes import ModelConfig, Section, require
+
+
+class Task(Enum):
+    pretrain = "pretrain"
+
+
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Scaler(Enum):
+    """`paper`: window and floor as OPT-175B was trained, the window doubling and halving with the scale.
+    `standard`: a fixed window."""
+
+    paper = "paper"
+    standard = "standard"
+
+
+class ScheduleName(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    full = "full"
+
+
+class Wandb(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class TaskConfig(Section):
+    name: Task = Task.pretrain
+
+
+@dataclass
+class ParallelConfig(Section):
+    tensor: int = 1
+
+    def check(self) -> None:
+        require(self.tensor >= 1, f"parallel.tensor={self.tensor} must be at least 1")
+
+
+@dataclass
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
+
+    stage: int = 1
+    offload: Offload = Offload.none
+    reduce_bucket_size: int = 50_000_000
+    allgather_bucket_size: int = 50_000_000
+    prefetch_bucket_size: int = 50_000_000
+    persistence_threshold: int = 100_000
+
+    def check(self) -> None:
+        require(0 <= self.stage <= 3, f"zero.stage={self.stage} does not exist: choose 0, 1, 2 or 3")
+        require(
+            self.offload is Offload.none or self.stage >= 1,
+            f"zero.offload={self.offload.value} moves ZeRO's optimizer state, which zero.stage=0 does not have: "
+            "use zero.stage=1, 2 or 3, or zero.offload=none",
+        )
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):
+            require(getattr(self, name) >= 1, f"zero.{name}={getattr(self, name)} must be at least 1")
+        for name in ("prefetch_bucket_size", "persistence_threshold"):
+            require(getattr(self, name) >= 0, f"zero.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass
+class PrecisionConfig(Section):
+    """Training dtype, and for fp16 the loss scale: where it starts, after how many good steps it doubles, its floor."""
+
+    name: Precision = Precision.bf16
+    scaler: Scaler = Scaler.paper
+    initial_scale: float = 4.0
+    window: int = 256
+    floor: float = 2.0**-5
+
+    def check(self) -> None:
+        require(self.window >= 1, f"precision.window={self.window} must be at least 1")
+        require(self.floor > 0, f"precision.floor={self.floor} must be positive")
+        require(
+            self.initial_scale >= self.floor,
+            f"precision.initial_scale={self.initial_scale} is below precision.floor={self.floor}",
+        )
+
+
+@dataclass
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019) and gradient clipping; `clip=0` does not clip."""
+
+    lr: float = 6e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def check(self) -> None:
+        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas={list(self.betas)} must be two numbers, 0 ≤ beta < 1",
+        )
+        require(self.eps > 0, f"optimizer.eps={self.eps} must be positive")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        require(self.clip >= 0, f"optimizer.clip={self.clip} must not be negative (0: no clipping)")
+
+
+@dataclass
+class ScheduleConfig(Section):
+    """Linear warm-up, counted in steps or in tokens, then `name` down to `final_ratio` of the peak at the run's end."""
+
+    name: ScheduleName = ScheduleName.linear
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    final_ratio: float = 0.1
+
+    def check(self) -> None:
+        require(
+            self.warmup_steps is None or self.warmup_tokens is None,
+            f"schedule.warmup_steps={self.warmup_steps} and schedule.warmup_tokens={self.warmup_tokens} "
+            "say the same thing twice: set one to null",
+        )
+        for name in ("warmup_steps", "warmup_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"schedule.{name}={value} must not be negative")
+        require(0 <= self.final_ratio <= 1, f"schedule.final_ratio={self.final_ratio} must lie between 0 and 1")
+
+
+@dataclass
+class DataConfig(Section):
+    """`train`, `validation`: a file, folder, glob or hub id, or a list of them. `tokenizer`: a folder, a hub id, or
+    null to train one of `model.vocab_size` tokens on the training text. `text_field`: the key of a jsonl line."""
+
+    train: Any = None
+    validation: Any = None
+    tokenizer: str | None = None
+    sequence_length: int = 2048
+    text_field: str = "text"
+    cache: str = "cache"
+
+    def check(self) -> None:
+        require(self.sequence_length >= 1, f"data.sequence_length={self.sequence_length} must be at least 1")
+        for name in ("train", "validation"):
+            value = getattr(self, name)
+            require(
+                value is None or all(isinstance(entry, str) and entry for entry in _as_list(value)),
+                f"data.{name}={value} must be a path, a glob or a hub id, or a list of them",
+            )
+
+    @property
+    def train_sources(self) -> list[str]:
+        return _as_list(self.train)
+
+    @property
+    def validation_sources(self) -> list[str]:
+        return _as_list(self.validation)
+
+
+@dataclass
+class EvaluationConfig(Section):
+    """`every`: steps between two validations, and one at the end; 0: never."""
+
+    every: int = 0
+
+    def check(self) -> None:
+        require(self.every >= 0, f"evaluation.every={self.every} must not be negative (0: never)")
+
+
+@dataclass
+class CheckpointConfig(Section):
+    """`every`: steps between two checkpoints, besides the one at the end; 0: only that. `keep`: newest to keep."""
+
+    every: int = 0
+    keep: int = 2
+
+    def check(self) -> None:
+        require(self.every >= 0, f"checkpoint.every={self.every} must not be negative (0: only at the end)")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass
+class LoggingConfig(Section):
+    wandb: Wandb = Wandb.offline
+    tensorboard: bool = True
+    peak_tflops: float | None = None
+
+    def check(self) -> None:
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0, f"logging.peak_tflops={self.peak_tflops} must be positive"
+        )
+
+
+@dataclass
+class RunConfig(Section):
+    name: str = "run"
+    dir: str = "runs/run"
+
+
+@dataclass
+class Run(Section):
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})  # `global` is no Python name
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    steps: int = 1000
+    stop_at: int | None = None
+    seed: int = 1
+    resume: str = "auto"
+
+    def check(self) -> None:
+        unknown = set(self.batch) - {"global", "micro"}
+        require(not unknown, f"batch.{min(unknown, default='')} does not exist: batch has global and micro")
+        for name, value in self.batch.items():
+            require(value >= 1, f"batch.{name}={value} must be at least 1")
+        require(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        require(self.stop_at is None or self.stop_at >= 1, f"stop_at={self.stop_at} must be at least 1")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        self._check_model_fits()
+        require(
+            self.zero.stage > 0 or self.precision.name is Precision.fp32,
+            f"precision={self.precision.name.value} needs ZeRO's fp32 master weights, which zero.stage=0 does not keep: "
+            "use zero.stage=1, 2 or 3, or precision=fp32",
+        )
+        require(
+            self.warmup_steps <= self.steps,
+            f"the warm-up takes {self.warmup_steps} steps but steps={self.steps}: shorten "
+            "schedule.warmup_steps or schedule.warmup_tokens, or train longer",
+        )
+
+    def _check_model_fits(self) -> None:
+        tensor = self.parallel.tensor
+        for what, size in (("num_attention_heads", self.model.num_attention_heads), ("ffn_dim", self.model.ffn_dim)):
+            require(
+                size % tensor == 0,
+                f"model.{what}={size} is not divisible by parallel.tensor={tensor} "
+                f"({size} = {tensor} × {size // tensor} + {size % tensor}); choose a tensor degree that divides it",
+            )
+        require(
+            self.data.sequence_length <= self.model.max_position_embeddings,
+            f"data.sequence_length={self.data.sequence_length} > model.max_position_embeddings="
+            f"{self.model.max_position_embeddings}: shorten the sequence or lengthen the position table",
+        )
+
+    def check_world(self, world_size: int) -> None:
+        """Raise `UserError` unless the grid and the batch fit `world_size` processes."""
+        tensor = self.parallel.tensor
+        require(
+            world_size % tensor == 0,
+            f"data({world_size // tensor}) × tensor({tensor}) ≠ world size {world_size}: start a multiple of "
+            f"{tensor} processes (torchrun --nproc-per-node={tensor} train.py …) or change parallel.tensor",
+        )
+        data = world_size // tensor
+        stride = self.micro_batch * data
+        require(
+            self.global_batch % stride == 0,
+            f"batch.global={self.global_batch} is not a multiple of batch.micro({self.micro_batch}) × data({data}) = "
+            f"{stride}; choose {_nearest_multiple(self.global_batch, stride)}",
+        )
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch["global"]
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch["micro"]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch * self.data.sequence_length
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up, tokens rounded up to whole steps."""
+        if self.schedule.warmup_tokens is not None:
+            return -(-self.schedule.warmup_tokens // self.batch_tokens)
+        return self.schedule.warmup_steps or 0
+
+    @property
+    def stop(self) -> int:
+        """The step at which this process ends."""
+        return self.steps if self.stop_at is None else min(self.steps, self.stop_at)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir)
+
+
+def register_schema() -> None:
+    """Make the types known to Hydra as `schema`, first in the defaults of `configs/config.yaml`."""
+    ConfigStore.instance().store(name="schema", node=Run)
+
+
+def run_from(config: DictConfig) -> Run:
+    """The composed configuration as a checked, sealed `Run`.
+
+    Raises: `UserError`, OmegaConf's errors."""
+    run = OmegaConf.to_object(config)
+    assert isinstance(run, Run)
+    return run
+
+
+def to_yaml(run: Run) -> str:
+    """The resolved configuration, as it is written beside the run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """The resolved configuration in plain values (enums by name)."""
+    plain = OmegaConf.to_container(OmegaConf.structured(run), resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _as_list(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _nearest_multiple(value: int, stride: int) -> str:
+    below, above = value // stride * stride, -(-value // stride) * stride
+    return f"{below} or {above}" if below else f"{above}"

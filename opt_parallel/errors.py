@@ -1,0 +1,49 @@
+"""What a user got wrong, said in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake of the user's. The message is one line that names the value and the way out."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first telling lines of a library's message, joined into one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return "; ".join(kept) or type(error).__name__
+
+
+def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
+    """End this process with `status`; under a launcher rank 0 alone prints `line`.
+
+    A launcher ends every rank as soon as one of them stops, so the others wait to be told,
+    `patience` seconds at most: rank 0 must get to speak first.
+    """
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
+        time.sleep(patience)
+    sys.stderr.flush()
+    os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
+
+
+def guarded(main: Callable[[], int], expected: tuple[type[BaseException], ...] = ()) -> NoReturn:
+    """Run `main`, turning a user's mistake into one line and status 2.
+
+    `expected` are the types of a library in front of us (Hydra, OmegaConf) whose errors are the
+    user's too. Everything else is our own fault and keeps its traceback.
+    """
+    try:
+        status = main()
+    except (UserError, *expected) as error:
+        leave(one_line(error))
+    sys.exit(status)

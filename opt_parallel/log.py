@@ -1,0 +1,26 @@
+"""Words to the user: rank 0 speaks, the others are silent; libraries speak only when something is wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
+
+
+def say(text: str) -> None:
+    """Print one line on rank 0."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stdout, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Hold back the libraries' chatter below a warning; must run before they are imported."""
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,0 +1,155 @@
+"""The shape of an OPT network, and what follows from it without building one: parameters and FLOPs.
+
+Field names are those of Hugging Face's `OPTConfig`. The nine published shapes are the files of `configs/model/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from opt_parallel.errors import UserError
+
+POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
+
+
+class Activation(Enum):
+    relu = "relu"
+    gelu = "gelu"
+    silu = "silu"
+    gelu_new = "gelu_new"
+
+
+class Init(Enum):
+    """`paper`: N(0, 0.006), the two products that end in the residual stream divided by sqrt(2 · layers)
+    (Zhang et al. 2022, section 2.2, and its launcher). `huggingface`: N(0, 0.02) throughout."""
+
+    paper = "paper"
+    huggingface = "huggingface"
+
+
+class Section:
+    """A part of the configuration: checked once made, and sealed."""
+
+    def __post_init__(self) -> None:
+        self.check()
+        object.__setattr__(self, "_sealed", True)
+
+    def check(self) -> None:
+        """Raise `UserError` if the values contradict one another."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_sealed", False):
+            raise AttributeError(f"{type(self).__name__} is sealed; {name} cannot be set")
+        object.__setattr__(self, name, value)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class ModelConfig(Section):
+    """The network. Defaults are `opt-125m`'s, as in Hugging Face's `OPTConfig`."""
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    word_embed_proj_dim: int | None = None
+    do_layer_norm_before: bool = True
+    remove_final_layer_norm: bool = False
+    activation_function: Activation = Activation.relu
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layerdrop: float = 0.0
+    init: Init = Init.paper
+    init_std: float | None = None
+    bos_token_id: int = 2
+    pad_token_id: int = 1
+    eos_token_id: int = 2
+
+    def check(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim",
+                     "max_position_embeddings"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name}={value} must be at least 1")
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"model.hidden_size={self.hidden_size} is not divisible by "
+            f"model.num_attention_heads={self.num_attention_heads} "
+            f"({self.hidden_size} = {self.num_attention_heads} × {self.hidden_size // self.num_attention_heads} "
+            f"+ {self.hidden_size % self.num_attention_heads}); choose a head count that divides it",
+        )
+        for name in ("dropout", "attention_dropout", "layerdrop"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"model.{name}={value} must be a probability, 0 ≤ p < 1")
+        for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            require(
+                0 <= value < self.vocab_size,
+                f"model.{name}={value} is not in the vocabulary: choose 0 to model.vocab_size − 1 = "
+                f"{self.vocab_size - 1}",
+            )
+        require(self.embedding_size >= 1, f"model.word_embed_proj_dim={self.word_embed_proj_dim} must be at least 1")
+        require(self.std >= 0, f"model.init_std={self.init_std} must not be negative")
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the token embedding; the hidden size unless projected, as in the 350m."""
+        return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
+
+    @property
+    def projected(self) -> bool:
+        return self.embedding_size != self.hidden_size
+
+    @property
+    def has_final_layer_norm(self) -> bool:
+        return self.do_layer_norm_before and not self.remove_final_layer_norm
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the initial weights: `init_std`, or the initialisation's own."""
+        if self.init_std is not None:
+            return self.init_std
+        return 0.006 if self.init is Init.paper else 0.02
+
+    def parameters(self) -> int:
+        """Number of parameters, the tied output projection counted once."""
+        hidden, ffn, embedding = self.hidden_size, self.ffn_dim, self.embedding_size
+        attention = 4 * (hidden * hidden + hidden)
+        feed_forward = 2 * hidden * ffn + ffn + hidden
+        layer = attention + feed_forward + 2 * (2 * hidden)
+        embeddings = self.vocab_size * embedding + (self.max_position_embeddings + POSITION_OFFSET) * hidden
+        projections = 2 * embedding * hidden if self.projected else 0
+        final_layer_norm = 2 * hidden if self.has_final_layer_norm else 0
+        return embeddings + projections + self.num_hidden_layers * layer + final_layer_norm
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of one trained token, forward and backward, causal attention not halved.
+
+        The formula of Narayanan et al. 2021 (Megatron-LM), section 5.1, without recomputation, for any
+        feed-forward and embedding width; a backward pass counts twice its forward.
+        """
+        projections = 4 * self.embedding_size * self.hidden_size if self.projected else 0
+        head = 2 * self.vocab_size * self.embedding_size
+        return 3.0 * (self._layers_forward_flops(sequence_length) + projections + head)
+
+    def hardware_flops_per_token(self, sequence_length: int, recompute: bool) -> float:
+        """FLOPs really done: `flops_per_token`, and one more forward of every layer where it is recomputed."""
+        again = self._layers_forward_flops(sequence_length) if recompute else 0
+        return self.flops_per_token(sequence_length) + again
+
+    def _layers_forward_flops(self, sequence_length: int) -> int:
+        products = 2 * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim)
+        attention = 4 * sequence_length * self.hidden_size
+        return self.num_hidden_layers * (products + attention)
