@@ -1,0 +1,196 @@
+"""A run's optimizer steps, on DeepSpeed ZeRO. The only module that drives DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from opt_parallel.config import Offload, Precision, Run
+from opt_parallel.data.batches import Batch
+from opt_parallel.errors import UserError
+from opt_parallel.model.heads import CausalLM
+from opt_parallel.optim import (
+    LossScaler,
+    build_adamw,
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    set_hyperparameters,
+)
+from opt_parallel.parallel.collectives import all_reduce
+from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.shard import Shard, Source, fill, marked
+from opt_parallel.topology import Topology
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. Tensors are 0-d and best read late, so that nobody waits for the device.
+
+    `loss` is the mean over the global batch's targets, `targets` their number; `skipped` says that fp16 gradients
+    overflowed and the weights stayed.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    targets: int
+    loss_scale: float | None
+    skipped: bool
+
+
+class Engine:
+    """A model under ZeRO: steps, evaluates, gives its weights, saves and loads its state."""
+
+    def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
+        self.run, self.topology = run, topology
+        self.wrapped = wrapped  # deepspeed.DeepSpeedEngine
+
+    @classmethod
+    def build(cls, run: Run, topology: Topology, source: Source) -> Engine:
+        """The run's model with `source`'s values, in DeepSpeed's hands."""
+        with torch.device("meta"):
+            model = CausalLM(run.model, topology.tensor, run.activation_checkpointing)
+        settings = deepspeed_settings(run, topology)
+
+        def split_at_once(module: nn.Module) -> None:
+            deepspeed.zero.Init(
+                module=module,
+                data_parallel_group=topology.data.handle,
+                config_dict_or_path=settings,
+                mpu=topology,
+                dtype=DTYPES[run.precision.name],
+            )
+
+        settle = split_at_once if run.zero.stage == 3 else lambda module: None
+        fill(model, source, topology.device, DTYPES[run.precision.name], settle)
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_adamw(model, run.optimizer),
+            config=settings,
+            mpu=topology,
+            dist_init_required=False,
+        )
+        if run.precision.name is Precision.fp16:
+            wrapped.optimizer.loss_scaler = LossScaler(run.precision)
+        return cls(run, topology, wrapped)
+
+    def step(self, batches: list[Batch], step: int) -> StepResult:
+        """Optimizer step number `step`, counted from 0, on this data rank's micro-batches.
+
+        The loss is the mean over all targets of the global batch, wherever they are: their number N is known before
+        the first forward, and each micro-batch's sum enters as sum / N. DeepSpeed averages gradients over the data
+        ranks, hence the factor.
+        """
+        data = self.topology.data
+        targets = self.topology.sum(sum(batch.targets for batch in batches), data)
+        if targets == 0:
+            raise UserError(f"step {step + 1}: no label in the whole batch of {self.run.global_batch} samples counts")
+        lr = learning_rate(self.run, step)
+        for group in self.wrapped.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.topology.device)
+        self.wrapped.train()
+        for micro, batch in enumerate(batches):
+            loss = self._loss(batch.to(self.topology.device), step, micro)
+            total += loss.detach()
+            self.wrapped.backward(loss * (data.size / targets), scale_wrt_gas=False)
+            if micro < len(batches) - 1:
+                self.wrapped.step()  # counts the micro-batch; the weights move after the last one
+        loss_scale = self.loss_scale
+        norm = self._apply()
+        skipped = bool(getattr(self.wrapped.optimizer, "overflow", False))
+        return StepResult(all_reduce(total, data) / targets, norm, lr, targets, loss_scale, skipped)
+
+    def _loss(self, batch: Batch, step: int, micro: int) -> Tensor:
+        draw = Draw(self.run.seed, step, micro, self.topology.data.rank, batch.samples)
+        loss = self.wrapped(batch.ids, batch.labels, batch.positions, batch.segments, draw)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _apply(self) -> Tensor:
+        """Move the weights; the gradient norm before clipping."""
+        if self.run.zero.stage > 0:
+            self.wrapped.step()
+            norm = self.wrapped.get_global_grad_norm()
+            return torch.as_tensor(float("nan") if norm is None else norm)
+        norm = gradient_norm(self.wrapped.module, self.topology.tensor)  # stage 0 reports none
+        if self.run.optimizer.clip > 0:
+            clip_gradients(self.wrapped.module, norm, self.run.optimizer.clip)
+        self.wrapped.step()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of the losses of this data rank's batch, without dropout."""
+        self.wrapped.eval()
+        batch = batch.to(self.topology.device)
+        loss = self.wrapped(batch.ids, batch.labels, batch.positions, batch.segments)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The fp16 loss scale; None in other precisions."""
+        return self.wrapped.optimizer.loss_scaler.cur_scale if self.run.precision.name is Precision.fp16 else None
+
+    def weights(self) -> Iterator[tuple[str, Shard, Tensor]]:
+        """Each parameter's name, mark and fp32 values: this tensor rank's part, padding cut off, on the CPU.
+
+        Every rank must take part, since ZeRO's pieces are gathered one parameter at a time.
+        """
+        for name, tensor, shard in marked(self.wrapped.module):
+            whole = tensor.detach() if self.run.zero.stage == 0 else safe_get_full_fp32_param(tensor)
+            yield name, shard, whole.view(shard.local_shape)[shard.real].to("cpu", torch.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write the state that a resume needs. Every rank takes part."""
+        self.wrapped.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote in the same layout; the configuration's betas, eps and decay win over it."""
+        self.wrapped.load_checkpoint(str(folder), tag="state")
+        set_hyperparameters(self.wrapped.optimizer.param_groups, self.run.optimizer)
+
+    def close(self) -> None:
+        """Give DeepSpeed's buffers and hooks back, so that another engine can follow in this process."""
+        self.wrapped.destroy()
+
+
+def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
+    """The run in DeepSpeed's terms."""
+    zero = run.zero
+    on_gpu = topology.device.type == "cuda"
+    sections: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.micro_batch,
+        "gradient_accumulation_steps": run.global_batch // (run.micro_batch * topology.data.size),
+        "gradient_clipping": run.optimizer.clip if zero.stage > 0 else 0.0,  # stage 0: clipped here, see Engine._apply
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": run.precision.name is Precision.bf16},
+        "fp16": {"enabled": run.precision.name is Precision.fp16, "loss_scale": 0},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "allgather_bucket_size": zero.allgather_bucket_size,
+            "contiguous_gradients": True,
+            "overlap_comm": on_gpu,
+            "offload_optimizer": {"device": zero.offload.value, "pin_memory": on_gpu},
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": zero.persistence_threshold,
+        },
+    }
+    if zero.offload is Offload.none:
+        del sections["zero_optimization"]["offload_optimizer"]
+    if run.precision.name is Precision.bf16:
+        sections["data_types"] = {"grad_accum_dtype": "fp32"}
+    return sections

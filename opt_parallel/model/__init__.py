@@ -1,0 +1,1 @@
+"""OPT: the network, its heads, generation, and Hugging Face's names and files."""

@@ -1,0 +1,216 @@
+"""The OPT decoder (Zhang et al. 2022), as Hugging Face documents it, on parallel layers.
+
+Shapes: B sequences, S positions, H hidden, A attention heads of which this rank holds A/t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from opt_parallel.config import ActivationCheckpointing
+from opt_parallel.parallel.linear import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear
+from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.shard import Normal, replicated
+from opt_parallel.parallel.vocab import VocabParallelEmbedding
+from opt_parallel.shapes import POSITION_OFFSET, Activation, Init, ModelConfig
+from opt_parallel.topology import Group
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.relu: F.relu,
+    Activation.gelu: F.gelu,
+    Activation.silu: F.silu,
+    Activation.gelu_new: partial(F.gelu, approximate="tanh"),
+}
+
+
+class Cache:
+    """Keys and values of the positions seen so far, in buffers of their final size; this rank's heads only."""
+
+    def __init__(self, layers: int, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        self.keys, self.values = (like.new_empty(layers, batch, heads, length, head_dim) for _ in range(2))
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, A/t, S, D) to a layer and return all of it so far; `length` moves on after the last layer."""
+        end = self.length + keys.size(2)
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; query, key and value are one column-parallel product, `out_proj` is row-parallel."""
+
+    def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:
+        super().__init__()
+        self.layer, self.group = layer, group
+        self.head_dim, self.dropout = config.head_dim, config.attention_dropout
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size, group, config.std, blocks=3)
+        self.out_proj = RowParallelLinear(config.hidden_size, config.hidden_size, group, residual_std(config))
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None) -> Tensor:
+        """(B, S, H) → (B, S, H). `mask` (B, 1, S, K) is true where a query may look; None: causal."""
+        batch, length, _ = hidden.shape
+        projected = self.qkv_proj(hidden).view(batch, length, 3, -1, self.head_dim)
+        query, key, value = (part.transpose(1, 2) for part in projected.unbind(2))
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        dropout = 0.0
+        if draw is not None and self.dropout > 0.0:
+            dropout = self.dropout
+            draw.seed_attention(self.layer, self.group)
+        causal = mask is None and length > 1
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=causal)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and feed-forward, each with dropout and a residual connection.
+
+    LayerNorm stands before each of the two, or after its residual sum in the 350m (`do_layer_norm_before=False`).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:
+        super().__init__()
+        self.layer, self.dropout, self.norm_first = layer, config.dropout, config.do_layer_norm_before
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.self_attn = Attention(config, layer, group)
+        self.self_attn_layer_norm = LayerNorm(config.hidden_size)
+        self.fc1 = ColumnParallelLinear(config.hidden_size, config.ffn_dim, group, config.std)
+        self.fc2 = RowParallelLinear(config.ffn_dim, config.hidden_size, group, residual_std(config))
+        self.final_layer_norm = LayerNorm(config.hidden_size)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None) -> Tensor:
+        """(B, S, H) → (B, S, H)."""
+        residual = hidden
+        if self.norm_first:
+            hidden = self.self_attn_layer_norm(hidden)
+        hidden = residual + self._dropped(self.self_attn(hidden, mask, draw, cache), draw, site=0)
+        if not self.norm_first:
+            hidden = self.self_attn_layer_norm(hidden)
+
+        residual = hidden
+        if self.norm_first:
+            hidden = self.final_layer_norm(hidden)
+        hidden = self.fc2(self.activation(self.fc1(hidden)))
+        hidden = residual + self._dropped(hidden, draw, site=1)
+        return hidden if self.norm_first else self.final_layer_norm(hidden)
+
+    def _dropped(self, hidden: Tensor, draw: Draw | None, site: int) -> Tensor:
+        return hidden if draw is None else draw.dropout(hidden, self.dropout, self.layer, site)
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks, final LayerNorm: ids to hidden states."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: Group,
+        recompute: ActivationCheckpointing = ActivationCheckpointing.none,
+    ) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.embedding_size, config.pad_token_id, group, config.std
+        )
+        self.embed_positions = PositionEmbedding(config)
+        self.project_in = Linear(config.embedding_size, config.hidden_size, config.std) if config.projected else None
+        self.project_out = Linear(config.hidden_size, config.embedding_size, config.std) if config.projected else None
+        self.layers = nn.ModuleList(Block(config, layer, group) for layer in range(config.num_hidden_layers))
+        self.final_layer_norm = LayerNorm(config.hidden_size) if config.has_final_layer_norm else None
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        draw: Draw | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, S, E) of `ids` (B, S), E the embedding's width.
+
+        Args:
+            positions: (B, S), −1 for padding; None: counted from 0, or from the segments' padding.
+            segments: (B, K) over all keys, cached ones included; tokens see earlier tokens of their own segment.
+                0 marks padding. None: one sequence, nothing padded.
+            draw: where this training forward stands in the run; None: evaluation, no dropout of any kind.
+            cache: keys and values of earlier positions, extended by these.
+        """
+        past = 0 if cache is None else cache.length
+        if positions is None:
+            positions = count_positions(ids, segments, past)
+        hidden = self.embed_tokens(ids)
+        if self.project_in is not None:
+            hidden = self.project_in(hidden)
+        hidden = hidden + self.embed_positions(positions)
+        mask = attention_mask(segments, past, ids.size(1), ids.device)
+        for block in self.layers:
+            hidden = self._through(block, hidden, mask, draw, cache)
+        if cache is not None:
+            cache.length += ids.size(1)
+        if self.final_layer_norm is not None:
+            hidden = self.final_layer_norm(hidden)
+        return hidden if self.project_out is None else self.project_out(hidden)
+
+    def _through(
+        self, block: nn.Module, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None
+    ) -> Tensor:
+        assert isinstance(block, Block)
+        if draw is not None and draw.drops_layer(self.config.layerdrop, block.layer):
+            # A layer that does not run keeps its last gradient under ZeRO-3 and under CPU offload, silently.
+            # One token, times zero, costs next to nothing and makes the gradient a true zero.
+            return hidden + 0.0 * block(hidden[:1, :1], None, None, None).sum()
+        if draw is not None and self.recompute is ActivationCheckpointing.full:
+            recomputed = checkpoint(
+                block, hidden, mask, draw, cache, use_reentrant=False, preserve_rng_state=False
+            )
+            assert isinstance(recomputed, Tensor)
+            return recomputed
+        return block(hidden, mask, draw, cache)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions: position p is row p + 2; padding, position −1, is row 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        rows = config.max_position_embeddings + POSITION_OFFSET
+        self.weight = replicated((rows, config.hidden_size), Normal(config.std), decay=True)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions + POSITION_OFFSET, self.weight)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Initial standard deviation of the products that end in the residual stream."""
+    return config.std / (2 * config.num_hidden_layers) ** 0.5 if config.init is Init.paper else config.std
+
+
+def count_positions(ids: Tensor, segments: Tensor | None, past: int) -> Tensor:
+    """Positions of `ids` (B, S): their number among the unpadded tokens before them, −1 for padding."""
+    if segments is None:
+        return torch.arange(past, past + ids.size(1), device=ids.device).expand(ids.shape)
+    real = (segments > 0).long()
+    return (real.cumsum(dim=1) * real - 1)[:, past:]
+
+
+def attention_mask(segments: Tensor | None, past: int, queries: int, device: torch.device) -> Tensor | None:
+    """True where a query may look, (B or 1, 1, queries, past + queries); None where plain causality says it all.
+
+    Padding is a segment like any other, so a padded query sees padding and its softmax has something to sum.
+    """
+    if segments is None and (past == 0 or queries == 1):
+        return None
+    keys = past + queries
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(diagonal=past)
+    if segments is None:
+        return causal[None, None]
+    same = segments[:, past:].unsqueeze(-1) == segments.unsqueeze(-2)
+    return (causal & same).unsqueeze(1)

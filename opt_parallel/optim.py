@@ -1,0 +1,113 @@
+"""What moves the weights: AdamW's parameter groups, the schedule, the gradient norm, the loss scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opt_parallel.config import OptimizerConfig, PrecisionConfig, Run, Scaler, ScheduleName
+from opt_parallel.errors import UserError
+from opt_parallel.parallel.collectives import all_reduce
+from opt_parallel.parallel.shard import marked
+from opt_parallel.topology import Group
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with a group that decays (matrices) and one that does not (biases, LayerNorms), fused kernels."""
+    decaying, steady = [], []
+    for _, tensor, shard in marked(model):
+        (decaying if shard.decay else steady).append(tensor)
+    optimizer = torch.optim.AdamW([{"params": decaying}, {"params": steady}], lr=config.lr, fused=True)
+    set_hyperparameters(optimizer.param_groups, config)
+    return optimizer
+
+
+def set_hyperparameters(groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+    """Write the configuration into the groups, over whatever a restored optimizer state brought back."""
+    for group, weight_decay in zip(groups, (config.weight_decay, 0.0), strict=True):
+        group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=weight_decay)
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0: a pure function, so a resume needs no state.
+
+    Linear warm-up that reaches the peak at its last step, then linear (Zhang et al. 2022, section 2.2), cosine
+    (Loshchilov & Hutter 2017) or constant; linear and cosine reach `final_ratio` of the peak at the run's last step.
+    """
+    peak, ratio, warmup = run.optimizer.lr, run.schedule.final_ratio, run.warmup_steps
+    done = step + 1
+    if done <= warmup:
+        return peak * done / warmup
+    if run.schedule.name is ScheduleName.constant:
+        return peak
+    progress = min(1.0, (done - warmup) / max(1, run.steps - warmup))
+    if run.schedule.name is ScheduleName.linear:
+        return peak * (1.0 - (1.0 - ratio) * progress)
+    return peak * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def gradient_norm(model: nn.Module, group: Group) -> Tensor:
+    """‖g‖₂ of the unsplit model, 0-d: split parameters add up over the tensor group, whole ones count once."""
+    split, whole = [], []
+    for _, tensor, shard in marked(model):
+        if tensor.grad is not None:
+            (split if shard.count > 1 else whole).append(tensor.grad)
+    split_square = all_reduce(torch.nn.utils.get_total_norm(split) ** 2, group)
+    return (split_square + torch.nn.utils.get_total_norm(whole) ** 2).sqrt()
+
+
+def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
+    """Scale all gradients by limit / norm if that is below 1 (Pascanu et al. 2013); 1e-6 as DeepSpeed adds it."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for tensor in model.parameters():
+        if tensor.grad is not None:
+            tensor.grad *= factor
+
+
+class LossScaler:
+    """The fp16 loss scale, with the attributes that DeepSpeed's ZeRO optimizers ask of theirs.
+
+    It doubles after `window` steps without overflow and halves on one. The paper's scaler (its launcher, metaseq)
+    doubles and halves the window too, so that a large scale is raised ever more cautiously. DeepSpeed's own can do
+    neither that nor a floor below 1.
+    """
+
+    dynamic = True
+
+    def __init__(self, config: PrecisionConfig) -> None:
+        self.cur_scale = config.initial_scale
+        self.floor, self.window = config.floor, config.window
+        self.moving_window = config.scaler is Scaler.paper
+        self.good_steps = 0
+
+    @property
+    def loss_scale(self) -> float:
+        return self.cur_scale
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return loss * self.cur_scale
+
+    def update_scale(self, overflow: bool) -> None:
+        """Take note of one step, `overflow` agreed by all ranks.
+
+        Raises: UserError on an overflow at the floor: a smaller scale would only hide a run that diverges."""
+        if not overflow:
+            self.good_steps += 1
+            if self.good_steps >= self.window:
+                self._rescale(2.0)
+        elif self.cur_scale <= self.floor:
+            raise UserError(
+                f"gradients overflow fp16 at the lowest loss scale, precision.floor={self.floor}: the run diverges; "
+                "go on from an earlier checkpoint with a lower optimizer.lr, or use precision=bf16"
+            )
+        else:
+            self._rescale(0.5)
+
+    def _rescale(self, factor: float) -> None:
+        self.cur_scale = max(self.cur_scale * factor, self.floor)
+        if self.moving_window:
+            self.window = max(int(self.window * factor), 1)
+        self.good_steps = 0

@@ -1,0 +1,74 @@
+"""Linear layers split over a tensor group (Shoeybi et al. 2019, Megatron-LM, section 3).
+
+    Y = X A:   A = [A_1 … A_t]  by columns   Y_i = X A_i           the ranks' outputs stand side by side
+    Z = Y B:   B = [B_1; … B_t] by rows      Z   = Σ_i Y_i B_i     one all-reduce
+
+A column-parallel layer followed by a row-parallel one therefore communicates once forward (the sum) and once backward
+(the gradient of X). PyTorch stores weights as (out, in), so the paper's columns are dim 0 of a weight here, its rows
+dim 1.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opt_parallel.parallel.collectives import copy, reduce
+from opt_parallel.parallel.shard import Constant, Normal, parameter, replicated
+from opt_parallel.topology import Group
+
+
+class ColumnParallelLinear(nn.Module):
+    """(…, in) → (…, blocks · out/t): each rank computes its share of every block's outputs.
+
+    `blocks` equal products of one input are one matrix product: with 3, the logical weight is (3, out, in), split
+    along its dim 1, so that each rank holds the same heads of query, key and value.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group: Group, std: float, blocks: int = 1) -> None:
+        super().__init__()
+        self.group = group
+        outputs = (out_features,) if blocks == 1 else (blocks, out_features)
+        split = len(outputs) - 1
+        self.weight = parameter((*outputs, in_features), Normal(std), decay=True, group=group, dim=split)
+        self.bias = parameter(outputs, Constant(0.0), decay=False, group=group, dim=split)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.weight.view(-1, self.weight.size(-1))
+        return F.linear(copy(hidden, self.group), weight, self.bias.view(-1))
+
+
+class RowParallelLinear(nn.Module):
+    """(…, in/t) → (…, out): the ranks' partial sums are added, then the bias, once."""
+
+    def __init__(self, in_features: int, out_features: int, group: Group, std: float) -> None:
+        super().__init__()
+        self.group = group
+        self.weight = parameter((out_features, in_features), Normal(std), decay=True, group=group, dim=1)
+        self.bias = replicated((out_features,), Constant(0.0), decay=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return reduce(F.linear(hidden, self.weight), self.group) + self.bias
+
+
+class Linear(nn.Module):
+    """(…, in) → (…, out) without bias, whole on every rank: the 350m's narrow projections."""
+
+    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+        super().__init__()
+        self.weight = replicated((out_features, in_features), Normal(std), decay=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dim (Ba et al. 2016), eps 1e-5 as in OPT, whole on every rank."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = replicated((size,), Constant(1.0), decay=False)
+        self.bias = replicated((size,), Constant(0.0), decay=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, 1e-5)

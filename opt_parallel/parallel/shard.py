@@ -1,0 +1,193 @@
+"""One mark on each parameter says how it lies in its logical tensor; everything else reads the mark.
+
+The logical tensor is the one an unsplit model would hold. Names never decide anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opt_parallel.topology import Group
+
+TILE = 1024  # random initialisation is drawn in tiles of TILE × TILE
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Initial values N(0, std²); row `zero_row` is zero."""
+
+    std: float
+    zero_row: int | None = None
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Initial values all `value`."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` along `dim` of a logical tensor; the whole of it where `count` is 1.
+
+    Where `count` does not divide the size, each part but the last ones holds the size rounded up, and the rows beyond
+    the logical end are padding: zero, and never counted, saved or trained.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    index: int
+    count: int
+    initial: Normal | Constant
+    decay: bool
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this part, padding included."""
+        size = -(-self.shape[self.dim] // self.count)
+        return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
+
+    @property
+    def range(self) -> tuple[slice, ...]:
+        """What this part holds of the logical tensor."""
+        size, end = self.local_shape[self.dim], self.shape[self.dim]
+        part = slice(min(self.index * size, end), min((self.index + 1) * size, end))
+        return tuple(part if dim == self.dim else slice(0, full) for dim, full in enumerate(self.shape))
+
+    @property
+    def real(self) -> tuple[slice, ...]:
+        """Where `range` lies in the local tensor: everything but padding."""
+        return tuple(slice(0, part.stop - part.start) for part in self.range)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the logical tensor."""
+        return math.prod(self.shape)
+
+
+Source = Callable[[str, Shard], Tensor]
+"""`source(name, shard)` gives the values of exactly `shard.range` of the logical tensor `name`."""
+
+
+def parameter(shape: tuple[int, ...], initial: Normal | Constant, decay: bool, group: Group, dim: int) -> nn.Parameter:
+    """An empty parameter holding this rank's part of `shape` along `dim`, marked."""
+    shard = Shard(shape, dim, group.rank, group.size, initial, decay)
+    return mark(nn.Parameter(torch.empty(shard.local_shape)), shard)
+
+
+def replicated(shape: tuple[int, ...], initial: Normal | Constant, decay: bool) -> nn.Parameter:
+    """An empty parameter that every rank of a tensor group holds whole, marked."""
+    shard = Shard(shape, 0, 0, 1, initial, decay)
+    return mark(nn.Parameter(torch.empty(shape)), shard)
+
+
+def mark(tensor: nn.Parameter, shard: Shard) -> nn.Parameter:
+    """Put the mark on a parameter. DeepSpeed reads `tensor_model_parallel` when it adds up a norm over the tensor
+    group: without it split parameters would count once instead of once a rank, and clipping would be wrong."""
+    tensor.shard = shard  # type: ignore[attr-defined]
+    tensor.tensor_model_parallel = shard.count > 1  # type: ignore[attr-defined]
+    return tensor
+
+
+def shard_of(tensor: nn.Parameter) -> Shard:
+    """The mark of a parameter."""
+    shard = tensor.shard  # type: ignore[attr-defined]
+    assert isinstance(shard, Shard)
+    return shard
+
+
+def marked(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """Each parameter once (a tied one under its first name) with its mark."""
+    for name, tensor in model.named_parameters():
+        yield name, tensor, shard_of(tensor)
+
+
+def logical_parameters(model: nn.Module) -> int:
+    """Parameters of the unsplit model, padding left out."""
+    return sum(shard.numel for _, _, shard in marked(model))
+
+
+def fill(
+    model: nn.Module,
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    settle: Callable[[nn.Module], None] = lambda module: None,
+) -> None:
+    """Give a model made on the meta device its memory and its values, asking `source` for this rank's ranges only.
+
+    Goes module by module: peak memory is the model so far and one tensor. `settle(module)` is called once a module
+    has its own parameters; ZeRO-3 splits them there, so that no rank ever holds more than one module whole.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter is filled once and stays tied
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        for name, empty in own.items():
+            if empty not in made:
+                shard = shard_of(empty)
+                values = torch.zeros(shard.local_shape, dtype=dtype, device=device)
+                values[shard.real] = source(f"{prefix}.{name}" if prefix else name, shard).to(device, dtype)
+                made[empty] = mark(nn.Parameter(values, requires_grad=empty.requires_grad), shard)
+            setattr(module, name, made[empty])
+        if own:
+            settle(module)
+
+
+def random_source(seed: int) -> Source:
+    """Initial values as a pure function of (seed, name, place), whatever the layout.
+
+    Drawn on the CPU in float32, tile by tile with a generator seeded by (seed, name, tile): a rank draws the tiles
+    that its range touches, and never holds more than its range and one tile.
+    """
+
+    def source(name: str, shard: Shard) -> Tensor:
+        values = torch.empty([part.stop - part.start for part in shard.range])
+        if isinstance(shard.initial, Constant):
+            return values.fill_(shard.initial.value)
+        for tile in _tiles_touching(shard.range):
+            _copy_tile(values, shard, tile, _generator(seed, name, tile))
+        row = shard.initial.zero_row
+        if row is not None and shard.range[0].start <= row < shard.range[0].stop:
+            values[row - shard.range[0].start] = 0
+        return values
+
+    return source
+
+
+def _tile_size(ndim: int, dim: int) -> int:
+    return TILE if dim >= ndim - 2 else 1
+
+
+def _tiles_touching(ranges: tuple[slice, ...]) -> Iterator[tuple[int, ...]]:
+    steps = [_tile_size(len(ranges), dim) for dim in range(len(ranges))]
+    return itertools.product(
+        *(range(part.start // step, -(-part.stop // step)) for part, step in zip(ranges, steps, strict=True))
+    )
+
+
+def _copy_tile(values: Tensor, shard: Shard, tile: tuple[int, ...], generator: torch.Generator) -> None:
+    """Draw one tile of the logical tensor and keep what overlaps the shard's range."""
+    assert isinstance(shard.initial, Normal)
+    extent, into, out_of = [], [], []
+    for dim, (number, part) in enumerate(zip(tile, shard.range, strict=True)):
+        step = _tile_size(len(tile), dim)
+        start, stop = number * step, min((number + 1) * step, shard.shape[dim])
+        low, high = max(start, part.start), min(stop, part.stop)
+        extent.append(stop - start)
+        into.append(slice(low - part.start, high - part.start))
+        out_of.append(slice(low - start, high - start))
+    drawn = torch.empty(extent).normal_(0.0, shard.initial.std, generator=generator)
+    values[tuple(into)] = drawn[tuple(out_of)]
+
+
+def _generator(seed: int, name: str, tile: tuple[int, ...]) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name} {tile}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from crew import Crew
+
+torch.set_num_threads(1)  # as in the crew's workers: sums in another order would differ in the last digits
+
+
+@pytest.fixture(scope="session")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Crew]]:
+    """`crew(size)`: worker processes of that number, started at first use."""
+    crews: dict[int, Crew] = {}
+    folder = tmp_path_factory.mktemp("crews")
+
+    def of_size(size: int) -> Crew:
+        if size not in crews:
+            crews[size] = Crew(size, folder)
+        return crews[size]
+
+    yield of_size
+    for each in crews.values():
+        each.dismiss()
