@@ -256,6 +256,11 @@ class Run(Section):
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")
         require(self.stop_at is None or self.stop_at >= 1, f"stop_at={self.stop_at} must be at least 1")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        require(
+            self.evaluation.every == 0 or bool(self.data.validation_sources),
+            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, or "
+            "evaluation.every=0",
+        )
         self._check_model_fits()
         require(
             self.zero.stage > 0 or self.precision.name is Precision.fp32,

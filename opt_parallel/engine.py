@@ -143,6 +143,10 @@ class Engine:
         """The fp16 loss scale; None in other precisions."""
         return self.wrapped.optimizer.loss_scaler.cur_scale if self.run.precision.name is Precision.fp16 else None
 
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        """Each parameter's name and mark."""
+        return ((name, shard) for name, _, shard in marked(self.wrapped.module))
+
     def weights(self) -> Iterator[tuple[str, Shard, Tensor]]:
         """Each parameter's name, mark and fp32 values: this tensor rank's part, padding cut off, on the CPU.
 

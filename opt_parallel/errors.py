@@ -36,14 +36,17 @@ def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
 
 
-def guarded(main: Callable[[], int], expected: tuple[type[BaseException], ...] = ()) -> NoReturn:
+def guarded(main: Callable[[], int | None], expected: tuple[type[Exception], ...] = ()) -> NoReturn:
     """Run `main`, turning a user's mistake into one line and status 2.
 
     `expected` are the types of a library in front of us (Hydra, OmegaConf) whose errors are the
     user's too. Everything else is our own fault and keeps its traceback.
     """
+    mistakes: tuple[type[Exception], ...] = (UserError, *expected)
     try:
         status = main()
-    except (UserError, *expected) as error:
+    except mistakes as error:
         leave(one_line(error))
-    sys.exit(status)
+    except KeyboardInterrupt:
+        leave("interrupted", status=130, patience=0.0)
+    sys.exit(status or 0)

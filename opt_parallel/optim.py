@@ -17,7 +17,8 @@ from opt_parallel.topology import Group
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with a group that decays (matrices) and one that does not (biases, LayerNorms), fused kernels."""
-    decaying, steady = [], []
+    decaying: list[Tensor] = []
+    steady: list[Tensor] = []
     for _, tensor, shard in marked(model):
         (decaying if shard.decay else steady).append(tensor)
     optimizer = torch.optim.AdamW([{"params": decaying}, {"params": steady}], lr=config.lr, fused=True)
@@ -51,7 +52,8 @@ def learning_rate(run: Run, step: int) -> float:
 
 def gradient_norm(model: nn.Module, group: Group) -> Tensor:
     """‖g‖₂ of the unsplit model, 0-d: split parameters add up over the tensor group, whole ones count once."""
-    split, whole = [], []
+    split: list[Tensor] = []
+    whole: list[Tensor] = []
     for _, tensor, shard in marked(model):
         if tensor.grad is not None:
             (split if shard.count > 1 else whole).append(tensor.grad)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from opt_parallel.config import Precision
 from opt_parallel.errors import UserError
@@ -146,7 +147,7 @@ def _join(device: torch.device) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _axis_group(grid: torch.Tensor, rank: int, made: list[dist.ProcessGroup]) -> Group:

@@ -146,7 +146,7 @@ def assemble(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for weights in parts:
         for name, (shape, ranges, values) in weights.items():
-            tensor = whole.setdefault(name, torch.full(shape, float("nan")))
+            tensor = whole.setdefault(name, torch.full(shape, float("nan"), dtype=torch.from_numpy(values).dtype))
             there, here = tensor[ranges], torch.from_numpy(values)
             assert bool((there.isnan() | (there == here)).all()), f"{name}: two ranks disagree"
             tensor[ranges] = here

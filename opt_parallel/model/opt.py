@@ -53,11 +53,12 @@ class Attention(nn.Module):
         self.head_dim, self.dropout = config.head_dim, config.attention_dropout
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size, group, config.std, blocks=3)
         self.out_proj = RowParallelLinear(config.hidden_size, config.hidden_size, group, residual_std(config))
+        self.heads = self.qkv_proj.bias.size(-1) // self.head_dim  # of this rank
 
     def forward(self, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None) -> Tensor:
         """(B, S, H) → (B, S, H). `mask` (B, 1, S, K) is true where a query may look; None: causal."""
         batch, length, _ = hidden.shape
-        projected = self.qkv_proj(hidden).view(batch, length, 3, -1, self.head_dim)
+        projected = self.qkv_proj(hidden).view(batch, length, 3, self.heads, self.head_dim)
         query, key, value = (part.transpose(1, 2) for part in projected.unbind(2))
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
@@ -158,6 +159,13 @@ class Decoder(nn.Module):
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `length` positions."""
+        first = self.layers[0]
+        assert isinstance(first, Block)
+        heads, head_dim = first.self_attn.heads, first.self_attn.head_dim
+        return Cache(len(self.layers), batch, heads, length, head_dim, like=self.embed_tokens.weight)
 
     def _through(
         self, block: nn.Module, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None

@@ -19,6 +19,7 @@ def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
     """Sum (or "max") of `tensor` over the group. No gradient."""
     if group.size == 1:
         return tensor
+    assert group.handle is not None
     return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), operation, group.handle))
 
 
@@ -26,6 +27,7 @@ def all_gather_last(tensor: Tensor, group: Group) -> Tensor:
     """The ranks' tensors (…, n) side by side along the last dim, (…, n · size). No gradient."""
     if group.size == 1:
         return tensor
+    assert group.handle is not None
     stacked = functional.wait_tensor(functional.all_gather_tensor(tensor.contiguous().unsqueeze(0), 0, group.handle))
     return torch.cat(stacked.unbind(0), dim=-1)
 

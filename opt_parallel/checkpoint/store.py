@@ -1,0 +1,146 @@
+"""The checkpoints of a run: save, find the newest, resume, keep the last few.
+
+`checkpoints/step-<N>/` is written under a temporary name and renamed once all ranks are done: whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from opt_parallel.checkpoint.reshard import MANIFEST, read_manifest, weights_file
+from opt_parallel.clock import Clock
+from opt_parallel.config import Run, to_dict
+from opt_parallel.engine import Engine
+from opt_parallel.errors import UserError
+from opt_parallel.topology import Topology
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint's folder, None if its name or content says that it is none (or not whole)."""
+    prefix, _, number = folder.name.partition("-")
+    whole = prefix == "step" and number.isdigit() and (folder / MANIFEST).is_file()
+    return int(number) if whole else None
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The checkpoint with the highest step."""
+    found = {step_of(folder): folder for folder in checkpoints.glob("step-*")}
+    found.pop(None, None)
+    return found[max(step for step in found if step is not None)] if found else None
+
+
+def choose(run: Run) -> Path | None:
+    """The checkpoint that `resume` asks for, None for a fresh start.
+
+    Raises: UserError if it does not exist, or `never` would mix a new run with an old one."""
+    last = newest(run.folder / "checkpoints")
+    if run.resume == "auto":
+        return last
+    if run.resume == "never":
+        if last is not None:
+            raise UserError(
+                f"resume=never, but {last} exists: a new run there would mix with the old one; "
+                "choose another run.dir or remove the folder"
+            )
+        return None
+    chosen = Path(run.resume)
+    if step_of(chosen) is None:
+        raise UserError(f"resume={run.resume} is no whole checkpoint: choose auto, never or a folder …/step-<N>")
+    return chosen
+
+
+class Store:
+    """Saves and restores a run's state; every rank calls its methods together."""
+
+    def __init__(self, run: Run, topology: Topology, tokenizer: Path) -> None:
+        self.run, self.topology, self.tokenizer = run, topology, tokenizer
+        self.root = run.folder / "checkpoints"
+
+    def resume(self, engine: Engine) -> Clock:
+        """Load the checkpoint that `resume` asks for; the clock it stopped at.
+
+        Raises: UserError if it was written in another layout or for another shape."""
+        folder = choose(self.run)
+        if folder is None:
+            return Clock()
+        manifest = read_manifest(folder)
+        self._check_fits(folder, manifest, engine)
+        engine.load(folder / "deepspeed")
+        return Clock(**manifest["clock"])
+
+    def save(self, engine: Engine, clock: Clock) -> Path:
+        """Write `step-<N>`; older ones beyond `checkpoint.keep` go once it stands."""
+        final, partial = self.root / f"step-{clock.step}", self.root / f"step-{clock.step}.partial"
+        if self.topology.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.topology.barrier()
+        engine.save(partial / "deepspeed")
+        tensors = self._write_weights(engine, partial)
+        self.topology.barrier()
+        if self.topology.is_main:
+            shutil.copytree(self.tokenizer, partial / "tokenizer")
+            self._write_manifest(partial, clock, tensors)
+            shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from before it
+            os.replace(partial, final)
+            self._forget_old()
+        self.topology.barrier()
+        return final
+
+    def _write_weights(self, engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
+        """This tensor rank's part of each weight, written by the first data rank; all of them are described."""
+        writes = self.topology.data.rank == 0
+        tensors, held = {}, {}
+        for name, shard, values in engine.weights():
+            tensors[name] = {"shape": list(shard.shape), "dim": shard.dim, "count": shard.count}
+            if writes and (shard.count > 1 or self.topology.tensor.rank == 0):
+                held[name] = values.contiguous()
+        if writes:
+            save_file(held, folder / weights_file(self.topology.tensor.rank), metadata={"format": "pt"})
+        return tensors
+
+    def _write_manifest(self, folder: Path, clock: Clock, tensors: dict[str, dict[str, Any]]) -> None:
+        manifest = {
+            "clock": asdict(clock),
+            "layout": self._layout(),
+            "config": to_dict(self.run),
+            "tensors": tensors,
+        }
+        with open(folder / MANIFEST, "w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            "parallel.tensor": self.topology.tensor.size,
+            "data-parallel size": self.topology.data.size,
+            "zero.stage": self.run.zero.stage,
+            "zero.offload": self.run.zero.offload.value,
+            "precision": self.run.precision.name.value,
+        }
+
+    def _check_fits(self, folder: Path, manifest: dict[str, Any], engine: Engine) -> None:
+        for name, shard in engine.shards():
+            saved = manifest["tensors"].get(name, {}).get("shape")
+            if saved != list(shard.shape):
+                raise UserError(f"{folder} holds shape {saved} for {name}, this model wants {list(shard.shape)}")
+        for what, value in self._layout().items():
+            saved = manifest["layout"][what]
+            if saved != value:
+                raise UserError(
+                    f"{folder} was saved with {what} {saved}, this run has {value}: resume in the same layout, "
+                    "or start a new run in another run.dir"
+                )
+
+    def _forget_old(self) -> None:
+        steps = sorted(step for folder in self.root.glob("step-*") if (step := step_of(folder)) is not None)
+        for step in steps[: -self.run.checkpoint.keep]:
+            shutil.rmtree(self.root / f"step-{step}")

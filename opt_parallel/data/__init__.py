@@ -1,0 +1,1 @@
+"""From text to micro-batches: tokens, the store of blocks, the order of samples, batches."""

@@ -1,0 +1,55 @@
+"""The order of samples: an endless stream of shuffled epochs, any place of which is computed alone.
+
+One epoch is a permutation of the samples, a small keyed Feistel network over Python integers. Nothing is stored and
+nothing is drawn in sequence, so every rank, layout and restart asks for just the positions it needs.
+
+Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", section 5 (generalised Feistel) and section 3
+(cycle walking).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import lru_cache
+
+ROUNDS = 8
+WORD = (1 << 64) - 1
+
+
+def sample_at(seed: int, position: int, size: int) -> int:
+    """The sample, 0 to `size` − 1, at `position` of the shuffled stream over `size` samples.
+
+    Each run of `size` positions that begins at a multiple of `size`, an epoch, holds every sample once."""
+    epoch, place = divmod(position, size)
+    keys = _round_keys(seed, epoch)
+    left_size = math.isqrt(size - 1) + 1
+    right_size = -(-size // left_size)
+    place = _permute(place, left_size, right_size, keys)
+    while place >= size:  # the network covers left × right ≥ size places; walk its cycle until back inside
+        place = _permute(place, left_size, right_size, keys)
+    return place
+
+
+def _permute(place: int, left_size: int, right_size: int, keys: tuple[int, ...]) -> int:
+    """A keyed bijection of 0 to `left_size` · `right_size` − 1: each half in turn is shifted by a hash of the other."""
+    right, left = divmod(place, left_size)
+    for number, key in enumerate(keys):
+        if number % 2 == 0:
+            left = (left + _mix(right ^ key)) % left_size
+        else:
+            right = (right + _mix(left ^ key)) % right_size
+    return right * left_size + left
+
+
+def _mix(word: int) -> int:
+    """64 bits to 64 well-mixed bits: the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & WORD
+    return word ^ (word >> 31)
+
+
+@lru_cache(maxsize=8)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    return tuple(int.from_bytes(digest[8 * number : 8 * number + 8], "little") for number in range(ROUNDS))

@@ -1,0 +1,395 @@
+"""What a run tells of itself: `metrics.jsonl`, a progress bar or plain lines, wandb and TensorBoard, `curve.png`.
+
+The main rank alone records; every other rank holds a `Metrics` whose methods do nothing. A step's loss and norm are
+tensors the device may still be computing, so each step's row is written one step late, when reading it costs no wait.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from opt_parallel.clock import Clock
+from opt_parallel.config import ActivationCheckpointing, Precision, Run, Wandb, to_dict
+from opt_parallel.errors import UserError, one_line
+from opt_parallel.log import say
+
+# Dense bf16/fp16 TFLOP/s of one device as torch counts devices, from the vendors' data sheets, by the words of its
+# name; the first entry whose words all occur counts. A MI250X is two devices, so half of its board's 383.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "V100 PCIE": 112.0,
+    "V100": 125.0,
+    "MI300X": 1307.4,
+    "MI250X": 191.5,
+}
+SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
+
+Row = dict[str, Any]
+Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported only where it is used
+Mark = Any  # a moment: a CUDA event, or seconds of the host's clock
+
+
+class Metrics:
+    """What the loop reports to. Itself silent, as the ranks that are not the main one need it."""
+
+    @staticmethod
+    def open(run: Run, world_size: int, is_main: bool, device: torch.device, clock: Clock) -> Metrics:
+        """Continue the records of `run.folder` at `clock`, or replace them where it is at step 0.
+
+        Needs the process group to exist. Raises: `UserError` where wandb is wanted online and cannot be."""
+        return _Recorder(run, world_size, device, clock) if is_main else Metrics()
+
+    def step(
+        self, clock: Clock, loss: Tensor, grad_norm: Tensor, lr: float, loss_scale: float | None, skipped: bool
+    ) -> None:
+        """Report the optimizer step that led to `clock`; the 0-d tensors are read at the next call."""
+
+    def validation(self, clock: Clock, loss: float, unigram_entropy: float | None) -> None:
+        """Report a validation, loss and the text's unigram entropy in nats a token."""
+
+    def note(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside (validation, checkpoints) does not count as training."""
+        yield
+
+    def close(self, finished: bool) -> None:
+        """Draw the curve, print the summary, end the trackers."""
+
+
+class _Recorder(Metrics):
+    """The main rank's."""
+
+    def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock) -> None:
+        self._run, self._device = run, device
+        self._opened = self._clock = clock
+        length, recompute = run.data.sequence_length, run.activation_checkpointing is ActivationCheckpointing.full
+        peak = _peak_flops(run, device)
+        self._peak = None if peak is None else peak * world_size
+        self._model_flops = run.model.flops_per_token(length)
+        self._hardware_flops = run.model.hardware_flops_per_token(length, recompute)
+        self._unigram_entropy: float | None = None
+        self._pending: Callable[[], None] | None = None  # writes the row of the latest step
+        self._trackers = _open_trackers(run, clock)
+        self._path = run.folder / "metrics.jsonl"
+        _keep_rows(self._path, clock.step)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)  # a line is out as soon as it is written
+        self._progress = _Progress(run, clock)
+        self._opened_at, self._since = time.perf_counter(), _mark(device)
+
+    def step(
+        self, clock: Clock, loss: Tensor, grad_norm: Tensor, lr: float, loss_scale: float | None, skipped: bool
+    ) -> None:
+        tokens, start, end = clock.tokens - self._clock.tokens, self._since, _mark(self._device)
+        self._clock, self._since = clock, end
+        self._flush()
+        row: Row = {"step": clock.step, "samples": clock.samples, "tokens": clock.tokens, "loss": loss, "lr": lr,
+                    "grad_norm": grad_norm}
+        if self._run.precision.name is Precision.fp16:
+            row |= {"loss_scale": loss_scale, "skipped": skipped}
+        self._pending = partial(self._write_step, row, tokens, start, end)
+
+    def validation(self, clock: Clock, loss: float, unigram_entropy: float | None) -> None:
+        self._flush()
+        self._unigram_entropy = unigram_entropy
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond, exp overflows
+        self._write("validation", {"step": clock.step, "loss": loss, "perplexity": perplexity})
+        self.note(f"validation at step {clock.step}: loss {loss:.3f}, perplexity {perplexity:.2f}")
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        self._flush()  # or a run killed after its checkpoint of this step would lack the step's row for good
+        yield
+        self._since = _mark(self._device)
+
+    def close(self, finished: bool) -> None:
+        self._flush()
+        self._file.close()
+        self._progress.close()
+        rows = [json.loads(line) for line in _whole_lines(self._path)]
+        parts = [self._reached(finished), self._losses(rows)]
+        if rows:
+            curve = self._run.folder / "curve.png"
+            _draw(curve, self._run.run.name, rows, self._unigram_entropy)
+            parts.append(str(curve))
+        if not finished:
+            early = self._clock.step < self._run.stop
+            parts.append("the same command continues it" if early else "a later stop_at continues it")
+        for tracker in self._trackers:
+            tracker.finish()
+        say("; ".join(part for part in parts if part))
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
+
+    def _write_step(self, row: Row, tokens: int, start: Mark, end: Mark) -> None:
+        seconds = _seconds(start, end)
+        rate = tokens / seconds
+        row |= {
+            "loss": row["loss"].item(),
+            "grad_norm": row["grad_norm"].item(),
+            "tokens_per_second": rate,
+            "mfu": self._model_flops * rate / self._peak if self._peak else None,
+            "hfu": self._hardware_flops * rate / self._peak if self._peak else None,
+            "peak_memory_bytes": _peak_memory(self._device),
+        }
+        self._write("train", row)
+        self._progress.step(row, seconds)
+
+    def _write(self, kind: str, row: Row) -> None:
+        unsayable = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        row = {"kind": kind} | row | dict.fromkeys(unsayable)  # JSON has no word for them but null
+        self._file.write(json.dumps(row) + "\n")
+        values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step"} if row[key] is not None}
+        for tracker in self._trackers:
+            tracker.log(values, step=row["step"])
+
+    def _reached(self, finished: bool) -> str:
+        clock, opened, run = self._clock, self._opened, self._run
+        state, of = ("finished", "") if finished else ("stopped", f" of {run.steps}")
+        since = f" since step {opened.step}" if opened.step else ""
+        spent = _duration(time.perf_counter() - self._opened_at)
+        return (f"{state}: {run.run.name} at step {clock.step}{of}, "
+                f"{_short(clock.tokens - opened.tokens)} tokens in {spent}{since}")
+
+    def _losses(self, rows: list[Row]) -> str:
+        (_, training), (_, validation) = _curve(rows, "train"), _curve(rows, "validation")
+        unigram = self._unigram_entropy
+        text = [f"train loss {training[-1]:.2f}"] if training else []
+        if validation:
+            text.append(f"validation loss {validation[-1]:.2f}")
+            if unigram is not None:
+                gain = unigram - validation[-1]
+                text[-1] += f" (unigram entropy {unigram:.2f}, {abs(gain):.2f} nats {'above' if gain < 0 else 'below'})"
+        return ", ".join(text)
+
+
+class _Progress:
+    """A bar on a terminal, else about a hundred plain lines over the run."""
+
+    def __init__(self, run: Run, clock: Clock) -> None:
+        self._steps, self._every = run.steps, -(-run.steps // 100)
+        self._always = (clock.step + 1, run.stop)
+        self._recent: deque[float] = deque(maxlen=25)
+        self._bar = tqdm(total=run.steps, initial=clock.step, unit="step", dynamic_ncols=True, file=sys.stdout,
+                         disable=not sys.stdout.isatty())
+
+    def step(self, row: Row, seconds: float) -> None:
+        self._recent.append(seconds)
+        step, speed = row["step"], f"{row['tokens_per_second']:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
+        self._bar.update()
+        if self._bar.disable and (step % self._every == 0 or step in self._always):
+            # The median: compilation makes a process's first step slow, and one slow step says little of the rest.
+            left = _duration(statistics.median(self._recent) * (self._steps - step))
+            skipped = f"  skipped, loss scale {row['loss_scale']:g}" if row.get("skipped") else ""
+            say(f"step {step}/{self._steps}  loss {row['loss']:.3f}  lr {row['lr']:.1e}  |g| {row['grad_norm']:.2f}  "
+                f"{speed}  ETA {left}{skipped}")
+
+    def note(self, text: str) -> None:
+        with tqdm.external_write_mode(file=sys.stdout):  # the bar steps aside, where there is one
+            say(text)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _mark(device: torch.device) -> Mark:
+    """Now, in a GPU's own stream of work, which runs behind the host; else by the host's clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _seconds(start: Mark, end: Mark) -> float:
+    """Seconds between two marks, waiting until the device has passed `end`."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def peak_tflops(device_name: str, precision: Precision) -> float | None:
+    """Dense TFLOP/s of a device by the table, or None: for an unknown one or a slice of one, for bf16 on a V100,
+    which lacks it, and for fp32, where the figure hangs on whether TF32 is allowed."""
+    words = set(re.findall(r"[A-Za-z0-9]+", device_name))
+    if precision is Precision.fp32 or "MIG" in words or (precision is Precision.bf16 and "V100" in words):
+        return None
+    return next((tflops for key, tflops in PEAK_TFLOPS.items() if words.issuperset(key.split())), None)
+
+
+def _peak_flops(run: Run, device: torch.device) -> float | None:
+    """FLOP/s of one device, from `logging.peak_tflops` or the table."""
+    tflops, precision = run.logging.peak_tflops, run.precision.name
+    if tflops is None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        tflops = peak_tflops(name, precision)
+        if tflops is None:
+            say(f"peak {precision.value} FLOP/s of {name} unknown, mfu and hfu stay null: set logging.peak_tflops")
+    return None if tflops is None else tflops * 1e12
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: of tensors on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The file's lines, less a last one that a kill cut short."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def _keep_rows(path: Path, last_step: int) -> None:
+    """Take back, at once or not at all, the rows of steps after `last_step`, which will be run again."""
+    lines = _whole_lines(path) if last_step > 0 and path.exists() else []
+    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= last_step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _open_trackers(run: Run, clock: Clock) -> list[Tracker]:
+    """The experiment trackers, started and told the resolved configuration."""
+    if run.logging.wandb is Wandb.disabled and not run.logging.tensorboard:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker
+
+    PartialState()  # the trackers ask it who is main; it takes the process group it finds and makes none
+    trackers: list[Tracker] = []
+    if run.logging.wandb is not Wandb.disabled:
+        trackers.append(_open_wandb(run))
+    if run.logging.tensorboard:
+        # purge_step hides the events of steps that will be run again, as `_keep_rows` does
+        tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
+        tensorboard.start()
+        trackers.append(tensorboard)
+    settings = _flat(to_dict(run))
+    for tracker in trackers:
+        tracker.store_init_configuration(settings)
+    return trackers
+
+
+def _open_wandb(run: Run) -> Tracker:
+    mode, folder = run.logging.wandb, run.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)  # where it is missing, wandb writes elsewhere
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # its service logs, else in ~/.cache
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    settings = wandb.Settings(silent=True, console="off")
+    tracker = WandBTracker("opt-parallel", name=run.run.name, dir=str(folder), mode=mode.value, settings=settings)
+    try:
+        if mode is Wandb.online:
+            wandb.setup(settings=settings)
+            if not wandb.login(prompt=False, verify=False):  # wandb.init would ask at the terminal
+                raise UserError("logging.wandb=online finds no API key: set WANDB_API_KEY, run `wandb login` once, "
+                                "or use logging.wandb=offline")
+        tracker.start()
+    except wandb.Error as error:
+        raise UserError(f"logging.wandb={mode.value} failed: {one_line(error)}; check WANDB_API_KEY and the network, "
+                        "or use logging.wandb=offline or disabled") from error
+    return tracker
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested sections as `section.key`; what TensorBoard cannot hold (null, lists) as text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
+
+
+def _draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None) -> None:
+    """Write the picture of the losses over the steps."""
+    from matplotlib.figure import Figure  # no pyplot: no display asked for, no figure left behind
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    steps, losses = _curve(rows, "train")
+    if len(steps) < SMOOTH_FROM:
+        axes.plot(steps, losses, color="#1f5f99", linewidth=1.4, label="training")
+    else:
+        axes.plot(steps, losses, color="#a9c8e4", linewidth=0.8, label="training")
+        axes.plot(steps, _smoothed(losses), color="#1f5f99", linewidth=1.8, label="training, smoothed")
+    if any(row["kind"] == "validation" for row in rows):
+        axes.plot(*_curve(rows, "validation"), "o-", color="#d1600f", markeredgecolor="white", label="validation")
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color="#777777", linestyle="--", linewidth=1, label="unigram entropy")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.02)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _curve(rows: list[Row], kind: str) -> tuple[list[int], list[float]]:
+    """Steps and losses of all rows of a kind; NaN, a gap in the picture, for a loss that was not finite."""
+    chosen = [row for row in rows if row["kind"] == kind]
+    return [row["step"] for row in chosen], [math.nan if row["loss"] is None else row["loss"] for row in chosen]
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """Means over a twentieth of the curve, centred so that the line does not lag; narrower at the steep beginning,
+    one-sided at the flat end."""
+    reaches = [min(i, len(losses) // 40) for i in range(len(losses))]
+    return [statistics.fmean(losses[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
+
+
+def _duration(seconds: float) -> str:
+    """`3:12`, or `1:02:03` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _short(count: int) -> str:
+    """`812`, `12.3k`, `2.5M`, `180.0B`."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return str(count)

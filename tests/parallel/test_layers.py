@@ -1,0 +1,150 @@
+"""Parallel layers are their unsplit selves: output, input gradient, every weight gradient, the weights after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from layouts import assemble
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opt_parallel.topology import Group
+
+SIZES = [1, 2, 4]
+VOCABULARY, WIDTH, PAD = 11, 8, 1  # 11 divides by neither 2 nor 4: padded rows are in play
+
+
+def column_then_row(group: Group) -> nn.Module:
+    from opt_parallel.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+    return nn.Sequential(
+        ColumnParallelLinear(WIDTH, 16, group, 0.5), nn.Tanh(), RowParallelLinear(16, WIDTH, group, 0.5)
+    )
+
+
+def three_blocks(group: Group) -> nn.Module:
+    from opt_parallel.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.column = ColumnParallelLinear(WIDTH, 12, group, 0.5, blocks=3)
+            self.row = RowParallelLinear(12, WIDTH, group, 0.5)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            first, second, third = self.column(hidden).chunk(3, dim=-1)
+            return self.row(first * second + third)
+
+    return Product()
+
+
+def vocabulary(group: Group) -> nn.Module:
+    from opt_parallel.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = VocabParallelEmbedding(VOCABULARY, WIDTH, PAD, group, 0.5)
+            self.head = VocabParallelHead(self.embedding)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            ids = torch.tensor([[0, PAD, 5], [10, 9, 3]])
+            labels = torch.tensor([[10, 4, -100], [PAD, 0, 7]])
+            embedded = self.embedding(ids) + hidden[:, :3]
+            return torch.stack([self.head(embedded, labels), self.head(embedded).sin().sum()])
+
+    return Tied()
+
+
+LAYERS: dict[str, Callable[[Group], nn.Module]] = {
+    "column then row": column_then_row, "three blocks": three_blocks, "vocabulary": vocabulary,
+}  # fmt: skip
+
+
+def one_step(name: str, size: int) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]:
+    """Output, input gradient, this rank's parts of the weights' gradients and of the weights after an SGD step."""
+    from opt_parallel.parallel.shard import fill, marked, random_source
+    from opt_parallel.topology import Topology
+
+    with Topology.open(size) as topology:
+        with torch.device("meta"):
+            model = LAYERS[name](topology.tensor)
+        fill(model, random_source(7), torch.device("cpu"), torch.float64)
+        generator = torch.Generator().manual_seed(2)
+        hidden = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
+        output = model(hidden)
+        output.backward(torch.randn(output.shape, dtype=torch.float64, generator=generator))
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        gradients, weights = {}, {}
+        for parameter, tensor, shard in marked(model):
+            assert tensor.grad is not None
+            gradients[parameter] = (shard.shape, shard.range, tensor.grad[shard.real].numpy())
+            weights[parameter] = (shard.shape, shard.range, tensor.detach()[shard.real].numpy())
+        assert hidden.grad is not None
+        return output.detach(), hidden.grad, gradients, weights
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_one_process(crew: Any, name: str, size: int) -> None:
+    [(output, input_gradient, gradients, weights)] = crew(1)(one_step, name, 1)
+    answers = crew(size)(one_step, name, size)
+    exact = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums in another order
+    for other_output, other_gradient, _, _ in answers:
+        torch.testing.assert_close(other_output, output, **exact)
+        torch.testing.assert_close(other_gradient, input_gradient, **exact)
+    for single, parts in ((gradients, [a[2] for a in answers]), (weights, [a[3] for a in answers])):
+        expected, found = assemble([single]), assemble(parts)
+        for parameter, tensor in expected.items():
+            torch.testing.assert_close(found[parameter], tensor, **exact)
+
+
+def test_vocabulary_is_torchs_own(crew: Any) -> None:
+    """The tied embedding and head on one process against torch.nn.functional: value and gradients."""
+    [(output, input_gradient, gradients, _)] = crew(1)(one_step, "vocabulary", 1)
+    from opt_parallel.parallel.shard import Normal, Shard, random_source
+
+    shard = Shard((VOCABULARY, WIDTH), 0, 0, 1, Normal(0.5, zero_row=PAD), True)
+    weight = random_source(7)("embedding.weight", shard).double().requires_grad_()
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
+    upstream = torch.randn(2, dtype=torch.float64, generator=generator)
+    embedded = F.embedding(torch.tensor([[0, PAD, 5], [10, 9, 3]]), weight, padding_idx=PAD) + hidden[:, :3]
+    logits = embedded @ weight.T
+    labels = torch.tensor([[10, 4, -100], [PAD, 0, 7]])
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    expected = torch.stack([loss, logits.sin().sum()])
+    expected.backward(upstream)
+    torch.testing.assert_close(output, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(input_gradient, hidden.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(assemble([gradients])["embedding.weight"], weight.grad, rtol=1e-12, atol=1e-12)
+
+
+def extreme_loss(size: int) -> tuple[float, Tensor]:
+    from opt_parallel.parallel.vocab import vocab_parallel_cross_entropy
+    from opt_parallel.topology import Topology
+
+    logits = torch.randn(4, 8, dtype=torch.float16, generator=torch.Generator().manual_seed(1)) * 1000
+    with Topology.open(size) as topology:
+        rank, width = topology.tensor.rank, 8 // size
+        part = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_()
+        labels = torch.tensor([0, 7, -100, 3])
+        loss = vocab_parallel_cross_entropy(part, labels, rank * width, (rank + 1) * width, topology.tensor)
+        loss.backward(torch.tensor(1e-4))
+        assert part.grad is not None
+        return loss.item(), part.grad
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_loss_is_stable_at_large_logits_and_small_upstream(crew: Any, size: int) -> None:
+    logits = torch.randn(4, 8, dtype=torch.float16, generator=torch.Generator().manual_seed(1)) * 1000
+    exact = logits.double().requires_grad_()
+    loss = F.cross_entropy(exact, torch.tensor([0, 7, -100, 3]), reduction="sum")
+    (loss * 1e-4).backward()
+    answers = crew(size)(extreme_loss, size)
+    assert [value for value, _ in answers] == pytest.approx([loss.item()] * size, rel=1e-6)
+    found = torch.cat([gradient for _, gradient in answers], dim=1)
+    torch.testing.assert_close(found.double(), exact.grad, rtol=1e-3, atol=1e-7)  # fp16's own rounding

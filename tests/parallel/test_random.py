@@ -1,0 +1,76 @@
+"""Dropout as a counter hash: uniform, independent, pinned, and the same in every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from opt_parallel.parallel.random import Draw, hash_dropped
+from opt_parallel.topology import ALONE, Group
+
+DRAW = Draw(seed=1, step=3, micro=0, data_rank=0, samples=torch.arange(64))
+
+
+def test_rate_and_independence() -> None:
+    rate = 0.1
+    dropped = hash_dropped(torch.arange(400), 128, 256, rate, key=12345).double() - rate
+    deviation = (rate * (1 - rate)) ** 0.5
+    assert abs(float(dropped.mean())) < 5 * deviation / dropped.numel() ** 0.5
+    for dims in ((1, 2), (0, 2), (0, 1)):  # per sample, per position, per channel
+        means = dropped.mean(dims)
+        expected = deviation / (dropped.numel() / means.numel()) ** 0.5
+        assert float(means.std()) == pytest.approx(expected, rel=0.25)
+    for dim in range(3):
+        rows = dropped.transpose(0, dim).flatten(1)
+        correlation = rows @ rows.T / rows.size(1) / deviation**2
+        correlation.fill_diagonal_(0)
+        assert float(correlation.abs().max()) < 6 / rows.size(1) ** 0.5
+
+
+def test_scaled_and_expected_value_kept() -> None:
+    ones = torch.ones(64, 32, 48)
+    dropped = DRAW.dropout(ones, 0.25, layer=0, site=0)
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
+    assert DRAW.dropout(ones, 0.0, 0, 0) is ones
+
+
+def test_pinned() -> None:
+    """The stream may never change unnoticed: a resumed run would see other masks."""
+    dropped = hash_dropped(torch.tensor([0, 1, 2**40 + 3]), 4, 1000, 0.5, key=7).sum((1, 2)).tolist()
+    assert dropped == [1924, 2021, 1991]
+    assert [DRAW.drops_layer(0.5, layer) for layer in range(12)] == PINNED_LAYERS
+
+
+PINNED_LAYERS = [False, True, False, True, False, True, False, True, True, False, False, True]
+
+
+def test_depends_on_the_sample_and_not_on_the_micro_batch() -> None:
+    hidden = torch.ones(64, 8, 16)
+    whole = DRAW.dropout(hidden, 0.3, 2, 1)
+    part = dataclasses.replace(DRAW, micro=5, data_rank=3, step=9, samples=torch.arange(16, 24))
+    assert torch.equal(part.dropout(hidden[:8], 0.3, 2, 1), whole[16:24])
+    for other in (DRAW.dropout(hidden, 0.3, 2, 0), DRAW.dropout(hidden, 0.3, 3, 1),
+                  dataclasses.replace(DRAW, seed=2).dropout(hidden, 0.3, 2, 1),
+                  dataclasses.replace(DRAW, samples=DRAW.samples + 2**32).dropout(hidden, 0.3, 2, 1)):  # fmt: skip
+        assert not torch.equal(other, whole)
+
+
+def test_layerdrop_rate() -> None:
+    decisions = [dataclasses.replace(DRAW, step=step).drops_layer(0.2, layer) for step in range(500) for layer in range(8)]
+    assert sum(decisions) / len(decisions) == pytest.approx(0.2, abs=0.03)
+    assert not DRAW.drops_layer(0.0, 0)
+
+
+def test_attention_seed_depends_on_everything_it_names() -> None:
+    def drawn(draw: Draw, layer: int, group: Group) -> float:
+        draw.seed_attention(layer, group)
+        return float(torch.rand(()))
+
+    first = drawn(DRAW, 0, ALONE)
+    assert drawn(DRAW, 0, ALONE) == first
+    others = [dataclasses.replace(DRAW, **{name: 7}) for name in ("seed", "step", "micro", "data_rank")]
+    values = [first, drawn(DRAW, 1, ALONE), drawn(DRAW, 0, Group(None, 1, 2)), *(drawn(d, 0, ALONE) for d in others)]
+    assert len(set(values)) == len(values)

@@ -1,0 +1,109 @@
+"""The house: modules import downwards only, stay small, and keep DeepSpeed and torch.distributed in their rooms."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the ground up. A module imports from lower floors, or from other modules of its own folder.
+FLOORS = [
+    ["errors", "log"],
+    ["shapes", "clock", "interrupt"],
+    ["config"],
+    ["topology"],
+    ["parallel", "data", "metrics"],
+    ["model", "optim"],
+    ["engine"],
+    ["checkpoint", "evaluate"],
+    ["export", "verify"],
+    ["loop"],
+    ["train"],
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = sorted([*(ROOT / "opt_parallel").rglob("*.py"), ROOT / "train.py"])
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+# who may import what; everybody else may not
+RESERVED = {
+    "deepspeed": {"engine"},
+    "torch.distributed": {"topology", "parallel.collectives", "checkpoint"},
+    "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "engine", "checkpoint", "evaluate",
+              "export", "verify", "loop"},
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    """`parallel.linear` for opt_parallel/parallel/linear.py, `train` for train.py, "" for opt_parallel/__init__.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part not in ("opt_parallel", "__init__"))
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """Full dotted names of everything imported, at any depth of the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def broken_rules(name: str, source: str) -> list[str]:
+    """What a module's source does that the house does not allow."""
+    tree, room, broken = ast.parse(source), name.partition(".")[0], []
+    if name and room not in FLOOR_OF:
+        broken.append(f"{name} stands on no floor")
+    for imported in imports_of(tree):
+        if imported.startswith("opt_parallel."):
+            other = imported.split(".")[1]
+            if other != room and FLOOR_OF[other] >= FLOOR_OF[room]:
+                broken.append(f"{name} imports upward or sideways: {imported}")
+        for library, allowed in RESERVED.items():
+            inside = imported == library or imported.startswith(f"{library}.")
+            if inside and not any(name == owner or name.startswith(f"{owner}.") for owner in allowed):
+                broken.append(f"{name} may not import {imported}")
+    if len(source.splitlines()) > LONGEST_FILE:
+        broken.append(f"{name} has {len(source.splitlines())} lines, over {LONGEST_FILE}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (length := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION:
+            broken.append(f"{name}.{node.name} has {length} lines, over {LONGEST_FUNCTION}")
+    return broken
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_module_keeps_the_rules(path: Path) -> None:
+    assert not broken_rules(name_of(path), path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("model.opt", "from opt_parallel.engine import Engine"),
+        ("topology", "def f():\n    from opt_parallel.parallel.shard import Shard"),
+        ("data.order", "from opt_parallel.parallel.shard import Shard"),
+        ("loop", "import deepspeed"),
+        ("model.opt", "from torch import distributed"),
+        ("config", "import torch"),
+        ("attic", "x = 1"),
+        ("optim", "x = 1\n" * 401),
+        ("optim", "def f():\n" + "    x = 1\n" * 60),
+    ],
+)
+def test_the_guard_sees_a_broken_rule(name: str, source: str) -> None:
+    assert broken_rules(name, source)
+
+
+def test_no_circle_inside_a_folder() -> None:
+    edges = {name_of(path): {i for i in imports_of(ast.parse(path.read_text()))} for path in MODULES}
+    graph = {
+        name: {other for other in edges if other and other != name and f"opt_parallel.{other}." in " ".join(
+            f"{imported}." for imported in imported_names)}
+        for name, imported_names in edges.items()
+    }  # fmt: skip
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for leaf in leaves:
+            del graph[leaf]
+    assert not graph, f"modules import each other in a circle: {sorted(graph)}"
