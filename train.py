@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,22 +13,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.config import register_schema, run_from
-from opt_parallel.errors import guarded
+from opt_parallel.compose import explain, register_schema, run_from
+from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
+
+said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
-        with open_dict(config):
-            config.run.dir = os.path.relpath(HydraConfig.get().runtime.output_dir)
-    run = run_from(config)
+    with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            with open_dict(config):
+                config.run.dir = os.path.relpath(HydraConfig.get().runtime.output_dir)
+        run = run_from(config)
+        run.check_world(int(os.environ.get("WORLD_SIZE", "1")))
 
-    from opt_parallel.loop import train  # only now: torch and DeepSpeed take seconds
+        from opt_parallel.loop import train  # only now: torch and DeepSpeed take seconds
 
-    status = train(run)
+        status = train(run)
     if status:
         sys.exit(status)
 
@@ -35,6 +40,6 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     quiet_libraries()
     register_schema()
-    if os.environ.setdefault("HYDRA_FULL_ERROR", "1") == "1":  # hand us the error instead of printing its own way
-        guarded(main, expected=(HydraException, OmegaConfBaseException))
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the errors of composing, too
+    with said_in_one_line():
+        main()

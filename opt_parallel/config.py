@@ -1,7 +1,7 @@
 """The typed configuration of a run: one section a file group, and the checks that reach across sections.
 
-Hydra composes YAML and command line into these types (`configs/`), so an unknown key or a wrong type fails while
-composing; `Run` checks the rest as it is made and is sealed after. Nothing here imports torch.
+Hydra composes YAML and command line into these types (`compose.py`), so an unknown key or a wrong type fails there;
+`Run` checks the rest as it is made and is sealed after. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
-
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
 
 from opt_parallel.shapes import ModelConfig, Section, require
 
@@ -264,8 +261,8 @@ class Run(Section):
         self._check_model_fits()
         require(
             self.zero.stage > 0 or self.precision.name is Precision.fp32,
-            f"precision={self.precision.name.value} needs ZeRO's fp32 master weights, which zero.stage=0 does not keep: "
-            "use zero.stage=1, 2 or 3, or precision=fp32",
+            f"precision={self.precision.name.value} needs ZeRO's fp32 master weights, which zero.stage=0 does not "
+            "keep: use zero.stage=1, 2 or 3, or precision=fp32",
         )
         require(
             self.warmup_steps <= self.steps,
@@ -331,32 +328,6 @@ class Run(Section):
     @property
     def folder(self) -> Path:
         return Path(self.run.dir)
-
-
-def register_schema() -> None:
-    """Make the types known to Hydra as `schema`, first in the defaults of `configs/config.yaml`."""
-    ConfigStore.instance().store(name="schema", node=Run)
-
-
-def run_from(config: DictConfig) -> Run:
-    """The composed configuration as a checked, sealed `Run`.
-
-    Raises: `UserError`, OmegaConf's errors."""
-    run = OmegaConf.to_object(config)
-    assert isinstance(run, Run)
-    return run
-
-
-def to_yaml(run: Run) -> str:
-    """The resolved configuration, as it is written beside the run."""
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
-
-
-def to_dict(run: Run) -> dict[str, Any]:
-    """The resolved configuration in plain values (enums by name)."""
-    plain = OmegaConf.to_container(OmegaConf.structured(run), resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
 
 
 def _as_list(value: Any) -> list[str]:

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -24,11 +25,13 @@ def one_line(error: BaseException) -> str:
 def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
     """End this process with `status`; under a launcher rank 0 alone prints `line`.
 
-    A launcher ends every rank as soon as one of them stops, so the others wait to be told,
-    `patience` seconds at most: rank 0 must get to speak first.
+    A launcher ends every rank as soon as one of them stops. So the others wait to be told, `patience` seconds at most,
+    since rank 0 must get to speak first; and rank 0 stays a moment, for those that are still starting.
     """
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {line}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(min(2.0, patience))
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
         time.sleep(patience)
@@ -36,17 +39,20 @@ def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
 
 
-def guarded(main: Callable[[], int | None], expected: tuple[type[Exception], ...] = ()) -> NoReturn:
-    """Run `main`, turning a user's mistake into one line and status 2.
+@contextmanager
+def reporting(
+    expected: tuple[type[Exception], ...] = (), explain: Callable[[BaseException], str] = str
+) -> Iterator[None]:
+    """Turn a user's mistake into one line and status 2.
 
-    `expected` are the types of a library in front of us (Hydra, OmegaConf) whose errors are the
-    user's too. Everything else is our own fault and keeps its traceback.
+    `expected` are the types of a library in front of us (Hydra, OmegaConf) whose errors are the user's too; `explain`
+    puts them into words. Everything else is our own fault and keeps its traceback.
     """
-    mistakes: tuple[type[Exception], ...] = (UserError, *expected)
     try:
-        status = main()
-    except mistakes as error:
-        leave(one_line(error))
+        yield
+    except UserError as error:
+        leave(str(error))
+    except expected as error:
+        leave(explain(error))
     except KeyboardInterrupt:
         leave("interrupted", status=130, patience=0.0)
-    sys.exit(status or 0)

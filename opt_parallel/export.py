@@ -49,8 +49,13 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: str) -> N
         _write_json(partial / CONFIG, config_for_hf(opened.config, DTYPES[dtype]))
         _write_json(partial / "generation_config.json", _generation_config(opened))
         for file in opened.tokenizer.iterdir():
-            if file.name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-                             "special_tokens_map.json"):
+            if file.name in (
+                "tokenizer.json",
+                "vocab.json",
+                "merges.txt",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+            ):
                 shutil.copy(file, partial / file.name)
         os.replace(partial, output)
     except OSError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from opt_parallel.checkpoint.store import Store, choose, step_of
 from opt_parallel.clock import Clock
-from opt_parallel.config import Run, to_yaml
+from opt_parallel.compose import to_yaml
+from opt_parallel.config import Run
 from opt_parallel.data.batches import Feed, unigram_entropy, validation_batches
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.engine import Engine
@@ -14,7 +15,7 @@ from opt_parallel.interrupt import Interrupt
 from opt_parallel.log import say
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import random_source
-from opt_parallel.topology import Topology, check_precision, local_device, world_size_from_environment
+from opt_parallel.topology import Topology, check_precision, local_device
 
 INTERRUPTED = 130  # the status of a process that Ctrl-C ended, by the shell's convention
 
@@ -23,7 +24,6 @@ def train(run: Run) -> int:
     """Train until `run.stop`; the process's exit status.
 
     Raises: UserError for what the user can mend."""
-    run.check_world(world_size_from_environment())
     check_precision(run.precision.name, local_device())
     if _already_finished(run):
         return 0

@@ -26,7 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opt_parallel.clock import Clock
-from opt_parallel.config import ActivationCheckpointing, Precision, Run, Wandb, to_dict
+from opt_parallel.compose import to_dict
+from opt_parallel.config import ActivationCheckpointing, Precision, Run, Wandb
+from opt_parallel.curve import draw, losses_of
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.log import say
 
@@ -47,7 +49,6 @@ PEAK_TFLOPS = {
     "MI300X": 1307.4,
     "MI250X": 191.5,
 }
-SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
 
 Row = dict[str, Any]
 Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported only where it is used
@@ -110,8 +111,14 @@ class _Recorder(Metrics):
         tokens, start, end = clock.tokens - self._clock.tokens, self._since, _mark(self._device)
         self._clock, self._since = clock, end
         self._flush()
-        row: Row = {"step": clock.step, "samples": clock.samples, "tokens": clock.tokens, "loss": loss, "lr": lr,
-                    "grad_norm": grad_norm}
+        row: Row = {
+            "step": clock.step,
+            "samples": clock.samples,
+            "tokens": clock.tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
         if self._run.precision.name is Precision.fp16:
             row |= {"loss_scale": loss_scale, "skipped": skipped}
         self._pending = partial(self._write_step, row, tokens, start, end)
@@ -140,7 +147,7 @@ class _Recorder(Metrics):
         parts = [self._reached(finished), self._losses(rows)]
         if rows:
             curve = self._run.folder / "curve.png"
-            _draw(curve, self._run.run.name, rows, self._unigram_entropy)
+            draw(curve, self._run.run.name, rows, self._unigram_entropy)
             parts.append(str(curve))
         if not finished:
             early = self._clock.step < self._run.stop
@@ -181,11 +188,13 @@ class _Recorder(Metrics):
         state, of = ("finished", "") if finished else ("stopped", f" of {run.steps}")
         since = f" since step {opened.step}" if opened.step else ""
         spent = _duration(time.perf_counter() - self._opened_at)
-        return (f"{state}: {run.run.name} at step {clock.step}{of}, "
-                f"{_short(clock.tokens - opened.tokens)} tokens in {spent}{since}")
+        return (
+            f"{state}: {run.run.name} at step {clock.step}{of}, "
+            f"{_short(clock.tokens - opened.tokens)} tokens in {spent}{since}"
+        )
 
     def _losses(self, rows: list[Row]) -> str:
-        (_, training), (_, validation) = _curve(rows, "train"), _curve(rows, "validation")
+        (_, training), (_, validation) = losses_of(rows, "train"), losses_of(rows, "validation")
         unigram = self._unigram_entropy
         text = [f"train loss {training[-1]:.2f}"] if training else []
         if validation:
@@ -203,8 +212,14 @@ class _Progress:
         self._steps, self._every = run.steps, -(-run.steps // 100)
         self._always = (clock.step + 1, run.stop)
         self._recent: deque[float] = deque(maxlen=25)
-        self._bar = tqdm(total=run.steps, initial=clock.step, unit="step", dynamic_ncols=True, file=sys.stdout,
-                         disable=not sys.stdout.isatty())
+        self._bar = tqdm(
+            total=run.steps,
+            initial=clock.step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            disable=not sys.stdout.isatty(),
+        )
 
     def step(self, row: Row, seconds: float) -> None:
         self._recent.append(seconds)
@@ -215,8 +230,10 @@ class _Progress:
             # The median: compilation makes a process's first step slow, and one slow step says little of the rest.
             left = _duration(statistics.median(self._recent) * (self._steps - step))
             skipped = f"  skipped, loss scale {row['loss_scale']:g}" if row.get("skipped") else ""
-            say(f"step {step}/{self._steps}  loss {row['loss']:.3f}  lr {row['lr']:.1e}  |g| {row['grad_norm']:.2f}  "
-                f"{speed}  ETA {left}{skipped}")
+            say(
+                f"step {step}/{self._steps}  loss {row['loss']:.3f}  lr {row['lr']:.1e}  |g| {row['grad_norm']:.2f}  "
+                f"{speed}  ETA {left}{skipped}"
+            )
 
     def note(self, text: str) -> None:
         with tqdm.external_write_mode(file=sys.stdout):  # the bar steps aside, where there is one
@@ -230,7 +247,7 @@ def _mark(device: torch.device) -> Mark:
     """Now, in a GPU's own stream of work, which runs behind the host; else by the host's clock."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
@@ -321,12 +338,16 @@ def _open_wandb(run: Run) -> Tracker:
         if mode is Wandb.online:
             wandb.setup(settings=settings)
             if not wandb.login(prompt=False, verify=False):  # wandb.init would ask at the terminal
-                raise UserError("logging.wandb=online finds no API key: set WANDB_API_KEY, run `wandb login` once, "
-                                "or use logging.wandb=offline")
+                raise UserError(
+                    "logging.wandb=online finds no API key: set WANDB_API_KEY, run `wandb login` once, "
+                    "or use logging.wandb=offline"
+                )
         tracker.start()
     except wandb.Error as error:
-        raise UserError(f"logging.wandb={mode.value} failed: {one_line(error)}; check WANDB_API_KEY and the network, "
-                        "or use logging.wandb=offline or disabled") from error
+        raise UserError(
+            f"logging.wandb={mode.value} failed: {one_line(error)}; check WANDB_API_KEY and the network, "
+            "or use logging.wandb=offline or disabled"
+        ) from error
     return tracker
 
 
@@ -339,45 +360,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | fl
         else:
             flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return flat
-
-
-def _draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None) -> None:
-    """Write the picture of the losses over the steps."""
-    from matplotlib.figure import Figure  # no pyplot: no display asked for, no figure left behind
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    steps, losses = _curve(rows, "train")
-    if len(steps) < SMOOTH_FROM:
-        axes.plot(steps, losses, color="#1f5f99", linewidth=1.4, label="training")
-    else:
-        axes.plot(steps, losses, color="#a9c8e4", linewidth=0.8, label="training")
-        axes.plot(steps, _smoothed(losses), color="#1f5f99", linewidth=1.8, label="training, smoothed")
-    if any(row["kind"] == "validation" for row in rows):
-        axes.plot(*_curve(rows, "validation"), "o-", color="#d1600f", markeredgecolor="white", label="validation")
-    if unigram_entropy is not None:
-        axes.axhline(unigram_entropy, color="#777777", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.margins(x=0.02)
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def _curve(rows: list[Row], kind: str) -> tuple[list[int], list[float]]:
-    """Steps and losses of all rows of a kind; NaN, a gap in the picture, for a loss that was not finite."""
-    chosen = [row for row in rows if row["kind"] == kind]
-    return [row["step"] for row in chosen], [math.nan if row["loss"] is None else row["loss"] for row in chosen]
-
-
-def _smoothed(losses: list[float]) -> list[float]:
-    """Means over a twentieth of the curve, centred so that the line does not lag; narrower at the steep beginning,
-    one-sided at the flat end."""
-    reaches = [min(i, len(losses) // 40) for i in range(len(losses))]
-    return [statistics.fmean(losses[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 
 
 def _duration(seconds: float) -> str:

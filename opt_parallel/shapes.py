@@ -75,8 +75,14 @@ class ModelConfig(Section):
     eos_token_id: int = 2
 
     def check(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim",
-                     "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "ffn_dim",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"model.{name}={value} must be at least 1")
         require(

@@ -30,11 +30,6 @@ class Group:
 ALONE = Group(None, 0, 1)
 
 
-def world_size_from_environment() -> int:
-    """How many processes the launcher started (torchrun, deepspeed and accelerate set WORLD_SIZE); 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def local_device() -> torch.device:
     """This process's GPU, or the CPU on a machine without one.
 

@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import re
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from opt_parallel.data.prepare import Corpus
-from opt_parallel.errors import UserError, guarded
+from opt_parallel.data.sources import Corpus
+from opt_parallel.errors import UserError, reporting
 from opt_parallel.shapes import require
 
 LEAST_CHARACTERS = 2000  # docstrings of one module are gathered into documents of at least this many, where they last
@@ -135,4 +136,5 @@ def _write(folder: Path, splits: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    with reporting():
+        sys.exit(main())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opt_parallel.errors import guarded
+from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, such as 5GB (default)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -24,4 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    with reporting():
+        main()

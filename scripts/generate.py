@@ -6,13 +6,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opt_parallel.errors import UserError, guarded
+from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries, say
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder"
+    )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree")
@@ -35,7 +37,7 @@ def main() -> None:
     ids = torch.tensor([[opened.config.eos_token_id, *encoded]])  # OPT's prompts begin with </s>
     if ids.size(1) >= opened.config.max_position_embeddings:
         raise UserError(
-            f"--prompt has {ids.size(1)} tokens, the model {opened.config.max_position_embeddings} positions: shorten it"
+            f"--prompt has {ids.size(1)} tokens, the model {opened.config.max_position_embeddings} positions"
         )
     with Topology.open(arguments.tensor) as topology:
         model = opened.model(topology.tensor, topology.device)
@@ -44,4 +46,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    with reporting():
+        main()

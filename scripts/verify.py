@@ -5,9 +5,10 @@ Status 0 if they agree, 1 if they do not."""
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from opt_parallel.errors import guarded
+from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
 
 
@@ -21,10 +22,13 @@ def main() -> int:
     differences = logit_differences(arguments.checkpoint)
     agree = max(differences.values()) <= TOLERANCE
     figures = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    print(f"{arguments.checkpoint}: {'agrees' if agree else 'DISAGREES'} with transformers; "
-          f"largest difference of logits: {figures} (limit {TOLERANCE:.0e})")
+    print(
+        f"{arguments.checkpoint}: {'agrees' if agree else 'DISAGREES'} with transformers; "
+        f"largest difference of logits: {figures} (limit {TOLERANCE:.0e})"
+    )
     return 0 if agree else 1
 
 
 if __name__ == "__main__":
-    guarded(main)
+    with reporting():
+        sys.exit(main())

@@ -22,11 +22,17 @@ from opt_parallel.config import (
 from opt_parallel.data.batches import Batch
 from opt_parallel.shapes import ModelConfig
 
-TINY = dict(
-    vocab_size=515, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, ffn_dim=256,
-    max_position_embeddings=64, init_std=0.08, attention_dropout=0.0,
-)  # 515 divides by neither 2 nor 4: the padded vocabulary is always in play
-STYLE_350M = dict(do_layer_norm_before=False, word_embed_proj_dim=32)
+TINY = {
+    "vocab_size": 515,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 256,
+    "max_position_embeddings": 64,
+    "init_std": 0.08,
+    "attention_dropout": 0.0,
+}  # 515 divides by neither 2 nor 4: the padded vocabulary is always in play
+STYLE_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
 
 
 @dataclasses.dataclass(frozen=True)

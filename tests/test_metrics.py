@@ -28,8 +28,19 @@ from opt_parallel.shapes import ModelConfig
 
 CPU = torch.device("cpu")
 QUIET = LoggingConfig(wandb=Wandb.disabled, tensorboard=False)
-TRAIN_KEYS = {"kind", "step", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "hfu",
-              "peak_memory_bytes"}
+TRAIN_KEYS = {
+    "kind",
+    "step",
+    "samples",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "hfu",
+    "peak_memory_bytes",
+}
 
 
 def run_in(folder: Path, **fields: Any) -> Run:
@@ -95,7 +106,11 @@ def test_a_step_is_read_at_the_next_call(tmp_path: Path) -> None:
     take(metrics, 3)
     with metrics.pause():  # a checkpoint: what precedes it must be on disk
         assert [(row["kind"], row["step"]) for row in rows_of(tmp_path)] == [
-            ("train", 1), ("train", 2), ("validation", 2), ("train", 3)]
+            ("train", 1),
+            ("train", 2),
+            ("validation", 2),
+            ("train", 3),
+        ]
     take(metrics, 4)
     metrics.close(finished=False)
     assert rows_of(tmp_path)[-1]["step"] == 4
@@ -138,9 +153,13 @@ def test_utilisation_of_opt_1b3_and_pauses(tmp_path: Path, monkeypatch: pytest.M
     """9.07 GFLOP a token at 2,048: 45,455 tokens/s are 41.7% of a 989 TFLOP/s device."""
     watch = Watch(monkeypatch)
     model = ModelConfig(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192)
-    run = run_in(tmp_path, model=model, data=DataConfig(sequence_length=2048),
-                 activation_checkpointing=ActivationCheckpointing.full,
-                 logging=LoggingConfig(wandb=Wandb.disabled, tensorboard=False, peak_tflops=989))
+    run = run_in(
+        tmp_path,
+        model=model,
+        data=DataConfig(sequence_length=2048),
+        activation_checkpointing=ActivationCheckpointing.full,
+        logging=LoggingConfig(wandb=Wandb.disabled, tensorboard=False, peak_tflops=989),
+    )
     metrics = Metrics.open(run, 2, True, CPU, Clock())
     one = torch.tensor(1.0)
     watch.now += 4.0
@@ -225,7 +244,9 @@ def test_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     metrics.note("a word")
     metrics.close(finished=False)
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "a word", "step 120/600  loss 4.512  lr 3.0e-04  |g| 0.83  5,120 tokens/s  ETA 3:12"]
+        "a word",
+        "step 120/600  loss 4.512  lr 3.0e-04  |g| 0.83  5,120 tokens/s  ETA 3:12",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -242,9 +263,7 @@ def test_about_a_hundred_lines(
     assert [int(step) for step in re.findall(r"^step (\d+)/", capsys.readouterr().out, re.MULTILINE)] == expected
 
 
-def test_summary_and_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_and_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     watch = Watch(monkeypatch)
     metrics = Metrics.open(run_in(tmp_path, steps=2), 1, True, CPU, Clock())
     curve = tmp_path / "curve.png"
@@ -252,7 +271,8 @@ def test_summary_and_curve(
     metrics.step(Clock(1, 8, 1_250_000), torch.tensor(4.5), torch.tensor(1.0), 3e-4, None, False)
     metrics.close(finished=False)
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"stopped: demo at step 1 of 2, 1.2M tokens in 2:05; train loss 4.50; {curve}; the same command continues it")
+        f"stopped: demo at step 1 of 2, 1.2M tokens in 2:05; train loss 4.50; {curve}; the same command continues it"
+    )
     metrics = Metrics.open(run_in(tmp_path, steps=2), 1, True, CPU, Clock(1, 8, 1_250_000))
     watch.now += 3700.0
     metrics.step(Clock(2, 16, 2_500_000), torch.tensor(3.91), torch.tensor(1.0), 3e-4, None, False)
@@ -260,7 +280,8 @@ def test_summary_and_curve(
     metrics.close(finished=True)
     assert capsys.readouterr().out.splitlines()[-1] == (
         "finished: demo at step 2, 1.2M tokens in 1:01:40 since step 1; train loss 3.91, "
-        f"validation loss 4.02 (unigram entropy 6.31, 2.29 nats below); {curve}")
+        f"validation loss 4.02 (unigram entropy 6.31, 2.29 nats below); {curve}"
+    )
     metrics = Metrics.open(run_in(tmp_path, steps=3, stop_at=2), 1, True, CPU, Clock(2, 16, 2_500_000))
     metrics.close(finished=False)
     assert capsys.readouterr().out.endswith(f"{curve}; a later stop_at continues it\n")

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from opt_parallel.checkpoint.reshard import MANIFEST, read_manifest, weights_file
 from opt_parallel.clock import Clock
-from opt_parallel.config import Run, to_dict
+from opt_parallel.compose import to_dict
+from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.topology import Topology

@@ -176,9 +176,7 @@ class Decoder(nn.Module):
             # One token, times zero, costs next to nothing and makes the gradient a true zero.
             return hidden + 0.0 * block(hidden[:1, :1], None, None, None).sum()
         if draw is not None and self.recompute is ActivationCheckpointing.full:
-            recomputed = checkpoint(
-                block, hidden, mask, draw, cache, use_reentrant=False, preserve_rng_state=False
-            )
+            recomputed = checkpoint(block, hidden, mask, draw, cache, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(recomputed, Tensor)
             return recomputed
         return block(hidden, mask, draw, cache)

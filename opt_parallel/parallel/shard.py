@@ -134,7 +134,7 @@ def fill(
             if empty not in made:
                 shard = shard_of(empty)
                 values = torch.zeros(shard.local_shape, dtype=dtype, device=device)
-                values[shard.real] = source(f"{prefix}.{name}" if prefix else name, shard).to(device, dtype)
+                values[shard.real].copy_(source(f"{prefix}.{name}" if prefix else name, shard))
                 made[empty] = mark(nn.Parameter(values, requires_grad=empty.requires_grad), shard)
             setattr(module, name, made[empty])
         if own:

@@ -59,7 +59,8 @@ def test_depends_on_the_sample_and_not_on_the_micro_batch() -> None:
 
 
 def test_layerdrop_rate() -> None:
-    decisions = [dataclasses.replace(DRAW, step=step).drops_layer(0.2, layer) for step in range(500) for layer in range(8)]
+    steps = [dataclasses.replace(DRAW, step=step) for step in range(500)]
+    decisions = [draw.drops_layer(0.2, layer) for draw in steps for layer in range(8)]
     assert sum(decisions) / len(decisions) == pytest.approx(0.2, abs=0.03)
     assert not DRAW.drops_layer(0.0, 0)
 

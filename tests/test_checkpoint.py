@@ -1,0 +1,136 @@
+"""Saved, resumed, exported: the straight run goes on, and transformers reads what we write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import python, small, torchrun, train_rows
+
+from opt_parallel.checkpoint.reading import open_checkpoint
+from opt_parallel.errors import UserError
+from opt_parallel.export import export, parse_size
+from opt_parallel.topology import ALONE
+
+RUN = [
+    "parallel.tensor=2",
+    "zero.stage=1",
+    "model.layerdrop=0.2",
+    "steps=6",
+    "checkpoint.every=2",
+    "model.vocab_size=301",
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run at tensor 2 that was stopped at step 4 of 6, and its arguments."""
+    folder = tmp_path_factory.mktemp("stopped")
+    arguments = [*small(folder), *RUN]
+    process = torchrun(2, "train.py", *arguments, "stop_at=4")
+    assert process.returncode == 0, process.stderr
+    return folder, arguments
+
+
+def test_resume_is_the_straight_run(stopped: tuple[Path, list[str]]) -> None:
+    folder, arguments = stopped
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    assert torchrun(2, "train.py", *arguments, f"run.dir={folder / 'straight'}").returncode == 0
+    resumed = torchrun(2, "train.py", *arguments)
+    assert resumed.returncode == 0
+    assert "continuing at step 4" in resumed.stdout
+    assert [(row["step"], row["loss"], row["samples"], row["tokens"]) for row in train_rows(folder / "run")] == [
+        (row["step"], row["loss"], row["samples"], row["tokens"]) for row in train_rows(folder / "straight")
+    ]
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-4", "step-6"]  # keep=2
+
+
+def test_refusals(stopped: tuple[Path, list[str]]) -> None:
+    folder, arguments = stopped
+    for change, words in (
+        (["parallel.tensor=1"], ["parallel.tensor 2", "has 1"]),
+        (["parallel.tensor=1", "resume=never"], ["resume=never", "run.dir"]),
+    ):
+        process = python("train.py", *arguments, *change, "steps=9")
+        assert process.returncode == 2
+        assert all(word in process.stderr for word in words), process.stderr
+    folder.joinpath("run", "checkpoints", "step-99").mkdir()  # no manifest: not whole, not taken
+    with pytest.raises(UserError, match="neither a training checkpoint"):
+        open_checkpoint(folder / "run" / "checkpoints" / "step-99")
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
+def test_export_loads_in_transformers(stopped: tuple[Path, list[str]], tmp_path: Path, shard_size: str) -> None:
+    from transformers import AutoTokenizer, OPTForCausalLM
+
+    folder, _ = stopped
+    checkpoint = folder / "run" / "checkpoints" / "step-4"
+    output = tmp_path / "export"
+    export(checkpoint, output, parse_size(shard_size), "float32")
+    files = sorted(path.name for path in output.glob("*.safetensors"))
+    if shard_size == "5GB":
+        assert files == ["model.safetensors"]
+    else:
+        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        assert len(files) > 1
+        assert all((output / name).stat().st_size < 110_000 for name in files)
+        index = json.loads((output / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 4 * open_checkpoint(checkpoint).config.parameters()
+    theirs, report = OPTForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert theirs.config.vocab_size == 301  # no padding of the two ranks' halves
+    ids = torch.randint(0, 301, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids).logits
+        for opened in (checkpoint, output):
+            ours = open_checkpoint(opened).model(ALONE, torch.device("cpu"))(ids)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(output)("x").input_ids[0] == 2  # a prompt starts with </s>
+
+
+def test_export_leaves_what_exists(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists"):
+        export(stopped[0] / "run" / "checkpoints" / "step-4", tmp_path, 10**9, "float32")
+    with pytest.raises(UserError, match="5 apples"):
+        parse_size("5 apples")
+    assert [parse_size(text) for text in ("5GB", "1.5mb", "12", "3KB")] == [5 * 10**9, 1_500_000, 12, 3000]
+
+
+def test_generation_is_transformers_greedy_at_any_degree(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, OPTForCausalLM
+
+    checkpoint = stopped[0] / "run" / "checkpoints" / "step-4"
+    output = tmp_path / "export"
+    export(checkpoint, output, 10**9, "float32")
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer("Sentence 7", return_tensors="pt").input_ids
+    theirs = OPTForCausalLM.from_pretrained(output)
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    text = tokenizer.decode(expected[0], skip_special_tokens=True)
+    common = ["scripts/generate.py", "--prompt", "Sentence 7", "--max-new-tokens", "12"]
+    one = python(*common, "--checkpoint", str(output))
+    two = torchrun(2, *common, "--checkpoint", str(checkpoint), "--tensor", "2")
+    assert one.stdout == two.stdout == text + "\n", one.stderr + two.stderr
+
+
+def test_verify_says_yes_and_no(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    export(stopped[0] / "run" / "checkpoints" / "step-4", output, 10**9, "float32")
+    assert python("scripts/verify.py", "--checkpoint", str(output)).returncode == 0
+    from opt_parallel.model import hf
+    from opt_parallel.verify import TOLERANCE, logit_differences
+
+    with pytest.MonkeyPatch.context() as patch:  # we misread the file: query and value change places
+        right = hf.hf_names
+        swap = {"q_proj": "v_proj", "v_proj": "q_proj"}
+        patch.setattr(
+            hf,
+            "hf_names",
+            lambda name: [
+                next((part.replace(a, b) for a, b in swap.items() if a in part), part) for part in right(name)
+            ],
+        )
+        assert max(logit_differences(output).values()) > TOLERANCE

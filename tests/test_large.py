@@ -1,0 +1,36 @@
+"""One block of the 175B model, really built on 8 processes: no rank holds more than its part and one tensor."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+
+
+def build_block() -> tuple[int, int, int, int, float]:
+    """On the crew: peak memory before and after, bytes of the part and of its largest tensor while read, the spread."""
+    from opt_parallel.model.opt import Block
+    from opt_parallel.parallel.shard import fill, marked, random_source
+    from opt_parallel.shapes import ModelConfig
+    from opt_parallel.topology import Topology
+
+    config = ModelConfig(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=49152)
+    with Topology.open(8) as topology:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with torch.device("meta"):
+            block = Block(config, 0, topology.tensor)
+        fill(block, random_source(1), torch.device("cpu"), torch.bfloat16)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    part = sum(tensor.nbytes for tensor in block.parameters())
+    largest = max(4 * tensor.numel() for _, tensor, _ in marked(block))  # drawn in fp32
+    return before, after, part, largest, float(block.fc1.weight.std())
+
+
+def test_a_175b_block_on_eight_processes(crew: Any) -> None:
+    slack = 24 * 2**20  # a drawn tile of 4 MB, the allocator's rounding, code first touched here
+    whole = 12 * 12288**2 + 13 * 12288
+    for before, after, part, largest, spread in crew(8)(build_block):
+        assert part < 2 * whole / 8 * 1.001 + 2 * 4 * 12288 * 2
+        assert after - before <= part + largest + slack, f"{after - before:,} > {part:,} + {largest:,}"
+        assert abs(spread - 0.006) < 1e-4

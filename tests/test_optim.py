@@ -1,0 +1,91 @@
+"""Schedule, parameter groups, gradient norm, loss scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from layouts import Layout, run_for
+
+from opt_parallel.config import OptimizerConfig, PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
+from opt_parallel.errors import UserError
+from opt_parallel.model.heads import CausalLM
+from opt_parallel.optim import LossScaler, build_adamw, clip_gradients, gradient_norm, learning_rate
+from opt_parallel.parallel.shard import fill, random_source
+from opt_parallel.topology import ALONE
+
+
+def rates(name: str, steps: int = 10, warmup: int = 4) -> list[float]:
+    schedule = ScheduleConfig(name=ScheduleName(name), warmup_steps=warmup, final_ratio=0.1)
+    run = dataclasses.replace(run_for(Layout(), lr=1.0), steps=steps, schedule=schedule)
+    return [learning_rate(run, step) for step in range(steps)]
+
+
+def test_schedules() -> None:
+    warmup = [0.25, 0.5, 0.75, 1.0]
+    assert rates("linear") == pytest.approx([*warmup, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1])
+    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * i / 6)) for i in range(1, 7)]
+    assert rates("cosine") == pytest.approx([*warmup, *cosine])
+    assert rates("constant") == pytest.approx([*warmup, *[1.0] * 6])
+    assert rates("linear", steps=4, warmup=4) == pytest.approx(warmup)
+    assert rates("linear", steps=1, warmup=0) == pytest.approx([0.1])
+
+
+def small_model() -> CausalLM:
+    with torch.device("meta"):
+        model = CausalLM(run_for(Layout()).model, ALONE)
+    fill(model, random_source(1), torch.device("cpu"), torch.float32)
+    return model
+
+
+def test_biases_and_layer_norms_do_not_decay() -> None:
+    model = small_model()
+    optimizer = build_adamw(model, OptimizerConfig(weight_decay=0.3, betas=[0.8, 0.9]))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, tensor in model.named_parameters():
+        steady = name.endswith("bias") or "layer_norm" in name
+        assert decays.pop(id(tensor)) == (0.0 if steady else 0.3), name
+    assert not decays
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+def test_norm_and_clipping_are_torchs() -> None:
+    model = small_model()
+    for tensor in model.parameters():
+        tensor.grad = torch.randn_like(tensor)
+    norm = gradient_norm(model, ALONE)
+    clip_gradients(model, norm, 0.5)
+    found = {name: tensor.grad.clone() for name, tensor in model.named_parameters()}
+    clip_gradients(model, gradient_norm(model, ALONE), 10.0)  # below the limit: untouched
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor.grad, found[name])
+        tensor.grad = tensor.grad * ((norm + 1e-6) / 0.5)
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) == pytest.approx(norm.item(), rel=1e-6)
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(tensor.grad, found[name])
+
+
+def test_the_papers_scaler_widens_its_window() -> None:
+    scaler = LossScaler(PrecisionConfig(initial_scale=4.0, window=2, floor=1.0))
+    history = []
+    for overflow in [False] * 2 + [False] * 4 + [True] + [False] * 4:
+        scaler.update_scale(overflow)
+        history.append((scaler.cur_scale, scaler.window))
+    assert history == [(4, 2), (8, 4), (8, 4), (8, 4), (8, 4), (16, 8), (8, 4), (8, 4), (8, 4), (8, 4), (16, 8)]
+
+
+def test_the_standard_scaler_keeps_its_window() -> None:
+    scaler = LossScaler(PrecisionConfig(scaler=Scaler.standard, initial_scale=4.0, window=2, floor=1.0))
+    for _ in range(6):
+        scaler.update_scale(False)
+    assert (scaler.cur_scale, scaler.window) == (32.0, 2)
+
+
+def test_an_overflow_at_the_floor_ends_the_run_with_advice() -> None:
+    scaler = LossScaler(PrecisionConfig(initial_scale=2.0, floor=1.0))
+    scaler.update_scale(True)
+    assert scaler.cur_scale == 1.0
+    with pytest.raises(UserError, match=r"precision\.floor=1\.0.*optimizer\.lr"):
+        scaler.update_scale(True)
