@@ -26,7 +26,7 @@ def main(config: DictConfig) -> None:
     with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             with open_dict(config):
-                config.run.dir = os.path.relpath(HydraConfig.get().runtime.output_dir)
+                config.run.dir = f"{config.run.dir}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
         run = run_from(config)
         run.check_world(int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -40,6 +40,6 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     quiet_libraries()
     register_schema()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the errors of composing, too
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
     with said_in_one_line():
         main()

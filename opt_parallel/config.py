@@ -154,7 +154,8 @@ class ScheduleConfig(Section):
 
 @dataclass
 class DataConfig(Section):
-    """`train`, `validation`: a file, folder, glob or hub id, or a list of them. `tokenizer`: a folder, a hub id, or
+    """`train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` for the text that
+    every Python carries, or a list of these. `tokenizer`: a folder, a hub id, or
     null to train one of `model.vocab_size` tokens on the training text. `text_field`: the key of a jsonl line."""
 
     train: Any = None
@@ -246,8 +247,10 @@ class Run(Section):
     resume: str = "auto"
 
     def check(self) -> None:
-        unknown = set(self.batch) - {"global", "micro"}
-        require(not unknown, f"batch.{min(unknown, default='')} does not exist: batch has global and micro")
+        require(
+            set(self.batch) == {"global", "micro"},
+            f"batch has {', '.join(sorted(self.batch)) or 'nothing'}: it needs global and micro, and nothing else",
+        )
         for name, value in self.batch.items():
             require(value >= 1, f"batch.{name}={value} must be at least 1")
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")

@@ -54,6 +54,9 @@ class Engine:
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology = run, topology
         self.wrapped = wrapped  # deepspeed.DeepSpeedEngine
+        self.scaler = LossScaler(run.precision) if run.precision.name is Precision.fp16 else None
+        if self.scaler is not None:
+            wrapped.optimizer.loss_scaler = self.scaler
 
     @classmethod
     def build(cls, run: Run, topology: Topology, source: Source) -> Engine:
@@ -61,6 +64,8 @@ class Engine:
         with torch.device("meta"):
             model = CausalLM(run.model, topology.tensor, run.activation_checkpointing)
         settings = deepspeed_settings(run, topology)
+        # DeepSpeed would compile a CPU collective that only its inference uses, and fail where there is no compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
         def split_at_once(module: nn.Module) -> None:
             deepspeed.zero.Init(
@@ -80,8 +85,6 @@ class Engine:
             mpu=topology,
             dist_init_required=False,
         )
-        if run.precision.name is Precision.fp16:
-            wrapped.optimizer.loss_scaler = LossScaler(run.precision)
         return cls(run, topology, wrapped)
 
     def step(self, batches: list[Batch], step: int) -> StepResult:
@@ -98,6 +101,8 @@ class Engine:
         lr = learning_rate(self.run, step)
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
+        if self.scaler is not None:
+            self.scaler.of_sum = targets / data.size
         total = torch.zeros((), device=self.topology.device)
         self.wrapped.train()
         for micro, batch in enumerate(batches):
@@ -106,9 +111,11 @@ class Engine:
             self.wrapped.backward(loss * (data.size / targets), scale_wrt_gas=False)
             if micro < len(batches) - 1:
                 self.wrapped.step()  # counts the micro-batch; the weights move after the last one
-        loss_scale = self.loss_scale
-        norm = self._apply()
+        loss_scale = None if self.scaler is None else self.scaler.scale
+        norm = self._apply(step)
         skipped = bool(getattr(self.wrapped.optimizer, "overflow", False))
+        if skipped and self.scaler is None:
+            raise _diverged(step)
         return StepResult(all_reduce(total, data) / targets, norm, lr, targets, loss_scale, skipped)
 
     def _loss(self, batch: Batch, step: int, micro: int) -> Tensor:
@@ -117,13 +124,15 @@ class Engine:
         assert isinstance(loss, Tensor)
         return loss
 
-    def _apply(self) -> Tensor:
+    def _apply(self, step: int) -> Tensor:
         """Move the weights; the gradient norm before clipping."""
         if self.run.zero.stage > 0:
             self.wrapped.step()
             norm = self.wrapped.get_global_grad_norm()
             return torch.as_tensor(float("nan") if norm is None else norm)
         norm = gradient_norm(self.wrapped.module, self.topology.tensor)  # stage 0 reports none
+        if not bool(norm.isfinite()):
+            raise _diverged(step)
         if self.run.optimizer.clip > 0:
             clip_gradients(self.wrapped.module, norm, self.run.optimizer.clip)
         self.wrapped.step()
@@ -138,36 +147,37 @@ class Engine:
         assert isinstance(loss, Tensor)
         return loss
 
-    @property
-    def loss_scale(self) -> float | None:
-        """The fp16 loss scale; None in other precisions."""
-        return self.wrapped.optimizer.loss_scaler.cur_scale if self.run.precision.name is Precision.fp16 else None
-
-    def shards(self) -> Iterator[tuple[str, Shard]]:
-        """Each parameter's name and mark."""
-        return ((name, shard) for name, _, shard in marked(self.wrapped.module))
-
     def weights(self) -> Iterator[tuple[str, Shard, Tensor]]:
-        """Each parameter's name, mark and fp32 values: this tensor rank's part, padding cut off, on the CPU.
+        """Each parameter's name, mark and fp32 values: this tensor rank's part, padding cut off.
 
         Every rank must take part, since ZeRO's pieces are gathered one parameter at a time.
         """
         for name, tensor, shard in marked(self.wrapped.module):
             whole = tensor.detach() if self.run.zero.stage == 0 else safe_get_full_fp32_param(tensor)
-            yield name, shard, whole.view(shard.local_shape)[shard.real].to("cpu", torch.float32)
+            yield name, shard, whole.view(shard.local_shape)[shard.real].float()
 
     def save(self, folder: Path) -> None:
         """Write the state that a resume needs. Every rank takes part."""
         self.wrapped.save_checkpoint(str(folder), tag="state", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote in the same layout; the configuration's betas, eps and decay win over it."""
+        """Read what `save` wrote in the same layout; what the configuration says now wins over what it said then."""
         self.wrapped.load_checkpoint(str(folder), tag="state")
         set_hyperparameters(self.wrapped.optimizer.param_groups, self.run.optimizer)
+        if self.scaler is not None:
+            self.scaler.continue_from(self.wrapped.optimizer.loss_scaler)
+            self.wrapped.optimizer.loss_scaler = self.scaler
 
     def close(self) -> None:
         """Give DeepSpeed's buffers and hooks back, so that another engine can follow in this process."""
         self.wrapped.destroy()
+
+
+def _diverged(step: int) -> UserError:
+    return UserError(
+        f"step {step + 1}: the gradients are not finite, and the weights were left alone; go on from the last "
+        "checkpoint with a lower optimizer.lr or another seed"
+    )
 
 
 def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
         time.sleep(patience)
+        print(f"error: {line}", file=sys.stderr)  # nobody ended us: the mistake is this rank's alone
     sys.stderr.flush()
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
 

@@ -59,8 +59,9 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: str) -> N
                 shutil.copy(file, partial / file.name)
         os.replace(partial, output)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _generation_config(opened: Opened) -> dict[str, Any]:

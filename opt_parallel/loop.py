@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 from opt_parallel.checkpoint.store import Store, choose, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run
-from opt_parallel.data.batches import Feed, unigram_entropy, validation_batches
-from opt_parallel.data.prepare import Prepared, prepare
+from opt_parallel.data.batches import Feed, unigram_entropy
+from opt_parallel.data.prepare import prepare
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import validation_loss
@@ -16,6 +19,7 @@ from opt_parallel.log import say
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import random_source
 from opt_parallel.topology import Topology, check_precision, local_device
+from opt_parallel.trackers import check_trackers
 
 INTERRUPTED = 130  # the status of a process that Ctrl-C ended, by the shell's convention
 
@@ -25,11 +29,14 @@ def train(run: Run) -> int:
 
     Raises: UserError for what the user can mend."""
     check_precision(run.precision.name, local_device())
-    if _already_finished(run):
+    if _nothing_left(run):
         return 0
+    _claim_folder(run)
+    check_trackers(run)
     data = prepare(run)
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
-        _write_config(run, topology)
+        if topology.is_main:
+            (run.folder / "config.yaml").write_text(to_yaml(run))
         engine = Engine.build(run, topology, random_source(run.seed))
         store = Store(run, topology, data.tokenizer)
         clock = store.resume(engine)
@@ -37,18 +44,19 @@ def train(run: Run) -> int:
         metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
         metrics.note(_greeting(run, topology, clock))
 
-        stopped = False
+        stopped, unigrams = False, unigram_entropy(data.validation) if data.validation else None
         while clock.step < run.stop and not stopped:
             batches = feed.at(clock.samples)
             result = engine.step(batches, clock.step)
             clock = clock.after(run.global_batch, result.targets)
             metrics.step(clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped)
 
-            stopped = topology.any(interrupt.requested)
-            last = stopped or clock.step == run.stop
-            if _due(run.evaluation.every, clock, last and not stopped):
-                _validate(run, data, engine, clock, metrics)
-            if _due(run.checkpoint.every, clock, last) or last:
+            last = clock.step == run.stop
+            stopped = topology.any(interrupt.requested) and not last
+            if data.validation and not stopped and _due(run.evaluation.every, clock, last):
+                with metrics.pause():
+                    metrics.validation(clock, validation_loss(engine, data.validation), unigrams)
+            if stopped or last or _due(run.checkpoint.every, clock, last):
                 with metrics.pause():
                     store.save(engine, clock)
 
@@ -62,31 +70,26 @@ def _due(every: int, clock: Clock, last: bool) -> bool:
     return every > 0 and (last or clock.step % every == 0)
 
 
-def _validate(run: Run, data: Prepared, engine: Engine, clock: Clock, metrics: Metrics) -> None:
-    assert data.validation is not None
-    ranks = engine.topology.data
-    with metrics.pause():
-        batches = validation_batches(data.validation, run.micro_batch, ranks.rank, ranks.size)
-        loss = validation_loss(engine, batches)
-        metrics.validation(clock, loss, unigram_entropy(data.validation))
-
-
-def _already_finished(run: Run) -> bool:
+def _nothing_left(run: Run) -> bool:
     folder = choose(run)
     step = None if folder is None else step_of(folder)
     if step is None or step < run.stop:
         return False
-    say(f"{run.run.name} is finished: {folder} is at step {step} of {run.steps}; a larger steps continues it")
+    if step < run.steps:
+        say(f"{run.run.name} is at stop_at={run.stop_at}: {folder}; a later stop_at continues it")
+    else:
+        say(f"{run.run.name} is finished: {folder} is at step {step} of {run.steps}; a larger steps continues it")
     return True
 
 
-def _write_config(run: Run, topology: Topology) -> None:
-    if topology.is_main:
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "config.yaml").write_text(to_yaml(run))
-        except OSError as error:
-            raise UserError(f"run.dir={run.run.dir} cannot be written: {error.strerror}") from error
+def _claim_folder(run: Run) -> None:
+    """Make the run's folder. Every rank tries, so that all of them learn of a mistake here and not in a collective."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(run.folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def _greeting(run: Run, topology: Topology, clock: Clock) -> str:

@@ -26,11 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opt_parallel.clock import Clock
-from opt_parallel.compose import to_dict
-from opt_parallel.config import ActivationCheckpointing, Precision, Run, Wandb
+from opt_parallel.config import ActivationCheckpointing, Precision, Run
 from opt_parallel.curve import draw, losses_of
-from opt_parallel.errors import UserError, one_line
 from opt_parallel.log import say
+from opt_parallel.trackers import open_trackers
 
 # Dense bf16/fp16 TFLOP/s of one device as torch counts devices, from the vendors' data sheets, by the words of its
 # name; the first entry whose words all occur counts. A MI250X is two devices, so half of its board's 383.
@@ -51,7 +50,6 @@ PEAK_TFLOPS = {
 }
 
 Row = dict[str, Any]
-Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported only where it is used
 Mark = Any  # a moment: a CUDA event, or seconds of the host's clock
 
 
@@ -98,7 +96,7 @@ class _Recorder(Metrics):
         self._hardware_flops = run.model.hardware_flops_per_token(length, recompute)
         self._unigram_entropy: float | None = None
         self._pending: Callable[[], None] | None = None  # writes the row of the latest step
-        self._trackers = _open_trackers(run, clock)
+        self._trackers = open_trackers(run, clock)
         self._path = run.folder / "metrics.jsonl"
         _keep_rows(self._path, clock.step)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)  # a line is out as soon as it is written
@@ -301,65 +299,6 @@ def _keep_rows(path: Path, last_step: int) -> None:
     beside = path.with_name(path.name + ".partial")
     beside.write_text("".join(kept), encoding="utf-8")
     os.replace(beside, path)
-
-
-def _open_trackers(run: Run, clock: Clock) -> list[Tracker]:
-    """The experiment trackers, started and told the resolved configuration."""
-    if run.logging.wandb is Wandb.disabled and not run.logging.tensorboard:
-        return []
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker
-
-    PartialState()  # the trackers ask it who is main; it takes the process group it finds and makes none
-    trackers: list[Tracker] = []
-    if run.logging.wandb is not Wandb.disabled:
-        trackers.append(_open_wandb(run))
-    if run.logging.tensorboard:
-        # purge_step hides the events of steps that will be run again, as `_keep_rows` does
-        tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
-        tensorboard.start()
-        trackers.append(tensorboard)
-    settings = _flat(to_dict(run))
-    for tracker in trackers:
-        tracker.store_init_configuration(settings)
-    return trackers
-
-
-def _open_wandb(run: Run) -> Tracker:
-    mode, folder = run.logging.wandb, run.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)  # where it is missing, wandb writes elsewhere
-    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # its service logs, else in ~/.cache
-    import wandb
-    from accelerate.tracking import WandBTracker
-
-    settings = wandb.Settings(silent=True, console="off")
-    tracker = WandBTracker("opt-parallel", name=run.run.name, dir=str(folder), mode=mode.value, settings=settings)
-    try:
-        if mode is Wandb.online:
-            wandb.setup(settings=settings)
-            if not wandb.login(prompt=False, verify=False):  # wandb.init would ask at the terminal
-                raise UserError(
-                    "logging.wandb=online finds no API key: set WANDB_API_KEY, run `wandb login` once, "
-                    "or use logging.wandb=offline"
-                )
-        tracker.start()
-    except wandb.Error as error:
-        raise UserError(
-            f"logging.wandb={mode.value} failed: {one_line(error)}; check WANDB_API_KEY and the network, "
-            "or use logging.wandb=offline or disabled"
-        ) from error
-    return tracker
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested sections as `section.key`; what TensorBoard cannot hold (null, lists) as text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
 
 
 def _duration(seconds: float) -> str:

@@ -75,15 +75,23 @@ class LossScaler:
     It doubles after `window` steps without overflow and halves on one. The paper's scaler (its launcher, metaseq)
     doubles and halves the window too, so that a large scale is raised ever more cautiously. DeepSpeed's own can do
     neither that nor a floor below 1.
+
+    As in metaseq, `scale` multiplies the sum of the tokens' losses: fp16 gradients of their mean would underflow, the
+    more the larger the batch. The loss that arrives is a mean already, so `of_sum` turns it back: the number that it
+    was divided by.
     """
 
     dynamic = True
 
     def __init__(self, config: PrecisionConfig) -> None:
-        self.cur_scale = config.initial_scale
-        self.floor, self.window = config.floor, config.window
-        self.moving_window = config.scaler is Scaler.paper
-        self.good_steps = 0
+        self.scale, self.window, self.good_steps = config.initial_scale, config.window, 0
+        self.floor, self.moving_window = config.floor, config.scaler is Scaler.paper
+        self.of_sum = 1.0
+
+    @property
+    def cur_scale(self) -> float:
+        """What DeepSpeed multiplies the mean loss by, and divides gradients by."""
+        return self.scale * self.of_sum
 
     @property
     def loss_scale(self) -> float:
@@ -100,7 +108,7 @@ class LossScaler:
             self.good_steps += 1
             if self.good_steps >= self.window:
                 self._rescale(2.0)
-        elif self.cur_scale <= self.floor:
+        elif self.scale <= self.floor:
             raise UserError(
                 f"gradients overflow fp16 at the lowest loss scale, precision.floor={self.floor}: the run diverges; "
                 "go on from an earlier checkpoint with a lower optimizer.lr, or use precision=bf16"
@@ -109,7 +117,13 @@ class LossScaler:
             self._rescale(0.5)
 
     def _rescale(self, factor: float) -> None:
-        self.cur_scale = max(self.cur_scale * factor, self.floor)
+        self.scale = max(self.scale * factor, self.floor)
         if self.moving_window:
             self.window = max(int(self.window * factor), 1)
         self.good_steps = 0
+
+    def continue_from(self, saved: LossScaler) -> None:
+        """Take over where another scaler stood; floor, kind and a fixed window stay as configured."""
+        self.scale, self.good_steps = max(saved.scale, self.floor), saved.good_steps
+        if self.moving_window and saved.moving_window:
+            self.window = saved.window

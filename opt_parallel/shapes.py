@@ -53,7 +53,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass
 class ModelConfig(Section):
-    """The network. Defaults are `opt-125m`'s, as in Hugging Face's `OPTConfig`."""
+    """The network. Defaults are the paper's 125M; `OPTConfig`'s differ only in dropping nothing in attention."""
 
     vocab_size: int = 50272
     hidden_size: int = 768

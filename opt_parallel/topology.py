@@ -36,20 +36,24 @@ def local_device() -> torch.device:
     Raises: UserError if the launcher started more processes on this machine than it has GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= devices:
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > devices:
         raise UserError(
-            f"local rank {local_rank} has no GPU: this machine has {devices}; start at most {devices} processes here, "
+            f"{processes} processes were started on a machine with {devices} GPUs: start at most {devices} here, "
             "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise UserError if `device` cannot train in `precision`."""
     if precision is Precision.fp16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         raise UserError("precision=fp16 is not supported by this CPU: use precision=bf16 or precision=fp32")
-    if precision is Precision.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if (
+        precision is Precision.bf16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"precision=bf16 is not supported by {name}: use precision=fp16 or precision=fp32")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.errors import UserError
+from opt_parallel.model.hf import CONFIG
 from opt_parallel.topology import ALONE
 
 TOLERANCE = 1e-4  # fp32 logits of order 10, sums in another order
@@ -25,6 +26,8 @@ def logit_differences(folder: Path) -> dict[str, float]:
     except ImportError as error:
         raise UserError("verification needs transformers: pip install 'opt-parallel[dev]'") from error
     opened = open_checkpoint(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
     ours = opened.model(ALONE, torch.device("cpu"))
     theirs = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)

@@ -8,26 +8,14 @@ Without --source: the language reference and the docstrings of the standard libr
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import json
-import os
-import re
 import sys
-import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from opt_parallel.data.python_text import python_documents, split, write_split
 from opt_parallel.data.sources import Corpus
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.shapes import require
-
-LEAST_CHARACTERS = 2000  # docstrings of one module are gathered into documents of at least this many, where they last
-VALIDATION_PERCENT = 5
-SHINGLE_WORDS = 8
-NEAR_DUPLICATE = 0.3  # of a document's shingles, found anywhere in the training text
-NOT_LIBRARY = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "pydoc_data"}
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def main() -> int:
@@ -35,7 +23,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--source", type=Path, help="folder of text files to take instead")
     arguments = parser.parse_args()
-    documents = _from_python() if arguments.source is None else _from_folder(arguments.source)
+    documents = python_documents() if arguments.source is None else _from_folder(arguments.source)
     train, validation, removed = split(documents)
     source = arguments.source or "this Python"
     require(
@@ -43,7 +31,10 @@ def main() -> int:
         f"{source} has too little text to split ({len(train)} documents for training, {len(validation)} for "
         "validation): name a larger --source",
     )
-    _write(arguments.output, {"train": train, "validation": validation})
+    try:
+        write_split(arguments.output, train, validation)
+    except OSError as error:
+        raise UserError(f"--output {arguments.output} cannot be written ({error}): choose another folder") from error
     print(
         f"{arguments.output}: train {len(train):,} documents, {sum(map(len, train)):,} characters; "
         f"validation {len(validation):,} documents, {sum(map(len, validation)):,} characters; "
@@ -52,87 +43,9 @@ def main() -> int:
     return 0
 
 
-def split(documents: Iterable[str]) -> tuple[list[str], list[str], int]:
-    """Training and validation documents, and how many were kept out of both as near-duplicates of training text.
-
-    The hash of its text decides where a document goes, so the split of one is the split of all its exact copies."""
-    train: list[str] = []
-    candidates: list[str] = []
-    for document in documents:
-        chosen = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 100 < VALIDATION_PERCENT
-        (candidates if chosen else train).append(document)
-    seen = {shingle for document in train for shingle in _shingles(document)}
-    validation = [document for document in candidates if _overlap(document, seen) < NEAR_DUPLICATE]
-    return train, validation, len(candidates) - len(validation)
-
-
-def _overlap(document: str, seen: set[int]) -> float:
-    """Share of the document's shingles that are in `seen`."""
-    shingles = _shingles(document)
-    return len(shingles & seen) / len(shingles)
-
-
-def _shingles(document: str) -> set[int]:
-    """Hashes (memory) of every `SHINGLE_WORDS` words in a row, case and punctuation aside; of a short document, one."""
-    words = re.findall(r"\w+", document.lower())
-    starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
-    return {hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts}
-
-
 def _from_folder(folder: Path) -> Iterator[str]:
     require(folder.is_dir(), f"--source {folder} is no folder: name one with text files")
     return (text for text in Corpus.find("--source", [str(folder)], "text").documents() if text)
-
-
-def _from_python() -> Iterator[str]:
-    from pydoc_data.topics import topics  # half a megabyte that --source does not need
-
-    yield from (topics[name].rstrip() for name in sorted(topics))
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for folder, below, files in os.walk(library):
-        below[:] = sorted(set(below) - NOT_LIBRARY)
-        for name in sorted(files):
-            if name.endswith(".py"):
-                yield from _gather(_docstrings(Path(folder, name)))
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a module and of all in it, each of the latter under its name."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except SyntaxError:  # templates for code generators
-        return
-    pending: list[Documented] = [tree]
-    while pending:
-        node = pending.pop(0)
-        text = (ast.get_docstring(node) or "").strip()
-        if text:
-            yield text if isinstance(node, ast.Module) else f"{node.name}: {text}"
-        pending.extend(child for child in node.body if isinstance(child, Documented))
-
-
-def _gather(texts: Iterable[str]) -> Iterator[str]:
-    gathered = ""
-    for text in texts:
-        gathered = f"{gathered}\n\n{text}" if gathered else text
-        if len(gathered) >= LEAST_CHARACTERS:
-            yield gathered
-            gathered = ""
-    if len(gathered) >= LEAST_CHARACTERS // 10:
-        yield gathered
-
-
-def _write(folder: Path, splits: dict[str, list[str]]) -> None:
-    """Each file under a temporary name first: whole or absent."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, documents in splits.items():
-            partial = folder / f"{name}.jsonl.partial"
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-            os.replace(partial, folder / f"{name}.jsonl")
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written ({error}): choose another folder") from error
 
 
 if __name__ == "__main__":

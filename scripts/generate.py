@@ -19,8 +19,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree")
     arguments = parser.parse_args()
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
+    for name in ("max_new_tokens", "tensor"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     quiet_libraries()
     import torch
 

@@ -68,7 +68,7 @@ def run_for(layout: Layout, model: dict[str, Any] | None = None, steps: int = 5,
             prefetch_bucket_size=10_000,
             reduce_bucket_size=50_000,
         ),
-        precision=PrecisionConfig(name=Precision(layout.precision), initial_scale=1024.0),
+        precision=PrecisionConfig(name=Precision(layout.precision), initial_scale=16.0),
         optimizer=OptimizerConfig(lr=lr, clip=0.5, eps=1e-6),
         schedule=ScheduleConfig(warmup_steps=2),
         data=dataclasses.replace(Run().data, sequence_length=16),
@@ -115,7 +115,7 @@ def train(run: Run, pretend_fp16: bool = False) -> tuple[list[float], list[float
             result = engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), step)
             losses.append(float(result.loss))
             norms.append(float(result.grad_norm))
-        weights = {name: (shard.shape, shard.range, values.numpy()) for name, shard, values in engine.weights()}
+        weights = {name: (shard.shape, shard.range, values.cpu().numpy()) for name, shard, values in engine.weights()}
         engine.close()
     return losses, norms, weights
 

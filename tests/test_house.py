@@ -16,7 +16,7 @@ FLOORS = [
     ["shapes", "clock", "interrupt", "curve"],
     ["config"],
     ["compose"],
-    ["topology"],
+    ["topology", "trackers"],
     ["parallel", "data", "metrics"],
     ["model", "optim"],
     ["engine"],

@@ -25,6 +25,7 @@ from opt_parallel.config import (
 from opt_parallel.errors import UserError
 from opt_parallel.metrics import Metrics, peak_tflops
 from opt_parallel.shapes import ModelConfig
+from opt_parallel.trackers import check_trackers
 
 CPU = torch.device("cpu")
 QUIET = LoggingConfig(wandb=Wandb.disabled, tensorboard=False)
@@ -346,7 +347,7 @@ def test_wandb_offline_and_tensorboard(tmp_path: Path, homeless: Path, capfd: py
 def test_wandb_online_without_a_key_says_what_to_do(tmp_path: Path, homeless: Path) -> None:
     run = run_in(tmp_path / "run", logging=LoggingConfig(wandb=Wandb.online, tensorboard=False))
     with pytest.raises(UserError) as raised:
-        Metrics.open(run, 1, True, CPU, Clock())
+        check_trackers(run)
     message = str(raised.value)
     assert message.startswith("logging.wandb=online finds no API key: set WANDB_API_KEY")  # and nobody was asked
     assert "logging.wandb=offline" in message

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.topology import Topology
+
+TOKENIZER = "tokenizer.json"
+MAY_CHANGE = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # of model.*, when a run continues
 
 
 def step_of(folder: Path) -> int | None:
@@ -72,12 +76,16 @@ class Store:
         if folder is None:
             return Clock()
         manifest = read_manifest(folder)
-        self._check_fits(folder, manifest, engine)
+        self._check_fits(folder, manifest)
         engine.load(folder / "deepspeed")
-        return Clock(**manifest["clock"])
+        clock = Clock(**manifest["clock"])
+        self.topology.barrier()
+        if self.topology.is_main:
+            self._set_aside_after(clock.step)
+        return clock
 
     def save(self, engine: Engine, clock: Clock) -> Path:
-        """Write `step-<N>`; older ones beyond `checkpoint.keep` go once it stands."""
+        """Write `step-<N>`; of older ones only the newest `checkpoint.keep` − 1 stay."""
         final, partial = self.root / f"step-{clock.step}", self.root / f"step-{clock.step}.partial"
         if self.topology.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -89,7 +97,6 @@ class Store:
         if self.topology.is_main:
             shutil.copytree(self.tokenizer, partial / "tokenizer")
             self._write_manifest(partial, clock, tensors)
-            shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from before it
             os.replace(partial, final)
             self._forget_old()
         self.topology.barrier()
@@ -102,7 +109,7 @@ class Store:
         for name, shard, values in engine.weights():
             tensors[name] = {"shape": list(shard.shape), "dim": shard.dim, "count": shard.count}
             if writes and (shard.count > 1 or self.topology.tensor.rank == 0):
-                held[name] = values.contiguous()
+                held[name] = values.to("cpu").contiguous()
         if writes:
             save_file(held, folder / weights_file(self.topology.tensor.rank), metadata={"format": "pt"})
         return tensors
@@ -128,20 +135,40 @@ class Store:
             "precision": self.run.precision.name.value,
         }
 
-    def _check_fits(self, folder: Path, manifest: dict[str, Any], engine: Engine) -> None:
-        for name, shard in engine.shards():
-            saved = manifest["tensors"].get(name, {}).get("shape")
-            if saved != list(shard.shape):
-                raise UserError(f"{folder} holds shape {saved} for {name}, this model wants {list(shard.shape)}")
-        for what, value in self._layout().items():
-            saved = manifest["layout"][what]
-            if saved != value:
+    def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Raise UserError unless this run's network, tokenizer and layout are the checkpoint's."""
+        saved, now = manifest["config"]["model"], to_dict(self.run)["model"]
+        for name in now:
+            if name not in MAY_CHANGE and saved.get(name) != now[name]:
                 raise UserError(
-                    f"{folder} was saved with {what} {saved}, this run has {value}: resume in the same layout, "
-                    "or start a new run in another run.dir"
+                    f"{folder} was trained with model.{name}={saved.get(name)}, this run has {now[name]}: another "
+                    "network cannot continue it; set the value back, or start in another run.dir"
+                )
+        if not filecmp.cmp(folder / "tokenizer" / TOKENIZER, self.tokenizer / TOKENIZER, shallow=False):
+            raise UserError(
+                f"{folder} was trained with another tokenizer than {self.tokenizer}, whose ids mean other words: set "
+                f"data.tokenizer={folder / 'tokenizer'}, or start in another run.dir"
+            )
+        for what, value in self._layout().items():
+            if manifest["layout"][what] != value:
+                raise UserError(
+                    f"{folder} was saved with {what} {manifest['layout'][what]}, this run has {value}: resume in the "
+                    "same layout, or start a new run in another run.dir"
                 )
 
+    def _set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps: the run branches off here, and `auto` must not find them."""
+        for later in self._steps():
+            if later > step:
+                aside = self.root / f"step-{later}.abandoned"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self.root / f"step-{later}", aside)
+
     def _forget_old(self) -> None:
-        steps = sorted(step for folder in self.root.glob("step-*") if (step := step_of(folder)) is not None)
-        for step in steps[: -self.run.checkpoint.keep]:
-            shutil.rmtree(self.root / f"step-{step}")
+        for step in self._steps()[: -self.run.checkpoint.keep]:
+            folder = self.root / f"step-{step}"
+            (folder / MANIFEST).unlink()  # first: half a deletion leaves nothing that looks whole
+            shutil.rmtree(folder)
+
+    def _steps(self) -> list[int]:
+        return sorted(step for folder in self.root.glob("step-*") if (step := step_of(folder)) is not None)

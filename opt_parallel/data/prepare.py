@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -25,6 +26,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
+from opt_parallel.data.python_text import python_documents, split, write_split
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.tokens import (
     check_tokenizer,
@@ -56,10 +58,11 @@ def prepare(run: Run) -> Prepared:
     """The token stores that `run` needs, filled if they are not there.
 
     Raises: `UserError`, on every rank alike."""
-    train = Corpus.find("data.train", run.data.train_sources, run.data.text_field)
+    train = Corpus.find("data.train", _with_python_text(run, run.data.train_sources), run.data.text_field)
     validation = None
     if run.data.validation_sources:
-        validation = Corpus.find("data.validation", run.data.validation_sources, run.data.text_field)
+        entries = _with_python_text(run, run.data.validation_sources)
+        validation = Corpus.find("data.validation", entries, run.data.text_field)
         shared = set(train.files) & set(validation.files)
         if shared:
             say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
@@ -69,6 +72,19 @@ def prepare(run: Run) -> Prepared:
         validation=None if validation is None else prepare_blocks(run, validation, tokenizer),
         tokenizer=tokenizer,
     )
+
+
+def _with_python_text(run: Run, entries: list[str]) -> list[str]:
+    """`python:train` and `python:validation` replaced by files of the text that this Python carries."""
+    if not {"python:train", "python:validation"} & set(entries):
+        return entries
+
+    def fill(folder: Path) -> None:
+        train, validation, _ = split(python_documents())
+        write_split(folder, train, validation)
+
+    folder = _whole(_folder(run, "python-text", [sys.version]), fill)
+    return [str(folder / f"{entry[7:]}.jsonl") if entry.startswith("python:") else entry for entry in entries]
 
 
 def prepare_tokenizer(run: Run, train: Corpus) -> Path:

@@ -77,8 +77,10 @@ def read_config(folder: Path) -> ModelConfig:
     activation = values.get("activation_function", "relu")
     if activation not in Activation.__members__:
         raise UserError(f"{path}: activation_function={activation!r} is not one of {', '.join(Activation.__members__)}")
+    shared: dict[str, Any] = {"attention_dropout": 0.0}  # OPTConfig's default, not ours
+    shared.update({name: values[name] for name in SHARED if name in values})
     return ModelConfig(
-        **{name: values[name] for name in SHARED if name in values},
+        **shared,
         remove_final_layer_norm=values.get("_remove_final_layer_norm", False),
         word_embed_proj_dim=values.get("word_embed_proj_dim"),
         activation_function=Activation[activation],

@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         if draw is not None and draw.drops_layer(self.config.layerdrop, block.layer):
             # A layer that does not run keeps its last gradient under ZeRO-3 and under CPU offload, silently.
             # One token, times zero, costs next to nothing and makes the gradient a true zero.
-            return hidden + 0.0 * block(hidden[:1, :1], None, None, None).sum()
+            return hidden + (0.0 * block(hidden[:1, :1], None, None, None)).sum()
         if draw is not None and self.recompute is ActivationCheckpointing.full:
             recomputed = checkpoint(block, hidden, mask, draw, cache, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(recomputed, Tensor)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.demo_text import NEAR_DUPLICATE, SHINGLE_WORDS, split
+from opt_parallel.data.python_text import NEAR_DUPLICATE, SHINGLE_WORDS, split
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo_text.py"
 
