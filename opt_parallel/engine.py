@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +80,14 @@ class Engine:
 
         settle = split_at_once if run.zero.stage == 3 else lambda module: None
         fill(model, source, topology.device, DTYPES[run.precision.name], settle)
-        wrapped, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_adamw(model, run.optimizer),
-            config=settings,
-            mpu=topology,
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory, from every rank
+            wrapped, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_adamw(model, run.optimizer),
+                config=settings,
+                mpu=topology,
+                dist_init_required=False,
+            )
         return cls(run, topology, wrapped)
 
     def step(self, batches: list[Batch], step: int) -> StepResult:

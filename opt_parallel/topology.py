@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,6 +140,7 @@ class Topology:
 def _join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)  # of an earlier run of a multirun
     if dist.is_initialized():
         return
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -147,6 +149,7 @@ def _join(device: torch.device) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    atexit.register(dist.destroy_process_group)
 
 
 def _axis_group(grid: torch.Tensor, rank: int, made: list[dist.ProcessGroup]) -> Group:

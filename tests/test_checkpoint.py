@@ -10,6 +10,7 @@ import torch
 from command import python, small, torchrun, train_rows
 
 from opt_parallel.checkpoint.reading import open_checkpoint
+from opt_parallel.checkpoint.store import newest
 from opt_parallel.errors import UserError
 from opt_parallel.export import export, parse_size
 from opt_parallel.topology import ALONE
@@ -47,18 +48,56 @@ def test_resume_is_the_straight_run(stopped: tuple[Path, list[str]]) -> None:
     assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-4", "step-6"]  # keep=2
 
 
-def test_refusals(stopped: tuple[Path, list[str]]) -> None:
-    folder, arguments = stopped
-    for change, words in (
-        (["parallel.tensor=1"], ["parallel.tensor 2", "has 1"]),
-        (["parallel.tensor=1", "resume=never"], ["resume=never", "run.dir"]),
-    ):
-        process = python("train.py", *arguments, *change, "steps=9")
-        assert process.returncode == 2
-        assert all(word in process.stderr for word in words), process.stderr
-    folder.joinpath("run", "checkpoints", "step-99").mkdir()  # no manifest: not whole, not taken
+REFUSED = {
+    "layout": (["parallel.tensor=1"], ["parallel.tensor 2", "has 1"]),
+    "never": (["parallel.tensor=1", "resume=never"], ["resume=never", "run.dir"]),
+    "network": (["parallel.tensor=1", "model.num_attention_heads=2"], ["num_attention_heads=4", "has 2"]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(stopped: tuple[Path, list[str]], what: str) -> None:
+    _, arguments = stopped
+    change, words = REFUSED[what]
+    process = python("train.py", *arguments, *change, "steps=9")
+    assert process.returncode == 2
+    assert all(word in process.stderr for word in words), process.stderr
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    arguments = [*small(tmp_path), "steps=2"]
+    assert python("train.py", *arguments).returncode == 0
+    (tmp_path / "text.jsonl").write_text('{"text": "Wholly other words make wholly other tokens."}\n' * 40)
+    process = python("train.py", *arguments, "steps=4")
+    assert process.returncode == 2
+    assert "another tokenizer" in process.stderr
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-99").mkdir()
+    assert newest(tmp_path) is None
     with pytest.raises(UserError, match="neither a training checkpoint"):
-        open_checkpoint(folder / "run" / "checkpoints" / "step-99")
+        open_checkpoint(tmp_path / "step-99")
+
+
+def test_going_back_sets_the_abandoned_branch_aside(tmp_path: Path) -> None:
+    """From an earlier checkpoint with a lower learning rate: the remedy for a divergence."""
+    arguments = [*small(tmp_path), "steps=4", "checkpoint.every=1", "checkpoint.keep=3"]
+    assert python("train.py", *arguments).returncode == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    back = python("train.py", *arguments, f"resume={checkpoints / 'step-2'}", "optimizer.lr=1e-5", "stop_at=3")
+    assert back.returncode == 0, back.stderr
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-2",
+        "step-3",
+        "step-3.abandoned",
+        "step-4.abandoned",
+    ]
+    rows = train_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["lr"] < 1e-5  # what is configured now acts on the next step
+    again = python("train.py", *arguments, "optimizer.lr=1e-5")
+    assert "continuing at step 3" in again.stdout
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "100KB"])

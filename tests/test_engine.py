@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import STYLE_350M, Layout, assemble, run_for, train, train_plainly
+from layouts import STYLE_350M, Layout, assemble, micro_batches, run_for, train, train_plainly
 
 # float32 sums in another order, carried through five Adam steps
 RELATIVE = 1e-5
@@ -88,3 +88,33 @@ def test_reduced_precision_follows_fp32(crew: Any, layout: Layout) -> None:
 @functools.cache
 def long_truth() -> Any:
     return train_plainly(run_for(Layout(), steps=20))
+
+
+def diverge(run: Any) -> str:
+    """On the crew: the words of the error that a weight of infinity leads to, and whether the weights stayed."""
+    from opt_parallel.engine import Engine
+    from opt_parallel.errors import UserError
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.topology import Topology
+
+    good = random_source(run.seed)
+
+    def source(name: str, shard: Any) -> Any:
+        return good(name, shard).fill_(float("inf")) if name == "decoder.layers.0.fc2.bias" else good(name, shard)
+
+    with Topology.open(run.parallel.tensor) as topology:
+        engine = Engine.build(run, topology, source)
+        batches = micro_batches(run, 0, topology.data.rank, topology.data.size)
+        try:
+            engine.step(batches, 0)
+        except UserError as error:
+            return str(error)
+        finally:
+            engine.close()
+    return "went on"
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1, 0), Layout(2, 1, 1), Layout(1, 2, 3, precision="bf16")], ids=str)
+def test_gradients_that_are_not_finite_end_the_run(crew: Any, layout: Layout) -> None:
+    for words in crew(layout.world)(diverge, run_for(layout)):
+        assert "step 1: the gradients are not finite" in words

@@ -316,6 +316,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_wandb_offline_and_tensorboard(tmp_path: Path, homeless: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
@@ -324,6 +325,7 @@ def test_wandb_offline_and_tensorboard(tmp_path: Path, homeless: Path, capfd: py
         take(metrics, step, loss=4.0 - step)
     metrics.validation(at(3), 1.5, None)
     metrics.close(finished=False)
+    wandb.teardown()  # its service writes behind our back, and has written when it has ended
     (recorded,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     written = recorded.read_bytes()  # compressed: what came up before is not spelled again
     assert b"train/" in written
