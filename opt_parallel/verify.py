@@ -23,8 +23,10 @@ def logit_differences(folder: Path) -> dict[str, float]:
     """
     try:
         from transformers import OPTForCausalLM
+        from transformers.utils import logging
     except ImportError as error:
         raise UserError("verification needs transformers: pip install 'opt-parallel[dev]'") from error
+    logging.disable_progress_bar()
     opened = open_checkpoint(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
