@@ -34,11 +34,15 @@ def step_of(folder: Path) -> int | None:
     return int(number) if whole else None
 
 
+def steps_in(checkpoints: Path) -> list[int]:
+    """The steps of the whole checkpoints, oldest first."""
+    return sorted(step for folder in checkpoints.glob("step-*") if (step := step_of(folder)) is not None)
+
+
 def newest(checkpoints: Path) -> Path | None:
     """The checkpoint with the highest step."""
-    found = {step_of(folder): folder for folder in checkpoints.glob("step-*")}
-    found.pop(None, None)
-    return found[max(step for step in found if step is not None)] if found else None
+    steps = steps_in(checkpoints)
+    return checkpoints / f"step-{steps[-1]}" if steps else None
 
 
 def choose(run: Run) -> Path | None:
@@ -158,17 +162,14 @@ class Store:
 
     def _set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps: the run branches off here, and `auto` must not find them."""
-        for later in self._steps():
+        for later in steps_in(self.root):
             if later > step:
                 aside = self.root / f"step-{later}.abandoned"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(self.root / f"step-{later}", aside)
 
     def _forget_old(self) -> None:
-        for step in self._steps()[: -self.run.checkpoint.keep]:
+        for step in steps_in(self.root)[: -self.run.checkpoint.keep]:
             folder = self.root / f"step-{step}"
             (folder / MANIFEST).unlink()  # first: half a deletion leaves nothing that looks whole
             shutil.rmtree(folder)
-
-    def _steps(self) -> list[int]:
-        return sorted(step for folder in self.root.glob("step-*") if (step := step_of(folder)) is not None)
