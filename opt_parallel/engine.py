@@ -105,7 +105,7 @@ class Engine:
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
         if self.scaler is not None:
-            self.scaler.of_sum = targets / data.size
+            self.scaler.begin_step(targets / data.size)
         total = torch.zeros((), device=self.topology.device)
         self.wrapped.train()
         for micro, batch in enumerate(batches):

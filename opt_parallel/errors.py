@@ -31,8 +31,8 @@ def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {line}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            time.sleep(min(2.0, patience))
-    else:
+            time.sleep(patience / 2)
+    elif patience:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
         time.sleep(patience)
         print(f"error: {line}", file=sys.stderr)  # nobody ended us: the mistake is this rank's alone

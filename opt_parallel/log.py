@@ -19,7 +19,8 @@ def say(text: str) -> None:
 def quiet_libraries() -> None:
     """Hold back the libraries' chatter below a warning; must run before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename != "real_accelerator.py")  # "no GPU here"
+    said_by_us = ("real_accelerator.py", "loss_scaler.py")  # that there is no GPU, that gradients are not finite
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename not in said_by_us)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)

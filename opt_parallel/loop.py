@@ -45,20 +45,24 @@ def train(run: Run) -> int:
         metrics.note(_greeting(run, topology, clock))
 
         stopped, unigrams = False, unigram_entropy(data.validation) if data.validation else None
-        while clock.step < run.stop and not stopped:
-            batches = feed.at(clock.samples)
-            result = engine.step(batches, clock.step)
-            clock = clock.after(run.global_batch, result.targets)
-            metrics.step(clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped)
+        try:
+            while clock.step < run.stop and not stopped:
+                batches = feed.at(clock.samples)
+                result = engine.step(batches, clock.step)
+                clock = clock.after(run.global_batch, result.targets)
+                metrics.step(clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped)
 
-            last = clock.step == run.stop
-            stopped = topology.any(interrupt.requested) and not last
-            if data.validation and not stopped and _due(run.evaluation.every, clock, last):
-                with metrics.pause():
-                    metrics.validation(clock, validation_loss(engine, data.validation), unigrams)
-            if stopped or last or _due(run.checkpoint.every, clock, last):
-                with metrics.pause():
-                    store.save(engine, clock)
+                last = clock.step == run.stop
+                stopped = topology.any(interrupt.requested) and not last
+                if data.validation and not stopped and _due(run.evaluation.every, clock, last):
+                    with metrics.pause():
+                        metrics.validation(clock, validation_loss(engine, data.validation), unigrams)
+                if stopped or last or _due(run.checkpoint.every, clock, last):
+                    with metrics.pause():
+                        store.save(engine, clock)
+        except UserError:
+            metrics.abandon()
+            raise
 
         metrics.close(finished=clock.step == run.steps)
         engine.close()

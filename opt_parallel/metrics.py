@@ -79,6 +79,9 @@ class Metrics:
         """Time spent inside (validation, checkpoints) does not count as training."""
         yield
 
+    def abandon(self) -> None:
+        """Write what is still held back, and end the trackers: the run fails."""
+
     def close(self, finished: bool) -> None:
         """Draw the curve, print the summary, end the trackers."""
 
@@ -137,6 +140,13 @@ class _Recorder(Metrics):
         yield
         self._since = _mark(self._device)
 
+    def abandon(self) -> None:
+        self._flush()
+        self._file.close()
+        self._progress.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
     def close(self, finished: bool) -> None:
         self._flush()
         self._file.close()
@@ -149,7 +159,8 @@ class _Recorder(Metrics):
             parts.append(str(curve))
         if not finished:
             early = self._clock.step < self._run.stop
-            parts.append("the same command continues it" if early else "a later stop_at continues it")
+            auto = "" if self._run.resume == "auto" else " with resume=auto"
+            parts.append(f"{'the same command' if early else 'a later stop_at'}{auto} continues it")
         for tracker in self._trackers:
             tracker.finish()
         say("; ".join(part for part in parts if part))
@@ -282,8 +293,10 @@ def _peak_memory(device: torch.device) -> int:
     """The most bytes held so far: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    if sys.platform == "linux":  # where ru_maxrss begins with the peak of the process that launched this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def _whole_lines(path: Path) -> list[str]:

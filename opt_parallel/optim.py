@@ -74,7 +74,8 @@ class LossScaler:
 
     It doubles after `window` steps without overflow and halves on one. The paper's scaler (its launcher, metaseq)
     doubles and halves the window too, so that a large scale is raised ever more cautiously. DeepSpeed's own can do
-    neither that nor a floor below 1.
+    neither that nor a floor below 1. Growth waits for the next step to begin: DeepSpeed takes note of a step before it
+    divides its gradients by the scale that they were made with.
 
     As in metaseq, `scale` multiplies the sum of the tokens' losses: fp16 gradients of their mean would underflow, the
     more the larger the batch. The loss that arrives is a mean already, so `of_sum` turns it back: the number that it
@@ -100,14 +101,18 @@ class LossScaler:
     def scale_loss(self, loss: Tensor) -> Tensor:
         return loss * self.cur_scale
 
+    def begin_step(self, of_sum: float) -> None:
+        """Before a step's first forward: grow if it is time; the mean that will arrive is a sum divided by `of_sum`."""
+        self.of_sum = of_sum
+        if self.good_steps >= self.window:
+            self._rescale(2.0)
+
     def update_scale(self, overflow: bool) -> None:
         """Take note of one step, `overflow` agreed by all ranks.
 
         Raises: UserError on an overflow at the floor: a smaller scale would only hide a run that diverges."""
         if not overflow:
             self.good_steps += 1
-            if self.good_steps >= self.window:
-                self._rescale(2.0)
         elif self.scale <= self.floor:
             raise UserError(
                 f"gradients overflow fp16 at the lowest loss scale, precision.floor={self.floor}: the run diverges; "

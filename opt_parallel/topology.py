@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,11 +90,9 @@ class Topology:
         made: list[dist.ProcessGroup] = []
         rows = _axis_group(grid, rank, made)
         columns = _axis_group(grid.T, rank, made)
-        try:
-            yield cls(Group(dist.group.WORLD, rank, size), data=columns, tensor=rows, device=device)
-        finally:
-            for handle in made:
-                dist.destroy_process_group(handle)
+        yield cls(Group(dist.group.WORLD, rank, size), data=columns, tensor=rows, device=device)
+        for handle in made:  # not after an error: a group would wait for work that its other ranks never do
+            dist.destroy_process_group(handle)
 
     @property
     def is_main(self) -> bool:
@@ -149,7 +146,6 @@ def _join(device: torch.device) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    atexit.register(dist.destroy_process_group)
 
 
 def _axis_group(grid: torch.Tensor, rank: int, made: list[dist.ProcessGroup]) -> Group:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the crew is of CPUs; tests marked gpu start their own processes
+
 import torch
 from crew import Crew
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import pytest
 import torch
 from layouts import STYLE_350M, Layout, assemble, micro_batches, run_for, train, train_plainly
+
+from opt_parallel.config import Scaler
 
 # float32 sums in another order, carried through five Adam steps
 RELATIVE = 1e-5
@@ -114,7 +117,23 @@ def diverge(run: Any) -> str:
     return "went on"
 
 
-@pytest.mark.parametrize("layout", [Layout(2, 1, 0), Layout(2, 1, 1), Layout(1, 2, 3, precision="bf16")], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, 1, 0), Layout(2, 1, 1), Layout(1, 1, 1, precision="bf16"), Layout(1, 2, 3, precision="bf16")],
+    ids=str,
+)
 def test_gradients_that_are_not_finite_end_the_run(crew: Any, layout: Layout) -> None:
     for words in crew(layout.world)(diverge, run_for(layout)):
         assert "step 1: the gradients are not finite" in words
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_growing_loss_scale_changes_nothing(crew: Any, stage: int) -> None:
+    """Gradients are divided by the scale they were made with: powers of two, so to the last digit but underflow."""
+    steady = run_for(Layout(2, 1, stage, 2, precision="fp16"), steps=6)
+    window = dataclasses.replace(steady.precision, window=1, scaler=Scaler.standard, initial_scale=1.0)
+    growing = dataclasses.replace(steady, precision=window)
+    constant = crew(2)(train, steady, pretend_fp16=True)[0]
+    found = crew(2)(train, growing, pretend_fp16=True)[0]
+    assert found[0] == pytest.approx(constant[0], rel=1e-3)
+    assert found[1] == pytest.approx(constant[1], rel=1e-2)

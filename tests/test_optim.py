@@ -72,6 +72,7 @@ def test_the_papers_scaler_widens_its_window() -> None:
     history = []
     for overflow in [False] * 2 + [False] * 4 + [True] + [False] * 4:
         scaler.update_scale(overflow)
+        scaler.begin_step(1.0)
         history.append((scaler.scale, scaler.window))
     assert history == [(4, 2), (8, 4), (8, 4), (8, 4), (8, 4), (16, 8), (8, 4), (8, 4), (8, 4), (8, 4), (16, 8)]
 
@@ -80,6 +81,7 @@ def test_the_standard_scaler_keeps_its_window() -> None:
     scaler = LossScaler(PrecisionConfig(scaler=Scaler.standard, initial_scale=4.0, window=2, floor=1.0))
     for _ in range(6):
         scaler.update_scale(False)
+        scaler.begin_step(1.0)
     assert (scaler.scale, scaler.window) == (32.0, 2)
 
 
@@ -93,7 +95,7 @@ def test_an_overflow_at_the_floor_ends_the_run_with_advice() -> None:
 
 def test_the_scale_multiplies_the_sum_of_the_losses() -> None:
     scaler = LossScaler(PrecisionConfig(initial_scale=4.0))
-    scaler.of_sum = 1000.0
+    scaler.begin_step(1000.0)
     assert scaler.scale_loss(torch.tensor(2.0)) == 8000.0
     assert (scaler.cur_scale, scaler.scale) == (4000.0, 4.0)
 
@@ -102,6 +104,7 @@ def test_a_resumed_scaler_keeps_what_is_configured_now() -> None:
     saved = LossScaler(PrecisionConfig(initial_scale=4.0, window=2))
     for _ in range(3):
         saved.update_scale(False)
+        saved.begin_step(1.0)
     now = LossScaler(PrecisionConfig(initial_scale=64.0, floor=0.5))
     now.continue_from(saved)
     assert (now.scale, now.window, now.good_steps, now.floor) == (8.0, 4, 1, 0.5)

@@ -87,19 +87,20 @@ def test_under_a_launcher_one_rank_speaks_and_all_end_with_2(tmp_path: Path, mis
 
 
 def test_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
-    process = python("train.py", "-m", *small(tmp_path), "model.dropout=0.0,0.1", "steps=2")
+    (tmp_path / "other.txt").write_text("Another text, that is short but fills a block or two of sixteen tokens. " * 9)
+    texts = f"data.train={tmp_path / 'text.jsonl'},{tmp_path / 'other.txt'}"
+    process = python("train.py", "-m", *small(tmp_path), texts, "model.dropout=0.0,0.1", "steps=2")
     assert process.returncode == 0, process.stderr
     folders = sorted(path.parent for path in (tmp_path / "run").rglob("metrics.jsonl"))
-    assert len(folders) == 2
-    assert all(
-        f"model.dropout={dropout}" in folder.name for folder, dropout in zip(folders, ("0.0", "0.1"), strict=True)
-    )
-    assert [len(train_rows(folder)) for folder in folders] == [2, 2]
+    assert len(folders) == 4
+    assert sorted(folder.name.count("model.dropout=0.1") for folder in folders) == [0, 0, 1, 1]
+    assert sorted(folder.name.count("other.txt") for folder in folders) == [0, 0, 1, 1]
+    assert [len(train_rows(folder)) for folder in folders] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, processes: int) -> None:
-    arguments = [*small(tmp_path), "steps=60", f"parallel.tensor={processes}", "model.layerdrop=0.2"]
+    arguments = [*small(tmp_path), "steps=600", f"parallel.tensor={processes}", "model.layerdrop=0.2"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
     command = [sys.executable, *launcher, "train.py", *arguments]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
@@ -112,7 +113,8 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
     assert "the same command continues it" in output
     assert process.returncode == (130 if processes == 1 else 1)
     steps = [row["step"] for row in train_rows(tmp_path / "run")]
-    assert 3 <= len(steps) < 60
+    assert 3 <= len(steps) < 600
+    arguments.append(f"stop_at={steps[-1] + 5}")
     again = python(*launcher, "train.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert f"continuing at step {steps[-1]}" in again.stdout
@@ -125,4 +127,4 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
     ]
     finished = python(*launcher, "train.py", *arguments)
     assert finished.returncode == 0
-    assert "is finished" in finished.stdout
+    assert "a later stop_at continues it" in finished.stdout

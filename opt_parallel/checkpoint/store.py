@@ -164,9 +164,8 @@ class Store:
         """Rename the checkpoints of later steps: the run branches off here, and `auto` must not find them."""
         for later in steps_in(self.root):
             if later > step:
-                aside = self.root / f"step-{later}.abandoned"
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(self.root / f"step-{later}", aside)
+                taken = len(list(self.root.glob(f"step-{later}.abandoned*")))
+                os.replace(self.root / f"step-{later}", self.root / f"step-{later}.abandoned{taken or ''}")
 
     def _forget_old(self) -> None:
         for step in steps_in(self.root)[: -self.run.checkpoint.keep]:

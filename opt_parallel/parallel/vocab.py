@@ -99,8 +99,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         softmax, column, elsewhere, ignored = ctx.saved_tensors
-        hit = torch.zeros_like(softmax).scatter_(-1, column, (~elsewhere).to(softmax.dtype).unsqueeze(-1))
-        logits_gradient = (softmax - hit).masked_fill(ignored.unsqueeze(-1), 0.0) * gradient
+        weight = gradient * (~ignored).unsqueeze(-1)  # of each token in what comes in
+        logits_gradient = softmax * weight
+        logits_gradient.scatter_add_(-1, column, -weight * (~elsewhere).unsqueeze(-1))
         return logits_gradient.to(ctx.dtype), None, None, None, None
 
 
