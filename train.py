@@ -20,13 +20,19 @@ from opt_parallel.log import quiet_libraries
 said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
 
 
+def swept_values() -> str:
+    """What sets this run of a multirun apart from its siblings: the overrides that were not given as they stand."""
+    swept = [override for override in HydraConfig.get().overrides.task if override not in sys.argv[1:]]
+    return ",".join(swept).replace("/", "_")
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
     with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             with open_dict(config):
-                config.run.dir = f"{config.run.dir}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
+                config.run.dir = f"{config.run.dir}/{swept_values()}"
         run = run_from(config)
         run.check_world(int(os.environ.get("WORLD_SIZE", "1")))
 

@@ -20,13 +20,15 @@ def build_block() -> tuple[int, int, int, int, float]:
     from opt_parallel.shapes import ModelConfig
     from opt_parallel.topology import Topology
 
-    config = ModelConfig(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=49152)
+    large = ModelConfig(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=49152)
+    small = ModelConfig(hidden_size=128, num_hidden_layers=96, num_attention_heads=32, ffn_dim=512)
     with Topology.open(8) as topology:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = peak_memory()
-        with torch.device("meta"):
-            block = Block(config, 0, topology.tensor)
-        fill(block, random_source(1), torch.device("cpu"), torch.bfloat16)
+        for config in (small, large):  # the small one first, for the code and buffers that its libraries take anyway
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            before = peak_memory()
+            with torch.device("meta"):
+                block = Block(config, 0, topology.tensor)
+            fill(block, random_source(1), torch.device("cpu"), torch.bfloat16)
         after = peak_memory()
     part = sum(tensor.nbytes for tensor in block.parameters())
     largest = max(4 * tensor.numel() for _, tensor, _ in marked(block))  # drawn in fp32
@@ -34,7 +36,7 @@ def build_block() -> tuple[int, int, int, int, float]:
 
 
 def test_a_175b_block_on_eight_processes(crew: Any) -> None:
-    slack = 24 * 2**20  # a drawn tile of 4 MB, the allocator's rounding, code first touched here
+    slack = 64 * 2**20  # what glibc keeps of freed memory: twice its largest mmap threshold
     whole = 12 * 12288**2 + 13 * 12288
     for before, after, part, largest, spread in crew(8)(build_block):
         assert part < 2 * whole / 8 * 1.001 + 2 * 4 * 12288 * 2
