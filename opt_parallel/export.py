@@ -23,12 +23,13 @@ from opt_parallel.topology import ALONE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
 
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as `5GB` (decimal, as Hugging Face counts)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * UNITS[match[2].upper().removesuffix("B") + "B" if match[2] else ""]) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise UserError(f"--max-shard-size {text} is no size: write a number and KB, MB, GB or TB, such as 5GB")
     return size
@@ -49,13 +50,7 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: str) -> N
         _write_json(partial / CONFIG, config_for_hf(opened.config, DTYPES[dtype]))
         _write_json(partial / "generation_config.json", _generation_config(opened))
         for file in opened.tokenizer.iterdir():
-            if file.name in (
-                "tokenizer.json",
-                "vocab.json",
-                "merges.txt",
-                "tokenizer_config.json",
-                "special_tokens_map.json",
-            ):
+            if file.name in TOKENIZER_FILES:
                 shutil.copy(file, partial / file.name)
         os.replace(partial, output)
     except OSError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from opt_parallel.errors import UserError
 
+IGNORED = -100  # a label that counts nowhere
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
 
 

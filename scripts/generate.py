@@ -38,7 +38,7 @@ def main() -> None:
     ids = torch.tensor([[opened.config.eos_token_id, *encoded]])  # OPT's prompts begin with </s>
     if ids.size(1) >= opened.config.max_position_embeddings:
         raise UserError(
-            f"--prompt has {ids.size(1)} tokens, the model {opened.config.max_position_embeddings} positions"
+            f"--prompt has {ids.size(1)} tokens, the model {opened.config.max_position_embeddings} positions; shorten it"
         )
     with Topology.open(arguments.tensor) as topology:
         model = opened.model(topology.tensor, topology.device)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opt_parallel.errors import UserError
-from opt_parallel.parallel.shard import Shard
+from opt_parallel.parallel.shard import Shard, overlap
 
 MANIFEST = "manifest.json"
 
@@ -55,16 +55,13 @@ class CheckpointWeights:
         return values
 
     def _copy_overlap(self, values: Tensor, name: str, shard: Shard, written: Shard) -> None:
-        into, out_of = [], []
-        for wanted, held in zip(shard.range, written.range, strict=True):
-            low, high = max(wanted.start, held.start), min(wanted.stop, held.stop)
-            if low >= high:
-                return
-            into.append(slice(low - wanted.start, high - wanted.start))
-            out_of.append(slice(low - held.start, high - held.start))
+        shared = overlap(shard.range, written.range)
+        if shared is None:
+            return
+        into, out_of = shared
         path = self.folder / weights_file(written.index)
         try:
             with safe_open(path, framework="pt") as file:
-                values[tuple(into)] = file.get_slice(name)[tuple(out_of)]
+                values[into] = file.get_slice(name)[out_of]
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error

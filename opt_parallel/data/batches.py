@@ -12,8 +12,8 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor
 
 from opt_parallel.data.order import sample_at
+from opt_parallel.shapes import IGNORED
 
-IGNORED = -100  # a label that counts nowhere
 ROWS_READ = 1024  # rows of the store held at a time while counting
 
 

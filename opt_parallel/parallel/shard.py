@@ -162,6 +162,18 @@ def random_source(seed: int) -> Source:
     return source
 
 
+def overlap(mine: tuple[slice, ...], theirs: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What two ranges of one logical tensor share, as slices into each of the two; None if nothing."""
+    common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(mine, theirs, strict=True)]
+    if any(part.start >= part.stop for part in common):
+        return None
+
+    def within(ranges: tuple[slice, ...]) -> tuple[slice, ...]:
+        return tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(common, ranges, strict=True))
+
+    return within(mine), within(theirs)
+
+
 def _tile_size(ndim: int, dim: int) -> int:
     return TILE if dim >= ndim - 2 else 1
 
@@ -176,16 +188,16 @@ def _tiles_touching(ranges: tuple[slice, ...]) -> Iterator[tuple[int, ...]]:
 def _copy_tile(values: Tensor, shard: Shard, tile: tuple[int, ...], generator: torch.Generator) -> None:
     """Draw one tile of the logical tensor and keep what overlaps the shard's range."""
     assert isinstance(shard.initial, Normal)
-    extent, into, out_of = [], [], []
-    for dim, (number, part) in enumerate(zip(tile, shard.range, strict=True)):
+    extent = []
+    for dim, number in enumerate(tile):
         step = _tile_size(len(tile), dim)
-        start, stop = number * step, min((number + 1) * step, shard.shape[dim])
-        low, high = max(start, part.start), min(stop, part.stop)
-        extent.append(stop - start)
-        into.append(slice(low - part.start, high - part.start))
-        out_of.append(slice(low - start, high - start))
-    drawn = torch.empty(extent).normal_(0.0, shard.initial.std, generator=generator)
-    values[tuple(into)] = drawn[tuple(out_of)]
+        extent.append(slice(number * step, min((number + 1) * step, shard.shape[dim])))
+    drawn = torch.empty([part.stop - part.start for part in extent])
+    drawn.normal_(0.0, shard.initial.std, generator=generator)
+    shared = overlap(shard.range, tuple(extent))
+    assert shared is not None  # only tiles that touch the range are drawn
+    into, out_of = shared
+    values[into] = drawn[out_of]
 
 
 def _generator(seed: int, name: str, tile: tuple[int, ...]) -> torch.Generator:

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from opt_parallel.parallel.collectives import all_reduce, copy, gather, reduce
 from opt_parallel.parallel.shard import Normal, parameter, shard_of
+from opt_parallel.shapes import IGNORED
 from opt_parallel.topology import Group
-
-IGNORED = -100  # a label that counts nowhere
 
 
 class VocabParallelEmbedding(nn.Module):
