@@ -36,10 +36,9 @@ def main() -> None:
     tokenizer = load_tokenizer(str(opened.tokenizer))
     encoded = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
     ids = torch.tensor([[opened.config.eos_token_id, *encoded]])  # OPT's prompts begin with </s>
-    if ids.size(1) >= opened.config.max_position_embeddings:
-        raise UserError(
-            f"--prompt has {ids.size(1)} tokens, the model {opened.config.max_position_embeddings} positions; shorten it"
-        )
+    positions = opened.config.max_position_embeddings
+    if ids.size(1) >= positions:
+        raise UserError(f"--prompt has {ids.size(1)} tokens, the model {positions} positions; shorten it")
     with Topology.open(arguments.tensor) as topology:
         model = opened.model(topology.tensor, topology.device)
         output = greedy(model, ids.to(topology.device), arguments.max_new_tokens, opened.config.eos_token_id)
