@@ -1,7 +1,7 @@
-"""The four collectives with gradients, named by what they do forward, and two without.
+"""The four collectives with gradients, named by what they do forward, and three without.
 
-All return their result instead of writing into an argument: torch.compile keeps the gradient, and nobody else's tensor
-changes under them. A group of one communicates nothing.
+All but one return their result instead of writing into an argument: torch.compile keeps the gradient, and nobody else's
+tensor changes under them. A group of one communicates nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
@@ -21,6 +22,12 @@ def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
         return tensor
     assert group.handle is not None
     return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), operation, group.handle))
+
+
+def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
+    """Make `tensor` its sum over the group, without a second one: for what fills a good part of the memory."""
+    if group.size > 1:
+        dist.all_reduce(tensor, group=group.handle)
 
 
 def all_gather_last(tensor: Tensor, group: Group) -> Tensor:
