@@ -1,4 +1,5 @@
 # make demo: train a small OPT, export it, write a sample.   make test: the tests.   make check: ruff, mypy, the house.
+# make bench: our speed and the others', in one run.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -9,7 +10,12 @@ PROMPT ?= The function returns
 PROCESSES := $(if $(filter 1,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),1,2)
 export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(max(1, os.cpu_count() // 2))")
 
-.PHONY: demo test check clean
+# what make bench trains: a four-layer 125m, and with two threads the whole one
+BENCH := $(BIN)/python scripts/benchmark.py
+SMALL := model=opt-125m model.num_hidden_layers=4 precision=bf16 data.sequence_length=512 batch.micro=2
+NO_DROPOUT := model.dropout=0 model.attention_dropout=0
+
+.PHONY: demo test check bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +41,15 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
+
+# On a CPU two processes. On a GPU: `python scripts/benchmark.py train model=opt-1.3b data.sequence_length=2048 …`
+bench: .venv/installed
+	$(BENCH) loss --words 25136 50272 --tokens 1024
+	$(BENCH) train --processes 2 --threads 1 --name tensor-2 $(SMALL) parallel.tensor=2 $(NO_DROPOUT)
+	$(BENCH) train --processes 2 --threads 1 --name tensor-2-dropout $(SMALL) parallel.tensor=2
+	$(BENCH) train --processes 2 --threads 1 --name data-2 $(SMALL) $(NO_DROPOUT)
+	$(BENCH) train --processes 2 --threads 1 --name data-2-dropout $(SMALL)
+	$(BENCH) train --processes 1 --threads 2 --name one-process $(SMALL) model.num_hidden_layers=12 $(NO_DROPOUT)
 
 clean:
 	rm -rf .venv runs cache

@@ -179,7 +179,7 @@ class _Recorder(Metrics):
             "tokens_per_second": rate,
             "mfu": self._model_flops * rate / self._peak if self._peak else None,
             "hfu": self._hardware_flops * rate / self._peak if self._peak else None,
-            "peak_memory_bytes": _peak_memory(self._device),
+            "peak_memory_bytes": peak_memory(self._device),
         }
         self._write("train", row)
         self._progress.step(row, seconds)
@@ -289,7 +289,7 @@ def _peak_flops(run: Run, device: torch.device) -> float | None:
     return None if tflops is None else tflops * 1e12
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """The most bytes held so far: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

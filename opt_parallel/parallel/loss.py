@@ -8,16 +8,13 @@ Cross-Entropy (Wijmans et al. 2024) and Liger Kernel (Hsu et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 
-from opt_parallel.log import say
 from opt_parallel.parallel.collectives import all_gather_last
+from opt_parallel.parallel.compiled import compiled
 from opt_parallel.shapes import IGNORED
 from opt_parallel.topology import Group
 
@@ -25,7 +22,6 @@ from opt_parallel.topology import Group
 # product where chunks are small; on a CPU the products themselves are slower on more.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 ROWS = 2048  # of the weight's gradient that one product adds to: what it returns stays in the cache
-COMPILED_FROM = 2**22  # logits of a chunk; with fewer, compiling takes longer than a small run saves
 HALF_LIFT = 1024.0  # fp16 holds no softmax below 6e-8; lifted, none below 6e-11
 
 
@@ -45,18 +41,21 @@ def vocab_parallel_linear_cross_entropy(
         labels: (…), ids of the whole vocabulary, or −100.
         words: the ids whose rows this rank holds, at least one.
     """
-    loss = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), words, group)
+    training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), words, group, training)
     assert isinstance(loss, Tensor)
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, words: range, group: Group) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, words: range, group: Group, training: bool
+    ) -> Tensor:
         rows = weight.detach()[: len(words)]
-        chunk = _tokens_of_a_chunk(hidden, len(words))
+        chunk = _tokens_of_a_chunk(hidden, weight.size(0))
         buffer = hidden.new_empty(chunk, len(words))
-        gradients = _Gradients(hidden, weight, chunk) if any(ctx.needs_input_grad) else None
+        gradients = _Gradients(hidden, weight, chunk) if training else None
         loss = torch.zeros((), dtype=_at_least_fp32(hidden.dtype), device=hidden.device)
         for start in range(0, hidden.size(0), chunk):
             tokens = slice(start, min(start + chunk, hidden.size(0)))
@@ -73,10 +72,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         scale = gradient / _lift(ctx.dtype)
-        by_hidden, by_weight = (_compiled(_scaled, saved, scale, ctx.dtype) for saved in ctx.saved_tensors)
-        return by_hidden, by_weight, None, None, None
+        by_hidden, by_weight = (_scaled(saved, scale, ctx.dtype) for saved in ctx.saved_tensors)
+        return by_hidden, by_weight, None, None, None, None
 
 
 class _Gradients:
@@ -95,14 +94,17 @@ class _Gradients:
         self.weight[words:] = 0.0
         for first in range(0, words, ROWS):
             block = slice(first, min(first + ROWS, words))
-            part = self.weight[block]
-            (part.copy_ if tokens.start == 0 else part.add_)(_product(by_logits[:, block].T, hidden))
+            product = _product(by_logits[:, block].T, hidden)
+            if tokens.start == 0:
+                self.weight[block] = product
+            else:
+                _add(self.weight[block], product)
 
 
 def _across_ranks(logits: Tensor, labels: Tensor, words: range, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token of a chunk, over the whole vocabulary: largest logit, Σ exp(logit − largest), the label's logit."""
     column, elsewhere = _columns(labels, words)
-    top, total = _compiled(_top_and_total, logits)
+    top, total = _top_and_total(logits)
     target = logits.gather(-1, column.unsqueeze(-1)).squeeze(-1).to(top.dtype).masked_fill(elsewhere, 0.0)
     if group.size == 1:
         return top, total, target
@@ -121,7 +123,7 @@ def _to_gradient(
     lose what is left of a confident token."""
     column, elsewhere = _columns(labels, words)
     lift = counted * _lift(logits.dtype)
-    _compiled(_softmax_in_place, logits, top, lift / total)
+    _softmax_in_place(logits, top, lift / total)
     of_label = (((target - top).exp() / total - 1.0) * lift).to(logits.dtype)
     token = torch.arange(logits.size(0), device=logits.device)
     logits[token, column] = torch.where(elsewhere, logits[token, column], of_label)
@@ -133,17 +135,25 @@ def _columns(labels: Tensor, words: range) -> tuple[Tensor, Tensor]:
     return (labels - words.start).masked_fill(elsewhere, 0), elsewhere
 
 
+@compiled
 def _top_and_total(logits: Tensor) -> tuple[Tensor, Tensor]:
     scores = logits.to(_at_least_fp32(logits.dtype))
     top = scores.amax(-1)
     return top, (scores - top.unsqueeze(-1)).exp().sum(-1)
 
 
+@compiled
 def _softmax_in_place(logits: Tensor, top: Tensor, factor: Tensor) -> None:
     scores = logits.to(_at_least_fp32(logits.dtype))
     logits.copy_((scores - top.unsqueeze(-1)).exp() * factor.unsqueeze(-1))
 
 
+@compiled
+def _add(total: Tensor, part: Tensor) -> None:
+    total += part
+
+
+@compiled
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (gradient * scale).to(dtype)
 
@@ -154,13 +164,17 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float() if left.dtype is torch.float16 else left @ right
+    if left.dtype is torch.float16:
+        return left.float() @ right.float()
+    return left.contiguous() @ right  # a transposed bf16 matrix costs a CPU more than its copy
 
 
-def _tokens_of_a_chunk(hidden: Tensor, words: int) -> int:
-    """Tokens of a chunk: as few chunks as CHUNK_BYTES allows, all but the last of one size."""
+def _tokens_of_a_chunk(hidden: Tensor, rows: int) -> int:
+    """Tokens of a chunk: as few chunks as CHUNK_BYTES allows, all but the last of one size.
+
+    By the rows, padding included: the ranks hold the same number of them, and must agree on the chunks."""
     tokens = hidden.size(0)
-    most = max(1, CHUNK_BYTES[hidden.device.type] // (words * hidden.element_size()))
+    most = max(1, CHUNK_BYTES[hidden.device.type] // (rows * hidden.element_size()))
     chunks = -(-tokens // most)
     return -(-tokens // chunks)
 
@@ -171,25 +185,3 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 def _lift(dtype: torch.dtype) -> float:
     return HALF_LIFT if dtype is torch.float16 else 1.0
-
-
-def _compiled(function: Callable[..., Any], large: Tensor, *rest: Any) -> Any:
-    """`function(large, *rest)`, compiled where `large` is large enough to pay and the machine has a compiler."""
-    if large.numel() < COMPILED_FROM or not _can_compile(large.device.type):
-        return function(large, *rest)
-    return _compiler(function)(large, *rest)
-
-
-@cache
-def _compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
-
-
-@cache
-def _can_compile(device: str) -> bool:
-    try:
-        torch.compile(torch.exp)(torch.ones(8, device=device))
-    except BackendCompilerFailed as error:
-        say(f"torch.compile does not work here, so the loss takes longer: {str(error).strip().splitlines()[0]}")
-        return False
-    return True

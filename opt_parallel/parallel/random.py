@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opt_parallel.parallel.compiled import compiled
 from opt_parallel.topology import Group
 
 # The odd constants and shifts of a two-round 32-bit integer hash (Wellons 2018, "Prospecting for hash functions",
@@ -38,8 +40,10 @@ class Draw:
         """Inverted dropout of `hidden` (B, S, H), decided by (seed, sample, position, channel, layer, site)."""
         if p == 0.0:
             return hidden
-        dropped = hash_dropped(self.samples, hidden.size(1), hidden.size(2), p, _number(self.seed, layer, site))
-        return hidden.masked_fill(dropped, 0.0) * (1.0 / (1.0 - p))
+        key = torch.full((), _number(self.seed, layer, site), dtype=torch.int32, device=hidden.device)
+        dropped = _Dropout.apply(hidden, self.samples, p, key)
+        assert isinstance(dropped, Tensor)
+        return dropped
 
     def drops_layer(self, p: float, layer: int) -> bool:
         """LayerDrop's decision (Fan et al. 2020), one for the whole step: all ranks must agree."""
@@ -51,11 +55,32 @@ class Draw:
         torch.manual_seed(_number(*place, bits=63))
 
 
-def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: int) -> Tensor:
+class _Dropout(torch.autograd.Function):
+    """The backward decides anew what fell: cheaper than keeping a mask, and nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
+        ctx.save_for_backward(samples, key)
+        ctx.p = p
+        return _dropped(hidden, samples, p, key)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        samples, key = ctx.saved_tensors
+        return _dropped(gradient, samples, ctx.p, key), None, None, None
+
+
+@compiled
+def _dropped(hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
+    fallen = hash_dropped(samples, hidden.size(1), hidden.size(2), p, key)
+    return hidden.masked_fill(fallen, 0.0) * (1.0 / (1.0 - p))
+
+
+def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: Tensor) -> Tensor:
     """Which elements of (B, length, channels) fall to dropout with probability `p`: bool, no generator involved.
 
     A counter hash in int32 arithmetic: (sample, position, key) give a row's word, the channel another, and one more
-    round over their exclusive or gives the element's.
+    round over their exclusive or gives the element's. `key` is a 0-d int32 tensor.
     """
     low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
     sample = _mix(low + _mix(high + key))

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from opt_parallel.parallel import compiled
 from opt_parallel.parallel.random import Draw, hash_dropped
 from opt_parallel.topology import ALONE, Group
 
@@ -15,7 +16,7 @@ DRAW = Draw(seed=1, step=3, micro=0, data_rank=0, samples=torch.arange(64))
 
 def test_rate_and_independence() -> None:
     rate = 0.1
-    dropped = hash_dropped(torch.arange(400), 128, 256, rate, key=12345).double() - rate
+    dropped = hash_dropped(torch.arange(400), 128, 256, rate, torch.tensor(12345, dtype=torch.int32)).double() - rate
     deviation = (rate * (1 - rate)) ** 0.5
     assert abs(float(dropped.mean())) < 5 * deviation / dropped.numel() ** 0.5
     for dims in ((1, 2), (0, 2), (0, 1)):  # per sample, per position, per channel
@@ -39,7 +40,11 @@ def test_scaled_and_expected_value_kept() -> None:
 
 def test_pinned() -> None:
     """The stream may never change unnoticed: a resumed run would see other masks."""
-    dropped = hash_dropped(torch.tensor([0, 1, 2**40 + 3]), 4, 1000, 0.5, key=7).sum((1, 2)).tolist()
+    dropped = (
+        hash_dropped(torch.tensor([0, 1, 2**40 + 3]), 4, 1000, 0.5, torch.tensor(7, dtype=torch.int32))
+        .sum((1, 2))
+        .tolist()
+    )
     assert dropped == [1924, 2021, 1991]
     assert [DRAW.drops_layer(0.5, layer) for layer in range(12)] == PINNED_LAYERS
 
@@ -75,3 +80,23 @@ def test_attention_seed_depends_on_everything_it_names() -> None:
     others = [dataclasses.replace(DRAW, **{name: 7}) for name in ("seed", "step", "micro", "data_rank")]
     values = [first, drawn(DRAW, 1, ALONE), drawn(DRAW, 0, Group(None, 1, 2)), *(drawn(d, 0, ALONE) for d in others)]
     assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_is_bit_for_bit_the_same(dtype: torch.dtype) -> None:
+    """A large tensor's dropout is compiled; which elements fall may not hang on that, nor on the machine."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(64, 64, 128, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(64, 64, 128, generator=generator).to(dtype)
+    assert hidden.numel() >= compiled.COMPILED_FROM > hidden[:16].numel()
+    for site in (0, 1):
+        hidden.grad = None
+        whole = DRAW.dropout(hidden, 0.3, 2, site)
+        whole.backward(upstream)
+        for start in range(0, 64, 16):
+            part = dataclasses.replace(DRAW, samples=DRAW.samples[start : start + 16])
+            few = hidden.detach()[start : start + 16].requires_grad_()
+            eager = part.dropout(few, 0.3, 2, site)
+            eager.backward(upstream[start : start + 16])
+            assert torch.equal(eager, whole[start : start + 16])
+            assert torch.equal(few.grad, hidden.grad[start : start + 16])

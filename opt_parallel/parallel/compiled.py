@@ -1,0 +1,48 @@
+"""torch.compile for small functions of large tensors, where it pays and where it works.
+
+Each of them, run eagerly, reads and writes its tensors once an operation; compiled, once in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+from opt_parallel.log import say
+
+COMPILED_FROM = 2**19  # elements; below, compiling takes longer than a small run can save
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled for calls whose first argument is a tensor of COMPILED_FROM elements or more.
+
+    It must be the same function either way: pure tensor operations, shapes that may change, no collective. On a machine
+    without a working compiler it runs as written, and a line says so."""
+
+    @wraps(function)
+    def call(large: Tensor, *rest: Any) -> Any:
+        if large.numel() < COMPILED_FROM or not _works(large.device.type):
+            return function(large, *rest)
+        return _fast(function)(large, *rest)
+
+    return call
+
+
+@cache
+def _fast(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+@cache
+def _works(device: str) -> bool:
+    try:
+        torch.compile(torch.exp)(torch.ones(8, device=device))
+    except BackendCompilerFailed as error:
+        say(f"torch.compile does not work here, so training is slower: {str(error).strip().splitlines()[0]}")
+        return False
+    return True

@@ -1,0 +1,147 @@
+"""Measure ours and the others in one run.
+
+    python scripts/benchmark.py train --processes 2 model=opt-125m parallel.tensor=2 batch.micro=2
+    python scripts/benchmark.py loss --tokens 1024 4096 --words 25136
+
+`train` takes train.py's own keys after its options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+from pathlib import Path
+
+from opt_parallel.errors import UserError, reporting
+from opt_parallel.log import quiet_libraries
+
+NAMES = ("ours", "transformers", "autotp", "dtensor")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train", help="optimizer steps, beside transformers, DeepSpeed AutoTP and torch DTensor")
+    train.add_argument("--processes", type=_positive, default=1)
+    train.add_argument("--threads", type=_positive, help="of each process; default: the cores divided by the processes")
+    train.add_argument("--contenders", type=_names, default=list(NAMES), help=f"default: {','.join(NAMES)}")
+    train.add_argument("--rounds", type=_positive, default=5)
+    train.add_argument("--steps", type=_positive, default=2, help="optimizer steps of a contender in a round")
+    train.add_argument("--accumulation", type=_positive, default=1, help="micro-batches of a step")
+    train.add_argument("--huge-pages", action="store_true", help="2 MB pages for all, not only for ours (CPU)")
+    train.add_argument("--name", help="of the files written; default: model, layout and dropout")
+    train.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    loss = verbs.add_parser("loss", help="the head's loss alone, fused and plain")
+    loss.add_argument("--tokens", type=_positive, nargs="+", default=[1024])
+    loss.add_argument("--width", type=_positive, default=768)
+    loss.add_argument("--words", type=_positive, nargs="+", default=[50272])
+    loss.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    loss.add_argument("--threads", type=_positive, default=1)
+    loss.add_argument("--rounds", type=_positive, default=7)
+    loss.add_argument("--huge-pages", action="store_true", help="2 MB pages, as train.py sets (CPU)")
+    arguments = parser.parse_args()
+    if arguments.huge_pages:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # before torch is imported
+    quiet_libraries()
+    (run_race if arguments.verb == "train" else run_loss)(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} does not exist: choose from {','.join(NAMES)}")
+    return names
+
+
+def run_race(arguments: argparse.Namespace) -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from opt_parallel.compose import explain, register_schema, run_from
+    from opt_parallel.topology import check_precision, local_device
+
+    world, threads = arguments.processes, arguments.threads or max(1, (os.cpu_count() or 1) // arguments.processes)
+    register_schema()
+    configs = str(Path(__file__).resolve().parent.parent / "configs")
+    overrides = ["run.name=benchmark", *arguments.overrides]
+    composing = initialize_config_dir(configs, version_base="1.3")
+    with reporting((HydraException, OmegaConfBaseException), explain), composing:
+        run = run_from(compose("config", overrides=overrides))
+    if world % run.parallel.tensor:
+        raise UserError(f"--processes {world} is not a multiple of parallel.tensor={run.parallel.tensor}")
+    os.environ["LOCAL_WORLD_SIZE"] = str(world)
+    device = local_device()
+    check_precision(run.precision.name, device)
+    run = dataclasses.replace(run, batch={"global": run.micro_batch * arguments.accumulation, "micro": run.micro_batch})
+
+    import torch
+    from benchmarks.race import race
+    from benchmarks.report import rows_of, table, write
+
+    pages = arguments.huge_pages
+    done = race(arguments.contenders, run, world, threads, arguments.steps, arguments.rounds, pages)
+    if all(result.failure for result in done.results):
+        raise UserError("no contender ran: see above")
+    rows = rows_of(done, run, world)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {threads} threads each"
+    shape = run.model
+    title = (
+        f"OPT {shape.parameters() / 1e6:,.0f}M ({shape.num_hidden_layers} layers of {shape.hidden_size}), "
+        f"{run.precision.name.value}, ZeRO-{run.zero.stage}, micro-batch {run.micro_batch} × {run.data.sequence_length}"
+        f"{f' × {arguments.accumulation}' if arguments.accumulation > 1 else ''}, dropout {shape.dropout:g}, "
+        f"attention dropout {shape.attention_dropout:g}"
+    )
+    machine = f"{world} × {where}; a matrix product reaches {done.matmul_flops[0] / 1e12:.2f} TFLOP/s on each"
+    print(f"\n{title}\n{machine}\n\n{table(rows)}\n")
+    name = arguments.name or f"{shape.num_hidden_layers}x{shape.hidden_size}-t{run.parallel.tensor}w{world}"
+    setting = {
+        "title": title, "machine": machine, "overrides": arguments.overrides, "processes": world, "threads": threads,
+        "steps": arguments.steps, "accumulation": arguments.accumulation, "huge_pages_for_all": arguments.huge_pages,
+        "torch": torch.__version__, "matmul_flops": done.matmul_flops,
+    }  # fmt: skip
+    print("written: " + ", ".join(str(path) for path in write(arguments.output, name, title, setting, rows)))
+
+
+def run_loss(arguments: argparse.Namespace) -> None:
+    import torch
+    from benchmarks.loss import measure, row
+    from benchmarks.report import aligned
+
+    torch.set_num_threads(arguments.threads)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision]
+    lines = [
+        ["tokens × words", "fused (range)", "plain (range)", "plain ÷ fused (range)", "fused memory", "plain memory"]
+    ]
+    for tokens in arguments.tokens:
+        for words in arguments.words:
+            measured = measure(tokens, arguments.width, words, dtype, arguments.rounds)
+            lines.append(row(tokens, words, measured))
+    pages = "2 MB" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "4 kB"
+    print(f"\n{arguments.precision}, width {arguments.width}, {arguments.threads} threads, {pages} pages\n")
+    print(aligned(lines))
+
+
+def _processor() -> str:
+    """The processor's name as Linux knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    with reporting():
+        main()

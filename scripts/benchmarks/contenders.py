@@ -1,0 +1,214 @@
+"""Trainers of the same OPT: ours, and what others would use in its place. Each is a function that does one step.
+
+All get the run's shape, precision, sequence, batch, dropout, clipping, AdamW (torch's fused kernel) and the same ids.
+What is theirs stays theirs: DeepSpeed's own bucket sizes and gradient types, DTensor's fp32 weights under autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opt_parallel.config import Precision, Run
+from opt_parallel.data.batches import Batch
+from opt_parallel.topology import local_device
+
+Step = Callable[[int], float]  # number of the optimizer step → its loss on this rank
+
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`tensor`: whether it splits the model over `parallel.tensor`; else all processes are data-parallel.
+
+    `refuses(run, world)` says why it cannot run so, or nothing. `environment` is what its own entry point sets."""
+
+    title: str
+    tensor: bool
+    build: Callable[[Run], Step]
+    refuses: Callable[[Run, int], str] = lambda run, world: ""
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def layout(self, run: Run, world: int) -> tuple[int, int]:
+        """Tensor and data degree on `world` processes."""
+        tensor = run.parallel.tensor if self.tensor else 1
+        return tensor, world // tensor
+
+
+def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
+    """This data rank's micro-batches of a step, made of random words."""
+    micro, length = run.micro_batch, run.data.sequence_length
+    for position in range(run.global_batch // (micro * data_size)):
+        first = step * run.global_batch + (position * data_size + data_rank) * micro
+        samples = torch.arange(first, first + micro)
+        generator = torch.Generator().manual_seed(first)
+        words = torch.randint(4, run.model.vocab_size, (micro, length + 1), generator=generator)
+        yield Batch(words[:, :-1].contiguous(), words[:, 1:].contiguous(), None, None, samples)
+
+
+def build_ours(run: Run) -> Step:
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.topology import Topology
+
+    topology = Topology.open(run.parallel.tensor).__enter__()  # the process ends with it
+    engine = Engine.build(run, topology, random_source(run.seed))
+
+    def step(number: int) -> float:
+        batches = list(micro_batches(run, number, topology.data.rank, topology.data.size))
+        return float(engine.step(batches, number).loss)
+
+    return step
+
+
+def transformers_model(run: Run) -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = run.model
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_hidden_layers,
+            num_attention_heads=shape.num_attention_heads,
+            ffn_dim=shape.ffn_dim,
+            max_position_embeddings=shape.max_position_embeddings,
+            word_embed_proj_dim=shape.embedding_size,
+            do_layer_norm_before=shape.do_layer_norm_before,
+            activation_function=shape.activation_function.value,
+            dropout=shape.dropout,
+            attention_dropout=shape.attention_dropout,
+            layerdrop=shape.layerdrop,
+            init_std=shape.std,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def build_with_deepspeed(run: Run, autotp: bool) -> Step:
+    """transformers' model in DeepSpeed's hands, with AutoTP or without."""
+    import deepspeed
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tensor = run.parallel.tensor if autotp else 1
+    data_rank, data_size = rank // tensor, world // tensor
+    dtype = DTYPES[run.precision.name]
+    model = transformers_model(run).to(dtype)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.micro_batch,
+        "gradient_accumulation_steps": run.global_batch // (run.micro_batch * data_size),
+        "gradient_clipping": run.optimizer.clip,
+        "bf16": {"enabled": run.precision.name is Precision.bf16},
+        "fp16": {"enabled": run.precision.name is Precision.fp16},
+        "zero_optimization": {"stage": run.zero.stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in ours: gloo on a CPU
+    if autotp:
+        settings["tensor_parallel"] = {"autotp_size": tensor}
+        deepspeed.tp_model_init(model, tensor, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.optimizer.lr, fused=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+
+    def step(number: int) -> float:
+        losses = []
+        for batch in micro_batches(run, number, data_rank, data_size):
+            ids = batch.ids.to(engine.device)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+        return float(torch.stack(losses).mean())
+
+    return step
+
+
+def build_dtensor(run: Run) -> Step:
+    """transformers' model split by torch's own tensor parallelism, embedding and head by the vocabulary."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        loss_parallel,
+        parallelize_module,
+    )
+
+    device = local_device()
+    mesh = init_device_mesh(device.type, (run.parallel.tensor,))
+    model = transformers_model(run).to(device)
+    for layer in model.model.decoder.layers:
+        plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel(), "self_attn.out_proj": RowwiseParallel()}
+        plan |= {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+        parallelize_module(layer, mesh, plan)
+        layer.self_attn.num_heads //= run.parallel.tensor
+    head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    embedding = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(model, mesh, {"model.decoder.embed_tokens": embedding, "lm_head": head})
+    model.lm_head.weight = model.model.decoder.embed_tokens.weight
+    split = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+    optimizer = torch.optim.AdamW([{"params": split}, {"params": whole}], lr=run.optimizer.lr, fused=True)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.precision.name is Precision.bf16)
+
+    def step(number: int) -> float:
+        batches = list(micro_batches(run, number, 0, 1))
+        losses: list[Tensor] = []
+        for batch in batches:
+            ids, labels = batch.ids.to(device), batch.labels.to(device)
+            with loss_parallel():
+                with mixed:
+                    logits = model(input_ids=ids).logits
+                loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+                (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        of_split, of_whole = (
+            torch.nn.utils.get_total_norm([each.grad for each in group if each.grad is not None])
+            for group in (split, whole)
+        )
+        assert isinstance(of_split, DTensor)
+        norm = (of_split.full_tensor() ** 2 + of_whole**2) ** 0.5
+        for group in (split, whole):
+            torch.nn.utils.clip_grads_with_norm_(group, run.optimizer.clip, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(torch.stack(losses).mean())
+
+    return step
+
+
+def _autotp_refuses(run: Run, world: int) -> str:
+    if run.parallel.tensor == 1:
+        return "needs parallel.tensor > 1"
+    return "stops at ZeRO-2" if run.zero.stage == 3 else ""
+
+
+def _dtensor_refuses(run: Run, world: int) -> str:
+    if run.parallel.tensor == 1:
+        return "needs parallel.tensor > 1"
+    if run.parallel.tensor != world:
+        return "has no ZeRO: needs data 1"
+    return "has no loss scaler" if run.precision.name is Precision.fp16 else ""
+
+
+CONTENDERS = {
+    "ours": Contender("opt-parallel", True, build_ours, environment=(("THP_MEM_ALLOC_ENABLE", "1"),)),
+    "transformers": Contender(
+        "transformers + DeepSpeed", False, lambda run: build_with_deepspeed(run, autotp=False)
+    ),
+    "autotp": Contender(
+        "DeepSpeed AutoTP", True, lambda run: build_with_deepspeed(run, autotp=True), _autotp_refuses
+    ),
+    "dtensor": Contender("torch DTensor", True, build_dtensor, _dtensor_refuses),
+}  # fmt: skip

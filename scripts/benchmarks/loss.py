@@ -1,0 +1,73 @@
+"""The head's loss alone, forward and backward: fused, and as transformers writes it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opt_parallel.metrics import peak_memory
+from opt_parallel.parallel.loss import vocab_parallel_linear_cross_entropy
+from opt_parallel.topology import ALONE, local_device
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return vocab_parallel_linear_cross_entropy(hidden, weight, labels, range(weight.size(0)), ALONE)
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+
+
+def measure(tokens: int, width: int, words: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round, interleaved, and in `… memory` the bytes above those held before, of each round."""
+    device = local_device()
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
+    weight = (0.02 * torch.randn(words, width, generator=generator)).to(device, dtype).requires_grad_()
+    labels = torch.randint(words, (tokens,), generator=generator).to(device)
+    measured: dict[str, list[float]] = {}
+    for turn in range(-1, rounds):
+        for loss in (fused, plain):
+            seconds, memory = _once(loss, hidden, weight, labels)
+            if turn >= 0:  # the first one compiles
+                measured.setdefault(loss.__name__, []).append(seconds)
+                measured.setdefault(f"{loss.__name__} memory", []).append(memory)
+    return measured
+
+
+def _once(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, float]:
+    hidden.grad = weight.grad = None
+    before = _start_of_peak(hidden.device)
+    start = time.perf_counter()
+    (loss(hidden, weight, labels) / labels.numel()).backward()
+    if hidden.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, peak_memory(hidden.device) - before
+
+
+def _start_of_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
+
+
+def row(tokens: int, words: int, measured: dict[str, list[float]]) -> list[str]:
+    """Of one size: medians and ranges of the times, their ratio round by round, the most memory."""
+    ratios = [slow / fast for slow, fast in zip(measured["plain"], measured["fused"], strict=True)]
+    cells = [f"{tokens:,} × {words:,}"]
+    for name in ("fused", "plain"):
+        times = [1000 * seconds for seconds in measured[name]]
+        cells.append(f"{statistics.median(times):,.0f} ms ({min(times):,.0f}–{max(times):,.0f})")
+    cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+    return cells + [f"{max(measured[f'{name} memory']) / 2**20:,.0f} MiB" for name in ("fused", "plain")]
