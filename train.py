@@ -44,9 +44,6 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # torch reads this as it is imported: large CPU tensors in pages of 2 MB. Each step asks for its memory anew, and
-    # with pages of 4 kB a quarter of the time goes into getting them.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     quiet_libraries()
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too

@@ -30,9 +30,7 @@ from opt_parallel.optim import (
 from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Shard, Source, fill, marked
-from opt_parallel.topology import Topology
-
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+from opt_parallel.topology import DTYPES, Topology
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Engine:
         # bf16, reduce it and copy it back, a third of a small model's step; here they are reduced where they lie.
         self.flat_gradients: list[Tensor] = []
         if isinstance(wrapped.optimizer, BF16_Optimizer):
+            assert wrapped.optimizer.grad_acc_dtype is torch.float32
             self.flat_gradients = wrapped.optimizer.fp32_groups_gradients_flat
             wrapped.enable_backward_allreduce = False
         self.scaler = LossScaler(run.precision) if run.precision.name is Precision.fp16 else None

@@ -28,6 +28,7 @@ class Group:
 
 
 ALONE = Group(None, 0, 1)
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
 def local_device() -> torch.device:

@@ -12,8 +12,11 @@ import argparse
 import dataclasses
 import os
 import platform
+import statistics
+import time
 from pathlib import Path
 
+from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries
 
@@ -30,8 +33,7 @@ def main() -> None:
     train.add_argument("--rounds", type=_positive, default=5)
     train.add_argument("--steps", type=_positive, default=2, help="optimizer steps of a contender in a round")
     train.add_argument("--accumulation", type=_positive, default=1, help="micro-batches of a step")
-    train.add_argument("--huge-pages", action="store_true", help="2 MB pages for all, not only for ours (CPU)")
-    train.add_argument("--name", help="of the files written; default: model, layout and dropout")
+    train.add_argument("--name", help="of the files written; default: the time")
     train.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     train.add_argument("overrides", nargs="*", metavar="key=value")
     loss = verbs.add_parser("loss", help="the head's loss alone, fused and plain")
@@ -41,19 +43,15 @@ def main() -> None:
     loss.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     loss.add_argument("--threads", type=_positive, default=1)
     loss.add_argument("--rounds", type=_positive, default=7)
-    loss.add_argument("--huge-pages", action="store_true", help="2 MB pages, as train.py sets (CPU)")
     arguments = parser.parse_args()
-    if arguments.huge_pages:
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # before torch is imported
     quiet_libraries()
     (run_race if arguments.verb == "train" else run_loss)(arguments)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1 on")
+    return int(text)
 
 
 def _names(text: str) -> list[str]:
@@ -61,57 +59,81 @@ def _names(text: str) -> list[str]:
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]} does not exist: choose from {','.join(NAMES)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text} names a contender twice")
     return names
 
 
 def run_race(arguments: argparse.Namespace) -> None:
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from opt_parallel.compose import explain, register_schema, run_from
-    from opt_parallel.topology import check_precision, local_device
-
     world, threads = arguments.processes, arguments.threads or max(1, (os.cpu_count() or 1) // arguments.processes)
-    register_schema()
-    configs = str(Path(__file__).resolve().parent.parent / "configs")
-    overrides = ["run.name=benchmark", *arguments.overrides]
-    composing = initialize_config_dir(configs, version_base="1.3")
-    with reporting((HydraException, OmegaConfBaseException), explain), composing:
-        run = run_from(compose("config", overrides=overrides))
+    run = compared_run(arguments.overrides, arguments.accumulation)
     if world % run.parallel.tensor:
         raise UserError(f"--processes {world} is not a multiple of parallel.tensor={run.parallel.tensor}")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {arguments.output} cannot be made ({error.strerror}): choose another") from error
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
-    device = local_device()
-    check_precision(run.precision.name, device)
-    run = dataclasses.replace(run, batch={"global": run.micro_batch * arguments.accumulation, "micro": run.micro_batch})
 
     import torch
     from benchmarks.race import race
     from benchmarks.report import rows_of, table, write
 
-    pages = arguments.huge_pages
-    done = race(arguments.contenders, run, world, threads, arguments.steps, arguments.rounds, pages)
+    from opt_parallel.topology import check_precision, local_device
+
+    device = local_device()
+    check_precision(run.precision.name, device)
+    done = race(arguments.contenders, run, world, threads, arguments.steps, arguments.rounds)
     if all(result.failure for result in done.results):
-        raise UserError("no contender ran: see above")
+        raise UserError("; ".join(f"{result.title} {result.failure}" for result in done.results))
     rows = rows_of(done, run, world)
+    shape, rate = run.model, statistics.median(done.matmul_flops) / 1e12
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {threads} threads each"
-    shape = run.model
     title = (
         f"OPT {shape.parameters() / 1e6:,.0f}M ({shape.num_hidden_layers} layers of {shape.hidden_size}), "
         f"{run.precision.name.value}, ZeRO-{run.zero.stage}, micro-batch {run.micro_batch} × {run.data.sequence_length}"
         f"{f' × {arguments.accumulation}' if arguments.accumulation > 1 else ''}, dropout {shape.dropout:g}, "
         f"attention dropout {shape.attention_dropout:g}"
     )
-    machine = f"{world} × {where}; a matrix product reaches {done.matmul_flops[0] / 1e12:.2f} TFLOP/s on each"
+    machine = f"{world} × {where}; a matrix product reaches {rate:.2f} TFLOP/s on each"
     print(f"\n{title}\n{machine}\n\n{table(rows)}\n")
-    name = arguments.name or f"{shape.num_hidden_layers}x{shape.hidden_size}-t{run.parallel.tensor}w{world}"
     setting = {
         "title": title, "machine": machine, "overrides": arguments.overrides, "processes": world, "threads": threads,
-        "steps": arguments.steps, "accumulation": arguments.accumulation, "huge_pages_for_all": arguments.huge_pages,
-        "torch": torch.__version__, "matmul_flops": done.matmul_flops,
+        "steps": arguments.steps, "accumulation": arguments.accumulation, "torch": torch.__version__,
+        "matmul_flops": done.matmul_flops,
     }  # fmt: skip
+    name = arguments.name or time.strftime("%Y-%m-%d-%H%M%S")
     print("written: " + ", ".join(str(path) for path in write(arguments.output, name, title, setting, rows)))
+
+
+def compared_run(overrides: list[str], accumulation: int) -> Run:
+    """What train.py would make of `overrides`, for one data-parallel process; no schedule, which costs nothing.
+
+    Raises: UserError for what would change ours alone."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from opt_parallel.compose import explain, register_schema, run_from
+
+    if any(override.startswith("batch.global") for override in overrides):
+        raise UserError("batch.global is batch.micro × --accumulation × data here: set those")
+    register_schema()
+    configs = str(Path(__file__).resolve().parent.parent / "configs")
+    ours = ["run.name=benchmark", "schedule.warmup_steps=null", "schedule.warmup_tokens=null"]
+    composing = initialize_config_dir(configs, version_base="1.3")
+    with reporting((HydraException, OmegaConfBaseException), explain), composing:
+        run = run_from(compose("config", overrides=[*overrides, *ours]))
+    refused = {
+        "activation_checkpointing": (run.activation_checkpointing, ActivationCheckpointing.none),
+        "zero.offload": (run.zero.offload, Offload.none),
+    }
+    for key, (value, only) in refused.items():
+        if value is not only:
+            raise UserError(f"{key}={value.value} would change ours alone: use {key}={only.value}")
+    if run.precision.name is Precision.fp16:
+        raise UserError("precision=fp16: each trainer would skip other steps; use precision=bf16 or precision=fp32")
+    return dataclasses.replace(run, batch={"global": run.micro_batch * accumulation, "micro": run.micro_batch})
 
 
 def run_loss(arguments: argparse.Namespace) -> None:
@@ -128,8 +150,7 @@ def run_loss(arguments: argparse.Namespace) -> None:
         for words in arguments.words:
             measured = measure(tokens, arguments.width, words, dtype, arguments.rounds)
             lines.append(row(tokens, words, measured))
-    pages = "2 MB" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "4 kB"
-    print(f"\n{arguments.precision}, width {arguments.width}, {arguments.threads} threads, {pages} pages\n")
+    print(f"\n{arguments.precision}, width {arguments.width}, {arguments.threads} threads\n")
     print(aligned(lines))
 
 

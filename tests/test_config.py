@@ -32,6 +32,7 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: Run(parallel=ParallelConfig(tensor=0)), ["parallel.tensor=0"]),
     (lambda: Run(model=ModelConfig(ffn_dim=3073), parallel=ParallelConfig(tensor=2)), ["ffn_dim=3073", "tensor=2"]),
     (lambda: Run(data=DataConfig(sequence_length=2049)), ["2049", "2048"]),
+    (lambda: Run(model=ModelConfig(vocab_size=5), parallel=ParallelConfig(tensor=4)), ["vocab_size=5", "tensor=4"]),
     (lambda: ZeroConfig(stage=0, offload=Offload.cpu), ["zero.offload=cpu", "zero.stage=0"]),
     (lambda: ZeroConfig(stage=4), ["zero.stage=4"]),
     (lambda: Run(zero=ZeroConfig(stage=0)), ["precision=bf16", "zero.stage=0"]),

@@ -64,11 +64,15 @@ def test_any_layout_in_350m_style(crew: Any, layout: Layout) -> None:
 # A reduced precision rounds each product to its mantissa, and Adam's first steps turn the sign of a small gradient into
 # a whole learning rate: losses of order 6 stay within these of fp32's over 20 steps.
 FOLLOWS = {"bf16": 0.02, "fp16": 0.01}
+# Norms carry the rounding of each gradient, and after some steps that of the weights; an error of averaging over ranks
+# or micro-batches would be a factor, which Adam and clipping hide from the losses.
+NORM_FOLLOWS = {"bf16": 0.05, "fp16": 0.02}
 
 
 REDUCED = [
     Layout(1, 1, 1, 2, precision="bf16"),
     Layout(2, 2, 1, 2, precision="bf16"),
+    Layout(1, 2, 1, 1, precision="bf16"),
     Layout(2, 1, 2, 2, precision="bf16"),
     Layout(1, 2, 2, 2, precision="bf16", offload=True),
     Layout(2, 2, 3, 2, precision="bf16"),
@@ -81,10 +85,11 @@ REDUCED = [
 @pytest.mark.parametrize("layout", REDUCED, ids=str)
 def test_reduced_precision_follows_fp32(crew: Any, layout: Layout) -> None:
     answers = crew(layout.world)(train, run_for(layout, steps=20), pretend_fp16=True)
-    losses, _, _ = long_truth()
+    losses, norms, _ = long_truth()
     for rank_losses, rank_norms, _ in answers:
         assert rank_losses == pytest.approx(losses, abs=FOLLOWS[layout.precision])
-        assert all(norm > 0 for norm in rank_norms)
+        assert rank_norms == pytest.approx(norms, rel=NORM_FOLLOWS[layout.precision])
+    assemble([parts for _, _, parts in answers])  # and ranks that hold the same weights agree
     assert losses[0] - losses[-1] > 10 * FOLLOWS[layout.precision], "the run must have learned something to follow"
 
 

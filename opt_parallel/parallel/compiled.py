@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import TorchDynamoException
 
 from opt_parallel.log import say
 
@@ -42,7 +42,7 @@ def _fast(function: Callable[..., Any]) -> Callable[..., Any]:
 def _works(device: str) -> bool:
     try:
         torch.compile(torch.exp)(torch.ones(8, device=device))
-    except BackendCompilerFailed as error:
+    except TorchDynamoException as error:
         say(f"torch.compile does not work here, so training is slower: {str(error).strip().splitlines()[0]}")
         return False
     return True

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from opt_parallel.parallel.collectives import all_gather_last
 from opt_parallel.parallel.compiled import compiled
@@ -21,7 +22,8 @@ from opt_parallel.topology import Group
 # Logits of one chunk. A larger chunk reads and writes the weight's gradient less often, which costs a GPU as much as a
 # product where chunks are small; on a CPU the products themselves are slower on more.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-ROWS = 2048  # of the weight's gradient that one product adds to: what it returns stays in the cache
+# Rows of the weight's gradient that one product adds to: what it returns stays in a CPU's cache.
+ROWS = {"cpu": 2048, "cuda": 16384}
 HALF_LIFT = 1024.0  # fp16 holds no softmax below 6e-8; lifted, none below 6e-11
 
 
@@ -33,7 +35,7 @@ def vocab_parallel_linear_cross_entropy(
     With z = hidden @ weight.T and m = max_v z_v:  −log p = log Σ_v exp(z_v − m) − (z_label − m), and its gradient by z
     is softmax(z) − onehot(label). Ranks exchange three numbers a token (maximum, sum, the label's logit), in one
     all-gather a chunk. Softmax and sums run in fp32 at least; gradients stay so until multiplied by the one that comes
-    in, except bf16 ones of a single chunk, which has fp32's range and nothing to add up.
+    in, except bf16 ones of which there is nothing to add up: bf16 has fp32's range.
 
     Args:
         hidden: (…, D), the same on all ranks. Its gradient is this rank's summand: `copy` adds them up.
@@ -55,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = weight.detach()[: len(words)]
         chunk = _tokens_of_a_chunk(hidden, weight.size(0))
         buffer = hidden.new_empty(chunk, len(words))
-        gradients = _Gradients(hidden, weight, chunk) if training else None
+        gradients = _Gradients(hidden, weight, len(words), chunk) if training else None
         loss = torch.zeros((), dtype=_at_least_fp32(hidden.dtype), device=hidden.device)
         for start in range(0, hidden.size(0), chunk):
             tokens = slice(start, min(start + chunk, hidden.size(0)))
@@ -72,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         scale = gradient / _lift(ctx.dtype)
         by_hidden, by_weight = (_scaled(saved, scale, ctx.dtype) for saved in ctx.saved_tensors)
@@ -81,19 +84,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _Gradients:
     """The gradients of hidden states (N, D) and weight (rows, D), growing chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, chunk: int) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, words: int, chunk: int) -> None:
         exact = _at_least_fp32(hidden.dtype)
         self.hidden = torch.empty_like(hidden, dtype=exact if hidden.dtype is torch.float16 else hidden.dtype)
         one_rounding = chunk >= hidden.size(0) and hidden.dtype is not torch.float16
         self.weight = torch.empty_like(weight, dtype=hidden.dtype if one_rounding else exact)
+        self.weight[words:] = 0.0
 
     def add(self, by_logits: Tensor, hidden: Tensor, rows: Tensor, tokens: slice) -> None:
         """Take in a chunk: the gradient of its logits (n, words), its hidden states (n, D), the rows (words, D)."""
         words = by_logits.size(1)
         self.hidden[tokens] = _product(by_logits, rows)
-        self.weight[words:] = 0.0
-        for first in range(0, words, ROWS):
-            block = slice(first, min(first + ROWS, words))
+        step = ROWS[hidden.device.type]
+        for first in range(0, words, step):
+            block = slice(first, min(first + step, words))
             product = _product(by_logits[:, block].T, hidden)
             if tokens.start == 0:
                 self.weight[block] = product

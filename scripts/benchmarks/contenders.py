@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +18,22 @@ from torch import Tensor
 
 from opt_parallel.config import Precision, Run
 from opt_parallel.data.batches import Batch
-from opt_parallel.topology import local_device
+from opt_parallel.topology import DTYPES, local_device
 
 Step = Callable[[int], float]  # number of the optimizer step → its loss on this rank
-
-
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+PRODUCTS, PRODUCT_SIZE = 20, {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Contender:
     """`tensor`: whether it splits the model over `parallel.tensor`; else all processes are data-parallel.
 
-    `refuses(run, world)` says why it cannot run so, or nothing. `environment` is what its own entry point sets."""
+    `refuses(run, world)` says why it cannot run so, or nothing."""
 
     title: str
     tensor: bool
     build: Callable[[Run], Step]
     refuses: Callable[[Run, int], str] = lambda run, world: ""
-    environment: tuple[tuple[str, str], ...] = ()
 
     def layout(self, run: Run, world: int) -> tuple[int, int]:
         """Tensor and data degree on `world` processes."""
@@ -60,14 +57,24 @@ def build_ours(run: Run) -> Step:
     from opt_parallel.parallel.shard import random_source
     from opt_parallel.topology import Topology
 
-    topology = Topology.open(run.parallel.tensor).__enter__()  # the process ends with it
+    opened = contextlib.ExitStack()
+    topology = opened.enter_context(Topology.open(run.parallel.tensor))
     engine = Engine.build(run, topology, random_source(run.seed))
 
     def step(number: int) -> float:
         batches = list(micro_batches(run, number, topology.data.rank, topology.data.size))
         return float(engine.step(batches, number).loss)
 
+    step.opened = opened  # type: ignore[attr-defined]  # lives as long as the step
     return step
+
+
+def adamw(run: Run, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    settings = run.optimizer
+    betas = (settings.betas[0], settings.betas[1])
+    return torch.optim.AdamW(
+        groups, settings.lr, betas, settings.eps, weight_decay=settings.weight_decay, fused=True
+    )  # fmt: skip
 
 
 def transformers_model(run: Run) -> Any:
@@ -109,7 +116,6 @@ def build_with_deepspeed(run: Run, autotp: bool) -> Step:
         "gradient_accumulation_steps": run.global_batch // (run.micro_batch * data_size),
         "gradient_clipping": run.optimizer.clip,
         "bf16": {"enabled": run.precision.name is Precision.bf16},
-        "fp16": {"enabled": run.precision.name is Precision.fp16},
         "zero_optimization": {"stage": run.zero.stage},
         "zero_allow_untested_optimizer": True,
     }
@@ -117,15 +123,15 @@ def build_with_deepspeed(run: Run, autotp: bool) -> Step:
     if autotp:
         settings["tensor_parallel"] = {"autotp_size": tensor}
         deepspeed.tp_model_init(model, tensor, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.optimizer.lr, fused=True)
+    optimizer = adamw(run, [{"params": list(model.parameters())}])
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
 
     def step(number: int) -> float:
         losses = []
         for batch in micro_batches(run, number, data_rank, data_size):
-            ids = batch.ids.to(engine.device)
-            loss = engine(input_ids=ids, labels=ids).loss
+            labels = batch.labels.to(engine.device)
+            loss = engine(input_ids=batch.ids.to(engine.device), labels=labels, shift_labels=labels).loss
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
@@ -159,7 +165,7 @@ def build_dtensor(run: Run) -> Step:
     model.lm_head.weight = model.model.decoder.embed_tokens.weight
     split = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     whole = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
-    optimizer = torch.optim.AdamW([{"params": split}, {"params": whole}], lr=run.optimizer.lr, fused=True)
+    optimizer = adamw(run, [{"params": split}, {"params": whole}])
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.precision.name is Precision.bf16)
 
     def step(number: int) -> float:
@@ -173,17 +179,39 @@ def build_dtensor(run: Run) -> Step:
                 loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
                 (loss / len(batches)).backward()
             losses.append(loss.detach())
-        of_split, of_whole = (
-            torch.nn.utils.get_total_norm([each.grad for each in group if each.grad is not None])
-            for group in (split, whole)
-        )
-        assert isinstance(of_split, DTensor)
-        norm = (of_split.full_tensor() ** 2 + of_whole**2) ** 0.5
-        for group in (split, whole):
-            torch.nn.utils.clip_grads_with_norm_(group, run.optimizer.clip, norm)
+        if run.optimizer.clip > 0:
+            clip_apart(split, whole, run.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad()
         return float(torch.stack(losses).mean())
+
+    return step
+
+
+def clip_apart(split: Sequence[Tensor], whole: Sequence[Tensor], most: float) -> None:
+    """Clip DTensors and tensors by their common norm, which torch's own function does not take together."""
+    from torch.distributed.tensor import DTensor
+
+    of_split, of_whole = (
+        torch.nn.utils.get_total_norm([each.grad for each in group if each.grad is not None])
+        for group in (split, whole)
+    )  # fmt: skip
+    assert isinstance(of_split, DTensor)
+    norm = (of_split.full_tensor() ** 2 + of_whole**2) ** 0.5
+    for group in (split, whole):
+        torch.nn.utils.clip_grads_with_norm_(group, most, norm)
+
+
+def build_product(run: Run) -> Step:
+    """Not a trainer: a step is PRODUCTS large matrix products, the most that a trainer could do."""
+    device, dtype = local_device(), DTYPES[run.precision.name]
+    size = PRODUCT_SIZE[device.type]
+    left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+
+    def step(number: int) -> float:
+        for _ in range(PRODUCTS):
+            torch.mm(left, right, out=out)
+        return 0.0
 
     return step
 
@@ -199,11 +227,11 @@ def _dtensor_refuses(run: Run, world: int) -> str:
         return "needs parallel.tensor > 1"
     if run.parallel.tensor != world:
         return "has no ZeRO: needs data 1"
-    return "has no loss scaler" if run.precision.name is Precision.fp16 else ""
+    return ""
 
 
 CONTENDERS = {
-    "ours": Contender("opt-parallel", True, build_ours, environment=(("THP_MEM_ALLOC_ENABLE", "1"),)),
+    "ours": Contender("opt-parallel", True, build_ours),
     "transformers": Contender(
         "transformers + DeepSpeed", False, lambda run: build_with_deepspeed(run, autotp=False)
     ),
@@ -212,3 +240,4 @@ CONTENDERS = {
     ),
     "dtensor": Contender("torch DTensor", True, build_dtensor, _dtensor_refuses),
 }  # fmt: skip
+PRODUCT = Contender("a matrix product", True, build_product)

@@ -14,10 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from benchmarks.contenders import CONTENDERS, DTYPES
+from benchmarks.contenders import CONTENDERS, PRODUCT, PRODUCT_SIZE, PRODUCTS, Contender
 from opt_parallel.config import Run
 from opt_parallel.errors import one_line
 from opt_parallel.log import quiet_libraries
 from opt_parallel.metrics import peak_memory
 from opt_parallel.topology import local_device
 
-WARM_UP = 2  # steps before the first measured one: compiling, the allocator's first requests
+WARM_UP = 2  # steps before the memory is watched: compiling, the allocator's first requests
 PATIENCE = 1200.0  # seconds for one answer
 
 
@@ -44,6 +42,7 @@ class Result:
     title: str
     tensor: int
     data: int
+    tokens_a_step: int
     first_loss: float | None = None
     tokens_per_second: list[float] = field(default_factory=list)
     peak_memory_bytes: int = 0
@@ -59,38 +58,49 @@ class Race:
 
 
 class Team:
-    """One contender's processes."""
+    """The processes of a contender."""
 
-    def __init__(self, name: str, run: Run, world: int, threads: int, environment: dict[str, str]) -> None:
+    def __init__(self, contender: Contender, run: Run, world: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.meeting_point = tempfile.mkdtemp()
+        self.folder = tempfile.TemporaryDirectory()
         self.members = []
-        with _environment({"OMP_NUM_THREADS": str(threads), **environment}):
-            for rank in range(world):
-                ours, theirs = context.Pipe()
-                arguments = (name, run, rank, world, threads, self.meeting_point, theirs)
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                theirs.close()  # so that a process that died reads as the end of the pipe
-                self.members.append((process, ours))
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes started here
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            meeting_point = str(Path(self.folder.name) / "store")
+            arguments = (contender.title, run, rank, world, threads, meeting_point, theirs)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that a process that died reads as the end of the pipe
+            self.members.append((process, ours))
 
     def ask(self, *question: Any) -> list[Any]:
         """Every rank's answer. Raises: RuntimeError if one fails."""
-        for _, pipe in self.members:
-            pipe.send(question)
+        try:
+            for _, pipe in self.members:
+                pipe.send(question)
+        except OSError as error:
+            raise RuntimeError("a process died") from error
         return self.answers()
 
     def answers(self) -> list[Any]:
+        """The first failure ends the wait: the other ranks may hang in a collective."""
         answers: list[Any] = []
-        failures: list[str] = []
-        for _, pipe in self.members:
-            try:
-                fine, answer = pipe.recv() if pipe.poll(PATIENCE) else (False, f"no answer within {PATIENCE:.0f} s")
-            except EOFError:
-                fine, answer = False, "its process died"
-            (answers if fine else failures).append(answer)
-        if failures:
-            raise RuntimeError(failures[0])
+        missing = {pipe for _, pipe in self.members}
+        while missing:
+            ready = wait(list(missing), PATIENCE)
+            if not ready:
+                raise RuntimeError(f"no answer within {PATIENCE:.0f} s")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                missing.remove(pipe)
+                try:
+                    fine, answer = pipe.recv()
+                except (EOFError, OSError) as error:
+                    raise RuntimeError("a process died") from error
+                if not fine:
+                    raise RuntimeError(answer)
+                answers.append(answer)
         return answers
 
     def dismiss(self) -> None:
@@ -100,100 +110,89 @@ class Team:
         for process, _ in self.members:
             process.join(10.0)
             process.kill()
+            process.join()
+        self.folder.cleanup()
 
 
-def race(names: list[str], run: Run, world: int, threads: int, steps: int, rounds: int, huge_pages: bool) -> Race:
-    """`rounds` times `steps` optimizer steps of each contender, in an order that turns with the rounds."""
-    results, teams = [], {}
+def race(names: list[str], run: Run, world: int, threads: int, steps: int, rounds: int) -> Race:
+    """`rounds` times `steps` optimizer steps of each contender, in an order that turns with the rounds.
+
+    `run.global_batch` is that of one data-parallel process, and each contender has as many as its layout gives."""
+    results, teams = {}, {}
     for name in names:
         contender = CONTENDERS[name]
         tensor, data = contender.layout(run, world)
-        result = Result(name, contender.title, tensor, data, failure=contender.refuses(run, world))
-        results.append(result)
-        if result.failure:
+        tokens = run.batch_tokens * data
+        refusal = contender.refuses(run, world)
+        results[name] = Result(name, contender.title, tensor, data, tokens, failure=refusal and f"not run: {refusal}")
+        if refusal:
             continue
         _tell(f"starting {contender.title}")
-        environment = dict(contender.environment) | ({"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {})
-        teams[name] = Team(name, run, world, threads, environment)
+        teams[name] = Team(contender, run, world, threads)
         try:
-            result.first_loss = statistics.fmean(teams[name].answers())
+            results[name].first_loss = statistics.fmean(teams[name].answers())
         except RuntimeError as error:
-            _fail(result, teams.pop(name), error)
-    matmul_flops: list[float] = []
+            _fail(results[name], teams.pop(name), f"failed to start: {error}")
+    product = Team(PRODUCT, run, world, threads)
+    product.answers()
+    matmul_flops = []
     for turn in range(rounds):
+        matmul_flops.append(PRODUCTS * 2 * PRODUCT_SIZE[local_device().type] ** 3 / max(product.ask("steps", 1)))
         for name in sorted(teams, key=lambda each: (names.index(each) - turn) % len(names)):
-            result = next(each for each in results if each.name == name)
             try:
-                if len(matmul_flops) <= turn:  # once a round, by whoever is first
-                    matmul_flops.append(min(teams[name].ask("matmul")))
                 seconds = max(teams[name].ask("steps", steps))
             except RuntimeError as error:
-                _fail(result, teams.pop(name), error)
+                _fail(results[name], teams.pop(name), f"failed in round {turn + 1}: {error}")
                 continue
-            tokens = steps * run.micro_batch * result.data * run.data.sequence_length
-            result.tokens_per_second.append(tokens * _accumulation(run) / seconds)
-            _tell(f"round {turn + 1}/{rounds}: {result.title} {result.tokens_per_second[-1]:,.0f} tokens/s")
-    for result in results:
-        if result.name in teams:
-            result.peak_memory_bytes = max(teams[result.name].ask("memory"))
-            teams[result.name].dismiss()
-    return Race(results, matmul_flops)
+            rate = steps * results[name].tokens_a_step / seconds
+            results[name].tokens_per_second.append(rate)
+            _tell(f"round {turn + 1}/{rounds}: {results[name].title} {rate:,.0f} tokens/s")
+    for name, team in list(teams.items()):
+        try:
+            results[name].peak_memory_bytes = max(team.ask("memory"))
+            team.dismiss()
+        except RuntimeError as error:
+            _fail(results[name], team, f"failed at the end: {error}")
+    product.dismiss()
+    return Race(list(results.values()), matmul_flops)
 
 
-def batch_of(run: Run, data: int) -> int:
-    """The global batch of a contender with `data` data-parallel processes: each takes as many micro-batches as ours."""
-    return run.micro_batch * data * _accumulation(run)
-
-
-def _accumulation(run: Run) -> int:
-    return run.global_batch // run.micro_batch
-
-
-def _fail(result: Result, team: Team, error: RuntimeError) -> None:
-    result.failure = str(error)
+def _fail(result: Result, team: Team, failure: str) -> None:
+    result.failure = failure
     team.dismiss()
-    _tell(f"{result.title} failed: {result.failure}")
+    _tell(f"{result.title} {failure}")
 
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """What processes started inside inherit."""
-    before = dict(os.environ)
-    os.environ.update(changes)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def _work(name: str, run: Run, rank: int, world: int, threads: int, meeting_point: str, pipe: Connection) -> None:
-    """A process of a team: build, warm up, then answer until it is ended."""
+def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_point: str, pipe: Connection) -> None:
+    """A process of a team: build, warm up, then answer until the pipe is closed."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     quiet_libraries()
+    torch.set_num_threads(threads)
+    torch.manual_seed(run.seed)
+    contender = next(each for each in (*CONTENDERS.values(), PRODUCT) if each.title == title)
     try:
-        torch.set_num_threads(threads)
-        torch.manual_seed(run.seed)
-        member = _Member(name, run, rank, world, meeting_point)
-        step = CONTENDERS[name].build(member.run)
-        first_loss = step(0)
-        for number in range(1, WARM_UP):
-            step(number)
-        member.reset_peak_memory()
-        pipe.send((True, first_loss))
+        device = _join(rank, world, meeting_point)
+        _, data = contender.layout(run, world)
+        step = contender.build(dataclasses.replace(run, batch=run.batch | {"global": run.global_batch * data}))
+        losses = [step(number) for number in range(WARM_UP)]
+        _forget_peak(device)
+        pipe.send((True, losses[0]))
         done = WARM_UP
         while True:
             question, *arguments = pipe.recv()
-            if question == "steps":
-                start = member.now()
-                for number in range(done, done + arguments[0]):
-                    step(number)
-                done += arguments[0]
-                pipe.send((True, member.now() - start))
-            else:
-                pipe.send((True, member.matmul_flops() if question == "matmul" else member.peak_memory()))
+            if question == "memory":
+                pipe.send((True, peak_memory(device)))
+                continue
+            step(done)  # not measured: whoever had the turn before left the caches full of other things
+            start = _now(device)
+            for number in range(done + 1, done + 1 + arguments[0]):
+                step(number)
+            done += 1 + arguments[0]
+            pipe.send((True, _now(device) - start))
     except EOFError:  # the race is over
         return
     except BaseException as error:
@@ -201,45 +200,25 @@ def _work(name: str, run: Run, rank: int, world: int, threads: int, meeting_poin
         pipe.send((False, f"{type(error).__name__}: {one_line(error)[:200]}"))
 
 
-class _Member:
-    """This process's place in the group, its device and its clocks."""
+def _join(rank: int, world: int, meeting_point: str) -> torch.device:
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=FileStore(meeting_point, world), rank=rank, world_size=world)
+    return device
 
-    def __init__(self, name: str, run: Run, rank: int, world: int, meeting_point: str) -> None:
-        self.device = local_device()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        _, data = CONTENDERS[name].layout(run, world)
-        self.run = dataclasses.replace(run, batch={"global": batch_of(run, data), "micro": run.micro_batch})
-        store = FileStore(str(Path(meeting_point) / "store"), world)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
-    def now(self) -> float:
-        """Seconds, once the device has done what it was given and every rank is here."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.all_reduce(torch.zeros(1))
-        return time.perf_counter()
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given and every rank is here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.all_reduce(torch.zeros(1))
+    return time.perf_counter()
 
-    def matmul_flops(self) -> float:
-        """FLOP/s of square products in the run's precision: what this process could reach at best."""
-        size = 8192 if self.device.type == "cuda" else 2048
-        matrix = torch.randn(size, size, device=self.device).to(DTYPES[self.run.precision.name])
-        matrix @ matrix
-        rates = []
-        for _ in range(5):
-            start = self.now()
-            for _ in range(4):
-                matrix @ matrix
-            rates.append(4 * 2 * size**3 / (self.now() - start))
-        return statistics.median(rates)
 
-    def reset_peak_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak_memory(self) -> int:
-        """Most bytes since the warm-up: of tensors on a GPU, else of the whole process."""
-        return peak_memory(self.device)
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():  # elsewhere the peak is that since the process began
+        Path("/proc/self/clear_refs").write_text("5")

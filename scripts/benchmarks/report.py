@@ -38,46 +38,33 @@ def _row(result: Result, ours: Result | None, mfu_of_a_token: float) -> Row:
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    lines = [
-        [
-            "",
-            "tensor × data",
-            "tokens/s (range)",
-            "MFU",
-            "peak memory",
-            "first loss",
-            "ours ÷ it (range)",
-            "our memory ÷ its",
-        ]
-    ]
+    head = ["", "tensor × data", "tokens a step", "tokens/s (range)", "MFU", "peak memory", "first loss"]
+    lines = [[*head, "ours ÷ it (range)", "our memory ÷ its"]]
+    failed = []
     for row in rows:
-        cells = [row["title"], f"{row['tensor']} × {row['data']}"]
         if row["failure"]:
-            lines.append([*cells, f"not run: {row['failure']}"])
+            failed.append(f"{row['title']}: {row['failure']}")
             continue
         low, high = min(row["tokens_per_second"]), max(row["tokens_per_second"])
+        cells = [row["title"], f"{row['tensor']} × {row['data']}", f"{row['tokens_a_step']:,}"]
         cells += [f"{row['median']:,.0f} ({low:,.0f}–{high:,.0f})", f"{row['mfu']:.1%}"]
-        cells += [f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB", f"{row['first_loss']:.3f}"]
+        cells += [f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB", f"{row['first_loss']:.3f}", "", ""]
         if "ours_over_it" in row:
             low, high = row["ours_over_it_range"]
-            cells += [f"{row['ours_over_it']:.2f} ({low:.2f}–{high:.2f})", f"{row['our_memory_over_its']:.2f}"]
+            cells[-2:] = [f"{row['ours_over_it']:.2f} ({low:.2f}–{high:.2f})", f"{row['our_memory_over_its']:.2f}"]
         lines.append(cells)
-    return aligned(lines)
+    return "\n".join([aligned(lines), *failed])
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """Cells in columns, two spaces apart; a line's last cell may run on."""
-    columns = max(len(line) for line in lines)
-    full = [line for line in lines if len(line) == columns or len(line) > 3]
-    widths = [max(len(line[column]) for line in full if column < len(line)) for column in range(columns)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines
-    )
+    """Lines of equally many cells in columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) -> list[Path]:
     """`name`.json and `name`.png in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     data, picture = folder / f"{name}.json", folder / f"{name}.png"
     data.write_text(json.dumps({"setting": setting, "results": rows}, indent=1) + "\n", encoding="utf-8")
     draw(picture, title, [row for row in rows if not row["failure"]])

@@ -96,7 +96,7 @@ def in_chunks(tokens: int | None, size: int, dtype: torch.dtype) -> AbstractCont
     if tokens is None:
         return nullcontext()
     rows = -(-VOCABULARY // size)
-    return mock.patch.multiple(loss, CHUNK_BYTES={"cpu": tokens * rows * dtype.itemsize}, ROWS=100)
+    return mock.patch.multiple(loss, CHUNK_BYTES={"cpu": tokens * rows * dtype.itemsize}, ROWS={"cpu": 100})
 
 
 def leaves(kind: str, dtype: torch.dtype, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor, Tensor, range]:

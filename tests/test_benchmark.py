@@ -1,0 +1,68 @@
+"""The benchmark runs, measures all contenders by the same work, and says a mistake in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import ROOT, python
+
+TINY = ["model=opt-tiny", "model.num_hidden_layers=1", "data.sequence_length=16", "batch.micro=2", "precision=fp32"]
+
+
+def benchmark(*arguments: str) -> tuple[int, str, str]:
+    process = python(str(ROOT / "scripts" / "benchmark.py"), *arguments)
+    return process.returncode, process.stdout, process.stderr
+
+
+def test_a_race_of_all_at_tensor_two(tmp_path: Path) -> None:
+    """Two rounds of a tiny model: every contender runs, from the same initial loss, ln of the vocabulary."""
+    status, printed, said = benchmark(
+        "train", "--processes", "2", "--threads", "1", "--rounds", "2", "--steps", "1", "--name", "tiny",
+        "--output", str(tmp_path), *TINY, "parallel.tensor=2",
+    )  # fmt: skip
+    assert status == 0, said
+    results = json.loads((tmp_path / "tiny.json").read_text())["results"]
+    assert [result["name"] for result in results] == ["ours", "transformers", "autotp", "dtensor"]
+    for result in results:
+        assert not result["failure"], result
+        assert len(result["tokens_per_second"]) == 2
+        assert result["first_loss"] == pytest.approx(results[0]["first_loss"], abs=0.05)
+        assert result["title"] in printed
+    assert [(result["tensor"], result["data"]) for result in results] == [(2, 1), (1, 2), (2, 1), (2, 1)]
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+def test_who_cannot_run_is_named_with_the_reason(tmp_path: Path) -> None:
+    status, printed, _ = benchmark(
+        "train", "--contenders", "ours,autotp", "--rounds", "1", "--steps", "1", "--output", str(tmp_path), *TINY
+    )
+    assert status == 0
+    assert "DeepSpeed AutoTP: not run: needs parallel.tensor > 1" in printed
+
+
+def test_the_loss_alone() -> None:
+    status, printed, said = benchmark("loss", "--tokens", "64", "--words", "500", "--width", "32", "--rounds", "2")
+    assert status == 0, said
+    assert "64 × 500" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--processes", "3", *TINY, "parallel.tensor=2"], "--processes 3"),
+        (["train", "modle=opt-tiny"], "modle"),
+        (["train", "--rounds", "0"], "--rounds"),
+        (["train", "--contenders", "ours,megatron"], "megatron"),
+        (["train", "--contenders", "ours,ours"], "twice"),
+        (["train", "batch.global=8"], "batch.global"),
+        (["train", "zero.offload=cpu"], "zero.offload=none"),
+        (["train", "--output", "/dev/null/here", *TINY], "/dev/null/here"),
+        (["loss", "--tokens", "many"], "many"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
+    status, _, said = benchmark(*arguments)
+    assert status == 2
+    assert words in said.splitlines()[-1]
