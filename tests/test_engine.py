@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def truth(style: str) -> Any:
     return train_plainly(run_for(Layout(), STYLE_350M if style == "350m" else None))
 
 
-def compare(crew: Any, layout: Layout, style: str) -> None:
+def compare(crew: Any, layout: Layout, style: str, train: Callable[..., Any] = train) -> None:
     run = run_for(layout, STYLE_350M if style == "350m" else None)
     answers = crew(layout.world)(train, run)
     losses, norms, weights = truth(style)
@@ -59,6 +61,19 @@ def test_any_layout_is_the_run_of_one_plain_process(crew: Any, layout: Layout) -
 )
 def test_any_layout_in_350m_style(crew: Any, layout: Layout) -> None:
     compare(crew, layout, "350m")
+
+
+def train_in_chunks(run: Any) -> Any:
+    """On the crew: `train`, the loss's logits a few tokens at a time."""
+    from opt_parallel.parallel import loss
+
+    with mock.patch.dict(loss.CHUNK_BYTES, cpu=5 * 4 * -(-run.model.vocab_size // run.parallel.tensor)):
+        return train(run)
+
+
+def test_chunks_of_the_loss_change_nothing(crew: Any) -> None:
+    """Under ZeRO-3 the head's weight is there for the forward alone, in which all chunks' gradients are formed."""
+    compare(crew, Layout(2, 2, 3, 2), "standard", train_in_chunks)
 
 
 # A reduced precision rounds each product to its mantissa, and Adam's first steps turn the sign of a small gradient into

@@ -76,9 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        scale = gradient / _lift(ctx.dtype)
-        by_hidden, by_weight = (_scaled(saved, scale, ctx.dtype) for saved in ctx.saved_tensors)
-        return by_hidden, by_weight, None, None, None, None
+        by_hidden, by_weight = ctx.saved_tensors
+        factor = gradient / _lift(ctx.dtype)
+        return _scaled(by_hidden, factor, ctx.dtype), _scaled(by_weight, factor, ctx.dtype), None, None, None, None
 
 
 class _Gradients:
@@ -157,9 +157,23 @@ def _add(total: Tensor, part: Tensor) -> None:
     total += part
 
 
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient as it leaves. In place where that saves memory: a second backward then finds that its saved tensors
+    have changed, and fails."""
+    if gradient.dtype is not dtype:
+        return _scaled_and_rounded(gradient, factor, dtype)
+    _scale(gradient, factor)
+    return gradient
+
+
 @compiled
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (gradient * scale).to(dtype)
+def _scaled_and_rounded(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradient * factor).to(dtype)
+
+
+@compiled
+def _scale(gradient: Tensor, factor: Tensor) -> None:
+    gradient *= factor
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
