@@ -7,12 +7,14 @@ DEMO := runs/demo
 TEXT ?=
 PROMPT ?= The function returns
 # two processes, that is tensor parallelism, on CPUs or on two GPUs; a single GPU takes one process
-PROCESSES := $(if $(filter 1,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),1,2)
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+PROCESSES := $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(max(1, os.cpu_count() // 2))")
 
-# what make bench trains: a four-layer 125m, and with two threads the whole one
+# what make bench trains: on a CPU a four-layer 125m, and with two threads the whole one
 BENCH := $(BIN)/python scripts/benchmark.py
 SMALL := model=opt-125m model.num_hidden_layers=4 precision=bf16 data.sequence_length=512 batch.micro=2
+LARGE := model=opt-1.3b precision=bf16 data.sequence_length=2048 batch.micro=4
 NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
 .PHONY: demo test check bench clean
@@ -42,14 +44,18 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
 
-# On a CPU two processes. On a GPU: `python scripts/benchmark.py train model=opt-1.3b data.sequence_length=2048 …`
 bench: .venv/installed
 	$(BENCH) loss --words 25136 50272 --tokens 1024
+ifeq ($(GPUS),0)
 	$(BENCH) train --processes 2 --threads 1 --name tensor-2 $(SMALL) parallel.tensor=2 $(NO_DROPOUT)
 	$(BENCH) train --processes 2 --threads 1 --name tensor-2-dropout $(SMALL) parallel.tensor=2
 	$(BENCH) train --processes 2 --threads 1 --name data-2 $(SMALL) $(NO_DROPOUT)
 	$(BENCH) train --processes 2 --threads 1 --name data-2-dropout $(SMALL)
 	$(BENCH) train --processes 1 --threads 2 --name one-process $(SMALL) model.num_hidden_layers=12 $(NO_DROPOUT)
+else
+	$(BENCH) train --processes $(PROCESSES) --name gpu $(LARGE) parallel.tensor=$(PROCESSES) $(NO_DROPOUT)
+	$(BENCH) train --processes $(PROCESSES) --name gpu-dropout $(LARGE) parallel.tensor=$(PROCESSES)
+endif
 
 clean:
 	rm -rf .venv runs cache

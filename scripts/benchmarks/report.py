@@ -67,7 +67,7 @@ def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) ->
     """`name`.json and `name`.png in `folder`."""
     data, picture = folder / f"{name}.json", folder / f"{name}.png"
     data.write_text(json.dumps({"setting": setting, "results": rows}, indent=1) + "\n", encoding="utf-8")
-    draw(picture, title, [row for row in rows if not row["failure"]])
+    draw(picture, f"{title}\n{setting['machine']}", [row for row in rows if not row["failure"]])
     return [data, picture]
 
 
@@ -75,10 +75,10 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     """Bars of tokens/s, a line from the slowest to the fastest round, and of peak memory."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.55 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 1.4 + 0.55 * len(rows)), dpi=150, layout="constrained")
     speed, memory = figure.subplots(1, 2, sharey=True)
     names = [f"{row['title']}\ntensor {row['tensor']} × data {row['data']}" for row in rows]
-    colors = ["#1f5f99" if row["name"] == "ours" else "#b9c4cf" for row in rows]
+    colors = ["#6fa8dc" if row["name"] == "ours" else "#b9c4cf" for row in rows]
     medians = [row["median"] for row in rows]
     below = [row["median"] - min(row["tokens_per_second"]) for row in rows]
     above = [max(row["tokens_per_second"]) - row["median"] for row in rows]
@@ -92,5 +92,5 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     for axes in (speed, memory):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     figure.savefig(path)
