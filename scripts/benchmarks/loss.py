@@ -5,13 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opt_parallel.metrics import peak_memory
+from opt_parallel.metrics import forget_peak_memory, peak_memory
 from opt_parallel.parallel.loss import vocab_parallel_linear_cross_entropy
 from opt_parallel.topology import ALONE, local_device
 
@@ -45,21 +44,13 @@ def measure(tokens: int, width: int, words: int, dtype: torch.dtype, rounds: int
 
 def _once(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, float]:
     hidden.grad = weight.grad = None
-    before = _start_of_peak(hidden.device)
+    forget_peak_memory(hidden.device)
+    before = peak_memory(hidden.device)
     start = time.perf_counter()
     (loss(hidden, weight, labels) / labels.numel()).backward()
     if hidden.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, peak_memory(hidden.device) - before
-
-
-def _start_of_peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory(device)
 
 
 def row(tokens: int, words: int, measured: dict[str, list[float]]) -> list[str]:

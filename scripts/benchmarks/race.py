@@ -27,7 +27,7 @@ from benchmarks.contenders import CONTENDERS, PRODUCT, PRODUCT_SIZE, PRODUCTS, C
 from opt_parallel.config import Run
 from opt_parallel.errors import one_line
 from opt_parallel.log import quiet_libraries
-from opt_parallel.metrics import peak_memory
+from opt_parallel.metrics import forget_peak_memory, peak_memory
 from opt_parallel.topology import local_device
 
 WARM_UP = 2  # steps before the memory is watched: compiling, the allocator's first requests
@@ -179,7 +179,7 @@ def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_poi
         _, data = contender.layout(run, world)
         step = contender.build(dataclasses.replace(run, batch=run.batch | {"global": run.global_batch * data}))
         losses = [step(number) for number in range(WARM_UP)]
-        _forget_peak(device)
+        forget_peak_memory(device)
         pipe.send((True, losses[0]))
         done = WARM_UP
         while True:
@@ -215,10 +215,3 @@ def _now(device: torch.device) -> float:
         torch.cuda.synchronize()
     dist.all_reduce(torch.zeros(1))
     return time.perf_counter()
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():  # elsewhere the peak is that since the process began
-        Path("/proc/self/clear_refs").write_text("5")
