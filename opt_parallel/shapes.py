@@ -65,6 +65,8 @@ class ModelConfig(Section):
     word_embed_proj_dim: int | None = None
     do_layer_norm_before: bool = True
     remove_final_layer_norm: bool = False
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
     activation_function: Activation = Activation.relu
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -133,12 +135,12 @@ class ModelConfig(Section):
     def parameters(self) -> int:
         """Number of parameters, the tied output projection counted once."""
         hidden, ffn, embedding = self.hidden_size, self.ffn_dim, self.embedding_size
-        attention = 4 * (hidden * hidden + hidden)
-        feed_forward = 2 * hidden * ffn + ffn + hidden
-        layer = attention + feed_forward + 2 * (2 * hidden)
+        biases = 4 * hidden + ffn + hidden if self.enable_bias else 0
+        layer_norm = 2 * hidden if self.layer_norm_elementwise_affine else 0
+        layer = 4 * hidden * hidden + 2 * hidden * ffn + biases + 2 * layer_norm
         embeddings = self.vocab_size * embedding + (self.max_position_embeddings + POSITION_OFFSET) * hidden
         projections = 2 * embedding * hidden if self.projected else 0
-        final_layer_norm = 2 * hidden if self.has_final_layer_norm else 0
+        final_layer_norm = layer_norm if self.has_final_layer_norm else 0
         return embeddings + projections + self.num_hidden_layers * layer + final_layer_norm
 
     def flops_per_token(self, sequence_length: int) -> float:

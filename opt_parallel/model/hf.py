@@ -22,16 +22,16 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 # OPTConfig's fields that shape the network and that ours shares by name
 SHARED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings",
-    "do_layer_norm_before", "dropout", "attention_dropout", "layerdrop", "bos_token_id", "pad_token_id",
-    "eos_token_id",
+    "do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "dropout", "attention_dropout",
+    "layerdrop", "bos_token_id", "pad_token_id", "eos_token_id",
 )  # fmt: skip
 # those that we do not implement, with the one value that means "as published"
-FIXED = {"enable_bias": True, "layer_norm_elementwise_affine": True, "tie_word_embeddings": True}
+FIXED = {"tie_word_embeddings": True}
 
 
 def hf_names(name: str) -> list[str]:
     """Their names of our parameter `name`: one, or three that ours stacks along its dim 0."""
-    theirs = f"model.{name}"
+    theirs = f"model.{name}" if name.startswith("decoder.") else name
     if ".qkv_proj." not in name:
         return [theirs]
     return [theirs.replace("qkv_proj", part) for part in ("q_proj", "k_proj", "v_proj")]

@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, H hidden, A attention heads of which this rank
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opt_parallel.config import ActivationCheckpointing
+from opt_parallel.model.cache import Cache, positions_held
+from opt_parallel.parallel.collectives import gather, scatter
 from opt_parallel.parallel.linear import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Normal, replicated
@@ -29,19 +32,28 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Cache:
-    """Keys and values of the positions seen so far, in buffers of their final size; this rank's heads only."""
+@dataclass
+class Trace:
+    """What a forward leaves behind for those who ask: hidden states (B, S, H) before each layer, and each layer's
+    attention weights (B, A, S, K) of all heads; None where nobody asked."""
 
-    def __init__(self, layers: int, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.keys, self.values = (like.new_empty(layers, batch, heads, length, head_dim) for _ in range(2))
-        self.length = 0
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, A/t, S, D) to a layer and return all of it so far; `length` moves on after the last layer."""
-        end = self.length + keys.size(2)
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+@dataclass
+class Context:
+    """What the layers of one forward share.
+
+    `mask` (B, 1, S, K) is true where a query may look, None: causal. `draw`: where a training forward stands in the
+    run, None: evaluation. `head_mask` (layers, A) scales what each head contributes.
+    """
+
+    mask: Tensor | None = None
+    draw: Draw | None = None
+    cache: Cache | None = None
+    head_mask: Tensor | None = None
+    trace: Trace = field(default_factory=Trace)
 
 
 class Attention(nn.Module):
@@ -51,24 +63,33 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.group = layer, group
         self.head_dim, self.dropout = config.head_dim, config.attention_dropout
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size, group, config.std, blocks=3)
-        self.out_proj = RowParallelLinear(config.hidden_size, config.hidden_size, group, residual_std(config))
-        self.heads = self.qkv_proj.bias.size(-1) // self.head_dim  # of this rank
+        size, bias = config.hidden_size, config.enable_bias
+        self.qkv_proj = ColumnParallelLinear(size, size, group, config.std, bias, blocks=3)
+        self.out_proj = RowParallelLinear(size, size, group, residual_std(config), bias)
+        self.heads = self.qkv_proj.weight.size(1) // self.head_dim  # of this rank
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None) -> Tensor:
-        """(B, S, H) → (B, S, H). `mask` (B, 1, S, K) is true where a query may look; None: causal."""
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        """(B, S, H) → (B, S, H)."""
         batch, length, _ = hidden.shape
         projected = self.qkv_proj(hidden).view(batch, length, 3, self.heads, self.head_dim)
         query, key, value = (part.transpose(1, 2) for part in projected.unbind(2))
-        if cache is not None:
-            key, value = cache.extend(self.layer, key, value)
+        if context.cache is not None:
+            key, value = context.cache.extend(self.layer, key, value)
         dropout = 0.0
-        if draw is not None and self.dropout > 0.0:
+        if context.draw is not None and self.dropout > 0.0:
             dropout = self.dropout
-            draw.seed_attention(self.layer, self.group)
-        causal = mask is None and length > 1
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+            context.draw.seed_attention(self.layer, self.group)
+        causal = context.mask is None and length > 1
+        if context.trace.attentions is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, context.mask, dropout, causal)
+        else:
+            weights = F.dropout(attention_weights(query, key, context.mask, causal), dropout)
+            context.trace.attentions.append(gather(weights.movedim(1, -1), self.group).movedim(-1, 1))
+            mixed = weights @ value
+        mixed = mixed.transpose(1, 2)
+        if context.head_mask is not None:
+            mixed = mixed * scatter(context.head_mask[self.layer], self.group).unsqueeze(-1).to(mixed.dtype)
+        return self.out_proj(mixed.reshape(batch, length, -1))
 
 
 class Block(nn.Module):
@@ -82,17 +103,19 @@ class Block(nn.Module):
         self.layer, self.dropout, self.norm_first = layer, config.dropout, config.do_layer_norm_before
         self.activation = ACTIVATIONS[config.activation_function]
         self.self_attn = Attention(config, layer, group)
-        self.self_attn_layer_norm = LayerNorm(config.hidden_size)
-        self.fc1 = ColumnParallelLinear(config.hidden_size, config.ffn_dim, group, config.std)
-        self.fc2 = RowParallelLinear(config.ffn_dim, config.hidden_size, group, residual_std(config))
-        self.final_layer_norm = LayerNorm(config.hidden_size)
+        size, ffn, bias = config.hidden_size, config.ffn_dim, config.enable_bias
+        affine = config.layer_norm_elementwise_affine
+        self.self_attn_layer_norm = LayerNorm(size, affine)
+        self.fc1 = ColumnParallelLinear(size, ffn, group, config.std, bias)
+        self.fc2 = RowParallelLinear(ffn, size, group, residual_std(config), bias)
+        self.final_layer_norm = LayerNorm(size, affine)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """(B, S, H) → (B, S, H)."""
         residual = hidden
         if self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
-        hidden = residual + self._dropped(self.self_attn(hidden, mask, draw, cache), draw, site=0)
+        hidden = residual + self._dropped(self.self_attn(hidden, context), context.draw, site=0)
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
 
@@ -100,7 +123,7 @@ class Block(nn.Module):
         if self.norm_first:
             hidden = self.final_layer_norm(hidden)
         hidden = self.fc2(self.activation(self.fc1(hidden)))
-        hidden = residual + self._dropped(hidden, draw, site=1)
+        hidden = residual + self._dropped(hidden, context.draw, site=1)
         return hidden if self.norm_first else self.final_layer_norm(hidden)
 
     def _dropped(self, hidden: Tensor, draw: Draw | None, site: int) -> Tensor:
@@ -125,15 +148,20 @@ class Decoder(nn.Module):
         self.project_in = Linear(config.embedding_size, config.hidden_size, config.std) if config.projected else None
         self.project_out = Linear(config.hidden_size, config.embedding_size, config.std) if config.projected else None
         self.layers = nn.ModuleList(Block(config, layer, group) for layer in range(config.num_hidden_layers))
-        self.final_layer_norm = LayerNorm(config.hidden_size) if config.has_final_layer_norm else None
+        self.final_layer_norm = None
+        if config.has_final_layer_norm:
+            self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_elementwise_affine)
 
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         draw: Draw | None = None,
         cache: Cache | None = None,
+        embeddings: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """Hidden states (B, S, E) of `ids` (B, S), E the embedding's width.
 
@@ -143,43 +171,49 @@ class Decoder(nn.Module):
                 0 marks padding. None: one sequence, nothing padded.
             draw: where this training forward stands in the run; None: evaluation, no dropout of any kind.
             cache: keys and values of earlier positions, extended by these.
+            embeddings: (B, S, E) instead of `ids`, which then are None.
+            head_mask: (layers, A), a factor for each head's output.
+            trace: collects hidden states and attention weights; attention then takes the slow way that has weights.
         """
-        past = 0 if cache is None else cache.length
+        past = positions_held(cache)
+        hidden = self.embed_tokens(ids) if embeddings is None else embeddings
+        batch, length, _ = hidden.shape
         if positions is None:
-            positions = count_positions(ids, segments, past)
-        hidden = self.embed_tokens(ids)
+            positions = count_positions(segments, past, batch, length, hidden.device)
         if self.project_in is not None:
             hidden = self.project_in(hidden)
         hidden = hidden + self.embed_positions(positions)
-        mask = attention_mask(segments, past, ids.size(1), ids.device)
+        mask = attention_mask(segments, past, length, hidden.device)
+        context = Context(mask, draw, cache, head_mask, trace or Trace())
         for block in self.layers:
-            hidden = self._through(block, hidden, mask, draw, cache)
+            if context.trace.hidden_states is not None:
+                context.trace.hidden_states.append(hidden)
+            hidden = self._through(block, hidden, context)
         if cache is not None:
-            cache.length += ids.size(1)
+            cache.length += length
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)
 
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `length` positions."""
+    def new_cache(self, batch: int, room: int) -> Cache:
+        """An empty cache for `batch` sequences, with room for so many positions."""
         first = self.layers[0]
         assert isinstance(first, Block)
         heads, head_dim = first.self_attn.heads, first.self_attn.head_dim
-        return Cache(len(self.layers), batch, heads, length, head_dim, like=self.embed_tokens.weight)
+        return Cache(len(self.layers), batch, heads, room, head_dim, like=self.embed_tokens.weight)
 
-    def _through(
-        self, block: nn.Module, hidden: Tensor, mask: Tensor | None, draw: Draw | None, cache: Cache | None
-    ) -> Tensor:
+    def _through(self, block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         assert isinstance(block, Block)
+        draw = context.draw
         if draw is not None and draw.drops_layer(self.config.layerdrop, block.layer):
             # A layer that does not run keeps its last gradient under ZeRO-3 and under CPU offload, silently.
             # One token, times zero, costs next to nothing and makes the gradient a true zero.
-            return hidden + (0.0 * block(hidden[:1, :1], None, None, None)).sum()
+            return hidden + (0.0 * block(hidden[:1, :1], Context())).sum()
         if draw is not None and self.recompute is ActivationCheckpointing.full:
-            recomputed = checkpoint(block, hidden, mask, draw, cache, use_reentrant=False, preserve_rng_state=False)
+            recomputed = checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(recomputed, Tensor)
             return recomputed
-        return block(hidden, mask, draw, cache)
+        return block(hidden, context)
 
 
 class PositionEmbedding(nn.Module):
@@ -199,10 +233,24 @@ def residual_std(config: ModelConfig) -> float:
     return config.std / (2 * config.num_hidden_layers) ** 0.5 if config.init is Init.paper else config.std
 
 
-def count_positions(ids: Tensor, segments: Tensor | None, past: int) -> Tensor:
-    """Positions of `ids` (B, S): their number among the unpadded tokens before them, −1 for padding."""
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Softmax of the scaled products of `query` (B, A, S, D) and `key` (B, A, K, D), in float32 at least: (B, A, S, K).
+
+    What torch's fused attention computes without ever holding it (Vaswani et al. 2017, section 3.2.1).
+    """
+    scores = (query * query.size(-1) ** -0.5) @ key.mT
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+
+
+def count_positions(segments: Tensor | None, past: int, batch: int, length: int, device: torch.device) -> Tensor:
+    """Positions (batch, length) of the tokens after `past`: their number among the unpadded ones before them, −1 for
+    padding."""
     if segments is None:
-        return torch.arange(past, past + ids.size(1), device=ids.device).expand(ids.shape)
+        return torch.arange(past, past + length, device=device).expand(batch, length)
     real = (segments > 0).long()
     return (real.cumsum(dim=1) * real - 1)[:, past:]
 

@@ -25,34 +25,37 @@ class ColumnParallelLinear(nn.Module):
     along its dim 1, so that each rank holds the same heads of query, key and value.
     """
 
-    def __init__(self, in_features: int, out_features: int, group: Group, std: float, blocks: int = 1) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, group: Group, std: float, bias: bool = True, blocks: int = 1
+    ) -> None:
         super().__init__()
         self.group = group
         outputs = (out_features,) if blocks == 1 else (blocks, out_features)
         split = len(outputs) - 1
         self.weight = parameter((*outputs, in_features), Normal(std), decay=True, group=group, dim=split)
-        self.bias = parameter(outputs, Constant(0.0), decay=False, group=group, dim=split)
+        self.bias = parameter(outputs, Constant(0.0), decay=False, group=group, dim=split) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight = self.weight.view(-1, self.weight.size(-1))
-        return F.linear(copy(hidden, self.group), weight, self.bias.view(-1))
+        return F.linear(copy(hidden, self.group), weight, None if self.bias is None else self.bias.view(-1))
 
 
 class RowParallelLinear(nn.Module):
     """(…, in/t) → (…, out): the ranks' partial sums are added, then the bias, once."""
 
-    def __init__(self, in_features: int, out_features: int, group: Group, std: float) -> None:
+    def __init__(self, in_features: int, out_features: int, group: Group, std: float, bias: bool = True) -> None:
         super().__init__()
         self.group = group
         self.weight = parameter((out_features, in_features), Normal(std), decay=True, group=group, dim=1)
-        self.bias = replicated((out_features,), Constant(0.0), decay=False)
+        self.bias = replicated((out_features,), Constant(0.0), decay=False) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return reduce(F.linear(hidden, self.weight), self.group) + self.bias
+        summed = reduce(F.linear(hidden, self.weight), self.group)
+        return summed if self.bias is None else summed + self.bias
 
 
 class Linear(nn.Module):
-    """(…, in) → (…, out) without bias, whole on every rank: the 350m's narrow projections."""
+    """(…, in) → (…, out) without bias, whole on every rank: the 350m's narrow projections, a classifier's score."""
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         super().__init__()
@@ -63,12 +66,16 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dim (Ba et al. 2016), eps 1e-5 as in OPT, whole on every rank."""
+    """Layer normalisation over the last dim (Ba et al. 2016), eps 1e-5 as in OPT, whole on every rank.
 
-    def __init__(self, size: int) -> None:
+    Without `affine` it has no parameters: no scale, no shift.
+    """
+
+    def __init__(self, size: int, affine: bool = True) -> None:
         super().__init__()
-        self.weight = replicated((size,), Constant(1.0), decay=False)
-        self.bias = replicated((size,), Constant(0.0), decay=False)
+        self.shape = (size,)
+        self.weight = replicated(self.shape, Constant(1.0), decay=False) if affine else None
+        self.bias = replicated(self.shape, Constant(0.0), decay=False) if affine else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(hidden, self.shape, self.weight, self.bias, 1e-5)
