@@ -30,6 +30,14 @@ class Init(Enum):
     huggingface = "huggingface"
 
 
+class ProblemType(Enum):
+    """What a classifier's labels are, in Hugging Face's words: numbers, one label of several, or any of several."""
+
+    regression = "regression"
+    single_label_classification = "single_label_classification"
+    multi_label_classification = "multi_label_classification"
+
+
 class Section:
     """A part of the configuration: checked once made, and sealed."""
 
