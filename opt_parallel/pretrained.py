@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opt_parallel.checkpoint.reading import open_checkpoint
+from opt_parallel.checkpoint.writing import write_folder
+from opt_parallel.config import bytes_of
+from opt_parallel.errors import UserError
 from opt_parallel.model.cache import Cache, positions_held
 from opt_parallel.model.heads import (
     CausalLM,
@@ -26,6 +29,7 @@ from opt_parallel.model.heads import (
     last_tokens,
     problem_type_of,
 )
+from opt_parallel.model.hf import config_for_hf, labels_for_hf, to_hf
 from opt_parallel.model.opt import Trace
 from opt_parallel.model.outputs import (
     BaseModelOutputWithPast,
@@ -34,7 +38,8 @@ from opt_parallel.model.outputs import (
     SequenceClassifierOutputWithPast,
 )
 from opt_parallel.parallel.random import Draw
-from opt_parallel.shapes import IGNORED, ProblemType
+from opt_parallel.parallel.shard import marked, whole
+from opt_parallel.shapes import IGNORED, Labels
 from opt_parallel.topology import ALONE, Group
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -71,6 +76,31 @@ class _Pretrained(nn.Module):
 
         Raises: UserError if it cannot be read or is no OPT."""
         return cls(open_checkpoint(Path(name)).model(group, torch.device(device), dtype), group).eval()
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
+        """Write what `from_pretrained` reads, here and in transformers, in the weights' own dtype: whole or absent.
+
+        Every rank of the group takes part; the first writes, one tensor at a time. Raises: UserError."""
+        if Path(folder).exists():
+            raise UserError(f"{folder} exists: remove it or choose another folder")
+        tensors = {name: tensor for name, tensor, _ in marked(self.model)}
+        write_folder(
+            Path(folder),
+            self._content(self.model.decoder.embed_tokens.weight.dtype),
+            [(name, shard) for name, _, shard in marked(self.model)],
+            lambda name, shard: whole(tensors[name], shard, self.group),
+            self.model.decoder.embed_tokens.weight.dtype,
+            bytes_of(max_shard_size, "max_shard_size="),
+            to_theirs=self._to_theirs,
+            group=self.group,
+        )
+
+    def _content(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Of config.json."""
+        return {**config_for_hf(self.config, dtype), "architectures": [type(self).__name__]}
+
+    def _to_theirs(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        return to_hf(name, values)
 
     def _decode(
         self,
@@ -125,6 +155,9 @@ class OPTModel(_Pretrained):
 
     model: CausalLM
 
+    def _to_theirs(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        return {theirs.removeprefix("model."): part for theirs, part in to_hf(name, values).items()}
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -168,12 +201,12 @@ class OPTForSequenceClassification(_Pretrained):
 
     model: SequenceClassifier
 
-    def __init__(
-        self, model: SequenceClassifier, group: Group = ALONE, seed: int = 0, problem_type: ProblemType | None = None
-    ) -> None:
+    def __init__(self, model: SequenceClassifier, labels: Labels, group: Group = ALONE, seed: int = 0) -> None:
         super().__init__(model, group, seed)
-        self.problem_type = problem_type
-        self.num_labels = model.score.weight.size(0)
+        self.labels, self.num_labels = labels, len(labels.names)
+
+    def _content(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {**super()._content(dtype), **labels_for_hf(self.labels)}
 
     def forward(
         self,
@@ -193,8 +226,9 @@ class OPTForSequenceClassification(_Pretrained):
         scores = self.model.score(last_tokens(decoded.last_hidden_state, input_ids, self.config.pad_token_id))
         loss = None
         if labels is not None:
-            self.problem_type = self.problem_type or problem_type_of(self.num_labels, labels)
-            loss = classification_loss(scores, labels, self.problem_type)
+            problem_type = self.labels.problem_type or problem_type_of(self.num_labels, labels)
+            self.labels = Labels(self.labels.names, problem_type)
+            loss = classification_loss(scores, labels, problem_type)
         return _returned(SequenceClassifierOutputWithPast(loss, scores, **_besides(decoded)), return_dict)
 
 

@@ -323,3 +323,42 @@ def test_overfitting(crew: Any, tensor: int) -> None:
     for losses, written in crew(tensor)(overfit, tensor):
         assert losses[-1] < 0.1 * losses[0]
         assert written == (torch.arange(57) % 19 + 1).tolist()
+
+
+def saved(folder: str, tensor: int, output: str, name: str, dtype: str) -> None:
+    """On the crew: read at a tensor degree, written again."""
+    from opt_parallel import pretrained
+    from opt_parallel.topology import Topology
+
+    with Topology.open(tensor) as topology:
+        model = getattr(pretrained, name).from_pretrained(folder, topology.tensor, dtype=getattr(torch, dtype))
+        model.save_pretrained(output, max_shard_size="20KB")
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", ["OPTModel", "OPTForCausalLM"])
+def test_what_we_save_is_what_transformers_saved(
+    crew: Any, folder: Path, tmp_path: Path, name: str, tensor: int
+) -> None:
+    import transformers
+
+    crew(tensor)(saved, str(folder), tensor, str(tmp_path / "saved"), name, "float32")
+    theirs = getattr(transformers, name)
+    before = theirs.from_pretrained(folder).state_dict()
+    loaded, info = theirs.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    for key, values in loaded.state_dict().items():
+        torch.testing.assert_close(values, before[key], rtol=0, atol=0)
+
+
+def test_saving_never_overwrites(crew: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"UserError.* exists: remove it"):
+        crew(2)(saved, str(folder), 2, str(tmp_path), "OPTModel", "float32")
+
+
+def test_half_precision_is_kept(crew: Any, folder: Path, tmp_path: Path) -> None:
+    from transformers import OPTForCausalLM
+
+    crew(2)(saved, str(folder), 2, str(tmp_path / "saved"), "OPTForCausalLM", "bfloat16")
+    assert OPTForCausalLM.from_pretrained(tmp_path / "saved").dtype is torch.bfloat16
