@@ -13,6 +13,7 @@ from opt_parallel.errors import UserError
 
 IGNORED = -100  # a label that counts nowhere
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
+MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between runs that share weights
 
 
 class Activation(Enum):
@@ -50,6 +51,14 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A classifier's classes by name, in the order of their scores, and its `problem_type` as transformers calls it."""
+
+    names: tuple[str, ...]
+    problem_type: str | None
 
 
 @dataclass
