@@ -8,11 +8,11 @@ import torch
 
 from opt_parallel.checkpoint.card import metrics_of, model_card
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
-from opt_parallel.checkpoint.reshard import MANIFEST, read_manifest
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, generation_config, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
+from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.model.hf import config_for_hf
 from opt_parallel.parallel.shard import marked
