@@ -204,14 +204,19 @@ class EvaluationConfig(Section):
 
 @dataclass
 class CheckpointConfig(Section):
-    """`every`: steps between two checkpoints, besides the one at the end; 0: only that. `keep`: newest to keep."""
+    """`every`: steps between two checkpoints, besides the one at the end; 0: only that. `keep`: newest to keep;
+    `keep_every`: keep those at a multiple of so many steps too; 0: none. `asynchronous`: train on while they are
+    written."""
 
     every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    asynchronous: bool = True
 
     def check(self) -> None:
         require(self.every >= 0, f"checkpoint.every={self.every} must not be negative (0: only at the end)")
         require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+        require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every} must not be negative (0: none)")
 
 
 @dataclass

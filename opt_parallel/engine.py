@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -25,12 +24,12 @@ from opt_parallel.optim import (
     clip_gradients,
     gradient_norm,
     learning_rate,
-    set_hyperparameters,
 )
 from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Shard, Source, fill, marked
 from opt_parallel.topology import DTYPES, Topology
+from opt_parallel.zero import Fragment, begin_moments, held_fragments, owned_fragments, updates_made
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class StepResult:
 
 
 class Engine:
-    """A model under ZeRO: steps, evaluates, gives its weights, saves and loads its state."""
+    """A model under ZeRO: steps, evaluates, gives its weights, gives and takes back its state."""
 
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology = run, topology
@@ -168,17 +167,28 @@ class Engine:
             whole = tensor.detach() if self.run.zero.stage == 0 else safe_get_full_fp32_param(tensor)
             yield name, shard, whole.view(shard.local_shape)[shard.real].float()
 
-    def save(self, folder: Path) -> None:
-        """Write the state that a resume needs. Every rank takes part."""
-        self.wrapped.save_checkpoint(str(folder), tag="state", save_latest=False)
+    def owned(self) -> Iterator[Fragment]:
+        """What this rank saves of the training state; live, and each element on one rank alone."""
+        return owned_fragments(self.wrapped, self.run.zero.stage, self.topology)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote in the same layout; what the configuration says now wins over what it said then."""
-        self.wrapped.load_checkpoint(str(folder), tag="state")
-        set_hyperparameters(self.wrapped.optimizer.param_groups, self.run.optimizer)
-        if self.scaler is not None:
-            self.scaler.continue_from(self.wrapped.optimizer.loss_scaler)
-            self.wrapped.optimizer.loss_scaler = self.scaler
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Each parameter's logical shape, the dim it is split along, and into how many parts."""
+        model = self.wrapped.module
+        return {name: {"shape": list(s.shape), "dim": s.dim, "parts": s.count} for name, _, s in marked(model)}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps made; those that fp16 skipped do not count."""
+        return updates_made(self.wrapped, self.run.zero.stage)
+
+    def restore(self, read: Callable[[Fragment], None], updates: int, loss_scale: dict[str, Any] | None) -> None:
+        """Go on from a saved state: `read` writes into each fragment of this rank's weights and moments."""
+        if updates:
+            begin_moments(self.wrapped, self.run.zero.stage, updates)
+        for fragment in held_fragments(self.wrapped, self.run.zero.stage, self.topology.data.rank):
+            read(fragment)
+        if self.scaler is not None and loss_scale is not None:
+            self.scaler.continue_from(loss_scale)
 
     def close(self) -> None:
         """Give DeepSpeed's buffers and hooks back, so that another engine can follow in this process."""

@@ -6,7 +6,8 @@ import errno
 import os
 
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
-from opt_parallel.checkpoint.store import Store, choose, step_of
+from opt_parallel.checkpoint.store import Store
+from opt_parallel.checkpoint.whole import choose, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run
@@ -39,11 +40,12 @@ def train(run: Run) -> int:
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        engine = Engine.build(run, topology, start.weights if start else random_source(run.seed))
+        store = Store(run, topology, data.tokenizer)
+        checkpoint = store.find()
+        engine = Engine.build(run, topology, checkpoint or (start.weights if start else random_source(run.seed)))
         if start:
             start.warn_of_not_finite(topology.tensor)
-        store = Store(run, topology, data.tokenizer)
-        clock = store.resume(engine)
+        clock = store.restore(engine, checkpoint) if checkpoint else Clock()
         feed = Feed(data.train, run.seed, run.global_batch, run.micro_batch, topology.data.rank, topology.data.size)
         metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
         metrics.note(_greeting(run, topology, clock))
@@ -68,6 +70,7 @@ def train(run: Run) -> int:
             metrics.abandon()
             raise
 
+        store.finish()
         metrics.close(finished=clock.step == run.steps)
         engine.close()
     return INTERRUPTED if stopped else 0

@@ -21,15 +21,9 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     steady: list[Tensor] = []
     for _, tensor, shard in marked(model):
         (decaying if shard.decay else steady).append(tensor)
-    optimizer = torch.optim.AdamW([{"params": decaying}, {"params": steady}], lr=config.lr, fused=True)
-    set_hyperparameters(optimizer.param_groups, config)
-    return optimizer
-
-
-def set_hyperparameters(groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-    """Write the configuration into the groups, over whatever a restored optimizer state brought back."""
-    for group, weight_decay in zip(groups, (config.weight_decay, 0.0), strict=True):
-        group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=weight_decay)
+    first, second = config.betas
+    groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": steady, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -127,8 +121,13 @@ class LossScaler:
             self.window = max(int(self.window * factor), 1)
         self.good_steps = 0
 
-    def continue_from(self, saved: LossScaler) -> None:
+    def state(self) -> dict[str, Any]:
+        """Where it stands, for `continue_from`."""
+        moved = self.window if self.moving_window else None
+        return {"scale": self.scale, "good_steps": self.good_steps, "moved_window": moved}
+
+    def continue_from(self, saved: dict[str, Any]) -> None:
         """Take over where another scaler stood; floor, kind and a fixed window stay as configured."""
-        self.scale, self.good_steps = max(saved.scale, self.floor), saved.good_steps
-        if self.moving_window and saved.moving_window:
-            self.window = saved.window
+        self.scale, self.good_steps = max(saved["scale"], self.floor), saved["good_steps"]
+        if self.moving_window and saved["moved_window"] is not None:
+            self.window = saved["moved_window"]

@@ -18,7 +18,7 @@ FLOORS = [
     ["compose"],
     ["topology", "trackers"],
     ["parallel", "data", "metrics"],
-    ["model", "optim"],
+    ["model", "optim", "zero"],
     ["engine"],
     ["checkpoint", "evaluate"],
     ["export", "verify"],
@@ -32,7 +32,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 RESERVED = {
     "deepspeed": {"engine"},
     "torch.distributed": {"topology", "parallel.collectives", "checkpoint"},
-    "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "engine", "checkpoint", "evaluate",
+    "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "zero", "engine", "checkpoint", "evaluate",
               "export", "verify", "pretrained", "loop"},
 }  # fmt: skip
 

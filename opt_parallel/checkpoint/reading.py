@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opt_parallel.checkpoint.reshard import CheckpointWeights
+from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.compose import model_at
 from opt_parallel.hf_config import CONFIG, read_labels
 from opt_parallel.hub import find_checkpoint
@@ -127,5 +127,5 @@ def open_checkpoint(checkpoint: str | Path, key: str = "--checkpoint") -> Opened
     folder = find_checkpoint(checkpoint, key)
     config = model_at(folder, key)
     if (folder / MANIFEST).is_file():
-        return Opened(config, CheckpointWeights(folder), folder / "tokenizer", folder)
+        return Opened(config, CheckpointReader(folder), folder / "tokenizer", folder)
     return Opened(config, HuggingFaceWeights(folder), folder, folder)

@@ -1,57 +1,86 @@
-"""Logical tensors from the parts that ranks wrote, whatever their layout was."""
+"""Logical tensors and fragments of any layout, out of the fragments that ranks of any other layout wrote."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from opt_parallel.checkpoint.boxes import Box, boxes_of, shared_by
 from opt_parallel.errors import UserError
-from opt_parallel.manifest import read_manifest
-from opt_parallel.parallel.shard import Shard, overlap, require_same_tensors
+from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.parallel.shard import Constant, Shard, require_same_tensors
+from opt_parallel.zero import Fragment
 
 
-def weights_file(tensor_rank: int) -> str:
-    """Name of the file with a tensor rank's part of every weight."""
-    return f"weights-{tensor_rank:05d}.safetensors"
+@dataclass(frozen=True)
+class Piece:
+    """A stored fragment of a logical tensor: its file, what is in it, and the boxes that it covers."""
+
+    file: str
+    kinds: list[str]  # weights, and Adam's moments where there were any
+    boxes: list[Box]
 
 
-class CheckpointWeights:
-    """A source for `fill`: reads from the parts on disk just what a shard needs, as slices of mapped files."""
+class CheckpointReader:
+    """A training checkpoint's contents, read as slices of its files: a source of weights for `fill`, and of what an
+    optimizer goes on with."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tensors: dict[str, dict[str, Any]] = read_manifest(folder)["tensors"]
+        """Raises: UserError if `folder` is no checkpoint of ours."""
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self.shapes = {name: tuple(saved["shape"]) for name, saved in self.manifest["tensors"].items()}
+        self.pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+        for file, content in self.manifest["files"].items():
+            for fragment in content["fragments"]:
+                name = fragment["name"]
+                saved = self.manifest["tensors"][name]
+                written = Shard(self.shapes[name], saved["dim"], fragment["part"], saved["parts"], Constant(0), False)
+                boxes = boxes_of(written, fragment["start"], fragment["count"])
+                self.pieces[name].append(Piece(file, fragment["kinds"], boxes))
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError unless exactly the tensors `wanted` are there."""
-        held = {name: tuple(saved["shape"]) for name, saved in self.tensors.items()}
-        require_same_tensors(str(self.folder), wanted, held)
+        require_same_tensors(str(self.folder), wanted, self.shapes)
 
     def holds(self, name: str) -> bool:
         """Whether there is a logical tensor of that name."""
-        return name in self.tensors
+        return name in self.shapes
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
-        """The values of `shard.range` of the logical tensor `name`, fp32. Raises: UserError if a file is damaged."""
-        saved = self.tensors[name]
-        values = torch.empty([part.stop - part.start for part in shard.range])
-        for index in range(saved["count"]):
-            written = Shard(shard.shape, saved["dim"], index, saved["count"], shard.initial, shard.decay)
-            self._copy_overlap(values, name, shard, written)
-        return values
+        """The fp32 weights of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
+        box = Box(0, shard.range)
+        values = torch.empty(box.numel)
+        self._copy("weights", name, values, [box])
+        return box.of(values)
 
-    def _copy_overlap(self, values: Tensor, name: str, shard: Shard, written: Shard) -> None:
-        shared = overlap(shard.range, written.range)
-        if shared is None:
-            return
-        into, out_of = shared
-        path = self.folder / weights_file(written.index)
-        try:
-            with safe_open(path, framework="pt") as file:
-                values[into] = file.get_slice(name)[out_of]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+    def restore(self, fragment: Fragment) -> None:
+        """Write into a rank's live fragment what was saved of it. Raises: UserError if a file is damaged."""
+        boxes = boxes_of(fragment.shard, fragment.start, len(fragment.weights))
+        for kind, values in fragment.tensors.items():
+            self._copy(kind, fragment.name, values, boxes)
+
+    def _copy(self, kind: str, name: str, values: Tensor, boxes: list[Box]) -> None:
+        missing = sum(box.within(self.shapes[name]) for box in boxes)
+        for piece in self.pieces[name]:
+            shared = list(shared_by(boxes, piece.boxes))
+            if not shared or kind not in piece.kinds:
+                continue
+            path = self.folder / piece.file
+            try:
+                with safe_open(path, framework="pt") as file:
+                    stored = file.get_slice(f"{kind}/{name}")
+                    for mine, into, theirs, out_of in shared:
+                        row = theirs.numel // theirs.shape[0]  # of its rows only those that are wanted are read
+                        first, last = theirs.offset + out_of[0].start * row, theirs.offset + out_of[0].stop * row
+                        rows = stored[first:last].view(-1, *theirs.shape[1:])
+                        wanted = rows[(slice(None), *out_of[1:])]
+                        mine.of(values)[into] = wanted.to(values.device)
+                        missing -= wanted.numel()
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read: {error}") from error
+        if missing and kind == "weights":
+            raise UserError(f"{self.folder} holds only a part of {name}: its {MANIFEST} is not what was written")

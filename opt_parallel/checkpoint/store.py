@@ -1,4 +1,4 @@
-"""The checkpoints of a run: save, find the newest, resume, keep the last few.
+"""The checkpoints of a run: save while training goes on, find the newest that is whole, resume in any layout.
 
 `checkpoints/step-<N>/` is written under a temporary name and renamed once all ranks are done: whole or absent.
 """
@@ -8,62 +8,34 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import platform
 import shutil
 from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 
-from opt_parallel.checkpoint.reshard import weights_file
+from opt_parallel.checkpoint.reshard import CheckpointReader
+from opt_parallel.checkpoint.saving import Saver
+from opt_parallel.checkpoint.whole import DAMAGE, choose, damages_in, forget_old, newest, set_aside, steps_in
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_dict
 from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
-from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.log import say
+from opt_parallel.manifest import MANIFEST
+from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.shapes import MAY_DIFFER
 from opt_parallel.topology import Topology
 
+FORMAT = 1  # of the folder, docs/checkpoint-format.md
 TOKENIZER = "tokenizer.json"
-
-
-def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint's folder, None if its name or content says that it is none (or not whole)."""
-    prefix, _, number = folder.name.partition("-")
-    whole = prefix == "step" and number.isdigit() and (folder / MANIFEST).is_file()
-    return int(number) if whole else None
-
-
-def steps_in(checkpoints: Path) -> list[int]:
-    """The steps of the whole checkpoints, oldest first."""
-    return sorted(step for folder in checkpoints.glob("step-*") if (step := step_of(folder)) is not None)
-
-
-def newest(checkpoints: Path) -> Path | None:
-    """The checkpoint with the highest step."""
-    steps = steps_in(checkpoints)
-    return checkpoints / f"step-{steps[-1]}" if steps else None
-
-
-def choose(run: Run) -> Path | None:
-    """The checkpoint that `resume` asks for, None for a fresh start.
-
-    Raises: UserError if it does not exist, or `never` would mix a new run with an old one."""
-    last = newest(run.folder / "checkpoints")
-    if run.resume == "auto":
-        return last
-    if run.resume == "never":
-        if last is not None:
-            raise UserError(
-                f"resume=never, but {last} exists: a new run there would mix with the old one; "
-                "choose another run.dir or remove the folder"
-            )
-        return None
-    chosen = Path(run.resume)
-    if step_of(chosen) is None:
-        raise UserError(f"resume={run.resume} is no whole checkpoint: choose auto, never or a folder …/step-<N>")
-    return chosen
+LIBRARIES = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # what a run's numbers may depend on
+NOT_TOLD = {"resume", "stop_at"}  # settings of one process, not of the run
 
 
 class Store:
@@ -72,76 +44,130 @@ class Store:
     def __init__(self, run: Run, topology: Topology, tokenizer: Path) -> None:
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
         self.root = run.folder / "checkpoints"
+        self.saver = Saver(topology)
+        self.saving: Path | None = None  # what the saver was last given
 
-    def resume(self, engine: Engine) -> Clock:
-        """Load the checkpoint that `resume` asks for; the clock it stopped at.
+    def find(self) -> CheckpointReader | None:
+        """The checkpoint that `resume` asks for, all its files checked; None for a fresh start.
 
-        Raises: UserError if it was written in another layout or for another shape."""
+        A damaged one is named, set aside, and the one before it taken. Raises: UserError if none is left, if
+        `resume` names it, or if it is of another network or tokenizer."""
         folder = choose(self.run)
-        if folder is None:
-            return Clock()
-        manifest = read_manifest(folder)
-        self._check_fits(folder, manifest)
-        engine.load(folder / "deepspeed")
+        while folder is not None:
+            damage = self._damage(folder)
+            if damage is None:
+                reader = CheckpointReader(folder)
+                self._check_fits(folder, reader.manifest)
+                return reader
+            if self.run.resume != "auto":
+                raise UserError(f"resume={folder}: {damage}; choose an earlier checkpoint")
+            self.topology.barrier()  # everybody has looked
+            if self.topology.is_main:
+                say(f"warning: {folder}: {damage}; it is set aside as {set_aside(folder, 'damaged').name}")
+            self.topology.barrier()
+            folder = newest(self.root)
+            if folder is None:
+                raise UserError(f"{self.root} holds no whole checkpoint any more: choose another run.dir to begin anew")
+        return None
+
+    def restore(self, engine: Engine, reader: CheckpointReader) -> Clock:
+        """Bring the engine to where the checkpoint was written; what the configuration says now wins over what it said
+        then, and what differs is said."""
+        manifest = reader.manifest
+        engine.restore(reader.restore, manifest["updates"], manifest["loss_scale"])
         clock = Clock(**manifest["clock"])
         self.topology.barrier()
         if self.topology.is_main:
-            self._set_aside_after(clock.step)
+            self._tell_changes(manifest)
+            for later in steps_in(self.root):
+                if later > clock.step:  # the run branches off here, and `auto` must not find them
+                    set_aside(self.root / f"step-{later}", "abandoned")
         return clock
 
-    def save(self, engine: Engine, clock: Clock) -> Path:
-        """Write `step-<N>`; of older ones only the newest `checkpoint.keep` − 1 stay."""
-        final, partial = self.root / f"step-{clock.step}", self.root / f"step-{clock.step}.partial"
+    def save(self, engine: Engine, clock: Clock) -> None:
+        """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed."""
+        self._settle()
+        final = self.root / f"step-{clock.step}"
+        self.saving, beside = final, final.with_name(f"{final.name}.partial")
+        failure: str | None = None
         if self.topology.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.topology.barrier()
-        engine.save(partial / "deepspeed")
-        tensors = self._write_weights(engine, partial)
-        self.topology.barrier()
-        if self.topology.is_main:
-            shutil.copytree(self.tokenizer, partial / "tokenizer")
-            self._write_manifest(partial, clock, tensors)
-            os.replace(partial, final)
-            self._forget_old()
-        self.topology.barrier()
-        return final
+            try:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+            except OSError as error:
+                failure = error.strerror
+        if self.topology.any(failure is not None):
+            self.saver.failure = failure or "rank 0 could not write"
+        else:
+            manifest = self._manifest(engine, clock)
+            self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest))
+        if not self.run.checkpoint.asynchronous:
+            self._settle()
 
-    def _write_weights(self, engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
-        """This tensor rank's part of each weight, written by the first data rank; all of them are described."""
-        writes = self.topology.data.rank == 0
-        tensors, held = {}, {}
-        for name, shard, values in engine.weights():
-            tensors[name] = {"shape": list(shard.shape), "dim": shard.dim, "count": shard.count}
-            if writes and (shard.count > 1 or self.topology.tensor.rank == 0):
-                held[name] = values.to("cpu").contiguous()
-        if writes:
-            save_file(held, folder / weights_file(self.topology.tensor.rank), metadata={"format": "pt"})
-        return tensors
+    def finish(self) -> None:
+        """Wait for what is still being written. Raises: UserError if the last checkpoint failed."""
+        failure = self.saver.wait()
+        self.saver.close()
+        if failure is not None:
+            kept = newest(self.root)
+            raise UserError(
+                f"{self.saving} could not be written ({failure}): make room there and start the same command again; "
+                + (f"{kept} is whole" if kept else "there is no earlier checkpoint")
+            )
 
-    def _write_manifest(self, folder: Path, clock: Clock, tensors: dict[str, dict[str, Any]]) -> None:
-        manifest = {
-            "clock": asdict(clock),
-            "layout": self._layout(),
-            "config": to_dict(self.run),
-            "tensors": tensors,
-        }
-        with open(folder / MANIFEST, "w") as file:
-            json.dump(manifest, file, indent=1)
+    def _settle(self) -> None:
+        failure = self.saver.wait()
+        if failure is not None:
+            say(f"warning: {self.saving} could not be written ({failure}); training goes on, and the next is tried")
+
+    def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
+        """On the first rank, once all files are on the disk: manifest, tokenizer, the name, and room for the next."""
+        for note in sorted(beside.glob("rank-*.json")):
+            manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
+            note.unlink()
+        shutil.copytree(self.tokenizer, beside / "tokenizer")
+        with open(beside / MANIFEST, "w") as file:
+            json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(beside, final)
+        _settle_folder(self.root)
+        forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
-    def _layout(self) -> dict[str, Any]:
+    def _manifest(self, engine: Engine, clock: Clock) -> dict[str, Any]:
         return {
-            "parallel.tensor": self.topology.tensor.size,
-            "data-parallel size": self.topology.data.size,
-            "zero.stage": self.run.zero.stage,
-            "zero.offload": self.run.zero.offload.value,
-            "precision": self.run.precision.name.value,
+            "format": FORMAT,
+            "clock": asdict(clock),
+            "updates": engine.updates,
+            "loss_scale": None if engine.scaler is None else engine.scaler.state(),
+            "layout": {
+                "world size": self.topology.world.size,
+                "tensor": self.topology.tensor.size,
+                "data": self.topology.data.size,
+                "zero.stage": self.run.zero.stage,
+                "zero.offload": self.run.zero.offload.value,
+                "precision": self.run.precision.name.value,
+            },
+            "versions": self._versions(),
+            "config": to_dict(self.run),
+            "tensors": engine.tensors(),
+            "files": {},
         }
 
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, None if nothing: each rank checks a share of the files."""
+        damages = damages_in(folder, self.topology.world.rank, self.topology.world.size)
+        if self.topology.any(damages is None):
+            return f"its {MANIFEST} cannot be read"
+        assert damages is not None
+        found = all_reduce(torch.tensor(list(damages.values())), self.topology.world)
+        for name, number in zip(damages, found.tolist(), strict=True):
+            if number:
+                return f"{name} {DAMAGE[number]}"
+        return None
+
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Raise UserError unless this run's network, tokenizer and layout are the checkpoint's."""
+        """Raise UserError unless this run's network and tokenizer are the checkpoint's."""
         saved, now = manifest["config"]["model"], to_dict(self.run)["model"]
         for name in now:
             if name not in MAY_DIFFER and saved.get(name) != now[name]:
@@ -154,22 +180,35 @@ class Store:
                 f"{folder} was trained with another tokenizer than {self.tokenizer}, whose ids mean other words: set "
                 f"data.tokenizer={folder / 'tokenizer'}, or start in another run.dir"
             )
-        for what, value in self._layout().items():
-            if manifest["layout"][what] != value:
-                raise UserError(
-                    f"{folder} was saved with {what} {manifest['layout'][what]}, this run has {value}: resume in the "
-                    "same layout, or start a new run in another run.dir"
-                )
 
-    def _set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps: the run branches off here, and `auto` must not find them."""
-        for later in steps_in(self.root):
-            if later > step:
-                taken = len(list(self.root.glob(f"step-{later}.abandoned*")))
-                os.replace(self.root / f"step-{later}", self.root / f"step-{later}.abandoned{taken or ''}")
+    def _tell_changes(self, manifest: dict[str, Any]) -> None:
+        """A table of settings and libraries that differ from the checkpoint's."""
+        before = _flat(manifest["config"]) | manifest["versions"]
+        after = _flat(to_dict(self.run)) | self._versions()
+        rows = [("", "then", "now")]
+        for key in sorted((before.keys() | after.keys()) - NOT_TOLD):
+            if before.get(key) != after.get(key):
+                rows.append((key, str(before.get(key, "—")), str(after.get(key, "—"))))
+        if len(rows) > 1:
+            widths = [max(len(row[column]) for row in rows) for column in range(2)]
+            say("changed since the checkpoint:")
+            for row in rows:
+                say(f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
 
-    def _forget_old(self) -> None:
-        for step in steps_in(self.root)[: -self.run.checkpoint.keep]:
-            folder = self.root / f"step-{step}"
-            (folder / MANIFEST).unlink()  # first: half a deletion leaves nothing that looks whole
-            shutil.rmtree(folder)
+    def _versions(self) -> dict[str, str]:
+        return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `section.key`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _settle_folder(folder: Path) -> None:
+    """Have the disk confirm a rename."""
+    number = os.open(folder, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)

@@ -145,7 +145,7 @@ def _write_weights(
         file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shapes, file_name)
         with open(folder / file_name, "wb") as file:
-            _write_header(file, shapes, dtype)
+            file.write(safetensors_header(shapes, dtype))
             for name in shapes:
                 checksums[name] = _write_tensor(file, name, next(tensors), dtype)
             _settle(file)
@@ -155,7 +155,8 @@ def _write_weights(
     _write(folder / CHECKSUMS, as_json(checksums))
 
 
-def _write_header(file: BinaryIO, shapes: Shapes, dtype: torch.dtype) -> None:
+def safetensors_header(shapes: Shapes, dtype: torch.dtype) -> bytes:
+    """What a safetensors file begins with: its tensors' names, shapes and places, all of one dtype, end to end."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -163,7 +164,7 @@ def _write_header(file: BinaryIO, shapes: Shapes, dtype: torch.dtype) -> None:
         header[name] = {"dtype": STORED_AS[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8, for those who map the file
-    file.write(struct.pack("<Q", len(text)) + text)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _write_tensor(file: BinaryIO, name: str, tensor: tuple[str, Tensor], dtype: torch.dtype) -> str:

@@ -1,0 +1,95 @@
+"""A run's checkpoints as folders: which are there, which is the newest, which are whole, which may go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.config import Run
+from opt_parallel.errors import UserError
+from opt_parallel.manifest import MANIFEST, read_manifest
+
+CHUNK = 2**24  # bytes read at a time
+DAMAGE = ("is whole", "is missing", "has another size than was written", "differs from its checksum")
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint's folder, None if its name or content says that it is none (or not whole)."""
+    prefix, _, number = folder.name.partition("-")
+    complete = prefix == "step" and number.isdigit() and (folder / MANIFEST).is_file()
+    return int(number) if complete else None
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """The steps of the complete checkpoints, oldest first."""
+    return sorted(step for folder in checkpoints.glob("step-*") if (step := step_of(folder)) is not None)
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The checkpoint with the highest step."""
+    steps = steps_in(checkpoints)
+    return checkpoints / f"step-{steps[-1]}" if steps else None
+
+
+def choose(run: Run) -> Path | None:
+    """The checkpoint that `resume` asks for, None for a fresh start. Its files are not looked at yet.
+
+    Raises: UserError if it does not exist, or `never` would mix a new run with an old one."""
+    last = newest(run.folder / "checkpoints")
+    if run.resume == "auto":
+        return last
+    if run.resume == "never":
+        if last is not None:
+            raise UserError(
+                f"resume=never, but {last} exists: a new run there would mix with the old one; "
+                "choose another run.dir or remove the folder"
+            )
+        return None
+    chosen = Path(run.resume)
+    if step_of(chosen) is None:
+        raise UserError(f"resume={run.resume} is no whole checkpoint: choose auto, never or a folder …/step-<N>")
+    return chosen
+
+
+def damage_of(path: Path, written: dict[str, Any]) -> int:
+    """What is wrong with a checkpoint's file, as its number in `DAMAGE`; `written` is what the manifest says of it."""
+    try:
+        if path.stat().st_size != written["bytes"]:
+            return 2
+        checksum = 0
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                checksum = zlib.crc32(chunk, checksum)
+    except OSError:
+        return 1
+    return 0 if f"{checksum:08x}" == written["crc32"] else 3
+
+
+def damages_in(folder: Path, share: int = 0, of: int = 1) -> dict[str, int] | None:
+    """The damage of each file that share number `share` of `of` has to check; None if the manifest cannot be read."""
+    try:
+        files = read_manifest(folder)["files"]
+    except (UserError, KeyError):
+        return None
+    return {name: damage_of(folder / name, files[name]) if n % of == share else 0 for n, name in enumerate(files)}
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint so that nothing takes it for one of the run's; its new name."""
+    taken = len(list(folder.parent.glob(f"{folder.name}.{why}*")))
+    aside = folder.with_name(f"{folder.name}.{why}{taken or ''}")
+    os.replace(folder, aside)
+    return aside
+
+
+def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and those at a multiple of `keep_every` steps (0: none)."""
+    for step in steps_in(checkpoints)[:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
+        folder = checkpoints / f"step-{step}"
+        (folder / MANIFEST).unlink()  # first: half a deletion leaves nothing that looks whole
+        shutil.rmtree(folder)

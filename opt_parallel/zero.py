@@ -1,0 +1,118 @@
+"""Where a rank's training state lies under each ZeRO stage: fp32 weights and Adam's moments, as live views.
+
+Nothing is copied here: what is written into a fragment is what the optimizer goes on with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt_parallel.parallel.shard import Shard, marked
+from opt_parallel.topology import Topology
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names for Adam's m and v
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` to `start` + n of a parameter's flattened tensor-parallel part, padding included.
+
+    `weights` (n,) fp32; `moments`: each of `MOMENTS` (n,), or none before the first optimizer step."""
+
+    name: str
+    shard: Shard
+    start: int
+    weights: Tensor
+    moments: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is to save, by kind."""
+        return {"weights": self.weights, **self.moments}
+
+    def narrow(self, first: int, last: int) -> Fragment:
+        """Elements `first` to `last` of this fragment."""
+        moments = {kind: values[first:last] for kind, values in self.moments.items()}
+        return Fragment(self.name, self.shard, self.start + first, self.weights[first:last], moments)
+
+
+def held_fragments(wrapped: Any, stage: int, data_rank: int) -> Iterator[Fragment]:
+    """All that this rank holds, at most one fragment of each parameter."""
+    base = base_optimizer(wrapped)
+    for name, tensor, shard in marked(wrapped.module):
+        place = _place(wrapped, stage, data_rank, tensor)
+        if place is None:
+            continue
+        flat, start, offset, count = place
+        state = base.state.get(flat, {})
+        moments = {kind: state[kind].view(-1)[offset : offset + count] for kind in MOMENTS if kind in state}
+        yield Fragment(name, shard, start, flat.detach().view(-1)[offset : offset + count], moments)
+
+
+def owned_fragments(wrapped: Any, stage: int, topology: Topology) -> Iterator[Fragment]:
+    """What this rank saves: of everything that several ranks hold, one of them a part.
+
+    Whole parameters are the first tensor rank's; at stage 0, where all data ranks hold all, each has a share."""
+    for fragment in held_fragments(wrapped, stage, topology.data.rank):
+        if fragment.shard.count < topology.tensor.size and topology.tensor.rank > 0:
+            continue
+        owned = fragment
+        if stage == 0:
+            share = -(-len(fragment.weights) // topology.data.size)
+            owned = fragment.narrow(topology.data.rank * share, (topology.data.rank + 1) * share)
+        if len(owned.weights):
+            yield owned
+
+
+def begin_moments(wrapped: Any, stage: int, updates: int) -> None:
+    """Give the optimizer moments of zero, to be filled, and its count of `updates`, as after that many steps."""
+    base = base_optimizer(wrapped)
+    for flat in _flat_weights(wrapped, stage):
+        base.state[flat] = {
+            "step": torch.full((), float(updates), device=flat.device),
+            **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+        }
+
+
+def updates_made(wrapped: Any, stage: int) -> int:
+    """Optimizer steps so far; those that fp16 skipped do not count."""
+    state = base_optimizer(wrapped).state.get(_flat_weights(wrapped, stage)[0], {})
+    return int(state["step"]) if "step" in state else 0
+
+
+def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
+    """The torch optimizer within DeepSpeed's, or DeepSpeed's own where there is nothing around it."""
+    base = getattr(wrapped.optimizer, "optimizer", wrapped.optimizer)
+    assert isinstance(base, torch.optim.Optimizer)
+    return base
+
+
+def _flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
+    """The tensors that the torch optimizer steps: at stage 0 parameters, else this rank's flat fp32 partitions."""
+    if stage == 3:
+        return list(wrapped.optimizer.fp32_partitioned_groups_flat)
+    return [flat for group in base_optimizer(wrapped).param_groups for flat in group["params"]]
+
+
+def _place(wrapped: Any, stage: int, data_rank: int, tensor: Tensor) -> tuple[Tensor, int, int, int] | None:
+    """Where this rank's fp32 elements of a parameter are: the flat tensor, the first element's number within the
+    parameter, its offset within the flat tensor, and how many; None if this rank has none."""
+    if stage == 0:
+        return tensor, 0, 0, tensor.numel()
+    if stage == 3:
+        optimizer = wrapped.optimizer
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(tensor)]
+        start = data_rank * size
+        count = min(size, tensor.ds_numel - start)  # type: ignore[attr-defined]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        return (flat, start, offset, count) if count > 0 else None
+    mapping = tensor._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    flat = base_optimizer(wrapped).param_groups[mapping.param_group_index]["params"][0]
+    return flat, mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.lp_fragment_address.numel
