@@ -32,12 +32,6 @@ class Box:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def within(self, shape: tuple[int, ...]) -> int:
-        """How many of its elements a logical tensor of `shape` has; the others are padding."""
-        return math.prod(
-            max(0, min(part.stop, size) - part.start) for part, size in zip(self.ranges, shape, strict=True)
-        )
-
     def of(self, flat: Tensor) -> Tensor:
         """The rectangle as a view into the piece's values."""
         return flat[self.offset : self.offset + self.numel].view(self.shape)
@@ -56,13 +50,34 @@ def boxes_of(shard: Shard, start: int, count: int) -> list[Box]:
     return boxes
 
 
-def shared_by(mine: list[Box], theirs: list[Box]) -> Iterator[tuple[Box, Ranges, Box, Ranges]]:
-    """What two pieces of one logical tensor share: a box of each, and where in it."""
+def count_within(shape: tuple[int, ...], ranges: Ranges) -> int:
+    """How many elements of `ranges` a logical tensor of `shape` has; the others are padding."""
+    return math.prod(max(0, min(part.stop, size) - part.start) for part, size in zip(ranges, shape, strict=True))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What two pieces of one logical tensor have in common: a box of each, and where in it."""
+
+    mine: Box
+    into: Ranges
+    theirs: Box
+    out_of: Ranges
+
+    @property
+    def ranges(self) -> Ranges:
+        """Of the logical tensor."""
+        pairs = zip(self.mine.ranges, self.into, strict=True)
+        return tuple(slice(whole.start + part.start, whole.start + part.stop) for whole, part in pairs)
+
+
+def shared_by(mine: list[Box], theirs: list[Box]) -> Iterator[Shared]:
+    """The rectangles that lie in a box of each of two pieces."""
     for a in mine:
         for b in theirs:
             common = overlap(a.ranges, b.ranges)
             if common is not None:
-                yield a, common[0], b, common[1]
+                yield Shared(a, common[0], b, common[1])
 
 
 def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Ranges]]:

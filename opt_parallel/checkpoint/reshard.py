@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opt_parallel.checkpoint.boxes import Box, boxes_of, shared_by
+from opt_parallel.checkpoint.boxes import Box, Ranges, boxes_of, count_within, shared_by
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.parallel.shard import Constant, Shard, require_same_tensors
@@ -64,7 +65,7 @@ class CheckpointReader:
             self._copy(kind, fragment.name, values, boxes)
 
     def _copy(self, kind: str, name: str, values: Tensor, boxes: list[Box]) -> None:
-        missing = sum(box.within(self.shapes[name]) for box in boxes)
+        missing = sum(count_within(self.shapes[name], box.ranges) for box in boxes)
         for piece in self.pieces[name]:
             shared = list(shared_by(boxes, piece.boxes))
             if not shared or kind not in piece.kinds:
@@ -73,14 +74,17 @@ class CheckpointReader:
             try:
                 with safe_open(path, framework="pt") as file:
                     stored = file.get_slice(f"{kind}/{name}")
-                    for mine, into, theirs, out_of in shared:
-                        row = theirs.numel // theirs.shape[0]  # of its rows only those that are wanted are read
-                        first, last = theirs.offset + out_of[0].start * row, theirs.offset + out_of[0].stop * row
-                        rows = stored[first:last].view(-1, *theirs.shape[1:])
-                        wanted = rows[(slice(None), *out_of[1:])]
-                        mine.of(values)[into] = wanted.to(values.device)
-                        missing -= wanted.numel()
+                    for each in shared:
+                        each.mine.of(values)[each.into] = _read(stored, each.theirs, each.out_of).to(values.device)
+                        missing -= count_within(self.shapes[name], each.ranges)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
         if missing and kind == "weights":
             raise UserError(f"{self.folder} holds only a part of {name}: its {MANIFEST} is not what was written")
+
+
+def _read(stored: Any, box: Box, ranges: Ranges) -> Tensor:
+    """`ranges` of a box of a stored piece; of its rows only those that are wanted are read."""
+    row = box.numel // box.shape[0]
+    rows = stored[box.offset + ranges[0].start * row : box.offset + ranges[0].stop * row].view(-1, *box.shape[1:])
+    return rows[(slice(None), *ranges[1:])]
