@@ -64,7 +64,7 @@ def read_config(folder: Path) -> ModelConfig:
             "file if it does not"
         )
     activation = values.get("activation_function", "relu")
-    if activation not in Activation.__members__:
+    if activation not in list(Activation.__members__):
         raise UserError(f"{path}: activation_function={activation!r} is not one of {', '.join(Activation.__members__)}")
     _check_types(path, values)
     shared = DEFAULTS | {name: values[name] for name in SHARED if name in values}

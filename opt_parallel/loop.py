@@ -96,7 +96,7 @@ def _start(run: Run) -> Opened | None:
     Its tensors are checked on every rank, before any of them waits for another."""
     if run.init_from is None or choose(run) is not None:
         return None
-    opened = open_checkpoint(run.init_from, "init_from")
+    opened = open_checkpoint(run.init_from, "init_from=")
     opened.check_language_model()
     return opened
 

@@ -71,7 +71,7 @@ class HuggingFaceWeights:
         self.stored = {f"model.{name}" if name.startswith("decoder.") else name: name for name in self.files.shapes}
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless just the logical tensors `wanted` are there, and a head only of the embedding's shape."""
+        """Raise UserError unless just the logical tensors `wanted` are there; a head has the embedding's shape."""
         theirs: dict[str, tuple[int, ...]] = {}
         for name, shape in wanted.items():
             names = hf_names(name)

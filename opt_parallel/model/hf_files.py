@@ -2,7 +2,7 @@
 
 A reader has `shapes`, each tensor's by its name in PyTorch, and `read(name, ranges)`. TensorFlow and Flax store a
 product's matrix as (in, out), PyTorch as (out, in): their readers turn names and ranges around, and read no more.
-Files are mapped anew for each read: the pages of a mapping count as this process's memory until it ends.
+Files are mapped anew for each read: pages that were read count as this process's memory as long as their mapping lasts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,11 +130,13 @@ class TorchFile:
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         tensors = self._load() if self._held is None else self._held
-        return tensors[name][ranges].clone()
+        return tensors[name][ranges]
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            with warnings.catch_warnings():  # it would tell of a strange pickle before it refuses it
+                warnings.simplefilter("ignore")
+                content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
         except Exception as error:
             raise UserError(
                 f"{self.path} is no file of weights alone, or damaged, and nothing else is read from a pickle: bring "
