@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.errors import UserError
-from opt_parallel.shapes import Activation, Labels, ModelConfig
+from opt_parallel.shapes import Activation, Labels, ModelConfig, ProblemType
 
 CONFIG = "config.json"
 
@@ -46,7 +46,6 @@ BOOKKEEPING = {
     "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
 }  # fmt: skip
 OWN = {"_remove_final_layer_norm", "activation_function", "init_std", "word_embed_proj_dim"}
-PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -88,13 +87,13 @@ def read_labels(folder: Path) -> Labels:
     number = values.get("num_labels", 2)
     if type(number) is not int or number < 1:
         raise UserError(f"{path}: num_labels={json.dumps(number)} must be a whole number from 1 on")
-    named = values.get("id2label") or {str(label): f"LABEL_{label}" for label in range(number)}
+    named = values.get("id2label") or {str(label): name for label, name in enumerate(Labels.numbered(number).names)}
     problem = values.get("problem_type")
-    if problem is not None and problem not in PROBLEMS:
-        raise UserError(f"{path}: problem_type={problem!r} is not one of {', '.join(PROBLEMS)}")
+    if problem not in [None, *ProblemType.__members__]:
+        raise UserError(f"{path}: problem_type={problem!r} is not one of {', '.join(ProblemType.__members__)}")
     if not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}:
         raise UserError(f"{path}: id2label={named} must name the labels 0, 1, … without a gap")
-    return Labels(tuple(str(named[str(label)]) for label in range(len(named))), problem)
+    return Labels(tuple(str(named[str(label)]) for label in range(len(named))), problem and ProblemType[problem])
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from opt_parallel.errors import UserError
-from opt_parallel.hf_config import CONFIG, SHARED, read_config
+from opt_parallel.hf_config import SHARED
 from opt_parallel.hub import INDEX_SUFFIX
 from opt_parallel.hub import WEIGHTS as FORMATS
 from opt_parallel.model.hf_files import Ranges, WeightFiles
 from opt_parallel.parallel.shard import Shard, require_same_tensors
-from opt_parallel.shapes import ModelConfig
-
-__all__ = ["CONFIG", "INDEX", "WEIGHTS", "HuggingFaceWeights", "config_for_hf", "hf_names", "read_config", "to_hf"]
+from opt_parallel.shapes import Labels, ModelConfig
 
 WEIGHTS = FORMATS[0]
 INDEX = WEIGHTS + INDEX_SUFFIX
@@ -55,6 +53,15 @@ def config_for_hf(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def labels_for_hf(labels: Labels) -> dict[str, Any]:
+    """A classifier's part of config.json."""
+    return {
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+        "problem_type": None if labels.problem_type is None else labels.problem_type.value,
     }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import read_config, read_labels
-from opt_parallel.shapes import Labels, ModelConfig
+from opt_parallel.shapes import Labels, ModelConfig, ProblemType
 from opt_parallel.topology import ALONE
 
 CPU = torch.device("cpu")
@@ -183,7 +183,7 @@ def test_labels(folder: Path) -> None:
     assert read_labels(folder) == Labels(("LABEL_0", "LABEL_1"), None)
     names = {"10": "k", **{str(label): "abcdefghij"[label] for label in range(10)}}
     change(folder, id2label=names, problem_type="multi_label_classification")
-    assert read_labels(folder) == Labels(tuple("abcdefghijk"), "multi_label_classification")
+    assert read_labels(folder) == Labels(tuple("abcdefghijk"), ProblemType.multi_label_classification)
     for fields, word in (
         ({"id2label": {"0": "no", "2": "yes"}}, "id2label"),
         ({"id2label": None, "num_labels": "3"}, 'num_labels="3"'),
