@@ -165,7 +165,7 @@ class ScheduleConfig(Section):
 class DataConfig(Section):
     """`train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` for the text that
     every Python carries, or a list of these. `tokenizer`: a folder, a hub id, or
-    null to train one of `model.vocab_size` tokens on the training text. `text_field`: the key of a jsonl line."""
+    null for `init_from`'s own, without one to train one of `model.vocab_size` tokens on the training text. `text_field`: the key of a jsonl line."""
 
     train: Any = None
     validation: Any = None

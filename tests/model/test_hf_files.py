@@ -17,6 +17,7 @@ from hugging_face import logits_of, random_model, some_ids, write_h5, write_msgp
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.errors import UserError
 from opt_parallel.hub import WEIGHTS
+from opt_parallel.model import hf_files
 from opt_parallel.model.hf_files import WeightFiles
 from opt_parallel.topology import ALONE
 
@@ -48,8 +49,11 @@ def test_flax(tmp_path: Path, layout: str, dtype: str, chunk: int | None) -> Non
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("split", [True, False])
-def test_torch(tmp_path: Path, split: bool, zipped: bool) -> None:
-    """As transformers 4 wrote it, the tied head stored a second time; before torch 1.6 it was not a zip file."""
+def test_torch(tmp_path: Path, split: bool, zipped: bool, monkeypatch: Any) -> None:
+    """As transformers 4 wrote it, the tied head stored a second time; before torch 1.6 it was not a zip file.
+
+    Mapped again and again, as a large file is."""
+    monkeypatch.setattr(hf_files, "REMAP", 20_000)
     model = random_model(PROJECTED)
     model.config.save_pretrained(tmp_path)
     state = model.state_dict()
