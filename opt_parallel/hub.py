@@ -26,8 +26,9 @@ def find_checkpoint(name: str | Path, key: str) -> Path:
         raise UserError(f"{key}{name} does not exist: name a checkpoint's folder, or a hub id")
     try:
         if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(str(name), local_files_only=True))
-        wanted = [*TOKENIZER, *_weights_of(HfApi().list_repo_files(str(name)))]
+            # asked for more, it would insist on all that the hub has of it; what is missing the reader says
+            return Path(snapshot_download(str(name), local_files_only=True, allow_patterns=["config.json"]))
+        wanted = [*TOKENIZER, *weights_of(HfApi().list_repo_files(str(name)))]
         return Path(snapshot_download(str(name), allow_patterns=wanted))
     except Exception as error:  # requests', the hub's own and the file system's, with no common root
         raise UserError(
@@ -36,7 +37,7 @@ def find_checkpoint(name: str | Path, key: str) -> Path:
         ) from error
 
 
-def _weights_of(files: list[str]) -> list[str]:
+def weights_of(files: list[str]) -> list[str]:
     """Patterns of the best format that is there; none if there is none, which the reader will say."""
     for single in WEIGHTS:
         if single in files or single + INDEX_SUFFIX in files:
