@@ -38,7 +38,7 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     parameters = [(name, shard) for name, _, shard in marked(model)]
     stored = getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
-    files = _other_files(opened, checkpoint)
+    files = _other_files(opened, opened.folder)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
 

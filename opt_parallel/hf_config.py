@@ -93,7 +93,8 @@ def read_labels(folder: Path) -> Labels:
         raise UserError(f"{path}: problem_type={problem!r} is not one of {', '.join(ProblemType.__members__)}")
     if not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}:
         raise UserError(f"{path}: id2label={named} must name the labels 0, 1, … without a gap")
-    return Labels(tuple(str(named[str(label)]) for label in range(len(named))), problem and ProblemType[problem])
+    names = tuple(str(named[str(label)]) for label in range(len(named)))
+    return Labels(names, None if problem is None else ProblemType[problem])
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from opt_parallel.checkpoint.reshard import CheckpointWeights
 from opt_parallel.compose import model_at
+from opt_parallel.hf_config import CONFIG, read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.hf import HuggingFaceWeights
 from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
-from opt_parallel.shapes import ModelConfig
+from opt_parallel.shapes import Labels, ModelConfig
 from opt_parallel.topology import ALONE, Group
 
 SCORE = "score.weight"
@@ -43,6 +44,11 @@ class Opened:
     tokenizer: Path
     folder: Path
     not_finite: list[str] = field(default_factory=list)  # of what this rank read
+
+    @property
+    def labels(self) -> Labels:
+        """What its classifier tells apart; a language model's are transformers' default."""
+        return read_labels(self.folder) if (self.folder / CONFIG).is_file() else Labels.numbered(2)
 
     def weights(self, name: str, shard: Shard) -> Tensor:
         """The values of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
