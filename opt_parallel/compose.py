@@ -61,7 +61,7 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
         return
     folder = find_checkpoint(config.init_from, "init_from=")
     model = OmegaConf.structured(model_at(folder, "init_from="))
-    given = {key.lstrip("+") for key, _, value in (each.partition("=") for each in overrides) if value != "null"}
+    given = {each.lstrip("+").partition("=")[0] for each in overrides}
     whole = bool({"model", "experiment"} & given)
     for name in model:
         if name in MAY_DIFFER:

@@ -150,8 +150,13 @@ def test_a_mistake_is_one_line_and_status_2(checkpoint: Path, tmp_path: Path, mi
 def test_the_same_shape_may_be_named_and_dropouts_differ(checkpoint: Path) -> None:
     """As train.py composes it, short of training."""
     named = ["model=opt-tiny", *(f"model.{name}={value}" for name, value in SHAPE.items()), "model.vocab_size=300"]
-    for more, dropout in (([], 0.1), (["model.dropout=0.25"], 0.25)):  # the named model's, not the checkpoint's 0
-        overrides = [*named, f"init_from={checkpoint}", *more]
+    cases = [  # the named model's dropout, the command line's, the checkpoint's
+        ([*named], 0.1),
+        ([*named, "model.dropout=0.25"], 0.25),
+        (["model.word_embed_proj_dim=null"], 0.0),
+    ]
+    for given, dropout in cases:
+        overrides = [*given, f"init_from={checkpoint}"]
         register_schema()
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             config = compose("config", overrides=[*overrides, "run.name=test"])
