@@ -96,9 +96,10 @@ def next_tokens(logits: Tensor, decoding: Decoding, rows: range, place: int) -> 
     and the same text on any number of devices, alone or in a batch.
     Raises: UserError if a row's logits are not finite.
     """
-    check_finite(logits.amax(-1))
+    largest, likeliest = logits.max(-1)  # on a CPU a third of argmax's time
+    check_finite(largest)
     if decoding.temperature == 0:
-        return logits.argmax(-1)
+        return likeliest
     kept = narrowed(logits, decoding.temperature, decoding.top_k, decoding.top_p)
     cumulative = kept.softmax(-1, dtype=torch.float64).cumsum(-1)  # float32 would lose rare words' shares
     heights = [uniform("token", decoding.seed, row, place) for row in rows]
