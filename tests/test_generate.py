@@ -14,7 +14,7 @@ import torch
 from command import ROOT, python, torchrun, write_text
 
 from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
+from opt_parallel.data.tokens import decode_continuation, save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.model.decoding import Decoding
 from opt_parallel.topology import ALONE
@@ -82,6 +82,15 @@ def test_a_single_prompt_appears_as_it_is_made(checkpoint: Path, monkeypatch: py
         assert len([piece for piece in Terminal.pieces if piece.strip()]) > 4  # not all at the end
         seen_whole += "\ufffd" not in text[:-1]
     assert seen_whole < 8  # some text did have cut characters
+
+
+def test_a_continuation_keeps_its_first_space() -> None:
+    """Also with a tokenizer in sentencepiece's manner, which a text's own first space is dropped by."""
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.WordLevel({"\u2581one": 0, "\u2581two": 1}, unk_token="\u2581one"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    assert decode_continuation(tokenizer, [0, 1, 1], 1) == " two two"
 
 
 def test_several_prompts_and_processes(checkpoint: Path, tmp_path: Path) -> None:

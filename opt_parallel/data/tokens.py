@@ -120,8 +120,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, model: ModelConfig) -> list
 
 
 def decode_continuation(tokenizer: Tokenizer, ids: list[int], prompt: int) -> str:
-    """The text of `ids` from their `prompt`-th on. Both are decoded from the start: a character's bytes may lie in
-    several tokens, on both sides of the cut."""
+    """The text of `ids` after the first `prompt` of them. Decoded from the start: some tokenizers drop the space that
+    a text begins with."""
     return tokenizer.decode(ids).removeprefix(tokenizer.decode(ids[:prompt]))
 
 

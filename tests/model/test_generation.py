@@ -111,6 +111,26 @@ def test_a_row_of_a_batch_is_the_row_alone(model: CausalLM, decoding: Decoding) 
         assert set(batch[row][start + len(alone) :]) <= {1}  # padding
 
 
+def told_another_model(folders: list[str], decoding: Decoding) -> list[list[int]]:
+    """On the crew: ranks with models of their own that go together, as no user's do."""
+    from opt_parallel.topology import Topology
+
+    ids, mask = left_padded(prompts_of(4), 1, CPU)
+    with Topology.open(1) as topology:
+        model = open_checkpoint(Path(folders[topology.world.rank])).model(ALONE, CPU)
+        return generate(model, ids, mask, decoding, topology.world).tolist()
+
+
+@pytest.mark.parametrize("decoding", [Decoding(12), Decoding(12, beams=3), SAMPLED], ids=["greedy", "beams", "sampled"])
+def test_the_first_rank_decides(crew: Any, tmp_path: Path, decoding: Decoding) -> None:
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    for seed, folder in enumerate(folders):
+        write_model(Path(folder), seed=seed)
+    first, second = crew(2)(told_another_model, folders, decoding)
+    assert first == second
+    assert [first] == crew(1)(told_another_model, folders, decoding)
+
+
 def test_seeds_and_rows_differ(model: CausalLM) -> None:
     ids = torch.tensor([prompts_of(3)[1]] * 2)
     first, second = generate(model, ids, None, SAMPLED).tolist()
