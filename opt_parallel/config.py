@@ -6,12 +6,15 @@ Hydra composes YAML and command line into these types (`compose.py`), so an unkn
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from opt_parallel.shapes import ModelConfig, Section, require
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Task(Enum):
@@ -46,6 +49,12 @@ class ScheduleName(Enum):
 class ActivationCheckpointing(Enum):
     none = "none"
     full = "full"
+
+
+class ExportDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class Wandb(Enum):
@@ -214,6 +223,18 @@ class CheckpointConfig(Section):
 
 
 @dataclass
+class ExportConfig(Section):
+    """`at_end`: write the finished run's last checkpoint as a Hugging Face folder, `run.dir`/export."""
+
+    at_end: bool = False
+    dtype: ExportDtype = ExportDtype.float32
+    max_shard_size: str = "5GB"
+
+    def check(self) -> None:
+        bytes_of(self.max_shard_size, "export.max_shard_size=")
+
+
+@dataclass
 class LoggingConfig(Section):
     wandb: Wandb = Wandb.offline
     tensorboard: bool = True
@@ -245,6 +266,7 @@ class Run(Section):
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})  # `global` is no Python name
@@ -252,6 +274,7 @@ class Run(Section):
     steps: int = 1000
     stop_at: int | None = None
     seed: int = 1
+    init_from: str | None = None
     resume: str = "auto"
 
     def check(self) -> None:
@@ -345,6 +368,14 @@ class Run(Section):
     @property
     def folder(self) -> Path:
         return Path(self.run.dir)
+
+
+def bytes_of(size: str, key: str) -> int:
+    """Bytes of a size such as `5GB` (decimal, as Hugging Face counts); `key` is what the user set it by."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", size.strip().upper())
+    number = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    require(number >= 1, f"{key}{size} is no size: write a number and KB, MB, GB or TB, such as 5GB")
+    return number
 
 
 def _as_list(value: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.store import Store, choose, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
@@ -33,12 +34,15 @@ def train(run: Run) -> int:
         return 0
     _claim_folder(run)
     check_trackers(run)
+    start = _start(run)
     data = prepare(run)
     prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        engine = Engine.build(run, topology, random_source(run.seed))
+        engine = Engine.build(run, topology, start.weights if start else random_source(run.seed))
+        if start:
+            start.warn_of_not_finite(topology.tensor)
         store = Store(run, topology, data.tokenizer)
         clock = store.resume(engine)
         feed = Feed(data.train, run.seed, run.global_batch, run.micro_batch, topology.data.rank, topology.data.size)
@@ -96,6 +100,17 @@ def _nothing_left(run: Run) -> bool:
     return True
 
 
+def _start(run: Run) -> Opened | None:
+    """The checkpoint whose weights the run begins with, None where it draws or resumes its own.
+
+    Its tensors are checked on every rank, before any of them waits for another."""
+    if run.init_from is None or choose(run) is not None:
+        return None
+    opened = open_checkpoint(run.init_from, "init_from")
+    opened.check_language_model()
+    return opened
+
+
 def _claim_folder(run: Run) -> None:
     """Make the run's folder. Every rank tries, so that all of them learn of a mistake here and not in a collective."""
     try:
@@ -107,7 +122,8 @@ def _claim_folder(run: Run) -> None:
 
 
 def _greeting(run: Run, topology: Topology, clock: Clock) -> str:
-    start = f"continuing at step {clock.step}" if clock.step else "starting"
+    fresh = "starting" if run.init_from is None else f"starting from {run.init_from}"
+    start = f"continuing at step {clock.step}" if clock.step else fresh
     return (
         f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters, data({topology.data.size}) × "
         f"tensor({topology.tensor.size}) on {topology.device.type}, ZeRO-{run.zero.stage}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from opt_parallel.config import ExportDtype, bytes_of
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
 
@@ -16,12 +17,13 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, such as 5GB (default)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=list(ExportDtype.__members__))
     arguments = parser.parse_args()
     quiet_libraries()
-    from opt_parallel.export import export, parse_size
+    size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
+    from opt_parallel.export import export
 
-    export(arguments.checkpoint, arguments.output, parse_size(arguments.max_shard_size), arguments.dtype)
+    export(arguments.checkpoint, arguments.output, size, ExportDtype(arguments.dtype))
     print(f"exported {arguments.checkpoint} to {arguments.output}")
 
 

@@ -11,8 +11,9 @@ from command import python, small, torchrun, train_rows
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.store import newest
+from opt_parallel.config import ExportDtype, bytes_of
 from opt_parallel.errors import UserError
-from opt_parallel.export import export, parse_size
+from opt_parallel.export import export
 from opt_parallel.topology import ALONE
 
 RUN = [
@@ -107,7 +108,7 @@ def test_export_loads_in_transformers(stopped: tuple[Path, list[str]], tmp_path:
     folder, _ = stopped
     checkpoint = folder / "run" / "checkpoints" / "step-4"
     output = tmp_path / "export"
-    export(checkpoint, output, parse_size(shard_size), "float32")
+    export(checkpoint, output, bytes_of(shard_size, ""), ExportDtype.float32)
     files = sorted(path.name for path in output.glob("*.safetensors"))
     if shard_size == "5GB":
         assert files == ["model.safetensors"]
@@ -132,10 +133,10 @@ def test_export_loads_in_transformers(stopped: tuple[Path, list[str]], tmp_path:
 
 def test_export_leaves_what_exists(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists"):
-        export(stopped[0] / "run" / "checkpoints" / "step-4", tmp_path, 10**9, "float32")
+        export(stopped[0] / "run" / "checkpoints" / "step-4", tmp_path, 10**9, ExportDtype.float32)
     with pytest.raises(UserError, match="5 apples"):
-        parse_size("5 apples")
-    assert [parse_size(text) for text in ("5GB", "1.5mb", "12", "3KB")] == [5 * 10**9, 1_500_000, 12, 3000]
+        bytes_of("5 apples", "")
+    assert [bytes_of(text, "") for text in ("5GB", "1.5mb", "12", "3KB")] == [5 * 10**9, 1_500_000, 12, 3000]
 
 
 def test_generation_is_transformers_greedy_at_any_degree(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_generation_is_transformers_greedy_at_any_degree(stopped: tuple[Path, li
 
     checkpoint = stopped[0] / "run" / "checkpoints" / "step-4"
     output = tmp_path / "export"
-    export(checkpoint, output, 10**9, "float32")
+    export(checkpoint, output, 10**9, ExportDtype.float32)
     tokenizer = AutoTokenizer.from_pretrained(output)
     ids = tokenizer("Sentence 7", return_tensors="pt").input_ids
     theirs = OPTForCausalLM.from_pretrained(output)
@@ -157,7 +158,7 @@ def test_generation_is_transformers_greedy_at_any_degree(stopped: tuple[Path, li
 
 def test_verify_says_yes_and_no(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     output = tmp_path / "export"
-    export(stopped[0] / "run" / "checkpoints" / "step-4", output, 10**9, "float32")
+    export(stopped[0] / "run" / "checkpoints" / "step-4", output, 10**9, ExportDtype.float32)
     assert python("scripts/verify.py", "--checkpoint", str(output)).returncode == 0
     from opt_parallel.model import hf
     from opt_parallel.verify import TOLERANCE, logit_differences

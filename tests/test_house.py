@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports from lower floors, or from other modules of its own folder.
 FLOORS = [
     ["errors", "log"],
-    ["shapes", "clock", "interrupt", "curve"],
-    ["config"],
+    ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
+    ["config", "hf_config"],
     ["compose"],
     ["topology", "trackers"],
     ["parallel", "data", "metrics"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["engine"],
     ["checkpoint", "evaluate"],
     ["export", "verify"],
-    ["loop"],
+    ["loop", "pretrained"],
     ["train"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -33,7 +33,7 @@ RESERVED = {
     "deepspeed": {"engine"},
     "torch.distributed": {"topology", "parallel.collectives", "checkpoint"},
     "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "engine", "checkpoint", "evaluate",
-              "export", "verify", "loop"},
+              "export", "verify", "pretrained", "loop"},
 }  # fmt: skip
 
 

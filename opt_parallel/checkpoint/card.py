@@ -1,0 +1,77 @@
+"""The model card of an exported folder: what is known of the network and of its training, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from opt_parallel.shapes import ModelConfig
+
+HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- opt
+- opt-parallel
+---
+"""
+
+
+def model_card(model: ModelConfig, manifest: dict[str, Any] | None, rows: list[dict[str, Any]]) -> bytes:
+    """README.md. `manifest` is a training checkpoint's, None for weights whose training is unknown; `rows` are its
+    run's metrics up to it."""
+    name = "OPT" if manifest is None else manifest["config"]["run"]["name"]
+    network = {
+        "parameters": f"{model.parameters():,}",
+        "layers": model.num_hidden_layers,
+        "hidden size": model.hidden_size,
+        "attention heads": model.num_attention_heads,
+        "feed-forward size": model.ffn_dim,
+        "vocabulary": model.vocab_size,
+        "positions": model.max_position_embeddings,
+    }
+    parts = [HEAD, f"# {name}\n", "An OPT language model, written by opt-parallel for `OPTForCausalLM`.\n"]
+    parts += ["## Network\n", _table(network.items())]
+    if manifest is not None:
+        parts += ["## Training\n", _table(_training(manifest, rows))]
+        parts += ["## Configuration\n", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(manifest['config']))}```\n"]
+    return "\n".join(parts).encode()
+
+
+def metrics_of(checkpoint: Path, step: int) -> list[dict[str, Any]]:
+    """The rows up to `step` of the run that `checkpoint` lies in; none where it lies elsewhere, or was set aside by
+    a run that branched off before it and whose rows tell of the branch."""
+    path = checkpoint.absolute().parent.parent / "metrics.jsonl"
+    if checkpoint.name != f"step-{step}" or not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [row for row in rows if row["step"] <= step]
+
+
+def _training(manifest: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    config, clock = manifest["config"], manifest["clock"]
+    facts = [
+        ("training text", _listed(config["data"]["train"])),
+        ("validation text", _listed(config["data"]["validation"])),
+        ("tokens of a sequence", config["data"]["sequence_length"]),
+        ("steps", f"{clock['step']:,} of {config['steps']:,}"),
+        ("sequences", f"{clock['samples']:,}"),
+        ("tokens", f"{clock['tokens']:,}"),
+    ]
+    for kind, what in (("train", "training loss"), ("validation", "validation loss")):
+        of_kind = [row for row in rows if row["kind"] == kind and row["loss"] is not None]
+        if of_kind:
+            facts.append((f"{what}, nats a token, step {of_kind[-1]['step']:,}", f"{of_kind[-1]['loss']:.4f}"))
+    return [(name, value) for name, value in facts if value]
+
+
+def _listed(texts: Any) -> str:
+    return ", ".join(f"`{text}`" for text in ([texts] if isinstance(texts, str) else texts or []))
+
+
+def _table(facts: Iterable[tuple[str, Any]]) -> str:
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in facts)
