@@ -18,6 +18,7 @@ from opt_parallel.log import quiet_libraries, say
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from opt_parallel.checkpoint.reading import Opened
     from opt_parallel.model.decoding import Decoding
     from opt_parallel.model.heads import CausalLM
     from opt_parallel.shapes import ModelConfig
@@ -31,7 +32,7 @@ def main() -> None:
     import torch
 
     from opt_parallel.checkpoint.reading import open_checkpoint
-    from opt_parallel.data.tokens import encode_prompt, load_tokenizer
+    from opt_parallel.data.tokens import encode_prompt
     from opt_parallel.model.decoding import Decoding, check_fits
     from opt_parallel.topology import Topology
 
@@ -41,7 +42,7 @@ def main() -> None:
     for what in ("num_attention_heads", "ffn_dim"):
         if getattr(opened.config, what) % arguments.tensor:
             raise UserError(f"--tensor {arguments.tensor} does not divide {what}={getattr(opened.config, what)}")
-    tokenizer = load_tokenizer(str(opened.tokenizer))
+    tokenizer = tokenizer_of(opened)
     encoded = [encode_prompt(tokenizer, prompt, opened.config) for prompt in prompts]
     check_fits(opened.config, decoding, max(map(len, encoded)))
     with Topology.open(arguments.tensor) as topology, torch.inference_mode():
@@ -59,7 +60,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder"
+        "--checkpoint", required=True, help="…/checkpoints/step-<N>, a Hugging Face folder, or a hub id"
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
@@ -123,6 +124,22 @@ def _prompt_of(line: str, where: str, suffix: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f'{where} has no text under "prompt"')
     return row["prompt"]
+
+
+def tokenizer_of(opened: Opened) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises: UserError if it has none, or one for more words than the model has."""
+    from opt_parallel.data.tokens import count_tokens, load_tokenizer
+
+    if not any((opened.tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"--checkpoint: {opened.tokenizer} has no tokenizer: put its tokenizer.json there")
+    tokenizer = load_tokenizer(str(opened.tokenizer))
+    tokens, words = count_tokens(tokenizer), opened.config.vocab_size
+    if tokens > words:
+        raise UserError(
+            f"--checkpoint: the tokenizer in {opened.tokenizer} has {tokens} tokens, the model {words}: "
+            "bring the one that it was trained with"
+        )
+    return tokenizer
 
 
 def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:

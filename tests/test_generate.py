@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,17 @@ def test_heads_that_tensor_does_not_divide(checkpoint: Path, monkeypatch: pytest
     with pytest.raises(UserError, match="--tensor 3 does not divide num_attention_heads=4"):
         run_script(monkeypatch, "--checkpoint", str(checkpoint), "--prompt", "x", "--tensor", "3",
                    "--max-new-tokens", "5")  # fmt: skip
+
+
+def test_a_tokenizer_that_is_not_the_models(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    arguments = ["--checkpoint", str(copy), "--prompt", "x", "--max-new-tokens", "5"]
+    save_tokenizer(train_tokenizer([f"Many numbers, such as {i * i}." for i in range(99)], 310), copy)
+    with pytest.raises(UserError, match="has 310 tokens, the model 300"):
+        run_script(monkeypatch, *arguments)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        run_script(monkeypatch, *arguments)
 
 
 def test_a_mistake_ends_with_one_line_and_status_2(checkpoint: Path) -> None:
