@@ -105,3 +105,19 @@ def counted(size: int) -> dict[str, int]:
 @pytest.mark.parametrize(("size", "expected"), [(1, 0), (2, 2)])
 def test_a_block_communicates_twice_each_way(crew: Any, size: int, expected: int) -> None:
     assert crew(size)(counted, size) == [{"forward": expected, "backward": expected}] * size
+
+
+def told_by_the_first(size: int) -> list[list[int]]:
+    from opt_parallel.topology import Topology
+
+    with Topology.open(size) as topology:
+        mine = torch.full((3,), topology.world.rank)
+        told = [collectives.broadcast(mine, group).tolist() for group in (topology.tensor, topology.data)]
+        assert mine.tolist() == [topology.world.rank] * 3  # nobody's argument changes
+        return told
+
+
+def test_broadcast_is_from_each_groups_first_rank(crew: Any) -> None:
+    for rank, (in_row, in_column) in enumerate(crew(4)(told_by_the_first, 2)):
+        assert in_row == [rank // 2 * 2] * 3
+        assert in_column == [rank % 2] * 3
