@@ -75,7 +75,7 @@ def counted(size: int) -> dict[str, int]:
     """Collectives of one decoder block, forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from opt_parallel.model.opt import Block
+    from opt_parallel.model.opt import Block, Context
     from opt_parallel.parallel.shard import fill, random_source
     from opt_parallel.shapes import ModelConfig
     from opt_parallel.topology import Topology
@@ -96,7 +96,7 @@ def counted(size: int) -> dict[str, int]:
         fill(block, random_source(1), torch.device("cpu"), torch.float32)
         hidden = torch.randn(2, 4, 16, requires_grad=True)
         with Count() as mode:
-            output = block(hidden, None, None, None).sum()
+            output = block(hidden, Context()).sum()
             mode.phase = "backward"
             output.backward()
     return counts
