@@ -164,8 +164,9 @@ class ScheduleConfig(Section):
 @dataclass
 class DataConfig(Section):
     """`train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` for the text that
-    every Python carries, or a list of these. `tokenizer`: a folder, a hub id, or
-    null to train one of `model.vocab_size` tokens on the training text. `text_field`: the key of a jsonl line."""
+    every Python carries, or a list of these. `tokenizer`: a folder, a hub id, or null: `init_from`'s own, and without
+    `init_from` one of `model.vocab_size` tokens that is trained on the training text. `text_field`: the key of a jsonl
+    line."""
 
     train: Any = None
     validation: Any = None
@@ -194,12 +195,20 @@ class DataConfig(Section):
 
 @dataclass
 class EvaluationConfig(Section):
-    """`every`: steps between two validations, and one at the end; 0: never."""
+    """`every`: steps between two validations, and one at the end; 0: never. At each, the model continues `prompts`."""
 
     every: int = 0
+    prompts: list[str] = field(default_factory=list)
+    max_new_tokens: int = 64
 
     def check(self) -> None:
         require(self.every >= 0, f"evaluation.every={self.every} must not be negative (0: never)")
+        require(self.max_new_tokens >= 1, f"evaluation.max_new_tokens={self.max_new_tokens} must be at least 1")
+        require(
+            not self.prompts or self.every > 0,
+            f"evaluation.prompts={list(self.prompts)} are continued at each evaluation, but evaluation.every=0: "
+            "set how many steps lie between two",
+        )
 
 
 @dataclass
@@ -251,7 +260,8 @@ class RunConfig(Section):
 
 @dataclass
 class Run(Section):
-    """Everything that defines a run."""
+    """Everything that defines a run. `init_from`: the checkpoint it starts from, a Hugging Face folder, a hub id or one
+    of ours; `compose.start_from_checkpoint` has taken the network from it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -285,9 +295,9 @@ class Run(Section):
         require(self.stop_at is None or self.stop_at >= 1, f"stop_at={self.stop_at} must be at least 1")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
         require(
-            self.evaluation.every == 0 or bool(self.data.validation_sources),
-            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, or "
-            "evaluation.every=0",
+            self.evaluation.every == 0 or bool(self.data.validation_sources or self.evaluation.prompts),
+            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation or "
+            "evaluation.prompts, or evaluation.every=0",
         )
         self._check_model_fits()
         require(

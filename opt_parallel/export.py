@@ -32,12 +32,13 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     opened = open_checkpoint(checkpoint)
+    opened.check_language_model()
     with torch.device("meta"):
         model = CausalLM(opened.config, ALONE)
     parameters = [(name, shard) for name, _, shard in marked(model)]
     stored = getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
-    files = _other_files(opened, checkpoint)
+    files = _other_files(opened, opened.folder)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
 

@@ -12,10 +12,10 @@ from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run
 from opt_parallel.data.batches import Feed, unigram_entropy
-from opt_parallel.data.prepare import prepare
+from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
-from opt_parallel.evaluate import validation_loss
+from opt_parallel.evaluate import Prompts, validation_loss
 from opt_parallel.interrupt import Interrupt
 from opt_parallel.log import say
 from opt_parallel.metrics import Metrics
@@ -37,6 +37,7 @@ def train(run: Run) -> int:
     check_trackers(run)
     start = _start(run)
     data = prepare(run)
+    prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
@@ -60,9 +61,9 @@ def train(run: Run) -> int:
 
                 last = clock.step == run.stop
                 stopped = topology.any(interrupt.requested) and not last
-                if data.validation and not stopped and _due(run.evaluation.every, clock, last):
+                if not stopped and _due(run.evaluation.every, clock, last):
                     with metrics.pause():
-                        metrics.validation(clock, validation_loss(engine, data.validation), unigrams)
+                        _evaluate(engine, clock, data, unigrams, prompts, metrics)
                 if stopped or last or _due(run.checkpoint.every, clock, last):
                     with metrics.pause():
                         store.save(engine, clock)
@@ -74,6 +75,15 @@ def train(run: Run) -> int:
         metrics.close(finished=clock.step == run.steps)
         engine.close()
     return INTERRUPTED if stopped else 0
+
+
+def _evaluate(
+    engine: Engine, clock: Clock, data: Prepared, unigrams: float | None, prompts: Prompts | None, metrics: Metrics
+) -> None:
+    if data.validation:
+        metrics.validation(clock, validation_loss(engine, data.validation), unigrams)
+    if prompts is not None:
+        metrics.samples(clock, prompts.texts(engine, clock.step))
 
 
 def _due(every: int, clock: Clock, last: bool) -> bool:
@@ -99,7 +109,7 @@ def _start(run: Run) -> Opened | None:
     Its tensors are checked on every rank, before any of them waits for another."""
     if run.init_from is None or choose(run) is not None:
         return None
-    opened = open_checkpoint(run.init_from, "init_from")
+    opened = open_checkpoint(run.init_from, "init_from=")
     opened.check_language_model()
     return opened
 

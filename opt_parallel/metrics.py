@@ -1,4 +1,5 @@
-"""What a run tells of itself: `metrics.jsonl`, a progress bar or plain lines, wandb and TensorBoard, `curve.png`.
+"""What a run tells of itself: `metrics.jsonl`, `samples.jsonl`, a progress bar or plain lines, wandb and TensorBoard,
+`curve.png`.
 
 The main rank alone records; every other rank holds a `Metrics` whose methods do nothing. A step's loss and norm are
 tensors the device may still be computing, so each step's row is written one step late, when reading it costs no wait.
@@ -71,6 +72,9 @@ class Metrics:
     def validation(self, clock: Clock, loss: float, unigram_entropy: float | None) -> None:
         """Report a validation, loss and the text's unigram entropy in nats a token."""
 
+    def samples(self, clock: Clock, texts: list[str]) -> None:
+        """Report the texts that follow the run's prompts."""
+
     def note(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
 
@@ -102,6 +106,9 @@ class _Recorder(Metrics):
         self._trackers = open_trackers(run, clock)
         self._path = run.folder / "metrics.jsonl"
         _keep_rows(self._path, clock.step)
+        self._samples = run.folder / "samples.jsonl"
+        if run.evaluation.prompts or self._samples.exists():
+            _keep_rows(self._samples, clock.step)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)  # a line is out as soon as it is written
         self._progress = _Progress(run, clock)
         self._opened_at, self._since = time.perf_counter(), _mark(device)
@@ -130,6 +137,18 @@ class _Recorder(Metrics):
         perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond, exp overflows
         self._write("validation", {"step": clock.step, "loss": loss, "perplexity": perplexity})
         self.note(f"validation at step {clock.step}: loss {loss:.3f}, perplexity {perplexity:.2f}")
+
+    def samples(self, clock: Clock, texts: list[str]) -> None:
+        self._flush()
+        pairs = list(zip(self._run.evaluation.prompts, texts, strict=True))
+        with self._samples.open("a", encoding="utf-8") as file:
+            for prompt, text in pairs:
+                row = {"step": clock.step, "prompt": prompt, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for tracker in self._trackers:
+            said = {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(pairs, start=1)}
+            tracker.log(said, step=clock.step)
+        self.note(f"sample at step {clock.step}: {''.join(pairs[0])!r}")
 
     def note(self, text: str) -> None:
         self._progress.note(text)

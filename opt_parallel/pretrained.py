@@ -22,6 +22,8 @@ from opt_parallel.checkpoint.writing import write_folder
 from opt_parallel.config import bytes_of
 from opt_parallel.errors import UserError
 from opt_parallel.model.cache import Cache, positions_held
+from opt_parallel.model.decoding import Decoding
+from opt_parallel.model.generation import generate
 from opt_parallel.model.heads import (
     CausalLM,
     SequenceClassifier,
@@ -194,6 +196,29 @@ class OPTForCausalLM(_Pretrained):
             ahead, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             loss = F.cross_entropy(ahead.float(), targets, ignore_index=IGNORED)
         return _returned(CausalLMOutputWithPast(loss, logits, **_besides(decoded)), return_dict)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Prompts (B, S), the shorter ones padded on the left, and what follows them (B, S + n).
+
+        The likeliest tokens, drawn ones (`do_sample`), or beam search (`num_beams`); see `model.decoding.Decoding`.
+        Raises: UserError."""
+        warmth = temperature if do_sample else 0.0
+        decoding = Decoding(max_new_tokens, warmth, top_k, top_p, num_beams, length_penalty, seed)
+        return generate(self.model, input_ids, attention_mask, decoding)
 
 
 class OPTForSequenceClassification(_Pretrained):

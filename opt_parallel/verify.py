@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.errors import UserError
-from opt_parallel.model.hf import CONFIG
+from opt_parallel.hf_config import CONFIG
 from opt_parallel.topology import ALONE
 
 TOLERANCE = 1e-4  # fp32 logits of order 10, sums in another order

@@ -1,48 +1,193 @@
-"""Continue a prompt: `python scripts/generate.py --checkpoint DIR --prompt TEXT`, or on several processes
-`torchrun --nproc-per-node 2 scripts/generate.py --tensor 2 …`."""
+"""Continue prompts, greedily unless told otherwise: `python scripts/generate.py --checkpoint DIR --prompt TEXT`, or on
+several processes `torchrun --nproc-per-node 2 scripts/generate.py --tensor 2 …`.
+
+A single prompt's text appears as it is made; of several, each is printed with its text when done."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries, say
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from opt_parallel.checkpoint.reading import Opened
+    from opt_parallel.model.decoding import Decoding
+    from opt_parallel.model.heads import CausalLM
+    from opt_parallel.shapes import ModelConfig
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder"
-    )
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree")
-    arguments = parser.parse_args()
-    for name in ("max_new_tokens", "tensor"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    arguments = parse()
+    check(arguments)
+    prompts = read_prompts(arguments)
     quiet_libraries()
     import torch
 
     from opt_parallel.checkpoint.reading import open_checkpoint
-    from opt_parallel.data.tokens import load_tokenizer
-    from opt_parallel.model.generation import greedy
+    from opt_parallel.data.tokens import encode_prompt
+    from opt_parallel.model.decoding import Decoding, check_fits
     from opt_parallel.topology import Topology
 
+    settings = ("max_new_tokens", "temperature", "top_k", "top_p", "beams", "length_penalty", "seed")
+    decoding = Decoding(**{name: getattr(arguments, name) for name in settings})
     opened = open_checkpoint(arguments.checkpoint)
-    if opened.config.num_attention_heads % arguments.tensor:
-        raise UserError(f"--tensor {arguments.tensor} does not divide {opened.config.num_attention_heads} heads")
+    for what in ("num_attention_heads", "ffn_dim"):
+        if getattr(opened.config, what) % arguments.tensor:
+            raise UserError(f"--tensor {arguments.tensor} does not divide {what}={getattr(opened.config, what)}")
+    tokenizer = tokenizer_of(opened)
+    encoded = [encode_prompt(tokenizer, prompt, opened.config) for prompt in prompts]
+    check_fits(opened.config, decoding, max(map(len, encoded)))
+    with Topology.open(arguments.tensor) as topology, torch.inference_mode():
+        model = opened.model(topology.tensor, topology.device, getattr(torch, arguments.dtype))
+        if len(prompts) == 1 and decoding.beams == 1 and arguments.output is None:
+            stream(model, tokenizer, encoded[0], decoding)
+            return
+        texts = write(model, tokenizer, encoded, decoding, arguments.batch)
+    if arguments.output is None:
+        say("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+    elif int(os.environ.get("RANK", "0")) == 0:
+        save(arguments.output, prompts, texts)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", required=True, help="…/checkpoints/step-<N>, a Hugging Face folder, or a hub id"
+    )
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    prompts.add_argument("--prompts-file", type=Path, help='a prompt a line, or .jsonl with "prompt" in each')
+    parser.add_argument("--output", type=Path, help='write {"prompt", "text"} a line to this new .jsonl, print nothing')
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest token; 1: as trained")
+    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that make up this share")
+    parser.add_argument("--beams", type=int, default=1, help="search with so many texts at a time")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams: above 1 favours long texts")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at a time; changes no text")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree, the number of processes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise UserError for what can be said before anything is loaded."""
+    for name in ("batch", "tensor"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1")
+    processes, tensor = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor
+    if processes != tensor:
+        raise UserError(
+            f"--tensor {tensor} needs {tensor} processes, {processes} started: "
+            f"torchrun --nproc-per-node {tensor} scripts/generate.py --tensor {tensor} …"
+        )
+    output = arguments.output
+    if output is not None and output.exists():
+        raise UserError(f"--output {output} exists: remove it or choose another file")
+    if output is not None and not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: {output.parent} is no folder that can be written to")
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The prompts, in order. Raises: UserError that names the line."""
+    path: Path | None = arguments.prompts_file
+    if path is None:
+        return arguments.prompt
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts-file {path} cannot be read: {error}") from error
+    if not text:
+        raise UserError(f"--prompts-file {path} is empty: write a prompt a line")
+    lines = text.removesuffix("\n").split("\n")
+    return [_prompt_of(line, f"{path}, line {number}", path.suffix) for number, line in enumerate(lines, start=1)]
+
+
+def _prompt_of(line: str, where: str, suffix: str) -> str:
+    if suffix != ".jsonl":
+        if not line.strip():
+            raise UserError(f"{where} is blank: write a prompt, or remove the line")
+        return line
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f'{where} has no text under "prompt"')
+    return row["prompt"]
+
+
+def tokenizer_of(opened: Opened) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises: UserError if it has none, or one for more words than the model has."""
+    from opt_parallel.data.tokens import count_tokens, load_tokenizer
+
+    if not any((opened.tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"--checkpoint: {opened.tokenizer} has no tokenizer: put its tokenizer.json there")
     tokenizer = load_tokenizer(str(opened.tokenizer))
-    encoded = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
-    ids = torch.tensor([[opened.config.eos_token_id, *encoded]])  # OPT's prompts begin with </s>
-    positions = opened.config.max_position_embeddings
-    if ids.size(1) >= positions:
-        raise UserError(f"--prompt has {ids.size(1)} tokens, the model {positions} positions; shorten it")
-    with Topology.open(arguments.tensor) as topology:
-        model = opened.model(topology.tensor, topology.device)
-        output = greedy(model, ids.to(topology.device), arguments.max_new_tokens, opened.config.eos_token_id)
-    say(tokenizer.decode(output[0].tolist()))
+    tokens, words = count_tokens(tokenizer), opened.config.vocab_size
+    if tokens > words:
+        raise UserError(
+            f"--checkpoint: the tokenizer in {opened.tokenizer} has {tokens} tokens, the model {words}: "
+            "bring the one that it was trained with"
+        )
+    return tokenizer
+
+
+def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:
+    """Print the prompt and its text, whole characters as soon as their tokens are there."""
+    import torch
+    from tokenizers.decoders import DecodeStream
+
+    from opt_parallel.model.generation import generate
+
+    decoder, shown = DecodeStream(skip_special_tokens=True), ""
+
+    def show(tokens: list[int]) -> None:
+        nonlocal shown
+        piece = "".join(decoder.step(tokenizer, token) or "" for token in tokens)
+        shown += piece
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(piece, end="", flush=True)
+
+    show(prompt)
+    ids = torch.tensor([prompt], device=model.lm_head.weight.device)
+    output = generate(model, ids, decoding=decoding, on_tokens=show)
+    say(tokenizer.decode(output[0].tolist()).removeprefix(shown))  # the end may lack bytes of a last character
+
+
+def write(model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], decoding: Decoding, batch: int) -> list[str]:
+    """The text that follows each prompt, `batch` prompts at a time."""
+    from opt_parallel.data.tokens import decode_continuation
+    from opt_parallel.model.generation import generate, left_padded
+
+    config: ModelConfig = model.decoder.config
+    texts = []
+    for first in range(0, len(prompts), batch):
+        some = prompts[first : first + batch]
+        ids, mask = left_padded(some, config.pad_token_id, model.lm_head.weight.device)
+        output = generate(model, ids, mask, decoding, first_row=first)
+        for row, prompt in zip(output.tolist(), some, strict=True):
+            unpadded = row[ids.size(1) - len(prompt) :]
+            texts.append(decode_continuation(tokenizer, unpadded, len(prompt)))
+    return texts
+
+
+def save(path: Path, prompts: list[str], texts: list[str]) -> None:
+    """Write prompts and texts, the whole file at once or none."""
+    rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+    print(f"{len(rows)} texts in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

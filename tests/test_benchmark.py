@@ -48,6 +48,25 @@ def test_the_loss_alone() -> None:
     assert "64 × 500" in printed
 
 
+def test_import_and_export() -> None:
+    status, printed, said = benchmark("io", "--max-shard-size", "100KB", *TINY, "parallel.tensor=2")
+    assert status == 0, said
+    for line, what in zip(printed.splitlines()[-3:], ("rank 0 of 2", "rank 1 of 2", "export"), strict=True):
+        assert what in line
+        assert line.rstrip().endswith("yes")
+
+
+def test_generation_beside_transformers() -> None:
+    """The benchmark itself ends with an error where the two do not make the same texts."""
+    status, printed, said = benchmark(
+        "generate", "--batch", "1", "--batch", "8", "--new", "6", "--rounds", "2", "--threads", "1",
+        "model=opt-350m", "model.num_hidden_layers=2", "model.hidden_size=64", "model.ffn_dim=128",
+        "model.word_embed_proj_dim=32", "model.vocab_size=500",
+    )  # fmt: skip
+    assert status == 0, said
+    assert [line.split()[0] for line in printed.splitlines()[-2:]] == ["1", "8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -60,6 +79,7 @@ def test_the_loss_alone() -> None:
         (["train", "zero.offload=cpu"], "zero.offload=none"),
         (["train", "--output", "/dev/null/here", *TINY], "/dev/null/here"),
         (["loss", "--tokens", "many"], "many"),
+        (["generate", "--prompt", "2000"], "2048 positions"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:

@@ -43,6 +43,8 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: ScheduleConfig(warmup_steps=1, warmup_tokens=1), ["warmup_steps=1", "warmup_tokens=1"]),
     (lambda: Run(steps=10, schedule=ScheduleConfig(warmup_steps=11)), ["11", "steps=10"]),
     (lambda: Run(evaluation=EvaluationConfig(every=5)), ["evaluation.every=5", "data.validation"]),
+    (lambda: EvaluationConfig(prompts=["Once"]), ["evaluation.prompts=['Once']", "evaluation.every=0"]),
+    (lambda: EvaluationConfig(max_new_tokens=0), ["evaluation.max_new_tokens=0"]),
     (lambda: OptimizerConfig(betas=[0.9]), ["betas=[0.9]"]),
     (lambda: OptimizerConfig(lr=0.0), ["lr=0.0"]),
     (lambda: PrecisionConfig(initial_scale=1e-3), ["initial_scale=0.001", "floor=0.03125"]),

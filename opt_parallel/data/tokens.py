@@ -114,6 +114,17 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[list[in
     return [encoding.ids for encoding in encodings]
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str, model: ModelConfig) -> list[int]:
+    """The token ids of a prompt: as OPT's, it starts with the end-of-text token."""
+    return [model.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+
+
+def decode_continuation(tokenizer: Tokenizer, ids: list[int], prompt: int) -> str:
+    """The text of `ids` after the first `prompt` of them. Decoded from the start: some tokenizers drop the space that
+    a text begins with."""
+    return tokenizer.decode(ids).removeprefix(tokenizer.decode(ids[:prompt]))
+
+
 def _byte_level(model: models.Model, specials: list[str]) -> Tokenizer:
     """OPT's tokenizer around `model`: GPT-2's split into bytes, and prompts that start with `</s>`."""
     missing = [token for token in specials if model.token_to_id(token) is None]

@@ -1,25 +1,69 @@
-"""Text from a trained model."""
+"""Text from a trained model, at any tensor degree: the likeliest tokens, drawn ones, or beam search.
+
+The first rank of a group chooses and the others are told, so that all of them take the same number of forwards, which
+collectives and ZeRO-3 need.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from opt_parallel.model.beams import beam_search
+from opt_parallel.model.decoding import Continuation, Decoding, check_fits, next_tokens
 from opt_parallel.model.heads import CausalLM
+from opt_parallel.parallel.collectives import broadcast
+from opt_parallel.topology import Group
 
 
 @torch.no_grad()
-def greedy(model: CausalLM, prompt: Tensor, max_new_tokens: int, eos_token_id: int) -> Tensor:
-    """The likeliest next token, again and again: `prompt` (1, P) → (1, P + n), n ≤ `max_new_tokens`.
+def generate(
+    model: CausalLM,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    decoding: Decoding | None = None,
+    group: Group | None = None,
+    first_row: int = 0,
+    on_tokens: Callable[[list[int]], None] | None = None,
+) -> Tensor:
+    """Prompts `ids` (B, P) and what follows them, (B, P + n), n ≤ `max_new_tokens`.
 
-    Ends after `eos_token_id`, or where the position table ends. Every tensor rank gathers the same logits and so takes
-    the same token."""
-    length = min(prompt.size(1) + max_new_tokens, model.decoder.config.max_position_embeddings)
-    cache = model.decoder.new_cache(prompt.size(0), length)
-    ids, ahead = prompt, prompt
-    while ids.size(1) < length:
-        ahead = model(ahead, cache=cache)[:, -1:].argmax(dim=-1)
-        ids = torch.cat([ids, ahead], dim=1)
-        if int(ahead) == eos_token_id:
+    A row ends with the end-of-text token and is filled up with padding; the batch ends when its last row does.
+
+    Args:
+        mask: (B, P), 0 where a shorter prompt is padded, on the left; None: nowhere.
+        group: the ranks that go together, by default the model's tensor group; under ZeRO-3 the whole world.
+        first_row: the first row's ordinal, which draws depend on, so that cutting prompts into batches changes none.
+        on_tokens: called with each position's tokens (B,) as they come. Beam search knows them at the end only.
+
+    Raises: UserError if the model has too few positions or words, or its logits are not finite.
+    """
+    decoding, group = decoding or Decoding(), group or model.lm_head.group
+    config, batch = model.decoder.config, ids.size(0)
+    check_fits(config, decoding, ids.size(1))
+    texts = Continuation(model, batch, mask, room=ids.size(1) + decoding.max_new_tokens)
+    if decoding.beams > 1:
+        assert on_tokens is None
+        return beam_search(texts, ids, decoding, group)
+    rows, ended = range(first_row, first_row + batch), torch.zeros(batch, dtype=torch.bool, device=ids.device)
+    output = [ids]
+    for place in range(decoding.max_new_tokens):
+        tokens = next_tokens(texts.logits(output[-1]), decoding, rows, place)
+        tokens = broadcast(tokens.masked_fill(ended, config.pad_token_id), group)
+        output.append(tokens.unsqueeze(1))
+        if on_tokens is not None:
+            on_tokens(tokens.tolist())
+        ended |= tokens == config.eos_token_id
+        if bool(ended.all()):
             break
-    return ids
+    return torch.cat(output, dim=1)
+
+
+def left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths as one batch: ids and mask (B, P), the shorter ones padded on the left."""
+    longest = max(map(len, prompts))
+    ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

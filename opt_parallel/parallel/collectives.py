@@ -1,4 +1,4 @@
-"""The four collectives with gradients, named by what they do forward, and three without.
+"""The four collectives with gradients, named by what they do forward, and four without.
 
 All but one return their result instead of writing into an argument: torch.compile keeps the gradient, and nobody else's
 tensor changes under them. A group of one communicates nothing.
@@ -28,6 +28,14 @@ def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
     """Make `tensor` its sum over the group, without a second one: for what fills a good part of the memory."""
     if group.size > 1:
         dist.all_reduce(tensor, group=group.handle)
+
+
+def broadcast(tensor: Tensor, group: Group) -> Tensor:
+    """The first rank's `tensor`, on every rank of the group; the others' give its shape and dtype. No gradient."""
+    if group.size == 1:
+        return tensor
+    assert group.handle is not None
+    return functional.wait_tensor(functional.broadcast(tensor, 0, group.handle))  # 0: the rank within the group
 
 
 def all_gather_last(tensor: Tensor, group: Group) -> Tensor:

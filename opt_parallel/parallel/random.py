@@ -1,8 +1,9 @@
 """Chance that does not depend on the layout.
 
-Hidden dropout and LayerDrop are pure functions of where they stand in the run, so recomputation, micro-batches, tensor
-and data parallelism change nothing. Attention dropout alone happens inside a fused kernel, which takes its numbers from
-the device's generator: there the generator is seeded anew for each use.
+Hidden dropout and LayerDrop are pure functions of where they stand in the run, and a sampled token's draw of where it
+stands in its text, so recomputation, micro-batches, tensor and data parallelism change nothing. Attention dropout alone
+happens inside a fused kernel, which takes its numbers from the device's generator: there the generator is seeded anew
+for each use.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ class Draw:
         """Inverted dropout of `hidden` (B, S, H), decided by (seed, sample, position, channel, layer, site)."""
         if p == 0.0:
             return hidden
-        key = torch.full((), _number(self.seed, layer, site), dtype=torch.int32, device=hidden.device)
+        key = torch.full((), number(self.seed, layer, site), dtype=torch.int32, device=hidden.device)
         dropped = _Dropout.apply(hidden, self.samples, p, key)
         assert isinstance(dropped, Tensor)
         return dropped
 
     def drops_layer(self, p: float, layer: int) -> bool:
         """LayerDrop's decision (Fan et al. 2020), one for the whole step: all ranks must agree."""
-        return p > 0.0 and _uniform("layerdrop", self.seed, self.step, layer) < p
+        return p > 0.0 and uniform("layerdrop", self.seed, self.step, layer) < p
 
     def seed_attention(self, layer: int, group: Group) -> None:
         """Seed the device's generator for one layer's attention dropout; each tensor rank has heads of its own."""
         place = ("attention", self.seed, self.step, self.micro, self.data_rank, group.rank, layer)
-        torch.manual_seed(_number(*place, bits=63))
+        torch.manual_seed(number(*place, bits=63))
 
 
 class _Dropout(torch.autograd.Function):
@@ -101,10 +102,12 @@ def _mix(words: Tensor) -> Tensor:
     return mixed
 
 
-def _number(*place: object, bits: int = 31) -> int:
+def number(*place: object, bits: int = 31) -> int:
+    """A whole number below 2^bits, a pure function of `place`."""
     digest = hashlib.sha256(repr(place).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> (64 - bits)
 
 
-def _uniform(*place: object) -> float:
-    return _number(*place, bits=53) / 2**53
+def uniform(*place: object) -> float:
+    """A number of [0, 1), a pure function of `place`."""
+    return number(*place, bits=53) / 2**53

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,31 @@ def test_dropout_in_training_mode(crew: Any, folder: Path) -> None:
     assert runs[1][4] == pytest.approx(evaluated, rel=1e-5)
 
 
+def generated(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> list[Any]:
+    return model.generate(ids, mask, **settings).tolist()
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "drawn": {"do_sample": True}}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("how", SETTINGS)
+def test_generate(crew: Any, folder: Path, how: str, tensor: int) -> None:
+    from transformers import OPTForCausalLM
+
+    ids, mask = ids_of(3, 9), torch.ones(3, 9, dtype=torch.long)
+    ids[1, :4], mask[1, :4] = 1, 0
+    (first, *others) = crew(tensor)(opened, partial(generated, **SETTINGS[how]), folder, tensor, ids, mask)
+    assert all(other == first for other in others)
+    if how == "drawn":
+        other_seed = crew(tensor)(opened, partial(generated, do_sample=True, seed=1), folder, tensor, ids, mask)
+        assert other_seed[0] != first
+    else:
+        theirs = OPTForCausalLM.from_pretrained(folder).eval()
+        wanted = theirs.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, **SETTINGS[how])
+        assert first == wanted.tolist()
+
+
 def overfit(tensor: int) -> tuple[list[float], list[int]]:
     """On the crew: 300 steps on 1 … 19, over and over; the losses, and what greedy decoding makes of the beginning."""
     from opt_parallel.model.heads import CausalLM
@@ -293,7 +319,7 @@ def overfit(tensor: int) -> tuple[list[float], list[int]]:
 
     config = ModelConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, init=Init.huggingface,
-        max_position_embeddings=64, dropout=0.1, attention_dropout=0.1,
+        max_position_embeddings=64, dropout=0.1, attention_dropout=0.1, pad_token_id=0, eos_token_id=98,
     )  # fmt: skip
     ids = (torch.arange(57) % 19 + 1)[None].expand(4, 57)
     with Topology.open(tensor) as topology:
@@ -311,10 +337,7 @@ def overfit(tensor: int) -> tuple[list[float], list[int]]:
             optimizer.zero_grad()
             losses.append(loss.item())
         model.eval()
-        written = ids[:1, :5]
-        with torch.no_grad():
-            while written.size(1) < 57:
-                written = torch.cat([written, model(written).logits[:, -1:].argmax(-1)], dim=1)
+        written = model.generate(ids[:1, :5], max_new_tokens=52)
     return losses, written[0].tolist()
 
 

@@ -75,7 +75,7 @@ def counted(size: int) -> dict[str, int]:
     """Collectives of one decoder block, forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from opt_parallel.model.opt import Block
+    from opt_parallel.model.opt import Block, Context
     from opt_parallel.parallel.shard import fill, random_source
     from opt_parallel.shapes import ModelConfig
     from opt_parallel.topology import Topology
@@ -96,7 +96,7 @@ def counted(size: int) -> dict[str, int]:
         fill(block, random_source(1), torch.device("cpu"), torch.float32)
         hidden = torch.randn(2, 4, 16, requires_grad=True)
         with Count() as mode:
-            output = block(hidden, None, None, None).sum()
+            output = block(hidden, Context()).sum()
             mode.phase = "backward"
             output.backward()
     return counts
@@ -105,3 +105,19 @@ def counted(size: int) -> dict[str, int]:
 @pytest.mark.parametrize(("size", "expected"), [(1, 0), (2, 2)])
 def test_a_block_communicates_twice_each_way(crew: Any, size: int, expected: int) -> None:
     assert crew(size)(counted, size) == [{"forward": expected, "backward": expected}] * size
+
+
+def told_by_the_first(size: int) -> list[list[int]]:
+    from opt_parallel.topology import Topology
+
+    with Topology.open(size) as topology:
+        mine = torch.full((3,), topology.world.rank)
+        told = [collectives.broadcast(mine, group).tolist() for group in (topology.tensor, topology.data)]
+        assert mine.tolist() == [topology.world.rank] * 3  # nobody's argument changes
+        return told
+
+
+def test_broadcast_is_from_each_groups_first_rank(crew: Any) -> None:
+    for rank, (in_row, in_column) in enumerate(crew(4)(told_by_the_first, 2)):
+        assert in_row == [rank // 2 * 2] * 3
+        assert in_column == [rank % 2] * 3

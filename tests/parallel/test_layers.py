@@ -121,3 +121,15 @@ def test_vocabulary_is_torchs_own(crew: Any) -> None:
     torch.testing.assert_close(output, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(input_gradient, hidden.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(assemble([gradients])["embedding.weight"], weight.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 16), (33, 1)])
+def test_logits_without_a_gradient_to_come_are_the_same_product(shape: tuple[int, int]) -> None:
+    from opt_parallel.parallel.vocab import logits
+
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(*shape, 24, generator=generator), torch.randn(50, 24, generator=generator)
+    with torch.no_grad():
+        ours = logits(hidden, weight)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, F.linear(hidden, weight))  # the default of float32: sums in another order
