@@ -30,6 +30,27 @@ class Init(Enum):
     huggingface = "huggingface"
 
 
+class ProblemType(Enum):
+    """What a classifier's labels are, in Hugging Face's words: numbers, one label of several, or any of several."""
+
+    regression = "regression"
+    single_label_classification = "single_label_classification"
+    multi_label_classification = "multi_label_classification"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A classifier's labels by number, and what they are; None: as the first labels show."""
+
+    names: tuple[str, ...]
+    problem_type: ProblemType | None = None
+
+    @classmethod
+    def numbered(cls, count: int, problem_type: ProblemType | None = None) -> Labels:
+        """`count` labels by the names that transformers gives where there are none."""
+        return cls(tuple(f"LABEL_{number}" for number in range(count)), problem_type)
+
+
 class Section:
     """A part of the configuration: checked once made, and sealed."""
 

@@ -22,7 +22,7 @@ FLOORS = [
     ["engine"],
     ["checkpoint", "evaluate"],
     ["export", "verify"],
-    ["loop"],
+    ["loop", "pretrained"],
     ["train"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -33,7 +33,7 @@ RESERVED = {
     "deepspeed": {"engine"},
     "torch.distributed": {"topology", "parallel.collectives", "checkpoint"},
     "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "engine", "checkpoint", "evaluate",
-              "export", "verify", "loop"},
+              "export", "verify", "pretrained", "loop"},
 }  # fmt: skip
 
 

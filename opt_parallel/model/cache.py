@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -9,6 +10,8 @@ class Cache:
     """For each layer two buffers (B, A/t, room, D): B sequences, this rank's A/t heads of width D.
 
     Made with the room that it will need, nothing is ever moved; a cache that turns out too short doubles its room.
+    Keys and values that carry gradients are joined into new tensors: writing into a buffer would spoil what autograd
+    keeps of it.
     """
 
     def __init__(self, layers: int, batch: int, heads: int, room: int, head_dim: int, like: Tensor) -> None:
@@ -21,9 +24,12 @@ class Cache:
         end = self.length + keys.size(2)
         held = []
         for buffers, new in ((self.keys, keys), (self.values, values)):
-            if buffers[layer].size(2) < end:
-                buffers[layer] = self._with_more_room(buffers[layer], end)
-            buffers[layer][:, :, self.length : end] = new
+            if new.requires_grad:
+                buffers[layer] = torch.cat([buffers[layer][:, :, : self.length], new], dim=2)
+            else:
+                if buffers[layer].size(2) < end:
+                    buffers[layer] = self._with_more_room(buffers[layer], end)
+                buffers[layer][:, :, self.length : end] = new
             held.append(buffers[layer][:, :, :end])
         return held[0], held[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from opt_parallel.config import ActivationCheckpointing
 from opt_parallel.model.cache import Cache
@@ -11,7 +12,7 @@ from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.linear import Linear
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.vocab import VocabParallelHead
-from opt_parallel.shapes import ModelConfig
+from opt_parallel.shapes import ModelConfig, ProblemType
 from opt_parallel.topology import Group
 
 
@@ -80,3 +81,25 @@ def last_tokens(hidden: Tensor, ids: Tensor | None, pad_token_id: int) -> Tensor
         return hidden[:, -1]
     places = torch.arange(ids.size(1), device=ids.device) * (ids != pad_token_id)
     return hidden[torch.arange(ids.size(0), device=ids.device), places.argmax(dim=1)]
+
+
+def problem_type_of(num_labels: int, labels: Tensor) -> ProblemType:
+    """What `labels` are, as Hugging Face tells it: by their number and type."""
+    if num_labels == 1:
+        return ProblemType.regression
+    integers = not labels.dtype.is_floating_point and labels.dtype is not torch.bool
+    return ProblemType.single_label_classification if integers else ProblemType.multi_label_classification
+
+
+def classification_loss(scores: Tensor, labels: Tensor, problem_type: ProblemType) -> Tensor:
+    """Mean loss of `scores` (B, N), 0-d, as Hugging Face documents it.
+
+    Regression: squared error to `labels` (B, N), or (B,) where N is 1. Single label: cross entropy of the softmax,
+    `labels` (B,). Multi label: binary cross entropy of each score's sigmoid, `labels` (B, N) from 0 to 1.
+    """
+    if problem_type is ProblemType.single_label_classification:
+        return F.cross_entropy(scores, labels.flatten())
+    labels = labels.to(scores.dtype).view_as(scores)
+    if problem_type is ProblemType.regression:
+        return F.mse_loss(scores, labels)
+    return F.binary_cross_entropy_with_logits(scores, labels)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opt_parallel.errors import UserError
 from opt_parallel.parallel.shard import Shard
-from opt_parallel.shapes import Activation, ModelConfig
+from opt_parallel.shapes import Activation, Labels, ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -57,6 +57,15 @@ def config_for_hf(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         **FIXED,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def labels_for_hf(labels: Labels) -> dict[str, Any]:
+    """A classifier's part of config.json."""
+    return {
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+        "problem_type": None if labels.problem_type is None else labels.problem_type.value,
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from opt_parallel.parallel.collectives import all_gather_last
 from opt_parallel.topology import Group
 
 TILE = 1024  # random initialisation is drawn in tiles of TILE × TILE
@@ -113,6 +114,14 @@ def marked(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
 def logical_parameters(model: nn.Module) -> int:
     """Parameters of the unsplit model, padding left out."""
     return sum(shard.numel for _, _, shard in marked(model))
+
+
+def whole(tensor: Tensor, shard: Shard, group: Group) -> Tensor:
+    """The logical tensor out of its parts, on every rank of `group`, which all take part. No gradient."""
+    if shard.count == 1:
+        return tensor.detach()
+    parts = all_gather_last(tensor.detach().movedim(shard.dim, -1), group).movedim(-1, shard.dim)
+    return parts.narrow(shard.dim, 0, shard.shape[shard.dim])
 
 
 def fill(

@@ -1,0 +1,249 @@
+"""OPT as Hugging Face documents it, on the parallel model: the same arguments, outputs and losses at any tensor degree.
+
+    with Topology.open(tensor=2) as topology:
+        model = OPTForCausalLM.from_pretrained("facebook/opt-125m", topology.tensor)
+        loss = model(input_ids, labels=input_ids).loss
+
+Every rank of the tensor group calls the same methods with the same arguments and gets the same, whole results.
+Shapes: B sequences of S tokens, K with those in the cache, L layers, A heads, H hidden, E the embedding's width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opt_parallel.checkpoint.reading import open_checkpoint
+from opt_parallel.checkpoint.writing import write_folder
+from opt_parallel.config import bytes_of
+from opt_parallel.errors import UserError
+from opt_parallel.model.cache import Cache, positions_held
+from opt_parallel.model.heads import (
+    CausalLM,
+    SequenceClassifier,
+    classification_loss,
+    last_tokens,
+    problem_type_of,
+)
+from opt_parallel.model.hf import config_for_hf, labels_for_hf, to_hf
+from opt_parallel.model.opt import Trace
+from opt_parallel.model.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ModelOutput,
+    SequenceClassifierOutputWithPast,
+)
+from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.shard import marked, whole
+from opt_parallel.shapes import IGNORED, Labels
+from opt_parallel.topology import ALONE, Group
+
+Output = TypeVar("Output", bound=ModelOutput)
+
+
+class Arguments(TypedDict, total=False):
+    """What every forward takes besides `input_ids` (B, S) and `attention_mask` (B, K)."""
+
+    inputs_embeds: Tensor | None  # (B, S, E), instead of input_ids
+    position_ids: Tensor | None  # (B, S) from 0, −1 for padding; None: the mask's cumulative sum
+    head_mask: Tensor | None  # (A,) or (L, A), a factor for what each head contributes
+    past_key_values: Cache | None  # an earlier output's; extended in place
+    use_cache: bool | None  # whether to return past_key_values; None: unless training
+    output_attentions: bool | None  # return the weights, which costs the fused attention
+    output_hidden_states: bool | None
+
+
+class _Pretrained(nn.Module):
+    """What the three classes share: the decoder behind the documented arguments.
+
+    In training mode dropout and LayerDrop act, decided by `seed` and by what went through before, alike on all ranks.
+    """
+
+    def __init__(self, model: CausalLM | SequenceClassifier, group: Group = ALONE, seed: int = 0) -> None:
+        super().__init__()
+        self.model, self.group, self.config, self.seed = model, group, model.decoder.config, seed
+        self.samples, self.forwards = 0, 0  # gone through in training mode
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, group: Group = ALONE, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """The checkpoint `name`: a Hugging Face folder or hub id, or one of our training checkpoints.
+
+        Raises: UserError if it cannot be read or is no OPT."""
+        return cls(open_checkpoint(Path(name)).model(group, torch.device(device), dtype), group).eval()
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
+        """Write what `from_pretrained` reads, here and in transformers, in the weights' own dtype: whole or absent.
+
+        Every rank of the group takes part; the first writes, one tensor at a time. Raises: UserError."""
+        if Path(folder).exists():
+            raise UserError(f"{folder} exists: remove it or choose another folder")
+        tensors = {name: tensor for name, tensor, _ in marked(self.model)}
+        write_folder(
+            Path(folder),
+            self._content(self.model.decoder.embed_tokens.weight.dtype),
+            [(name, shard) for name, _, shard in marked(self.model)],
+            lambda name, shard: whole(tensors[name], shard, self.group),
+            self.model.decoder.embed_tokens.weight.dtype,
+            bytes_of(max_shard_size, "max_shard_size="),
+            to_theirs=self._to_theirs,
+            group=self.group,
+        )
+
+    def _content(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Of config.json."""
+        return {**config_for_hf(self.config, dtype), "architectures": [type(self).__name__]}
+
+    def _to_theirs(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        return to_hf(name, values)
+
+    def _decode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = False,
+        output_hidden_states: bool | None = False,
+    ) -> BaseModelOutputWithPast:
+        batch, length, device = _extent(input_ids, inputs_embeds)
+        if input_ids is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+            raise ValueError(f"input_ids holds ids outside 0 to vocab_size − 1 = {self.config.vocab_size - 1}")
+        keys = positions_held(past_key_values) + length
+        if attention_mask is not None and attention_mask.shape != (batch, keys):
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, not (batch, keys) = {(batch, keys)}")
+        if keys > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{keys} tokens are more than max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        if head_mask is not None:
+            head_mask = head_mask.expand(self.config.num_hidden_layers, self.config.num_attention_heads)
+        use_cache = not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = self.model.decoder.new_cache(batch, length)
+        trace = Trace([] if output_hidden_states else None, [] if output_attentions else None)
+        segments = None if attention_mask is None else attention_mask.long()
+        draw = self._draw(batch, device) if self.training else None
+        hidden = self.model.decoder(
+            input_ids, position_ids, segments, draw, past_key_values, inputs_embeds, head_mask, trace
+        )
+        return BaseModelOutputWithPast(
+            hidden,
+            past_key_values if use_cache else None,
+            None if trace.hidden_states is None else (*trace.hidden_states, hidden),
+            None if trace.attentions is None else tuple(trace.attentions),
+        )
+
+    def _draw(self, batch: int, device: torch.device) -> Draw:
+        samples = torch.arange(self.samples, self.samples + batch, device=device)
+        draw = Draw(self.seed, self.forwards, 0, 0, samples)
+        self.samples, self.forwards = self.samples + batch, self.forwards + 1
+        return draw
+
+
+class OPTModel(_Pretrained):
+    """The decoder alone: hidden states."""
+
+    model: CausalLM
+
+    def _to_theirs(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        return {theirs.removeprefix("model."): part for theirs, part in to_hf(name, values).items()}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        return_dict: bool | None = True,
+        **arguments: Unpack[Arguments],
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states (B, S, E), after the last LayerNorm and projection."""
+        return _returned(self._decode(input_ids, attention_mask, **arguments), return_dict)
+
+
+class OPTForCausalLM(_Pretrained):
+    """The language model."""
+
+    model: CausalLM
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        return_dict: bool | None = True,
+        **arguments: Unpack[Arguments],
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits (B, S, V) and, with `labels` (B, S), the mean cross entropy of each token given those before it.
+
+        `labels` are the ids themselves, shifted here; −100 does not count."""
+        decoded = self._decode(input_ids, attention_mask, **arguments)
+        logits = self.model.lm_head(decoded.last_hidden_state)
+        loss = None
+        if labels is not None:
+            ahead, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            loss = F.cross_entropy(ahead.float(), targets, ignore_index=IGNORED)
+        return _returned(CausalLMOutputWithPast(loss, logits, **_besides(decoded)), return_dict)
+
+
+class OPTForSequenceClassification(_Pretrained):
+    """Scores of whole sequences, read at the last token that is not padding."""
+
+    model: SequenceClassifier
+
+    def __init__(self, model: SequenceClassifier, labels: Labels, group: Group = ALONE, seed: int = 0) -> None:
+        super().__init__(model, group, seed)
+        self.labels, self.num_labels = labels, len(labels.names)
+
+    def _content(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {**super()._content(dtype), **labels_for_hf(self.labels)}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        return_dict: bool | None = True,
+        **arguments: Unpack[Arguments],
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Scores (B, N) of N labels and, with `labels`, their loss by `problem_type`, see `classification_loss`.
+
+        Without a `problem_type` the first labels decide: N = 1 is regression, integers name one label a row, anything
+        else (B, N) says how far each label applies. With `inputs_embeds` the last position is read.
+        """
+        decoded = self._decode(input_ids, attention_mask, **arguments)
+        scores = self.model.score(last_tokens(decoded.last_hidden_state, input_ids, self.config.pad_token_id))
+        loss = None
+        if labels is not None:
+            problem_type = self.labels.problem_type or problem_type_of(self.num_labels, labels)
+            self.labels = Labels(self.labels.names, problem_type)
+            loss = classification_loss(scores, labels, problem_type)
+        return _returned(SequenceClassifierOutputWithPast(loss, scores, **_besides(decoded)), return_dict)
+
+
+def _extent(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
+    """Sequences, their length and device."""
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    return given.size(0), given.size(1), given.device
+
+
+def _besides(decoded: BaseModelOutputWithPast) -> dict[str, Any]:
+    """What every output carries besides its own result."""
+    return {name: getattr(decoded, name) for name in ("past_key_values", "hidden_states", "attentions")}
+
+
+def _returned(output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
+    return output.to_tuple() if return_dict is False else output
