@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.compose import explain, register_schema, run_from
+from opt_parallel.compose import explain, register_schema, run_from, start_from_checkpoint
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
 
@@ -30,6 +30,7 @@ def swept_values() -> str:
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
     with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
+        start_from_checkpoint(config, HydraConfig.get().overrides.task)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             with open_dict(config):
                 config.run.dir = f"{config.run.dir}/{swept_values()}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -11,7 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from opt_parallel.config import Run
-from opt_parallel.errors import one_line
+from opt_parallel.errors import UserError, one_line
+from opt_parallel.hf_config import CONFIG, read_config
+from opt_parallel.hub import find_checkpoint
+from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.shapes import MAY_DIFFER, ModelConfig
 
 
 def register_schema() -> None:
@@ -27,6 +33,72 @@ def run_from(config: DictConfig) -> Run:
     run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses what `+key=…` added
     assert isinstance(run, Run)
     return run
+
+
+def model_at(folder: Path, key: str) -> ModelConfig:
+    """The network of one of our `checkpoints/step-<N>` or of a Hugging Face folder.
+
+    Raises: UserError, which speaks of `key`, if `folder` is neither."""
+    if (folder / MANIFEST).is_file():
+        saved = read_manifest(folder)["config"]["model"]
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), saved))
+        assert isinstance(model, ModelConfig)
+        return model
+    if (folder / CONFIG).is_file():
+        return read_config(folder)
+    raise UserError(
+        f"{key} {folder} is neither a training checkpoint (…/checkpoints/step-<N>, with {MANIFEST}) nor a Hugging Face "
+        f"folder (with {CONFIG})"
+    )
+
+
+def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Where `init_from` names a checkpoint, take from it what `overrides`, the command line, left open: the network,
+    the tokenizer, the run's name.
+
+    Shapes that the command line does give must be the checkpoint's. Raises: `UserError`."""
+    if config.init_from is None:
+        return
+    folder = find_checkpoint(config.init_from, "init_from")
+    model = OmegaConf.structured(model_at(folder, "init_from"))
+    given = {key.lstrip("+") for key, _, value in (each.partition("=") for each in overrides) if value != "null"}
+    whole = bool({"model", "experiment"} & given)
+    for name in model:
+        if name in MAY_DIFFER:
+            if not whole and f"model.{name}" not in given:
+                config.model[name] = model[name]
+        elif whole or f"model.{name}" in given:
+            _require_same(config, str(name), model[name])
+        else:
+            config.model[name] = model[name]
+    if config.data.tokenizer is None:
+        config.data.tokenizer = str(_tokenizer_of(folder, config.init_from))
+    if not {"run.name", "experiment"} & given:
+        ours = folder.parent.name == "checkpoints"  # runs/<name>/checkpoints/step-<N>
+        base = f"{folder.parent.parent.name}-{folder.name}" if ours else Path(config.init_from).name
+        config.run.name = f"from-{base}"  # not the network's own name: a run of that name may have begun without these
+
+
+def _require_same(config: DictConfig, name: str, theirs: Any) -> None:
+    if name == "word_embed_proj_dim":  # null says the hidden size
+        theirs = theirs or config.model.hidden_size
+        ours = config.model[name] or config.model.hidden_size
+    else:
+        ours = config.model[name]
+    if ours != theirs:
+        raise UserError(
+            f"model.{name}={getattr(ours, 'value', ours)}, but init_from={config.init_from} has "
+            f"{getattr(theirs, 'value', theirs)}: leave the network's shape to the checkpoint, or choose another one"
+        )
+
+
+def _tokenizer_of(folder: Path, name: str) -> Path:
+    """The folder with the checkpoint's tokenizer, in either of the forms that we load."""
+    place = folder / "tokenizer" if (folder / MANIFEST).is_file() else folder
+    files = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
+        return place
+    raise UserError(f"init_from={name} has no tokenizer: bring the one it was trained with, data.tokenizer=…")
 
 
 def explain(error: BaseException) -> str:

@@ -266,6 +266,7 @@ class Run(Section):
     steps: int = 1000
     stop_at: int | None = None
     seed: int = 1
+    init_from: str | None = None
     resume: str = "auto"
 
     def check(self) -> None:

@@ -8,11 +8,11 @@ import torch
 
 from opt_parallel.checkpoint.card import metrics_of, model_card
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
-from opt_parallel.checkpoint.reshard import MANIFEST, read_manifest
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, generation_config, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
+from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.model.hf import config_for_hf
 from opt_parallel.parallel.shard import marked
@@ -32,25 +32,26 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     opened = open_checkpoint(checkpoint)
+    opened.check_language_model()
     with torch.device("meta"):
         model = CausalLM(opened.config, ALONE)
     parameters = [(name, shard) for name, _, shard in marked(model)]
     stored = getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
-    files = _other_files(opened, checkpoint)
+    files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
 
-def _other_files(opened: Opened, checkpoint: Path) -> dict[str, bytes]:
+def _other_files(opened: Opened) -> dict[str, bytes]:
     """Tokenizer, generation settings and model card; a Hugging Face folder's own where it has them."""
     found = {name: opened.tokenizer / name for name in TOKENIZER_FILES}
     if not any(path.is_file() for path in found.values()):
         say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")
     files = {GENERATION_CONFIG: generation_config(opened.config)}
-    if (checkpoint / MANIFEST).is_file():
-        manifest = read_manifest(checkpoint)
-        files[CARD] = model_card(opened.config, manifest, metrics_of(checkpoint, manifest["clock"]["step"]))
+    if (opened.folder / MANIFEST).is_file():
+        manifest = read_manifest(opened.folder)
+        files[CARD] = model_card(opened.config, manifest, metrics_of(opened.folder, manifest["clock"]["step"]))
     else:
         files[CARD] = model_card(opened.config, None, [])
-        found |= {name: checkpoint / name for name in (GENERATION_CONFIG, CARD)}
+        found |= {name: opened.folder / name for name in (GENERATION_CONFIG, CARD)}
     return files | {name: path.read_bytes() for name, path in found.items() if path.is_file()}

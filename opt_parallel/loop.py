@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from opt_parallel.checkpoint.reshard import MANIFEST
+from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.store import Store, choose, newest, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
@@ -19,6 +19,7 @@ from opt_parallel.evaluate import validation_loss
 from opt_parallel.export import export
 from opt_parallel.interrupt import Interrupt
 from opt_parallel.log import is_main, say
+from opt_parallel.manifest import MANIFEST
 from opt_parallel.metrics import Metrics
 from opt_parallel.model.hf import CONFIG
 from opt_parallel.parallel.shard import random_source
@@ -37,11 +38,14 @@ def train(run: Run) -> int:
         return 0
     _claim_folder(run)
     check_trackers(run)
+    start = _start(run)
     data = prepare(run)
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        engine = Engine.build(run, topology, random_source(run.seed))
+        engine = Engine.build(run, topology, start.weights if start else random_source(run.seed))
+        if start:
+            start.warn_of_not_finite(topology.tensor)
         store = Store(run, topology, data.tokenizer)
         clock = store.resume(engine)
         feed = Feed(data.train, run.seed, run.global_batch, run.micro_batch, topology.data.rank, topology.data.size)
@@ -116,6 +120,17 @@ def _younger(path: Path, other: Path) -> bool:
     return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
 
 
+def _start(run: Run) -> Opened | None:
+    """The checkpoint whose weights the run begins with, None where it draws or resumes its own.
+
+    Its tensors are checked on every rank, before any of them waits for another."""
+    if run.init_from is None or choose(run) is not None:
+        return None
+    opened = open_checkpoint(run.init_from, "init_from")
+    opened.check_language_model()
+    return opened
+
+
 def _claim_folder(run: Run) -> None:
     """Make the run's folder. Every rank tries, so that all of them learn of a mistake here and not in a collective."""
     try:
@@ -127,7 +142,8 @@ def _claim_folder(run: Run) -> None:
 
 
 def _greeting(run: Run, topology: Topology, clock: Clock) -> str:
-    start = f"continuing at step {clock.step}" if clock.step else "starting"
+    fresh = "starting" if run.init_from is None else f"starting from {run.init_from}"
+    start = f"continuing at step {clock.step}" if clock.step else fresh
     return (
         f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters, data({topology.data.size}) × "
         f"tensor({topology.tensor.size}) on {topology.device.type}, ZeRO-{run.zero.stage}, "

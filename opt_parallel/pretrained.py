@@ -39,7 +39,7 @@ from opt_parallel.model.outputs import (
 )
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import marked, whole
-from opt_parallel.shapes import IGNORED, Labels
+from opt_parallel.shapes import IGNORED, Labels, ProblemType
 from opt_parallel.topology import ALONE, Group
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -75,7 +75,7 @@ class _Pretrained(nn.Module):
         """The checkpoint `name`: a Hugging Face folder or hub id, or one of our training checkpoints.
 
         Raises: UserError if it cannot be read or is no OPT."""
-        return cls(open_checkpoint(Path(name)).model(group, torch.device(device), dtype), group).eval()
+        return cls(open_checkpoint(name).model(group, torch.device(device), dtype), group).eval()
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
         """Write what `from_pretrained` reads, here and in transformers, in the weights' own dtype: whole or absent.
@@ -204,6 +204,28 @@ class OPTForSequenceClassification(_Pretrained):
     def __init__(self, model: SequenceClassifier, labels: Labels, group: Group = ALONE, seed: int = 0) -> None:
         super().__init__(model, group, seed)
         self.labels, self.num_labels = labels, len(labels.names)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        group: Group = ALONE,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        num_labels: int | None = None,
+        problem_type: str | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """The checkpoint `name`, of a classifier or of a language model; the latter's new head is drawn from `seed`,
+        and this is said. `num_labels` and `problem_type`: the checkpoint's own where None.
+
+        Raises: UserError if it cannot be read, is no OPT, or has a head for another number of labels."""
+        opened = open_checkpoint(name)
+        labels = opened.labels if num_labels is None else Labels.numbered(num_labels, opened.labels.problem_type)
+        if problem_type is not None:
+            labels = Labels(labels.names, ProblemType(problem_type))
+        model = opened.classifier(len(labels.names), group, torch.device(device), dtype, new_head=True, seed=seed)
+        return cls(model, labels, group, seed).eval()
 
     def _content(self, dtype: torch.dtype) -> dict[str, Any]:
         return {**super()._content(dtype), **labels_for_hf(self.labels)}

@@ -13,6 +13,7 @@ from opt_parallel.errors import UserError
 
 IGNORED = -100  # a label that counts nowhere
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
+MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between runs that share weights
 
 
 class Activation(Enum):

@@ -18,7 +18,7 @@ from opt_parallel.errors import UserError
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.hf import CONFIG, to_hf
 from opt_parallel.model.opt import Decoder
-from opt_parallel.parallel.shard import Source, fill, marked
+from opt_parallel.parallel.shard import Source, fill, logical_shapes, marked
 from opt_parallel.topology import ALONE, Group, Topology
 
 TOLERANCE = 1e-5  # of the largest output: fp32 carries 7 digits, some are lost to sums in another order
@@ -79,23 +79,28 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
 
     Raises: UserError if `folder` is no Hugging Face folder, or transformers is missing.
     """
-    if not (folder / CONFIG).is_file():
+    opened = open_checkpoint(folder)
+    judged = opened if against is None else open_checkpoint(against, "--against")
+    if not (opened.folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
     transformers = _transformers()
-    opened = open_checkpoint(folder)
-    judged = opened if against is None else open_checkpoint(against)
     if opened.config.num_attention_heads % tensor:
         raise UserError(f"--tensor {tensor} does not divide {opened.config.num_attention_heads} heads")
     if other := _other_network(opened, judged):
         return Verdict(findings=other)  # outputs that nobody would compare
-    described = transformers.AutoConfig.from_pretrained(folder)
+    described = transformers.AutoConfig.from_pretrained(opened.folder)
     architecture = (described.architectures or ["OPTForCausalLM"])[0]
     if architecture not in KINDS:
-        raise UserError(f"{folder / CONFIG}: architectures is {architecture}, not one of {', '.join(KINDS)}")
+        raise UserError(f"{opened.folder / CONFIG}: architectures is {architecture}, not one of {', '.join(KINDS)}")
     kind = KINDS[architecture]
     with torch.device("meta"):
         empty = kind.build(judged, described.num_labels, ALONE)
-    source = _as_stored(judged.weights, opened.weights, empty)
+    missing = _other_tensors(judged, empty)
+    if missing and against is not None:
+        raise UserError(missing[0])
+    if missing:
+        return Verdict(findings=missing)
+    source = _as_stored(judged, opened, empty)
     inputs = _inputs(opened)
 
     with Topology.open(tensor) as topology, torch.no_grad():
@@ -107,11 +112,11 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
         if not topology.is_main:
             return None
     theirs, report = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+        opened.folder, dtype=torch.float32, output_loading_info=True
     )
     verdict = _compare(ours, theirs.eval(), inputs, kind.output)
     verdict.findings += [f"transformers has {what}: {name}" for what, names in report.items() for name in names]
-    verdict.findings += _wrong_checksums(folder)
+    verdict.findings += _wrong_checksums(opened.folder)
     verdict.findings += _other_parameters(theirs, empty, source, opened.config.num_attention_heads)
     return verdict
 
@@ -139,11 +144,21 @@ def _other_network(opened: Opened, judged: Opened) -> list[str]:
     ]
 
 
-def _as_stored(source: Source, stored: Source, model: nn.Module) -> Source:
-    """`source` in the dtype of the folder that `stored` reads: an export to bfloat16 is judged by what it can hold."""
-    name, _, shard = min(marked(model), key=lambda each: each[2].numel)
-    dtype = stored(name, shard).dtype
-    return lambda name, shard: source(name, shard).to(dtype)
+def _other_tensors(opened: Opened, model: nn.Module) -> list[str]:
+    """Why the files are not those of `model`; nothing if they are."""
+    try:
+        opened.stored.check(logical_shapes(model))
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _as_stored(judged: Opened, opened: Opened, model: nn.Module) -> Source:
+    """`judged`'s weights in the dtype of `opened`'s: an export to bfloat16 is judged by what it can hold."""
+    held = [(shard.numel, name, shard) for name, _, shard in marked(model) if opened.stored.holds(name)]
+    _, name, shard = min(held, key=lambda each: each[0])
+    dtype = opened.stored(name, shard).dtype
+    return lambda name, shard: judged.stored(name, shard).to(dtype)
 
 
 def _inputs(opened: Opened) -> dict[str, tuple[Tensor, Tensor | None]]:

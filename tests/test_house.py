@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports from lower floors, or from other modules of its own folder.
 FLOORS = [
     ["errors", "log"],
-    ["shapes", "clock", "interrupt", "curve"],
-    ["config"],
+    ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
+    ["config", "hf_config"],
     ["compose"],
     ["topology", "trackers"],
     ["parallel", "data", "metrics"],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import python, torchrun
+from command import python
 from exporting import checkpoint, tampered
 from safetensors.torch import load_file
 from torch import Tensor
@@ -162,26 +162,41 @@ def test_keys_that_are_missing_or_unexpected(exported: tuple[Path, Path], tmp_pa
         tensors["model.decoder.surplus"] = tensors.pop(VALUE)
 
     wrong = tampered(folder, tmp_path / "wrong", change)
-    try:
-        verdict = verify(wrong, against=source)
-    except UserError as error:  # what stands in the way of reading it at all
-        assert VALUE in str(error)
-        return
+    verdict = verify(wrong, against=source)
     assert verdict is not None
     assert not verdict.agrees
     assert f"transformers has missing_keys: {VALUE}" in verdict.findings
     assert "transformers has unexpected_keys: model.decoder.surplus" in verdict.findings
+    verdict = verify(wrong)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert len(verdict.findings) == 1
+    assert VALUE in verdict.findings[0]
+    with pytest.raises(UserError, match="surplus"):
+        verify(folder, against=wrong)
+
+
+def test_our_side_may_be_split(crew: Any, exported: tuple[Path, Path]) -> None:
+    """The main rank has the verdict."""
+    source, folder = exported
+    verdict, nothing = crew(2)(verify, folder, source, 2)
+    assert verdict.agrees, verdict
+    assert nothing is None
+    with pytest.raises(UserError, match="--tensor 3 does not divide 4 heads"):
+        verify(folder, tensor=3)
 
 
 def test_the_script(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    source, folder = (str(path) for path in exported)
-    yes = torchrun(2, "scripts/verify.py", "--checkpoint", folder, "--against", source, "--tensor", "2")
+    source, folder = exported
+    yes = python("scripts/verify.py", "--checkpoint", str(folder), "--against", str(source))
     assert yes.returncode == 0, yes.stderr
     assert yes.stdout.startswith(f"{folder}: agrees with {source} in transformers; largest difference of outputs: ")
-    wrong = str(tampered(exported[1], tmp_path / "wrong", swap_query_and_key))
-    no = python("scripts/verify.py", "--checkpoint", wrong)
+    wrong = tampered(folder, tmp_path / "wrong", swap_query_and_key)
+    no = python("scripts/verify.py", "--checkpoint", str(wrong))
     assert no.returncode == 1, no.stderr
-    assert f"{wrong}: DISAGREES with transformers" in no.stdout
-    assert python("scripts/verify.py", "--checkpoint", source).stderr.startswith(
-        f"error: --checkpoint {source} is not what transformers reads"
-    )
+    assert no.stdout.splitlines()[-1].startswith(f"{wrong}: DISAGREES with transformers; ")
+
+
+def test_a_training_checkpoint_is_nothing_for_transformers(exported: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=f"--checkpoint {exported[0]} is not what transformers reads"):
+        verify(exported[0])

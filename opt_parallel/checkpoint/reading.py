@@ -1,50 +1,131 @@
-"""A checkpoint of ours or a Hugging Face folder, opened alike."""
+"""A checkpoint of ours, a Hugging Face folder or a hub id, opened alike."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from omegaconf import OmegaConf
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from opt_parallel.checkpoint.reshard import MANIFEST, CheckpointWeights, read_manifest
-from opt_parallel.errors import UserError
-from opt_parallel.model.heads import CausalLM
-from opt_parallel.model.hf import CONFIG, HuggingFaceWeights, read_config
-from opt_parallel.parallel.shard import Source, fill
-from opt_parallel.shapes import ModelConfig
-from opt_parallel.topology import Group
+from opt_parallel.checkpoint.reshard import CheckpointWeights
+from opt_parallel.compose import model_at
+from opt_parallel.hf_config import CONFIG, read_labels
+from opt_parallel.hub import find_checkpoint
+from opt_parallel.log import say
+from opt_parallel.manifest import MANIFEST
+from opt_parallel.model.heads import CausalLM, SequenceClassifier
+from opt_parallel.model.hf import HuggingFaceWeights
+from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
+from opt_parallel.shapes import Labels, ModelConfig
+from opt_parallel.topology import ALONE, Group
+
+SCORE = "score.weight"
+
+
+class Weights(Protocol):
+    """A source for `fill` that can be asked first what it holds."""
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None: ...
+
+    def holds(self, name: str) -> bool: ...
+
+    def __call__(self, name: str, shard: Shard) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The network's shape, a source of its weights, and the folder that holds its tokenizer."""
+    """The network's shape, a source of its weights, and the folder that holds its tokenizer, where it has one."""
 
     config: ModelConfig
-    weights: Source
+    stored: Weights
     tokenizer: Path
+    folder: Path
+    not_finite: list[str] = field(default_factory=list)  # of what this rank read
+
+    @property
+    def labels(self) -> Labels:
+        """What its classifier tells apart; a language model's are transformers' default."""
+        return read_labels(self.folder) if (self.folder / CONFIG).is_file() else Labels.numbered(2)
+
+    def weights(self, name: str, shard: Shard) -> Tensor:
+        """The values of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
+        values = self.stored(name, shard)
+        if values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):  # NaN is both ends
+            self.not_finite.append(name)
+        return values
+
+    def check_language_model(self) -> None:
+        """Raise UserError unless just the tensors of a language model are there. Reads no values."""
+        with torch.device("meta"):
+            self.stored.check(logical_shapes(CausalLM(self.config, ALONE)))
 
     def model(self, group: Group, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
-        """The model itself, this rank's part of it."""
+        """The language model itself, this rank's part of it. Raises: UserError."""
         with torch.device("meta"):
             model = CausalLM(self.config, group)
-        fill(model, self.weights, device, dtype)
+        self.stored.check(logical_shapes(model))
+        self._fill(model, self.weights, group, device, dtype)
         return model.eval()
 
+    def classifier(
+        self,
+        num_labels: int,
+        group: Group,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        new_head: bool = False,
+        seed: int = 1,
+    ) -> SequenceClassifier:
+        """A classifier, this rank's part of it. `new_head` allows that the checkpoint has none: a language model's.
+        Its head is then drawn from `seed`. Raises: UserError."""
+        with torch.device("meta"):
+            model = SequenceClassifier(self.config, num_labels, group)
+        source: Source = self.weights
+        wanted = logical_shapes(model)
+        if new_head and not self.stored.holds(SCORE):
+            say(f"{self.folder} has no classification head: one for {num_labels} labels is drawn from seed {seed}")
+            source = with_new_head(self.weights, seed)
+            del wanted[SCORE]
+        self.stored.check(wanted)
+        self._fill(model, source, group, device, dtype)
+        return model.eval()
 
-def open_checkpoint(folder: Path) -> Opened:
-    """Open one of our `checkpoints/step-<N>` or a Hugging Face folder.
+    def warn_of_not_finite(self, group: Group) -> None:
+        """Say which of the tensors that `group`'s ranks read have a NaN or an infinity. Every rank takes part."""
+        named: list[list[str]] = [self.not_finite]
+        if group.size > 1:
+            named = [[] for _ in range(group.size)]
+            dist.all_gather_object(named, self.not_finite, group=group.handle)
+        names = sorted({name for part in named for name in part})
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            say(f"warning: {self.folder} has values that are not finite, in {', '.join(names[:5])}{more}")
 
-    Raises: UserError if `folder` is neither."""
+    def _fill(self, model: nn.Module, source: Source, group: Group, device: torch.device, dtype: torch.dtype) -> None:
+        self.not_finite.clear()
+        fill(model, source, device, dtype)
+        self.warn_of_not_finite(group)
+
+
+def with_new_head(weights: Source, seed: int) -> Source:
+    """`weights`, and the initial values of a classification head that they lack."""
+    drawn = random_source(seed)
+
+    def source(name: str, shard: Shard) -> Tensor:
+        return drawn(name, shard) if name == SCORE else weights(name, shard)
+
+    return source
+
+
+def open_checkpoint(checkpoint: str | Path, key: str = "--checkpoint") -> Opened:
+    """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
+
+    Raises: UserError, which speaks of `key`, if `checkpoint` is none of these, is no OPT, or lacks a file."""
+    folder = find_checkpoint(checkpoint, key)
+    config = model_at(folder, key)
     if (folder / MANIFEST).is_file():
-        saved = read_manifest(folder)["config"]["model"]
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), saved))
-        assert isinstance(config, ModelConfig)
-        return Opened(config, CheckpointWeights(folder), folder / "tokenizer")
-    if (folder / CONFIG).is_file():
-        return Opened(read_config(folder), HuggingFaceWeights(folder), folder)
-    raise UserError(
-        f"--checkpoint {folder} is neither a training checkpoint (…/checkpoints/step-<N>, with {MANIFEST}) nor a "
-        f"Hugging Face folder (with {CONFIG})"
-    )
+        return Opened(config, CheckpointWeights(folder), folder / "tokenizer", folder)
+    return Opened(config, HuggingFaceWeights(folder), folder, folder)

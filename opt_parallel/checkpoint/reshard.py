@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opt_parallel.errors import UserError
-from opt_parallel.parallel.shard import Shard, overlap
-
-MANIFEST = "manifest.json"
+from opt_parallel.manifest import read_manifest
+from opt_parallel.parallel.shard import Shard, overlap, require_same_tensors
 
 
 def weights_file(tensor_rank: int) -> str:
     """Name of the file with a tensor rank's part of every weight."""
     return f"weights-{tensor_rank:05d}.safetensors"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the checkpoint says of itself.
-
-    Raises: UserError if `folder` is no checkpoint of ours."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no checkpoint: {MANIFEST} cannot be read ({error})") from error
-    assert isinstance(manifest, dict)
-    return manifest
 
 
 class CheckpointWeights:
@@ -40,14 +26,18 @@ class CheckpointWeights:
         self.folder = folder
         self.tensors: dict[str, dict[str, Any]] = read_manifest(folder)["tensors"]
 
-    def __call__(self, name: str, shard: Shard) -> Tensor:
-        """The values of `shard.range` of the logical tensor `name`, fp32.
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError unless exactly the tensors `wanted` are there."""
+        held = {name: tuple(saved["shape"]) for name, saved in self.tensors.items()}
+        require_same_tensors(str(self.folder), wanted, held)
 
-        Raises: UserError if the checkpoint lacks the tensor or holds another shape."""
-        saved = self.tensors.get(name)
-        if saved is None or tuple(saved["shape"]) != shard.shape:
-            held = "nothing of that name" if saved is None else f"shape {tuple(saved['shape'])}"
-            raise UserError(f"{self.folder} holds {held} for {name}, the model wants shape {shard.shape}")
+    def holds(self, name: str) -> bool:
+        """Whether there is a logical tensor of that name."""
+        return name in self.tensors
+
+    def __call__(self, name: str, shard: Shard) -> Tensor:
+        """The values of `shard.range` of the logical tensor `name`, fp32. Raises: UserError if a file is damaged."""
+        saved = self.tensors[name]
         values = torch.empty([part.stop - part.start for part in shard.range])
         for index in range(saved["count"]):
             written = Shard(shard.shape, saved["dim"], index, saved["count"], shard.initial, shard.decay)

@@ -15,16 +15,17 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from opt_parallel.checkpoint.reshard import MANIFEST, read_manifest, weights_file
+from opt_parallel.checkpoint.reshard import weights_file
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_dict
 from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
+from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.shapes import MAY_DIFFER
 from opt_parallel.topology import Topology
 
 TOKENIZER = "tokenizer.json"
-MAY_CHANGE = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # of model.*, when a run continues
 
 
 def step_of(folder: Path) -> int | None:
@@ -143,7 +144,7 @@ class Store:
         """Raise UserError unless this run's network, tokenizer and layout are the checkpoint's."""
         saved, now = manifest["config"]["model"], to_dict(self.run)["model"]
         for name in now:
-            if name not in MAY_CHANGE and saved.get(name) != now[name]:
+            if name not in MAY_DIFFER and saved.get(name) != now[name]:
                 raise UserError(
                     f"{folder} was trained with model.{name}={saved.get(name)}, this run has {now[name]}: another "
                     "network cannot continue it; set the value back, or start in another run.dir"

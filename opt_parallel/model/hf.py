@@ -1,32 +1,30 @@
-"""Hugging Face's names and files for OPT: our parameters ↔ theirs, one tensor or slice at a time.
+"""Hugging Face's names for OPT: our parameters ↔ theirs, one tensor or slice at a time.
 
 They keep query, key and value apart; ours are the three blocks of one parameter. Everything else is one to one.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opt_parallel.errors import UserError
-from opt_parallel.parallel.shard import Shard
-from opt_parallel.shapes import Activation, Labels, ModelConfig
+from opt_parallel.hf_config import CONFIG, SHARED, read_config
+from opt_parallel.hub import INDEX_SUFFIX
+from opt_parallel.hub import WEIGHTS as FORMATS
+from opt_parallel.model.hf_files import Ranges, WeightFiles
+from opt_parallel.parallel.shard import Shard, require_same_tensors
+from opt_parallel.shapes import Labels, ModelConfig
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "HuggingFaceWeights", "config_for_hf", "hf_names", "read_config", "to_hf"]
 
-# OPTConfig's fields that shape the network and that ours shares by name
-SHARED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings",
-    "do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "dropout", "attention_dropout",
-    "layerdrop", "bos_token_id", "pad_token_id", "eos_token_id",
-)  # fmt: skip
-# those that we do not implement, with the one value that means "as published"
-FIXED = {"tie_word_embeddings": True}
+WEIGHTS = FORMATS[0]
+INDEX = WEIGHTS + INDEX_SUFFIX
+EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+HARMLESS = {"model.decoder.version"}  # a counter of fairseq's that early conversions kept
 
 
 def hf_names(name: str) -> list[str]:
@@ -54,7 +52,7 @@ def config_for_hf(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "activation_function": model.activation_function.value,
         "word_embed_proj_dim": model.embedding_size,
         "init_std": model.std,
-        **FIXED,
+        "tie_word_embeddings": True,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
@@ -69,64 +67,56 @@ def labels_for_hf(labels: Labels) -> dict[str, Any]:
     }
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The network that a Hugging Face folder describes.
-
-    Raises: UserError if it is no OPT, or has a trait that we do not implement."""
-    path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no checkpoint: {CONFIG} cannot be read ({error})") from error
-    if values.get("model_type") != "opt":
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, not 'opt'")
-    for name, published in FIXED.items():
-        if values.get(name, published) != published:
-            raise UserError(f"{path}: {name}={values[name]} is not supported, only {published}")
-    activation = values.get("activation_function", "relu")
-    if activation not in Activation.__members__:
-        raise UserError(f"{path}: activation_function={activation!r} is not one of {', '.join(Activation.__members__)}")
-    shared: dict[str, Any] = {"attention_dropout": 0.0}  # OPTConfig's default, not ours
-    shared.update({name: values[name] for name in SHARED if name in values})
-    return ModelConfig(
-        **shared,
-        remove_final_layer_norm=values.get("_remove_final_layer_norm", False),
-        word_embed_proj_dim=values.get("word_embed_proj_dim"),
-        activation_function=Activation[activation],
-        init_std=values.get("init_std"),
-    )
-
-
 class HuggingFaceWeights:
-    """A source for `fill`: reads just the slices that a shard needs from one or many safetensors files."""
+    """A source for `fill`: reads just the slices that a shard needs from a folder's files, in any format.
+
+    Files of the bare decoder (OPTModel) lack the first word of the names, `model`; here they have it.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Raises: UserError if a file is missing or damaged."""
+        self.files = WeightFiles(folder)
         self.folder = folder
-        self.files: dict[str, str] | None = None  # their name → file; None: all in one
-        if not (folder / WEIGHTS).is_file():
-            try:
-                self.files = json.loads((folder / INDEX).read_text())["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{folder} has neither {WEIGHTS} nor a readable {INDEX}") from error
+        self.stored = {f"model.{name}" if name.startswith("decoder.") else name: name for name in self.files.shapes}
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError unless just the tensors `wanted` are there, and a head only of the embedding's shape."""
+        theirs: dict[str, tuple[int, ...]] = {}
+        for name, shape in wanted.items():
+            names = hf_names(name)
+            theirs.update(dict.fromkeys(names, shape if len(names) == 1 else shape[1:]))
+        if HEAD in self.stored:
+            theirs[HEAD] = theirs[EMBEDDING]
+        held = {name: self.files.shapes[stored] for name, stored in self.stored.items() if name not in HARMLESS}
+        require_same_tensors(str(self.folder), theirs, held)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a logical tensor of that name."""
+        return all(part in self.stored for part in hf_names(name))
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
         """The values of `shard.range` of our logical tensor `name`.
 
-        Raises: UserError if a file or tensor is missing or has another shape."""
+        Raises: UserError if a file is damaged, or the head is not tied to the embedding."""
         names = hf_names(name)
-        if len(names) == 1:
-            return self._slice(names[0], shard.shape, shard.range)
-        return torch.stack([self._slice(part, shard.shape[1:], shard.range[1:]) for part in names])
-
-    def _slice(self, name: str, shape: tuple[int, ...], ranges: tuple[slice, ...]) -> Tensor:
-        path = self.folder / (WEIGHTS if self.files is None else self.files.get(name, WEIGHTS))
-        try:
-            with safe_open(path, framework="pt") as file:
-                stored = file.get_slice(name)
-                if tuple(stored.get_shape()) != shape:
-                    raise UserError(f"{path}: {name} has shape {tuple(stored.get_shape())}, the model wants {shape}")
-                values = stored[ranges]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: {name} cannot be read: {error}") from error
-        assert isinstance(values, Tensor)
+        if len(names) > 1:
+            return torch.stack([self._read(part, shard.range[1:]) for part in names])
+        values = self._read(names[0], shard.range)
+        if names[0] == EMBEDDING and HEAD in self.stored:
+            self._require_tied(values, self._read(HEAD, shard.range))
         return values
+
+    def _read(self, name: str, ranges: Ranges) -> Tensor:
+        return self.files.read(self.stored[name], ranges)
+
+    def _require_tied(self, embedding: Tensor, head: Tensor) -> None:
+        """Bit for bit, so that a NaN equals itself."""
+        if embedding.dtype != head.dtype or not torch.equal(_bits(embedding), _bits(head)):
+            raise UserError(
+                f"{self.folder}: {HEAD} is not {EMBEDDING} a second time, and an output projection of its own is not "
+                "supported: OPT ties the two"
+            )
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from opt_parallel.errors import UserError
 from opt_parallel.parallel.collectives import all_gather_last
 from opt_parallel.topology import Group
 
@@ -109,6 +110,22 @@ def marked(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
     """Each parameter once (a tied one under its first name) with its mark."""
     for name, tensor in model.named_parameters():
         yield name, tensor, shard_of(tensor)
+
+
+def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter's logical tensor, by name."""
+    return {name: shard.shape for name, _, shard in marked(model)}
+
+
+def require_same_tensors(where: str, wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError unless `where` holds just the tensors that the model wants: all differences in one line."""
+    wrong = [f"{name} is missing" for name in wanted if name not in held]
+    wrong += [f"{name} is unexpected" for name in held if name not in wanted]
+    shared = [name for name in wanted if name in held]
+    wrong += [f"{name} has shape {held[name]}, not {wanted[name]}" for name in shared if held[name] != wanted[name]]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{where} does not hold this network's weights: {'; '.join(wrong[:5])}{more}")
 
 
 def logical_parameters(model: nn.Module) -> int:

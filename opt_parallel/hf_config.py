@@ -1,0 +1,125 @@
+"""Hugging Face's config.json of an OPT: what shapes the network, read without torch.
+
+Every key is accounted for: taken over, allowed at the one value that changes nothing, known as bookkeeping, or refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.errors import UserError
+from opt_parallel.shapes import Activation, Labels, ModelConfig, ProblemType
+
+CONFIG = "config.json"
+
+# OPTConfig's fields that shape the network and that ours shares by name
+INTEGERS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings",
+    "bos_token_id", "pad_token_id", "eos_token_id",
+)  # fmt: skip
+SWITCHES = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine")
+RATES = ("dropout", "attention_dropout", "layerdrop")
+SHARED = (*INTEGERS, *SWITCHES, *RATES)
+# OPTConfig's defaults where ours differ
+DEFAULTS: dict[str, Any] = {"attention_dropout": 0.0}
+INIT_STD = 0.02
+# what we do not implement, with the one value that means "as published"; files of older releases and of Galactica too
+FIXED: dict[str, Any] = {
+    "tie_word_embeddings": True, "activation_dropout": 0.0, "add_bias_logits": False, "add_cross_attention": False,
+    "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "is_encoder_decoder": False,
+    "learned_embeddings": True, "pruned_heads": {}, "quantization_config": None, "scale_embedding": False,
+    "scale_embeddings": False, "tie_encoder_decoder": False,
+}  # fmt: skip
+# names, dtypes, defaults of generation and of libraries: nothing of the network
+BOOKKEEPING = {
+    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation",
+    "auto_map", "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "label2id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "model_type", "name_or_path",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+}  # fmt: skip
+OWN = {"_remove_final_layer_norm", "activation_function", "init_std", "word_embed_proj_dim"}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The network that a Hugging Face folder describes.
+
+    Raises: UserError if it is no OPT, or has a trait that we do not implement."""
+    values, path = _read(folder), folder / CONFIG
+    for name, published in FIXED.items():
+        if values.get(name, published) != published:
+            raise UserError(f"{path}: {name}={values[name]} is not supported, only {published}")
+    unknown = sorted(values.keys() - {*SHARED, *FIXED, *OWN} - BOOKKEEPING)
+    if unknown:
+        raise UserError(
+            f"{path}: {', '.join(unknown)} may change the network in a way that OPT does not know: remove it from the "
+            "file if it does not"
+        )
+    activation = values.get("activation_function", "relu")
+    if activation not in Activation.__members__:
+        raise UserError(f"{path}: activation_function={activation!r} is not one of {', '.join(Activation.__members__)}")
+    _check_types(path, values)
+    shared = DEFAULTS | {name: values[name] for name in SHARED if name in values}
+    try:
+        return ModelConfig(
+            **shared,
+            remove_final_layer_norm=values.get("_remove_final_layer_norm", False),
+            word_embed_proj_dim=values.get("word_embed_proj_dim"),
+            activation_function=Activation[activation],
+            init_std=values.get("init_std", INIT_STD),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_labels(folder: Path) -> Labels:
+    """The classes of a Hugging Face folder; OPTConfig's two where it names none.
+
+    Raises: UserError if they are not numbered from 0 on, or the problem type is none."""
+    values, path = _read(folder), folder / CONFIG
+    number = values.get("num_labels", 2)
+    if type(number) is not int or number < 1:
+        raise UserError(f"{path}: num_labels={json.dumps(number)} must be a whole number from 1 on")
+    named = values.get("id2label") or {str(label): name for label, name in enumerate(Labels.numbered(number).names)}
+    problem = values.get("problem_type")
+    if problem is not None and problem not in ProblemType.__members__:
+        raise UserError(f"{path}: problem_type={problem!r} is not one of {', '.join(ProblemType.__members__)}")
+    if not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}:
+        raise UserError(f"{path}: id2label={named} must name the labels 0, 1, … without a gap")
+    names = tuple(str(named[str(label)]) for label in range(len(named)))
+    return Labels(names, None if problem is None else ProblemType[problem])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no checkpoint: {CONFIG} cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{folder} is no checkpoint: {CONFIG} holds no JSON object")
+    if values.get("model_type") != "opt":
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, not 'opt'")
+    return values
+
+
+def _check_types(path: Path, values: dict[str, Any]) -> None:
+    """Raise UserError for a value of the wrong type: JSON's true would pass for 1, and 64.0 for a size."""
+    kinds = [
+        ("a whole number", (int,), INTEGERS),
+        ("true or false", (bool,), (*SWITCHES, "_remove_final_layer_norm")),
+        ("a number", (int, float), RATES),
+        ("a whole number or null", (int, type(None)), ("word_embed_proj_dim",)),
+        ("a number or null", (int, float, type(None)), ("init_std",)),
+    ]
+    for kind, types, names in kinds:
+        for name in names:
+            if name in values and type(values[name]) not in types:
+                raise UserError(f"{path}: {name}={json.dumps(values[name])} must be {kind}")
