@@ -38,7 +38,7 @@ def run_from(config: DictConfig) -> Run:
 def model_at(folder: Path, key: str) -> ModelConfig:
     """The network of one of our `checkpoints/step-<N>` or of a Hugging Face folder.
 
-    Raises: UserError, which speaks of `key`, if `folder` is neither."""
+    Raises: UserError, which begins with `key`, as `init_from=`, if `folder` is neither."""
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder)["config"]["model"]
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), saved))
@@ -47,7 +47,7 @@ def model_at(folder: Path, key: str) -> ModelConfig:
     if (folder / CONFIG).is_file():
         return read_config(folder)
     raise UserError(
-        f"{key} {folder} is neither a training checkpoint (…/checkpoints/step-<N>, with {MANIFEST}) nor a Hugging Face "
+        f"{key}{folder} is neither a training checkpoint (…/checkpoints/step-<N>, with {MANIFEST}) nor a Hugging Face "
         f"folder (with {CONFIG})"
     )
 
@@ -59,9 +59,9 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
     Shapes that the command line does give must be the checkpoint's. Raises: `UserError`."""
     if config.init_from is None:
         return
-    folder = find_checkpoint(config.init_from, "init_from")
-    model = OmegaConf.structured(model_at(folder, "init_from"))
-    given = {key.lstrip("+") for key, _, value in (each.partition("=") for each in overrides) if value != "null"}
+    folder = find_checkpoint(config.init_from, "init_from=")
+    model = OmegaConf.structured(model_at(folder, "init_from="))
+    given = {each.lstrip("+").partition("=")[0] for each in overrides}
     whole = bool({"model", "experiment"} & given)
     for name in model:
         if name in MAY_DIFFER:

@@ -164,8 +164,9 @@ class ScheduleConfig(Section):
 @dataclass
 class DataConfig(Section):
     """`train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` for the text that
-    every Python carries, or a list of these. `tokenizer`: a folder, a hub id, or
-    null to train one of `model.vocab_size` tokens on the training text. `text_field`: the key of a jsonl line."""
+    every Python carries, or a list of these. `tokenizer`: a folder, a hub id, or null: `init_from`'s own, and without
+    `init_from` one of `model.vocab_size` tokens that is trained on the training text. `text_field`: the key of a jsonl
+    line."""
 
     train: Any = None
     validation: Any = None
@@ -246,7 +247,8 @@ class RunConfig(Section):
 
 @dataclass
 class Run(Section):
-    """Everything that defines a run."""
+    """Everything that defines a run. `init_from`: the checkpoint it starts from, a Hugging Face folder, a hub id or one
+    of ours; `compose.start_from_checkpoint` has taken the network from it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

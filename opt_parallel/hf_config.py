@@ -63,7 +63,7 @@ def read_config(folder: Path) -> ModelConfig:
             "file if it does not"
         )
     activation = values.get("activation_function", "relu")
-    if activation not in Activation.__members__:
+    if activation not in list(Activation.__members__):
         raise UserError(f"{path}: activation_function={activation!r} is not one of {', '.join(Activation.__members__)}")
     _check_types(path, values)
     shared = DEFAULTS | {name: values[name] for name in SHARED if name in values}
@@ -89,7 +89,7 @@ def read_labels(folder: Path) -> Labels:
         raise UserError(f"{path}: num_labels={json.dumps(number)} must be a whole number from 1 on")
     named = values.get("id2label") or {str(label): name for label, name in enumerate(Labels.numbered(number).names)}
     problem = values.get("problem_type")
-    if problem is not None and problem not in ProblemType.__members__:
+    if problem not in [None, *ProblemType.__members__]:
         raise UserError(f"{path}: problem_type={problem!r} is not one of {', '.join(ProblemType.__members__)}")
     if not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}:
         raise UserError(f"{path}: id2label={named} must name the labels 0, 1, … without a gap")

@@ -19,24 +19,25 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def find_checkpoint(name: str | Path, key: str) -> Path:
     """The folder `name`, or the snapshot of the hub id `name`: config, tokenizer and one format of weights.
 
-    With HF_HUB_OFFLINE=1 what was fetched before. Raises: UserError, which speaks of `key`."""
+    With HF_HUB_OFFLINE=1 what was fetched before. Raises: UserError, which begins with `key`, as `init_from=`."""
     if Path(name).expanduser().exists():
         return Path(name).expanduser()
     if not HUB_ID.fullmatch(str(name)):
-        raise UserError(f"{key} {name} does not exist: name a checkpoint's folder, or a hub id")
+        raise UserError(f"{key}{name} does not exist: name a checkpoint's folder, or a hub id")
     try:
         if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(str(name), local_files_only=True))
-        wanted = [*TOKENIZER, *_weights_of(HfApi().list_repo_files(str(name)))]
+            # asked for more, it would insist on all that the hub has of it; what is missing the reader says
+            return Path(snapshot_download(str(name), local_files_only=True, allow_patterns=["config.json"]))
+        wanted = [*TOKENIZER, *weights_of(HfApi().list_repo_files(str(name)))]
         return Path(snapshot_download(str(name), allow_patterns=wanted))
     except Exception as error:  # requests', the hub's own and the file system's, with no common root
         raise UserError(
-            f"{key} {name} is no folder here, and the hub did not give it ({one_line(error)}): name a checkpoint's "
+            f"{key}{name} is no folder here, and the hub did not give it ({one_line(error)}): name a checkpoint's "
             "folder or another hub id; HF_HUB_OFFLINE=1 takes what was fetched before"
         ) from error
 
 
-def _weights_of(files: list[str]) -> list[str]:
+def weights_of(files: list[str]) -> list[str]:
     """Patterns of the best format that is there; none if there is none, which the reader will say."""
     for single in WEIGHTS:
         if single in files or single + INDEX_SUFFIX in files:

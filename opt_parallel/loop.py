@@ -17,11 +17,11 @@ from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import validation_loss
 from opt_parallel.export import export
+from opt_parallel.hf_config import CONFIG
 from opt_parallel.interrupt import Interrupt
 from opt_parallel.log import is_main, say
 from opt_parallel.manifest import MANIFEST
 from opt_parallel.metrics import Metrics
-from opt_parallel.model.hf import CONFIG
 from opt_parallel.parallel.shard import random_source
 from opt_parallel.topology import Topology, check_precision, local_device
 from opt_parallel.trackers import check_trackers
@@ -126,7 +126,7 @@ def _start(run: Run) -> Opened | None:
     Its tensors are checked on every rank, before any of them waits for another."""
     if run.init_from is None or choose(run) is not None:
         return None
-    opened = open_checkpoint(run.init_from, "init_from")
+    opened = open_checkpoint(run.init_from, "init_from=")
     opened.check_language_model()
     return opened
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.writing import CHECKSUMS, checksum
 from opt_parallel.errors import UserError
+from opt_parallel.hf_config import CONFIG
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
-from opt_parallel.model.hf import CONFIG, to_hf
+from opt_parallel.model.hf import to_hf
 from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.shard import Source, fill, logical_shapes, marked
 from opt_parallel.topology import ALONE, Group, Topology

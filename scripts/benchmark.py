@@ -2,8 +2,9 @@
 
     python scripts/benchmark.py train --processes 2 model=opt-125m parallel.tensor=2 batch.micro=2
     python scripts/benchmark.py loss --tokens 1024 4096 --words 25136
+    python scripts/benchmark.py io model=opt-1.3b parallel.tensor=2 precision=bf16
 
-`train` takes train.py's own keys after its options.
+`train` and `io` take train.py's own keys after their options.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import time
 from pathlib import Path
 
-from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run
+from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run, bytes_of
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries
 
@@ -43,9 +44,12 @@ def main() -> None:
     loss.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     loss.add_argument("--threads", type=_positive, default=1)
     loss.add_argument("--rounds", type=_positive, default=7)
+    io = verbs.add_parser("io", help="memory and time of a checkpoint's import and export")
+    io.add_argument("--max-shard-size", default="1GB")
+    io.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     quiet_libraries()
-    (run_race if arguments.verb == "train" else run_loss)(arguments)
+    {"train": run_race, "loss": run_loss, "io": run_io}[arguments.verb](arguments)
 
 
 def _positive(text: str) -> int:
@@ -152,6 +156,20 @@ def run_loss(arguments: argparse.Namespace) -> None:
             lines.append(row(tokens, words, measured))
     print(f"\n{arguments.precision}, width {arguments.width}, {arguments.threads} threads\n")
     print(aligned(lines))
+
+
+def run_io(arguments: argparse.Namespace) -> None:
+    run = compared_run(arguments.overrides, accumulation=1)
+    from benchmarks.files import table_of
+    from benchmarks.report import aligned
+
+    size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
+    rows = table_of(run.model, run.parallel.tensor, run.precision.name, size)
+    print(
+        f"\nOPT {run.model.parameters() / 1e6:,.0f}M, fp16 files of {arguments.max_shard_size} at most, imported as "
+        f"{run.precision.name.value}; a process's whole memory\n"
+    )
+    print(aligned(rows))
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import quiet_libraries
+from opt_parallel.log import quiet_libraries, say
 
 MOST = 20  # findings to print
 
@@ -30,12 +30,12 @@ def main() -> int:
     if verdict is None:
         return 0
     for finding in verdict.findings[:MOST]:
-        print(f"  {finding}")
+        say(f"  {finding}")
     if len(verdict.findings) > MOST:
-        print(f"  and {len(verdict.findings) - MOST} more")
+        say(f"  and {len(verdict.findings) - MOST} more")
     figures = ", ".join(f"{name} {difference:.1e}" for name, difference in verdict.differences.items())
     whose = "" if arguments.against is None else f" {arguments.against} in"
-    print(
+    say(
         f"{arguments.checkpoint}: {'agrees' if verdict.agrees else 'DISAGREES'} with{whose} transformers"
         + (f"; largest difference of outputs: {figures} (limit {verdict.limit:.1e})" if figures else "")
     )

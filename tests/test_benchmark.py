@@ -48,6 +48,14 @@ def test_the_loss_alone() -> None:
     assert "64 × 500" in printed
 
 
+def test_import_and_export() -> None:
+    status, printed, said = benchmark("io", "--max-shard-size", "100KB", *TINY, "parallel.tensor=2")
+    assert status == 0, said
+    for line, what in zip(printed.splitlines()[-3:], ("rank 0 of 2", "rank 1 of 2", "export"), strict=True):
+        assert what in line
+        assert line.rstrip().endswith("yes")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

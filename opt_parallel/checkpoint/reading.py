@@ -120,10 +120,10 @@ def with_new_head(weights: Source, seed: int) -> Source:
     return source
 
 
-def open_checkpoint(checkpoint: str | Path, key: str = "--checkpoint") -> Opened:
+def open_checkpoint(checkpoint: str | Path, key: str = "--checkpoint ") -> Opened:
     """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
-    Raises: UserError, which speaks of `key`, if `checkpoint` is none of these, is no OPT, or lacks a file."""
+    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, or lacks a file."""
     folder = find_checkpoint(checkpoint, key)
     config = model_at(folder, key)
     if (folder / MANIFEST).is_file():

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from opt_parallel.errors import UserError
+from opt_parallel.hf_config import CONFIG
 from opt_parallel.log import say
-from opt_parallel.model.hf import CONFIG, INDEX, WEIGHTS, to_hf
+from opt_parallel.model.hf import INDEX, WEIGHTS, to_hf
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import Shard, Source
 from opt_parallel.shapes import ModelConfig

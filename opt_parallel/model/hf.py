@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from opt_parallel.errors import UserError
-from opt_parallel.hf_config import CONFIG, SHARED, read_config
+from opt_parallel.hf_config import SHARED
 from opt_parallel.hub import INDEX_SUFFIX
 from opt_parallel.hub import WEIGHTS as FORMATS
 from opt_parallel.model.hf_files import Ranges, WeightFiles
 from opt_parallel.parallel.shard import Shard, require_same_tensors
 from opt_parallel.shapes import Labels, ModelConfig
-
-__all__ = ["CONFIG", "INDEX", "WEIGHTS", "HuggingFaceWeights", "config_for_hf", "hf_names", "read_config", "to_hf"]
 
 WEIGHTS = FORMATS[0]
 INDEX = WEIGHTS + INDEX_SUFFIX
@@ -80,7 +78,7 @@ class HuggingFaceWeights:
         self.stored = {f"model.{name}" if name.startswith("decoder.") else name: name for name in self.files.shapes}
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless just the tensors `wanted` are there, and a head only of the embedding's shape."""
+        """Raise UserError unless just the logical tensors `wanted` are there; a head has the embedding's shape."""
         theirs: dict[str, tuple[int, ...]] = {}
         for name, shape in wanted.items():
             names = hf_names(name)

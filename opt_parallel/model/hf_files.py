@@ -2,7 +2,7 @@
 
 A reader has `shapes`, each tensor's by its name in PyTorch, and `read(name, ranges)`. TensorFlow and Flax store a
 product's matrix as (in, out), PyTorch as (out, in): their readers turn names and ranges around, and read no more.
-Files are mapped anew for each read: the pages of a mapping count as this process's memory until it ends.
+Files are mapped anew for each read: pages that were read count as this process's memory as long as their mapping lasts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import json
 import math
 import mmap
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.hub import INDEX_SUFFIX, WEIGHTS
 
+REMAP = 1 << 27  # bytes of tensors read through one mapping of a PyTorch file
 Ranges = tuple[slice, ...]
 # the last part of a TensorFlow or Flax name, PyTorch's for it, and whether PyTorch stores the transposed matrix
 LEAVES = {
@@ -123,17 +126,21 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.mapped = zipfile.is_zipfile(path)  # the format before torch 1.6 is read whole, and kept
-        tensors = self._load()
+        tensors = self.load()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self._held = None if self.mapped else tensors
+        self._kept = None if self.mapped else tensors
+        self._touched = 0
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        tensors = self._load() if self._held is None else self._held
-        return tensors[name][ranges].clone()
+        tensors = _mapping(self, self._touched // REMAP) if self._kept is None else self._kept
+        self._touched += tensors[name].nbytes
+        return tensors[name][ranges]
 
-    def _load(self) -> dict[str, Tensor]:
+    def load(self) -> dict[str, Tensor]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            with warnings.catch_warnings():  # it would tell of a strange pickle before it refuses it
+                warnings.simplefilter("ignore")
+                content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
         except Exception as error:
             raise UserError(
                 f"{self.path} is no file of weights alone, or damaged, and nothing else is read from a pickle: bring "
@@ -142,6 +149,13 @@ class TorchFile:
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise UserError(f"{self.path} holds a {type(content).__name__}, not tensors by name")
         return content
+
+
+@lru_cache(maxsize=1)
+def _mapping(file: TorchFile, number: int) -> dict[str, Tensor]:
+    """The file's tensors, mapped for the `number`th time, and let go when others are asked for: opening takes longer
+    than reading most tensors, and what was read stays in memory until the mapping ends."""
+    return file.load()
 
 
 class Hdf5File:
@@ -300,6 +314,6 @@ def _array(content: mmap.mmap, at: int) -> _Stored:
         raise ValueError(f"extension {content[at]} is no array")
     (shape, dtype, place), _ = _unpack(content, at + 1)
     size = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-    if len(place) != math.prod(shape) * size or place.stop > len(content):
-        raise ValueError("an array is cut short")
+    if len(place) != math.prod(shape) * size:
+        raise ValueError("an array is not of its shape")
     return _Stored(tuple(shape), dtype, [(place.start, math.prod(shape))])
