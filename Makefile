@@ -1,4 +1,5 @@
 # make demo: train a small OPT, export it, write a sample.   make test: the tests.   make check: ruff, mypy, the house.
+# make test-interop: TensorFlow's and Flax's OPT and ours, in an environment of its own.
 # make bench: our speed and the others', in one run.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +18,7 @@ SMALL := model=opt-125m model.num_hidden_layers=4 precision=bf16 data.sequence_l
 LARGE := model=opt-1.3b precision=bf16 data.sequence_length=2048 batch.micro=4
 NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-interop check bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +38,14 @@ endif
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+.venv-interop/installed: tests/interop/requirements.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+test-interop: .venv-interop/installed
+	PYTHONPATH=. .venv-interop/bin/python -m pytest tests/interop
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -58,4 +67,4 @@ else
 endif
 
 clean:
-	rm -rf .venv runs cache
+	rm -rf .venv .venv-interop runs cache

@@ -38,20 +38,20 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     parameters = [(name, shard) for name, _, shard in marked(model)]
     stored = getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
-    files = _other_files(opened, opened.folder)
+    files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
 
-def _other_files(opened: Opened, checkpoint: Path) -> dict[str, bytes]:
+def _other_files(opened: Opened) -> dict[str, bytes]:
     """Tokenizer, generation settings and model card; a Hugging Face folder's own where it has them."""
     found = {name: opened.tokenizer / name for name in TOKENIZER_FILES}
     if not any(path.is_file() for path in found.values()):
         say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")
     files = {GENERATION_CONFIG: generation_config(opened.config)}
-    if (checkpoint / MANIFEST).is_file():
-        manifest = read_manifest(checkpoint)
-        files[CARD] = model_card(opened.config, manifest, metrics_of(checkpoint, manifest["clock"]["step"]))
+    if (opened.folder / MANIFEST).is_file():
+        manifest = read_manifest(opened.folder)
+        files[CARD] = model_card(opened.config, manifest, metrics_of(opened.folder, manifest["clock"]["step"]))
     else:
         files[CARD] = model_card(opened.config, None, [])
-        found |= {name: checkpoint / name for name in (GENERATION_CONFIG, CARD)}
+        found |= {name: opened.folder / name for name in (GENERATION_CONFIG, CARD)}
     return files | {name: path.read_bytes() for name, path in found.items() if path.is_file()}

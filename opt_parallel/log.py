@@ -10,9 +10,14 @@ import warnings
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
 
 
+def is_main() -> bool:
+    """Whether this process is rank 0, by the launcher's word: known before any process group exists."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def say(text: str) -> None:
     """Print one line on rank 0."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main():
         print(text, file=sys.stdout, flush=True)
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.store import Store
-from opt_parallel.checkpoint.whole import choose, step_of
+from opt_parallel.checkpoint.whole import choose, newest, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
-from opt_parallel.config import Run
+from opt_parallel.config import Run, bytes_of
 from opt_parallel.data.batches import Feed, unigram_entropy
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import Prompts, validation_loss
+from opt_parallel.export import export
+from opt_parallel.hf_config import CONFIG
 from opt_parallel.interrupt import Interrupt
-from opt_parallel.log import say
+from opt_parallel.log import is_main, say
+from opt_parallel.manifest import MANIFEST
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import random_source
 from opt_parallel.topology import Topology, check_precision, local_device
@@ -69,11 +73,16 @@ def train(run: Run) -> int:
                         store.save(engine, clock)
         except UserError:
             metrics.abandon()
+            store.wait()
             raise
 
         store.finish()
         metrics.close(finished=clock.step == run.steps)
         engine.close()
+    if clock.step == run.steps:
+        last_saved = newest(run.folder / "checkpoints")
+        assert last_saved is not None
+        _export_at_end(run, last_saved)
     return INTERRUPTED if stopped else 0
 
 
@@ -94,13 +103,35 @@ def _due(every: int, clock: Clock, last: bool) -> bool:
 def _nothing_left(run: Run) -> bool:
     folder = choose(run)
     step = None if folder is None else step_of(folder)
-    if step is None or step < run.stop:
+    if folder is None or step is None or step < run.stop:
         return False
     if step < run.steps:
         say(f"{run.run.name} is at stop_at={run.stop_at}: {folder}; a later stop_at continues it")
     else:
         say(f"{run.run.name} is finished: {folder} is at step {step} of {run.steps}; a larger steps continues it")
+        _export_at_end(run, folder)
     return True
+
+
+def _export_at_end(run: Run, checkpoint: Path) -> None:
+    """Write the finished run's `export`, unless it is there and younger than the checkpoint.
+
+    Rank 0 does it alone, and no group waits for it."""
+    output = run.folder / "export"
+    if not run.export.at_end or not is_main() or _younger(output / CONFIG, checkpoint / MANIFEST):
+        return
+    size = bytes_of(run.export.max_shard_size, "export.max_shard_size=")
+    try:
+        export(checkpoint, output, size, run.export.dtype, replace=True)
+    except UserError as error:
+        raise UserError(
+            f"export.at_end: {error}; {checkpoint} is safe, and the same command tries the export again"
+        ) from error
+    say(f"exported {checkpoint} to {output}")
+
+
+def _younger(path: Path, other: Path) -> bool:
+    return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
 
 
 def _start(run: Run) -> Opened | None:

@@ -1,6 +1,7 @@
-"""Compare our logits with transformers' on the same files: `python scripts/verify.py --checkpoint DIR`.
+"""Compare our outputs with transformers' on the same files: `python scripts/verify.py --checkpoint DIR`.
 
-Status 0 if they agree, 1 if they do not."""
+With `--against` ours come from another checkpoint, such as the one that was exported. Status 0 if they agree, 1 if not.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +9,37 @@ import argparse
 import sys
 from pathlib import Path
 
-from opt_parallel.errors import reporting
-from opt_parallel.log import quiet_libraries
+from opt_parallel.errors import UserError, reporting
+from opt_parallel.log import quiet_libraries, say
+
+MOST = 20  # findings to print
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument("--against", type=Path, help="…/checkpoints/step-<N>, or another Hugging Face folder")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree of our side")
     arguments = parser.parse_args()
+    if arguments.tensor < 1:
+        raise UserError(f"--tensor {arguments.tensor} must be at least 1")
     quiet_libraries()
-    from opt_parallel.verify import TOLERANCE, logit_differences
+    from opt_parallel.verify import verify
 
-    differences = logit_differences(arguments.checkpoint)
-    agree = max(differences.values()) <= TOLERANCE
-    figures = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    print(
-        f"{arguments.checkpoint}: {'agrees' if agree else 'DISAGREES'} with transformers; "
-        f"largest difference of logits: {figures} (limit {TOLERANCE:.0e})"
+    verdict = verify(arguments.checkpoint, arguments.against, arguments.tensor)
+    if verdict is None:
+        return 0
+    for finding in verdict.findings[:MOST]:
+        say(f"  {finding}")
+    if len(verdict.findings) > MOST:
+        say(f"  and {len(verdict.findings) - MOST} more")
+    figures = ", ".join(f"{name} {difference:.1e}" for name, difference in verdict.differences.items())
+    whose = "" if arguments.against is None else f" {arguments.against} in"
+    say(
+        f"{arguments.checkpoint}: {'agrees' if verdict.agrees else 'DISAGREES'} with{whose} transformers"
+        + (f"; largest difference of outputs: {figures} (limit {verdict.limit:.1e})" if figures else "")
     )
-    return 0 if agree else 1
+    return 0 if verdict.agrees else 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from opt_parallel.compose import run_from, to_dict, to_yaml
 from opt_parallel.config import (
     DataConfig,
     EvaluationConfig,
+    ExportConfig,
     Offload,
     OptimizerConfig,
     ParallelConfig,
@@ -49,6 +50,7 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: OptimizerConfig(lr=0.0), ["lr=0.0"]),
     (lambda: PrecisionConfig(initial_scale=1e-3), ["initial_scale=0.001", "floor=0.03125"]),
     (lambda: DataConfig(train=3), ["data.train=3"]),
+    (lambda: ExportConfig(max_shard_size="5 apples"), ["export.max_shard_size=5 apples", "5GB"]),
     (
         lambda: Run(batch={"global": 6, "micro": 2}).check_world(2),
         ["batch.global=6", "micro(2) × data(2) = 4", "4 or 8"],

@@ -55,6 +55,7 @@ def metrics_of(checkpoint: Path, step: int) -> list[dict[str, Any]]:
 def _training(manifest: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     config, clock = manifest["config"], manifest["clock"]
     facts = [
+        ("started from", _listed(config.get("init_from"))),
         ("training text", _listed(config["data"]["train"])),
         ("validation text", _listed(config["data"]["validation"])),
         ("tokens of a sequence", config["data"]["sequence_length"]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -101,6 +102,8 @@ class Saver:
             except Exception as error:
                 failure = _why(error)
         failures = failures or self._failures(failure)
+        if failures and self.topology.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # all ranks are done with it
         self.failure = (failure or "another rank could not write") if failures else None
 
     def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:

@@ -86,7 +86,7 @@ class Store:
 
     def save(self, engine: Engine, clock: Clock) -> None:
         """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed."""
-        self._settle()
+        self.wait()
         final = self.root / f"step-{clock.step}"
         self.saving, beside = final, final.with_name(f"{final.name}.partial")
         failure: str | None = None
@@ -102,7 +102,13 @@ class Store:
             manifest = self._manifest(engine, clock)
             self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest))
         if not self.run.checkpoint.asynchronous:
-            self._settle()
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk; says if that failed."""
+        failure = self.saver.wait()
+        if failure is not None:
+            say(f"warning: {self.saving} could not be written ({failure}), and nothing of it is left")
 
     def finish(self) -> None:
         """Wait for what is still being written. Raises: UserError if the last checkpoint failed."""
@@ -114,11 +120,6 @@ class Store:
                 f"{self.saving} could not be written ({failure}): make room there and start the same command again; "
                 + (f"{kept} is whole" if kept else "there is no earlier checkpoint")
             )
-
-    def _settle(self) -> None:
-        failure = self.saver.wait()
-        if failure is not None:
-            say(f"warning: {self.saving} could not be written ({failure}); training goes on, and the next is tried")
 
     def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
         """On the first rank, once all files are on the disk: manifest, tokenizer, the name, and room for the next."""

@@ -81,7 +81,7 @@ def write_folder(
     if group.size > 1:
         for _ in tensors:  # what is left of it: everything on the ranks that do not write, which gather all the same
             pass
-    if failure is not None or int(all_reduce(torch.tensor(int(failure is not None)), group)):
+    if int(all_reduce(torch.tensor(int(failure is not None)), group)):  # every rank asks, or the others would wait
         raise _explained(output, failure)
 
 
@@ -173,7 +173,7 @@ def _write_tensor(file: BinaryIO, name: str, tensor: tuple[str, Tensor], dtype: 
     assert tensor[0] == name
     values = tensor[1].detach().cpu()
     stored = values.to(dtype)
-    if not bool(stored.isfinite().all()):
+    if not all(math.isfinite(extreme) for extreme in stored.aminmax()):  # unlike isfinite this takes no memory
         too_large = values[values.isfinite() & ~stored.isfinite()]
         if too_large.numel():
             kind, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max

@@ -1,0 +1,51 @@
+"""A run that exports itself: once, at its very end, and again where that went wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from command import python, small, torchrun
+
+
+def steps_of(export: Path) -> str:
+    """What the model card says."""
+    lines = (export / "README.md").read_text().splitlines()
+    return next(line for line in lines if line.startswith("| steps |"))
+
+
+def test_ranks_end_while_the_first_exports(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    arguments = [*small(tmp_path), "parallel.tensor=2", "steps=2", f"data.validation={text}", "evaluation.every=1"]
+    process = torchrun(2, "train.py", *arguments, "export.at_end=true", "export.dtype=bfloat16")
+    assert process.returncode == 0, process.stderr
+    export = tmp_path / "run" / "export"
+    assert process.stdout.splitlines()[-1] == f"exported {tmp_path}/run/checkpoints/step-2 to {export}"
+    assert steps_of(export) == "| steps | 2 of 2 |"
+    assert "validation loss, nats a token, step 2" in (export / "README.md").read_text()
+    assert '"torch_dtype": "bfloat16"' in (export / "config.json").read_text()
+
+
+def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) -> None:
+    arguments = [*small(tmp_path), "steps=2", "export.at_end=true"]
+    export, checkpoint = tmp_path / "run" / "export", tmp_path / "run" / "checkpoints" / "step-2"
+    assert python("train.py", *arguments, "stop_at=1").returncode == 0
+    assert not export.exists()  # the run goes on
+
+    in_the_way = tmp_path / "run" / "export.partial"
+    in_the_way.write_text("a file where a folder is to be made")
+    failed = python("train.py", *arguments)
+    assert failed.returncode == 2
+    assert failed.stderr == (
+        f"error: export.at_end: {export} cannot be written (File exists), and nothing of it is left: make room, or "
+        f"choose another; {checkpoint} is safe, and the same command tries the export again\n"
+    )
+    in_the_way.unlink()
+    again = python("train.py", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == f"exported {checkpoint} to {export}"
+    assert "exported" not in python("train.py", *arguments).stdout  # it is there
+
+    longer = python("train.py", *arguments, "steps=3")
+    assert longer.returncode == 0, longer.stderr
+    assert steps_of(export) == "| steps | 3 of 3 |"
+    assert sorted(path.name for path in export.parent.glob("export*")) == ["export"]
