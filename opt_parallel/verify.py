@@ -85,8 +85,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
     if not (opened.folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
     transformers = _transformers()
-    if opened.config.num_attention_heads % tensor:
-        raise UserError(f"--tensor {tensor} does not divide {opened.config.num_attention_heads} heads")
+    opened.config.check_splits(tensor, "--tensor ")
     if other := _other_network(opened, judged):
         return Verdict(findings=other)  # outputs that nobody would compare
     described = transformers.AutoConfig.from_pretrained(opened.folder)

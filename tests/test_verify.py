@@ -182,7 +182,7 @@ def test_our_side_may_be_split(crew: Any, exported: tuple[Path, Path]) -> None:
     verdict, nothing = crew(2)(verify, folder, source, 2)
     assert verdict.agrees, verdict
     assert nothing is None
-    with pytest.raises(UserError, match="--tensor 3 does not divide 4 heads"):
+    with pytest.raises(UserError, match="num_attention_heads=4 is not divisible by --tensor 3"):
         verify(folder, tensor=3)
 
 

@@ -15,7 +15,7 @@ from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import read_config, read_labels
 from opt_parallel.shapes import Labels, ModelConfig, ProblemType
-from opt_parallel.topology import ALONE
+from opt_parallel.topology import ALONE, Group
 
 CPU = torch.device("cpu")
 
@@ -191,3 +191,12 @@ def test_labels(folder: Path) -> None:
     ):
         change(folder, **{"id2label": {"0": "no"}, "problem_type": None, "num_labels": 1, **fields})
         assert word in error_of(lambda: read_labels(folder))
+
+
+@pytest.mark.parametrize("degree", [3, 5])
+def test_a_tensor_degree_that_does_not_fit_is_said_before_anything_is_read(folder: Path, degree: int) -> None:
+    group = Group(None, 0, degree)
+    opened = open_checkpoint(folder)
+    for call in (lambda: opened.model(group, CPU), lambda: opened.classifier(2, group, CPU, new_head=True)):
+        line = error_of(call)
+        assert f"model.num_attention_heads=4 is not divisible by tensor degree {degree}" in line
