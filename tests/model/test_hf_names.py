@@ -200,3 +200,17 @@ def test_a_tensor_degree_that_does_not_fit_is_said_before_anything_is_read(folde
     for call in (lambda: opened.model(group, CPU), lambda: opened.classifier(2, group, CPU, new_head=True)):
         line = error_of(call)
         assert f"model.num_attention_heads=4 is not divisible by tensor degree {degree}" in line
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "complex64"])
+def test_numbers_that_are_no_weights(folder: Path, dtype: str) -> None:
+    name = "model.decoder.layers.0.fc1.weight"
+    tensors_changed(folder, lambda tensors: tensors.update({name: tensors[name].to(getattr(torch, dtype))}))
+    line = error_of(lambda: open_checkpoint(folder).model(ALONE, CPU))
+    assert f"{name} is {dtype}" in line
+
+
+@pytest.mark.parametrize("content", ["[]", '{"name": "of a web page"}'])
+def test_a_manifest_that_is_not_ours(folder: Path, content: str) -> None:
+    (folder / "manifest.json").write_text(content)
+    assert "manifest.json is not one that training writes" in error_of(lambda: open_checkpoint(folder))
