@@ -39,9 +39,7 @@ def main() -> None:
     settings = ("max_new_tokens", "temperature", "top_k", "top_p", "beams", "length_penalty", "seed")
     decoding = Decoding(**{name: getattr(arguments, name) for name in settings})
     opened = open_checkpoint(arguments.checkpoint)
-    for what in ("num_attention_heads", "ffn_dim"):
-        if getattr(opened.config, what) % arguments.tensor:
-            raise UserError(f"--tensor {arguments.tensor} does not divide {what}={getattr(opened.config, what)}")
+    opened.config.check_splits(arguments.tensor, "--tensor ")
     tokenizer = tokenizer_of(opened)
     encoded = [encode_prompt(tokenizer, prompt, opened.config) for prompt in prompts]
     check_fits(opened.config, decoding, max(map(len, encoded)))
