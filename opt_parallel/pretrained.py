@@ -82,7 +82,8 @@ class _Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
         """Write what `from_pretrained` reads, here and in transformers, in the weights' own dtype: whole or absent.
 
-        Every rank of the group takes part; the first writes, one tensor at a time. Raises: UserError."""
+        Every rank of the group takes part; the first writes, one tensor at a time. Where several tensor groups hold the
+        same model, one of them saves. Raises: UserError."""
         if Path(folder).exists():
             raise UserError(f"{folder} exists: remove it or choose another folder")
         tensors = {name: tensor for name, tensor, _ in marked(self.model)}

@@ -183,8 +183,14 @@ def save(path: Path, prompts: list[str], texts: list[str]) -> None:
     """Write prompts and texts, the whole file at once or none."""
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"--output {path} cannot be written ({error.strerror}): make room, or choose another"
+        ) from error
     print(f"{len(rows)} texts in {path}", file=sys.stderr)
 
 

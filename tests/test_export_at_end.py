@@ -40,6 +40,12 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
         f"choose another; {checkpoint} is safe, and the same command tries the export again\n"
     )
     in_the_way.unlink()
+    (export / "mine").mkdir(parents=True)
+    foreign = python("train.py", *arguments)
+    assert foreign.returncode == 2
+    assert "is no export of ours" in foreign.stderr
+    (export / "mine").rmdir()  # still there
+    export.rmdir()
     again = python("train.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == f"exported {checkpoint} to {export}"

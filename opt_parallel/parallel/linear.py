@@ -51,9 +51,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.linear(
-                hidden, self.weight, self.bias
-            )  # added within the product
+            return F.linear(hidden, self.weight, self.bias)  # added within the product
         summed = reduce(F.linear(hidden, self.weight), self.group)
         return summed if self.bias is None else summed + self.bias
 
