@@ -75,7 +75,11 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
         config.data.tokenizer = str(_tokenizer_of(folder, config.init_from))
     if not {"run.name", "experiment"} & given:
         ours = folder.parent.name == "checkpoints"  # runs/<name>/checkpoints/step-<N>
-        base = f"{folder.parent.parent.name}-{folder.name}" if ours else Path(config.init_from).name
+        base = (
+            f"{folder.parent.parent.name}-{folder.name}"
+            if ours
+            else Path(config.init_from).name.strip(".") or folder.resolve().name
+        )
         config.run.name = f"from-{base}"  # not the network's own name: a run of that name may have begun without these
 
 

@@ -312,19 +312,7 @@ class Run(Section):
         )
 
     def _check_model_fits(self) -> None:
-        tensor = self.parallel.tensor
-        for what, size in (("num_attention_heads", self.model.num_attention_heads), ("ffn_dim", self.model.ffn_dim)):
-            require(
-                size % tensor == 0,
-                f"model.{what}={size} is not divisible by parallel.tensor={tensor} "
-                f"({size} = {tensor} × {size // tensor} + {size % tensor}); choose a tensor degree that divides it",
-            )
-        rows = -(-self.model.vocab_size // tensor)
-        require(
-            (tensor - 1) * rows < self.model.vocab_size,
-            f"model.vocab_size={self.model.vocab_size} leaves a rank of parallel.tensor={tensor} without words "
-            f"({rows} each): choose a smaller tensor degree",
-        )
+        self.model.check_splits(self.parallel.tensor, "parallel.tensor=")
         require(
             self.data.sequence_length <= self.model.max_position_embeddings,
             f"data.sequence_length={self.data.sequence_length} > model.max_position_embeddings="

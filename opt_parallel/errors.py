@@ -55,5 +55,7 @@ def reporting(
         leave(str(error))
     except expected as error:
         leave(explain(error))
+    except BrokenPipeError:  # whoever read our output has had enough, as `head` has
+        os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         leave("interrupted", status=130, patience=0.0)

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
+SAYS_IT_AGAIN = "huggingface_hub.utils._http"  # each retry, of what our own line says at the end
 
 
 def is_main() -> bool:
@@ -28,5 +29,6 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename not in said_by_us)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(SAYS_IT_AGAIN).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -21,7 +21,7 @@ from opt_parallel.export import export
 from opt_parallel.hf_config import CONFIG
 from opt_parallel.interrupt import Interrupt
 from opt_parallel.log import is_main, say
-from opt_parallel.manifest import MANIFEST
+from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import random_source
 from opt_parallel.topology import Topology, check_precision, local_device
@@ -35,6 +35,7 @@ def train(run: Run) -> int:
 
     Raises: UserError for what the user can mend."""
     check_precision(run.precision.name, local_device())
+    _warn_of_another_start(run)
     if _nothing_left(run):
         return 0
     _claim_folder(run)
@@ -118,7 +119,10 @@ def _export_at_end(run: Run, checkpoint: Path) -> None:
 
     Rank 0 does it alone, and no group waits for it."""
     output = run.folder / "export"
-    if not run.export.at_end or not is_main() or _younger(output / CONFIG, checkpoint / MANIFEST):
+    if not run.export.at_end or not is_main():
+        return
+    if _younger(output / CONFIG, checkpoint / MANIFEST):
+        say(f"{output} is there already, of that checkpoint: remove it to write it anew")
         return
     size = bytes_of(run.export.max_shard_size, "export.max_shard_size=")
     try:
@@ -143,6 +147,19 @@ def _start(run: Run) -> Opened | None:
     opened = open_checkpoint(run.init_from, "init_from=")
     opened.check_language_model()
     return opened
+
+
+def _warn_of_another_start(run: Run) -> None:
+    """Say that `init_from` is not read where the run goes on from a checkpoint that began elsewhere."""
+    folder = choose(run)
+    if run.init_from is None or folder is None:
+        return
+    began = read_manifest(folder)["config"].get("init_from")
+    if began != run.init_from:
+        say(
+            f"warning: init_from={run.init_from} is not read: {folder} goes on, which began from "
+            f"{began or 'random weights'}; choose another run.name or run.dir to start anew"
+        )
 
 
 def _claim_folder(run: Run) -> None:

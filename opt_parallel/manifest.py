@@ -19,5 +19,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no checkpoint: {MANIFEST} cannot be read ({error})") from error
-    assert isinstance(manifest, dict)
+    if not isinstance(manifest, dict) or not {"config", "clock", "tensors"} <= manifest.keys():
+        raise UserError(f"{folder} is no checkpoint: its {MANIFEST} is not one that training writes; remove the file")
     return manifest

@@ -82,7 +82,8 @@ class _Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
         """Write what `from_pretrained` reads, here and in transformers, in the weights' own dtype: whole or absent.
 
-        Every rank of the group takes part; the first writes, one tensor at a time. Raises: UserError."""
+        Every rank of the group takes part; the first writes, one tensor at a time. Where several tensor groups hold the
+        same model, one of them saves. Raises: UserError."""
         if Path(folder).exists():
             raise UserError(f"{folder} exists: remove it or choose another folder")
         tensors = {name: tensor for name, tensor, _ in marked(self.model)}
@@ -118,11 +119,8 @@ class _Pretrained(nn.Module):
         output_hidden_states: bool | None = False,
     ) -> BaseModelOutputWithPast:
         batch, length, device = _extent(input_ids, inputs_embeds)
-        if input_ids is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
-            raise ValueError(f"input_ids holds ids outside 0 to vocab_size − 1 = {self.config.vocab_size - 1}")
         keys = positions_held(past_key_values) + length
-        if attention_mask is not None and attention_mask.shape != (batch, keys):
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, not (batch, keys) = {(batch, keys)}")
+        self._check_inputs(input_ids, attention_mask, batch, keys)
         if keys > self.config.max_position_embeddings:
             raise ValueError(
                 f"{keys} tokens are more than max_position_embeddings={self.config.max_position_embeddings}"
@@ -144,6 +142,13 @@ class _Pretrained(nn.Module):
             None if trace.hidden_states is None else (*trace.hidden_states, hidden),
             None if trace.attentions is None else tuple(trace.attentions),
         )
+
+    def _check_inputs(self, input_ids: Tensor | None, attention_mask: Tensor | None, batch: int, keys: int) -> None:
+        """Raise ValueError for what would be looked up or masked wrongly without a word, at some tensor degree."""
+        if input_ids is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+            raise ValueError(f"input_ids holds ids outside 0 to vocab_size − 1 = {self.config.vocab_size - 1}")
+        if attention_mask is not None and attention_mask.shape != (batch, keys):
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, not (batch, keys) = {(batch, keys)}")
 
     def _draw(self, batch: int, device: torch.device) -> Draw:
         samples = torch.arange(self.samples, self.samples + batch, device=device)
@@ -215,7 +220,13 @@ class OPTForCausalLM(_Pretrained):
         """Prompts (B, S), the shorter ones padded on the left, and what follows them (B, S + n).
 
         The likeliest tokens, drawn ones (`do_sample`), or beam search (`num_beams`); see `model.decoding.Decoding`.
-        Raises: UserError."""
+        Raises: UserError; ValueError for inputs that do not fit."""
+        self._check_inputs(input_ids, attention_mask, *input_ids.shape)
+        for name, given, neutral in (("temperature", temperature, 1.0), ("top_k", top_k, None), ("top_p", top_p, 1.0)):
+            if not do_sample and given != neutral:
+                raise UserError(f"{name}={given} is of what is drawn: set do_sample=True, or leave {name} out")
+        if do_sample and temperature == 0:
+            raise UserError("do_sample=True with temperature=0 draws nothing: leave both out for the likeliest tokens")
         warmth = temperature if do_sample else 0.0
         decoding = Decoding(max_new_tokens, warmth, top_k, top_p, num_beams, length_penalty, seed)
         return generate(self.model, input_ids, attention_mask, decoding)
@@ -246,7 +257,9 @@ class OPTForSequenceClassification(_Pretrained):
 
         Raises: UserError if it cannot be read, is no OPT, or has a head for another number of labels."""
         opened = open_checkpoint(name)
-        labels = opened.labels if num_labels is None else Labels.numbered(num_labels, opened.labels.problem_type)
+        labels = opened.labels
+        if num_labels is not None and num_labels != len(labels.names):
+            labels = Labels.numbered(num_labels, labels.problem_type)
         if problem_type is not None:
             labels = Labels(labels.names, ProblemType(problem_type))
         model = opened.classifier(len(labels.names), group, torch.device(device), dtype, new_head=True, seed=seed)

@@ -130,6 +130,22 @@ class ModelConfig(Section):
         require(self.embedding_size >= 1, f"model.word_embed_proj_dim={self.word_embed_proj_dim} must be at least 1")
         require(self.std >= 0, f"model.init_std={self.init_std} must not be negative")
 
+    def check_splits(self, tensor: int, key: str) -> None:
+        """Raise `UserError` unless `tensor` ranks can share heads, feed-forward and words; `key` is what set it."""
+        for what in ("num_attention_heads", "ffn_dim"):
+            size = getattr(self, what)
+            require(
+                size % tensor == 0,
+                f"model.{what}={size} is not divisible by {key}{tensor} "
+                f"({size} = {tensor} × {size // tensor} + {size % tensor}); choose a tensor degree that divides it",
+            )
+        rows = -(-self.vocab_size // tensor)
+        require(
+            (tensor - 1) * rows < self.vocab_size,
+            f"model.vocab_size={self.vocab_size} leaves a rank of {key}{tensor} without words ({rows} each): "
+            "choose a smaller tensor degree",
+        )
+
     @property
     def embedding_size(self) -> int:
         """Width of the token embedding; the hidden size unless projected, as in the 350m."""

@@ -86,7 +86,10 @@ class Topology:
         _join(device)
         rank, size = dist.get_rank(), dist.get_world_size()
         if size % tensor:
-            raise UserError(f"data({size // tensor}) × tensor({tensor}) ≠ world size {size}; change parallel.tensor")
+            raise UserError(
+                f"tensor degree {tensor} does not divide world size {size}: start a multiple of {tensor} processes "
+                f"(torchrun --nproc-per-node {tensor} …), or choose another tensor degree"
+            )
         grid = torch.arange(size).view(size // tensor, tensor)
         made: list[dist.ProcessGroup] = []
         rows = _axis_group(grid, rank, made)

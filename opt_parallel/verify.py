@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.writing import CHECKSUMS, checksum
-from opt_parallel.errors import UserError
+from opt_parallel.errors import UserError, one_line
 from opt_parallel.hf_config import CONFIG
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.hf import to_hf
@@ -84,9 +84,9 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
     judged = opened if against is None else open_checkpoint(against, "--against")
     if not (opened.folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
+    labels = len(opened.labels.names)
     transformers = _transformers()
-    if opened.config.num_attention_heads % tensor:
-        raise UserError(f"--tensor {tensor} does not divide {opened.config.num_attention_heads} heads")
+    opened.config.check_splits(tensor, "--tensor ")
     if other := _other_network(opened, judged):
         return Verdict(findings=other)  # outputs that nobody would compare
     described = transformers.AutoConfig.from_pretrained(opened.folder)
@@ -95,7 +95,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
         raise UserError(f"{opened.folder / CONFIG}: architectures is {architecture}, not one of {', '.join(KINDS)}")
     kind = KINDS[architecture]
     with torch.device("meta"):
-        empty = kind.build(judged, described.num_labels, ALONE)
+        empty = kind.build(judged, labels, ALONE)
     missing = _other_tensors(judged, empty)
     if missing and against is not None:
         raise UserError(missing[0])
@@ -106,8 +106,9 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
 
     with Topology.open(tensor) as topology, torch.no_grad():
         with torch.device("meta"):
-            model = kind.build(judged, described.num_labels, topology.tensor)
+            model = kind.build(judged, labels, topology.tensor)
         fill(model, source, torch.device("cpu"), torch.float32)
+        judged.warn_of_not_finite(topology.tensor)
         ours = {name: model(ids, segments=mask) for name, (ids, mask) in inputs.items()}
         del model  # before theirs comes: one whole model in memory at a time
         if not topology.is_main:
@@ -159,7 +160,7 @@ def _as_stored(judged: Opened, opened: Opened, model: nn.Module) -> Source:
     held = [(shard.numel, name, shard) for name, _, shard in marked(model) if opened.stored.holds(name)]
     _, name, shard = min(held, key=lambda each: each[0])
     dtype = opened.stored(name, shard).dtype
-    return lambda name, shard: judged.stored(name, shard).to(dtype)
+    return lambda name, shard: judged.weights(name, shard).to(dtype)
 
 
 def _inputs(opened: Opened) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -196,7 +197,10 @@ def _wrong_checksums(folder: Path) -> list[str]:
     """The tensors whose bytes are not those that were exported; nothing where nobody wrote down checksums."""
     if not (folder / CHECKSUMS).is_file():
         return []
-    written = json.loads((folder / CHECKSUMS).read_text())
+    try:
+        written: dict[str, str] = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        return [f"{CHECKSUMS} cannot be read ({one_line(error)})"]
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

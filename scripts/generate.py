@@ -39,9 +39,7 @@ def main() -> None:
     settings = ("max_new_tokens", "temperature", "top_k", "top_p", "beams", "length_penalty", "seed")
     decoding = Decoding(**{name: getattr(arguments, name) for name in settings})
     opened = open_checkpoint(arguments.checkpoint)
-    for what in ("num_attention_heads", "ffn_dim"):
-        if getattr(opened.config, what) % arguments.tensor:
-            raise UserError(f"--tensor {arguments.tensor} does not divide {what}={getattr(opened.config, what)}")
+    opened.config.check_splits(arguments.tensor, "--tensor ")
     tokenizer = tokenizer_of(opened)
     encoded = [encode_prompt(tokenizer, prompt, opened.config) for prompt in prompts]
     check_fits(opened.config, decoding, max(map(len, encoded)))
@@ -185,8 +183,14 @@ def save(path: Path, prompts: list[str], texts: list[str]) -> None:
     """Write prompts and texts, the whole file at once or none."""
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"--output {path} cannot be written ({error.strerror}): make room, or choose another"
+        ) from error
     print(f"{len(rows)} texts in {path}", file=sys.stderr)
 
 

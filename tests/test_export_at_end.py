@@ -40,10 +40,18 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
         f"choose another; {checkpoint} is safe, and the same command tries the export again\n"
     )
     in_the_way.unlink()
+    (export / "mine").mkdir(parents=True)
+    foreign = python("train.py", *arguments)
+    assert foreign.returncode == 2
+    assert "is no export of ours" in foreign.stderr
+    (export / "mine").rmdir()  # still there
+    export.rmdir()
     again = python("train.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == f"exported {checkpoint} to {export}"
-    assert "exported" not in python("train.py", *arguments).stdout  # it is there
+    third = python("train.py", *arguments, "export.dtype=bfloat16").stdout
+    assert third.splitlines()[-1] == f"{export} is there already, of that checkpoint: remove it to write it anew"
+    assert '"torch_dtype": "float32"' in (export / "config.json").read_text()
 
     longer = python("train.py", *arguments, "steps=3")
     assert longer.returncode == 0, longer.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -136,6 +137,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "output nowhere": (["--prompt", "x", "--output", "no/texts.jsonl"], ["--output no/texts.jsonl"]),
     "processes": (["--prompt", "x", "--tensor", "2"], ["--tensor 2", "torchrun --nproc-per-node 2"]),
     "contradiction": (["--prompt", "x", "--top-k", "5"], ["top_k=5", "temperature=0"]),
+    "no text": (["--prompt", os.fsdecode(b"caf\xe9"), "--max-new-tokens", "5"], ["is no text", "UTF-8"]),
     "no batch": (["--prompt", "x", "--batch", "0"], ["--batch 0"]),
 }
 
@@ -156,7 +158,7 @@ def test_mistakes(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_heads_that_tensor_does_not_divide(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="--tensor 3 does not divide num_attention_heads=4"):
+    with pytest.raises(UserError, match="num_attention_heads=4 is not divisible by --tensor 3"):
         run_script(monkeypatch, "--checkpoint", str(checkpoint), "--prompt", "x", "--tensor", "3",
                    "--max-new-tokens", "5")  # fmt: skip
 

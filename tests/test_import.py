@@ -184,3 +184,12 @@ def test_wrong_weights_are_one_line_on_every_rank(checkpoint: Path, tmp_path: Pa
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
     assert "init_from=someone/else is no folder here" in process.stderr
+
+
+def test_a_run_that_goes_on_says_that_another_start_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    assert python(*start(tmp_path, checkpoint)).returncode == 0
+    process = python(*start(tmp_path, other))
+    assert process.returncode == 0, process.stderr
+    assert f"warning: init_from={other} is not read" in process.stdout
+    assert f"began from {checkpoint}; choose another run.name" in process.stdout

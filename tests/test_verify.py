@@ -182,7 +182,7 @@ def test_our_side_may_be_split(crew: Any, exported: tuple[Path, Path]) -> None:
     verdict, nothing = crew(2)(verify, folder, source, 2)
     assert verdict.agrees, verdict
     assert nothing is None
-    with pytest.raises(UserError, match="--tensor 3 does not divide 4 heads"):
+    with pytest.raises(UserError, match="num_attention_heads=4 is not divisible by --tensor 3"):
         verify(folder, tensor=3)
 
 
@@ -200,3 +200,22 @@ def test_the_script(exported: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_training_checkpoint_is_nothing_for_transformers(exported: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match=f"--checkpoint {exported[0]} is not what transformers reads"):
         verify(exported[0])
+
+
+@pytest.mark.parametrize("content", ["oops", "[1]"])
+def test_damaged_checksums_are_a_finding(exported: tuple[Path, Path], tmp_path: Path, content: str) -> None:
+    folder = tampered(exported[1], tmp_path / "damaged", lambda tensors: None)
+    (folder / "checksums.json").write_text(content)
+    verdict = verify(folder)
+    assert verdict is not None
+    assert "checksums.json cannot be read" in verdict.findings[0]
+
+
+def test_a_value_that_is_not_finite_is_named(
+    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tampered(exported[1], tmp_path / "nan", lambda tensors: tensors[KEY].view(-1)[:1].fill_(float("nan")))
+    verdict = verify(wrong)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert "values that are not finite, in decoder.layers.1.self_attn.qkv_proj.weight" in capsys.readouterr().out

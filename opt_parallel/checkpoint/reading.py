@@ -64,6 +64,7 @@ class Opened:
 
     def model(self, group: Group, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
         """The language model itself, this rank's part of it. Raises: UserError."""
+        self.config.check_splits(group.size, "tensor degree ")
         with torch.device("meta"):
             model = CausalLM(self.config, group)
         self.stored.check(logical_shapes(model))
@@ -81,6 +82,7 @@ class Opened:
     ) -> SequenceClassifier:
         """A classifier, this rank's part of it. `new_head` allows that the checkpoint has none: a language model's.
         Its head is then drawn from `seed`. Raises: UserError."""
+        self.config.check_splits(group.size, "tensor degree ")
         with torch.device("meta"):
             model = SequenceClassifier(self.config, num_labels, group)
         source: Source = self.weights

@@ -56,7 +56,7 @@ def write_folder(
         max_shard_size: bytes of tensors in one file; a larger tensor has a file to itself.
         files: other files, by name.
         to_theirs: a logical tensor under the names in the files.
-        replace: an `output` that exists gives way once the new one is whole.
+        replace: an earlier export of that name gives way once the new one is whole; any other folder does not.
 
     Raises: UserError, on every rank alike: the disk is full or closed, or a value is too large for `dtype`.
     """
@@ -206,6 +206,8 @@ def _put_in_place(partial: Path, output: Path, replace: bool) -> None:
     """Give the whole folder its name; of an older one of that name nothing stays."""
     aside = output.with_name(output.name + ".replaced")
     if replace and output.is_dir():
+        if not (output / CHECKSUMS).is_file():
+            raise UserError(f"{output} exists and is no export of ours: move it away, or choose another run.dir")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(output, aside)
     os.replace(partial, output)

@@ -115,7 +115,10 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[list[in
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, model: ModelConfig) -> list[int]:
-    """The token ids of a prompt: as OPT's, it starts with the end-of-text token."""
+    """The token ids of a prompt: as OPT's, it starts with the end-of-text token.
+
+    Raises: UserError for bytes of a command line, or escapes of a JSON text, that are no characters."""
+    require(prompt.encode(errors="ignore").decode() == prompt, f"the prompt {prompt!r} is no text: write it in UTF-8")
     return [model.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
 
 

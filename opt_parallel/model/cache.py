@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Cache:
-    """For each layer two buffers (B, A/t, room, D): B sequences, this rank's A/t heads of width D.
+    """For each layer a buffer (2, B, A/t, room, D): keys and values, B sequences, this rank's A/t heads of width D.
 
     Made with the room that it will need, nothing is ever moved; a cache that turns out too short doubles its room.
     Keys and values that carry gradients are joined into new tensors: writing into a buffer would spoil what autograd
@@ -15,37 +15,32 @@ class Cache:
     """
 
     def __init__(self, layers: int, batch: int, heads: int, room: int, head_dim: int, like: Tensor) -> None:
-        self.keys = [like.new_empty(batch, heads, room, head_dim) for _ in range(layers)]
-        self.values = [like.new_empty(batch, heads, room, head_dim) for _ in range(layers)]
+        self.buffers = [like.new_empty(2, batch, heads, room, head_dim) for _ in range(layers)]
         self.length = 0  # positions held; the decoder moves it on after the last layer
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, A/t, S, D) to a layer and return all of it so far, as views."""
-        end = self.length + keys.size(2)
-        held = []
-        for buffers, new in ((self.keys, keys), (self.values, values)):
-            if new.requires_grad:
-                buffers[layer] = torch.cat([buffers[layer][:, :, : self.length], new], dim=2)
-            else:
-                if buffers[layer].size(2) < end:
-                    buffers[layer] = self._with_more_room(buffers[layer], end)
-                buffers[layer][:, :, self.length : end] = new
-            held.append(buffers[layer][:, :, :end])
-        return held[0], held[1]
+    def extend(self, layer: int, new: Tensor) -> Tensor:
+        """Append keys and values (2, B, A/t, S, D) to a layer and return all of them so far, as a view."""
+        end = self.length + new.size(3)
+        if new.requires_grad:
+            self.buffers[layer] = torch.cat([self.buffers[layer][:, :, :, : self.length], new], dim=3)
+        else:
+            if self.buffers[layer].size(3) < end:
+                self._make_room(layer, end)
+            self.buffers[layer][:, :, :, self.length : end] = new
+        return self.buffers[layer][:, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
         """Go on with the sequences `rows` (B′,), in that order; beam search copies and drops sequences so."""
-        for buffers in (self.keys, self.values):
-            for layer, buffer in enumerate(buffers):
-                chosen = buffer.new_empty(rows.size(0), *buffer.shape[1:])
-                chosen[:, :, : self.length] = buffer[rows, :, : self.length]
-                buffers[layer] = chosen
+        for layer, buffer in enumerate(self.buffers):
+            chosen = buffer.new_empty(2, rows.size(0), *buffer.shape[2:])
+            chosen[:, :, :, : self.length] = buffer[:, rows, :, : self.length]
+            self.buffers[layer] = chosen
 
-    def _with_more_room(self, buffer: Tensor, needed: int) -> Tensor:
-        batch, heads, room, head_dim = buffer.shape
-        larger = buffer.new_empty(batch, heads, max(2 * room, needed), head_dim)
-        larger[:, :, : self.length] = buffer[:, :, : self.length]
-        return larger
+    def _make_room(self, layer: int, needed: int) -> None:
+        buffer = self.buffers[layer]
+        larger = buffer.new_empty(*buffer.shape[:3], max(2 * buffer.size(3), needed), buffer.size(4))
+        larger[:, :, :, : self.length] = buffer[:, :, :, : self.length]
+        self.buffers[layer] = larger
 
 
 def positions_held(cache: Cache | None) -> int:

@@ -29,6 +29,7 @@ from opt_parallel.errors import UserError, one_line
 from opt_parallel.hub import INDEX_SUFFIX, WEIGHTS
 
 REMAP = 1 << 27  # bytes of tensors read through one mapping of a PyTorch file
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 Ranges = tuple[slice, ...]
 # the last part of a TensorFlow or Flax name, PyTorch's for it, and whether PyTorch stores the transposed matrix
 LEAVES = {
@@ -64,7 +65,11 @@ class WeightFiles:
     def read(self, name: str, ranges: Ranges) -> Tensor:
         """A slice of a tensor. Raises: UserError if its file is damaged."""
         with reading(self.folder, f": {name}"):
-            return self._files[name].read(name, ranges)
+            values = self._files[name].read(name, ranges)
+        if values.dtype not in DTYPES:
+            kind = str(values.dtype).removeprefix("torch.")
+            raise UserError(f"{self.folder}: {name} is {kind}, and only {', '.join(DTYPES.values())} are weights here")
+        return values
 
 
 def _files_of(folder: Path) -> Iterator[tuple[Path, type[WeightFile]]]:

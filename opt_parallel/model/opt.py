@@ -72,9 +72,11 @@ class Attention(nn.Module):
         """(B, S, H) → (B, S, H)."""
         batch, length, _ = hidden.shape
         projected = self.qkv_proj(hidden).view(batch, length, 3, self.heads, self.head_dim)
-        query, key, value = (part.transpose(1, 2) for part in projected.unbind(2))
+        parts = projected.permute(2, 0, 3, 1, 4)  # query, key and value, each (B, A/t, S, D)
+        query, keys_and_values = parts[0], parts[1:]
         if context.cache is not None:
-            key, value = context.cache.extend(self.layer, key, value)
+            keys_and_values = context.cache.extend(self.layer, keys_and_values)
+        key, value = keys_and_values.unbind(0)
         dropout = 0.0
         if context.draw is not None and self.dropout > 0.0:
             dropout = self.dropout

@@ -50,6 +50,8 @@ class RowParallelLinear(nn.Module):
         self.bias = replicated((out_features,), Constant(0.0), decay=False) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.linear(hidden, self.weight, self.bias)  # added within the product
         summed = reduce(F.linear(hidden, self.weight), self.group)
         return summed if self.bias is None else summed + self.bias
 

@@ -146,3 +146,14 @@ def test_embeddings_are_read_at_the_last_position(crew: Any, tmp_path: Path) -> 
     their_model("pre-norm", "one label", True, tmp_path)
     ((from_embeddings, from_ids),) = crew(1)(last_position, str(tmp_path))
     torch.testing.assert_close(from_embeddings, from_ids, rtol=0, atol=0)
+
+
+def test_the_checkpoints_own_number_of_labels_keeps_their_names(tmp_path: Path) -> None:
+    from opt_parallel.pretrained import OPTForSequenceClassification
+
+    model = their_model("pre-norm", "one label", True, tmp_path)
+    model.config.id2label = {0: "no", 1: "perhaps", 2: "yes"}
+    model.config.save_pretrained(tmp_path)
+    for number in (None, 3):
+        ours = OPTForSequenceClassification.from_pretrained(tmp_path, num_labels=number)
+        assert ours.labels.names == ("no", "perhaps", "yes")

@@ -15,7 +15,7 @@ from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import read_config, read_labels
 from opt_parallel.shapes import Labels, ModelConfig, ProblemType
-from opt_parallel.topology import ALONE
+from opt_parallel.topology import ALONE, Group
 
 CPU = torch.device("cpu")
 
@@ -191,3 +191,26 @@ def test_labels(folder: Path) -> None:
     ):
         change(folder, **{"id2label": {"0": "no"}, "problem_type": None, "num_labels": 1, **fields})
         assert word in error_of(lambda: read_labels(folder))
+
+
+@pytest.mark.parametrize("degree", [3, 5])
+def test_a_tensor_degree_that_does_not_fit_is_said_before_anything_is_read(folder: Path, degree: int) -> None:
+    group = Group(None, 0, degree)
+    opened = open_checkpoint(folder)
+    for call in (lambda: opened.model(group, CPU), lambda: opened.classifier(2, group, CPU, new_head=True)):
+        line = error_of(call)
+        assert f"model.num_attention_heads=4 is not divisible by tensor degree {degree}" in line
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "complex64"])
+def test_numbers_that_are_no_weights(folder: Path, dtype: str) -> None:
+    name = "model.decoder.layers.0.fc1.weight"
+    tensors_changed(folder, lambda tensors: tensors.update({name: tensors[name].to(getattr(torch, dtype))}))
+    line = error_of(lambda: open_checkpoint(folder).model(ALONE, CPU))
+    assert f"{name} is {dtype}" in line
+
+
+@pytest.mark.parametrize("content", ["[]", '{"name": "of a web page"}'])
+def test_a_manifest_that_is_not_ours(folder: Path, content: str) -> None:
+    (folder / "manifest.json").write_text(content)
+    assert "manifest.json is not one that training writes" in error_of(lambda: open_checkpoint(folder))

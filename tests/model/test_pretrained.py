@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from opt_parallel.errors import UserError
+
 STYLES: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
@@ -255,12 +257,31 @@ def refusals(model: Any, ids: Tensor) -> list[str]:
         with pytest.raises(ValueError) as caught:  # noqa: PT011  the messages are compared by the caller
             model(**wrong)
         said.append(str(caught.value))
+    for settings in (
+        {"input_ids": ids + 200},
+        {"attention_mask": torch.ones(2, 9)},
+        {"attention_mask": torch.ones(1, 10)},
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"do_sample": True, "temperature": 0.0},
+    ):
+        with pytest.raises((ValueError, UserError)) as caught:
+            model.generate(**{"input_ids": ids, **settings})
+        said.append(str(caught.value))
     return said
 
 
 def test_refusals(crew: Any, folder: Path) -> None:
     said = on_ranks(crew, 1, refusals, folder, ids_of(2, 10))
     wanted = ["exactly one", "exactly one", "(2, 9)", "max_position_embeddings=64", "vocab_size − 1 = 130"]
+    wanted += [
+        "vocab_size − 1 = 130",
+        "(2, 9)",
+        "(1, 10)",
+        "temperature=0.5",
+        "top_k=5 is of what is drawn: set do_sample=True",
+        "draws nothing",
+    ]
     assert all(words in message for words, message in zip(wanted, said, strict=True)), said
 
 
