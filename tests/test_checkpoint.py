@@ -68,7 +68,8 @@ def test_refusals(stopped: tuple[Path, list[str]], what: str) -> None:
 def test_another_layout_and_learning_rate_go_on(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     """What is configured now acts on the next step, and a table says what that is."""
     folder, arguments = stopped
-    shutil.copytree(folder / "run", tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "run" / "checkpoints" / "step-4", checkpoints / "step-4")
     changed = ["parallel.tensor=1", "zero.stage=0", "batch.micro=4", "optimizer.lr=1e-2", "schedule.name=constant"]
     process = python("train.py", *arguments, *changed, f"run.dir={tmp_path / 'run'}", "stop_at=5")
     assert process.returncode == 0, process.stderr
@@ -85,7 +86,7 @@ def test_another_layout_and_learning_rate_go_on(stopped: tuple[Path, list[str]],
         ["zero.stage", "1", "0"],
     ]
     assert [row["lr"] for row in train_rows(tmp_path / "run")][-1] == 1e-2
-    moved = largest_change(tmp_path / "run" / "checkpoints")
+    moved = largest_change(checkpoints)
     # Adam moves no weight by much more than the learning rate, and the linear schedule's was at 2e-4 by then
     assert 5e-3 < moved < 3e-2
 
