@@ -9,16 +9,21 @@ from typing import Any
 from opt_parallel.errors import UserError
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of the folder, docs/checkpoint-format.md
+KEYS = {"clock", "updates", "loss_scale", "layout", "versions", "config", "tensors", "files"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What the checkpoint says of itself.
 
-    Raises: UserError if `folder` is no checkpoint of ours."""
+    Raises: UserError if `folder` is no checkpoint of ours, or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no checkpoint: {MANIFEST} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or not {"config", "clock", "tensors"} <= manifest.keys():
-        raise UserError(f"{folder} is no checkpoint: its {MANIFEST} is not one that training writes; remove the file")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= KEYS:
+        raise UserError(
+            f"{folder} is no checkpoint: {MANIFEST} is not of format {FORMAT}, which this version reads; "
+            "remove the file if the folder is another's"
+        )
     return manifest

@@ -13,6 +13,10 @@ from crew import Crew
 torch.set_num_threads(1)  # as in the crew's workers: sums in another order would differ in the last digits
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-pairs", action="store_true", help="resume from every layout in every layout, not a choice")
+
+
 @pytest.fixture(scope="session")
 def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Crew]]:
     """`crew(size)`: worker processes of that number, started at first use."""

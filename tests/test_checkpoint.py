@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from command import python, small, torchrun, train_rows
 
 from opt_parallel.checkpoint.reading import open_checkpoint
+from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.store import newest
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.export import export
+from opt_parallel.parallel.shard import Constant, Shard
 
 RUN = [
     "parallel.tensor=2",
@@ -48,7 +51,6 @@ def test_resume_is_the_straight_run(stopped: tuple[Path, list[str]]) -> None:
 
 
 REFUSED = {
-    "layout": (["parallel.tensor=1"], ["parallel.tensor 2", "has 1"]),
     "never": (["parallel.tensor=1", "resume=never"], ["resume=never", "run.dir"]),
     "network": (["parallel.tensor=1", "model.num_attention_heads=2"], ["num_attention_heads=4", "has 2"]),
 }
@@ -61,6 +63,42 @@ def test_refusals(stopped: tuple[Path, list[str]], what: str) -> None:
     process = python("train.py", *arguments, *change, "steps=9")
     assert process.returncode == 2
     assert all(word in process.stderr for word in words), process.stderr
+
+
+def test_another_layout_and_learning_rate_go_on(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """What is configured now acts on the next step, and a table says what that is."""
+    folder, arguments = stopped
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "run" / "checkpoints" / "step-4", checkpoints / "step-4")
+    changed = ["parallel.tensor=1", "zero.stage=0", "batch.micro=4", "optimizer.lr=1e-2", "schedule.name=constant"]
+    process = python("train.py", *arguments, *changed, f"run.dir={tmp_path / 'run'}", "stop_at=5")
+    assert process.returncode == 0, process.stderr
+    assert "continuing at step 4:" in process.stdout
+    lines = process.stdout.splitlines()
+    table = [line.split() for line in lines[lines.index("changed since the checkpoint:") + 1 :] if line[:2] == "  "]
+    assert table == [
+        ["then", "now"],
+        ["batch.micro", "2", "4"],
+        ["optimizer.lr", "0.0006", "0.01"],
+        ["parallel.tensor", "2", "1"],
+        ["run.dir", str(folder / "run"), str(tmp_path / "run")],
+        ["schedule.name", "linear", "constant"],
+        ["zero.stage", "1", "0"],
+    ]
+    assert [row["lr"] for row in train_rows(tmp_path / "run")][-1] == 1e-2
+    moved = largest_change(checkpoints)
+    # Adam moves no weight by much more than the learning rate, and the linear schedule's was at 2e-4 by then
+    assert 5e-3 < moved < 3e-2
+
+
+def largest_change(checkpoints: Path) -> float:
+    """Of any weight between steps 4 and 5."""
+    before, after = (CheckpointReader(checkpoints / f"step-{step}") for step in (4, 5))
+    changes = []
+    for name, shape in before.shapes.items():
+        shard = Shard(shape, 0, 0, 1, Constant(0), False)
+        changes.append(float((after(name, shard) - before(name, shard)).abs().max()))
+    return max(changes)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -52,11 +52,15 @@ class Saver:
         self.thread = threading.Thread(target=self._write, args=(folder, shapes, records, complete))
         self.thread.start()
 
-    def wait(self) -> str | None:
-        """Until what was started is done: why it failed, on some rank, or None."""
+    def join(self) -> None:
+        """Until what was started is done."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+
+    def wait(self) -> str | None:
+        """Until what was started is done: why it failed, on some rank, or None."""
+        self.join()
         failure, self.failure = self.failure, None
         return failure
 
@@ -90,6 +94,19 @@ class Saver:
         records: list[dict[str, Any]],
         complete: Callable[[], None],
     ) -> None:
+        try:
+            self.failure = self._write_together(folder, shapes, records, complete)
+        except Exception as error:  # a rank is gone, and the group with it
+            self.failure = _why(error)
+
+    def _write_together(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        records: list[dict[str, Any]],
+        complete: Callable[[], None],
+    ) -> str | None:
+        """Why the checkpoint could not be written, on this rank or another; None if it is there."""
         failure: str | None = None
         try:
             self._write_file(folder, shapes, records)
@@ -104,7 +121,7 @@ class Saver:
         failures = failures or self._failures(failure)
         if failures and self.topology.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # all ranks are done with it
-        self.failure = (failure or "another rank could not write") if failures else None
+        return (failure or "another rank could not write") if failures else None
 
     def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:
         """The file, and beside it a note for the manifest."""

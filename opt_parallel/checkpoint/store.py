@@ -20,19 +20,30 @@ import torch
 
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
-from opt_parallel.checkpoint.whole import DAMAGE, choose, damages_in, forget_old, newest, set_aside, steps_in
+from opt_parallel.checkpoint.whole import (
+    DAMAGE,
+    choose,
+    damages_in,
+    forget_old,
+    newest,
+    partial_of,
+    set_aside,
+    steps_in,
+    torn_in,
+)
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_dict
 from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
-from opt_parallel.manifest import MANIFEST
+from opt_parallel.manifest import FORMAT, MANIFEST
+from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.collectives import all_reduce
+from opt_parallel.parallel.shard import logical_shapes
 from opt_parallel.shapes import MAY_DIFFER
-from opt_parallel.topology import Topology
+from opt_parallel.topology import ALONE, Topology
 
-FORMAT = 1  # of the folder, docs/checkpoint-format.md
 TOKENIZER = "tokenizer.json"
 LIBRARIES = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # what a run's numbers may depend on
 NOT_TOLD = {"resume", "stop_at"}  # settings of one process, not of the run
@@ -52,13 +63,14 @@ class Store:
 
         A damaged one is named, set aside, and the one before it taken. Raises: UserError if none is left, if
         `resume` names it, or if it is of another network or tokenizer."""
+        if self.topology.is_main:
+            for torn in torn_in(self.root):  # it would be in the way of a save
+                say(f"warning: {torn} has no {MANIFEST}; it is set aside as {set_aside(torn, 'damaged').name}")
         folder = choose(self.run)
         while folder is not None:
             damage = self._damage(folder)
             if damage is None:
-                reader = CheckpointReader(folder)
-                self._check_fits(folder, reader.manifest)
-                return reader
+                return CheckpointReader(folder)
             if self.run.resume != "auto":
                 raise UserError(f"resume={folder}: {damage}; choose an earlier checkpoint")
             self.topology.barrier()  # everybody has looked
@@ -88,7 +100,7 @@ class Store:
         """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed."""
         self.wait()
         final = self.root / f"step-{clock.step}"
-        self.saving, beside = final, final.with_name(f"{final.name}.partial")
+        self.saving, beside = final, partial_of(final)
         failure: str | None = None
         if self.topology.is_main:
             try:
@@ -102,7 +114,7 @@ class Store:
             manifest = self._manifest(engine, clock)
             self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest))
         if not self.run.checkpoint.asynchronous:
-            self.wait()
+            self.saver.join()  # whether it failed is for the next save to say, or for the end to fail with
 
     def wait(self) -> None:
         """Until what is being written is on the disk; says if that failed."""
@@ -156,7 +168,9 @@ class Store:
         }
 
     def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, None if nothing: each rank checks a share of the files."""
+        """What is wrong with a checkpoint, None if nothing: each rank checks a share of the files.
+
+        Raises: UserError if it is whole, but of another network or tokenizer than this run's."""
         damages = damages_in(folder, self.topology.world.rank, self.topology.world.size)
         if self.topology.any(damages is None):
             return f"its {MANIFEST} cannot be read"
@@ -165,7 +179,11 @@ class Store:
         for name, number in zip(damages, found.tolist(), strict=True):
             if number:
                 return f"{name} {DAMAGE[number]}"
-        return None
+        reader = CheckpointReader(folder)
+        self._check_fits(folder, reader.manifest)
+        with torch.device("meta"):
+            wanted = logical_shapes(CausalLM(self.run.model, ALONE))
+        return None if reader.shapes == wanted else f"its {MANIFEST} tells of tensors of another shape"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise UserError unless this run's network and tokenizer are the checkpoint's."""

@@ -28,6 +28,12 @@ def steps_in(checkpoints: Path) -> list[int]:
     return sorted(step for folder in checkpoints.glob("step-*") if (step := step_of(folder)) is not None)
 
 
+def torn_in(checkpoints: Path) -> list[Path]:
+    """Folders named as complete checkpoints that have lost their manifest: no save or deletion of ours leaves one."""
+    named = [folder for folder in checkpoints.glob("step-*") if folder.name.removeprefix("step-").isdigit()]
+    return sorted(folder for folder in named if step_of(folder) is None)
+
+
 def newest(checkpoints: Path) -> Path | None:
     """The checkpoint with the highest step."""
     steps = steps_in(checkpoints)
@@ -72,7 +78,7 @@ def damages_in(folder: Path, share: int = 0, of: int = 1) -> dict[str, int] | No
     """The damage of each file that share number `share` of `of` has to check; None if the manifest cannot be read."""
     try:
         files = read_manifest(folder)["files"]
-    except (UserError, KeyError):
+    except UserError:
         return None
     return {name: damage_of(folder / name, files[name]) if n % of == share else 0 for n, name in enumerate(files)}
 
@@ -86,10 +92,17 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and those at a multiple of `keep_every` steps (0: none)."""
+    """Delete all but the newest `keep` checkpoints, and those at a multiple of `keep_every` steps (0: none); and what
+    killed saves and deletions left. Nothing may be on its way."""
     for step in steps_in(checkpoints)[:-keep]:
         if keep_every and step % keep_every == 0:
             continue
         folder = checkpoints / f"step-{step}"
-        (folder / MANIFEST).unlink()  # first: half a deletion leaves nothing that looks whole
-        shutil.rmtree(folder)
+        os.replace(folder, partial_of(folder))  # first: half a deletion leaves nothing that looks whole
+    for leftover in checkpoints.glob("step-*.partial"):
+        shutil.rmtree(leftover)
+
+
+def partial_of(folder: Path) -> Path:
+    """The name that a checkpoint has while it is written and while it is deleted."""
+    return folder.with_name(f"{folder.name}.partial")

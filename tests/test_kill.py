@@ -1,0 +1,16 @@
+"""A run that is killed while it saves loses nothing that was whole; `kill_saves.py` does it more often."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kill_saves import kill_saves
+
+
+def test_killed_three_times(tmp_path: Path) -> None:
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("finds the ranks' processes in Linux's /proc")
+    tally = kill_saves(tmp_path, kills=3, seed=5)
+    assert len(tally.begun_at) == 4
+    assert tally.begun_at[-1] > 0
