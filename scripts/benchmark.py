@@ -20,7 +20,7 @@ from pathlib import Path
 
 from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run, bytes_of
 from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import quiet_libraries
+from opt_parallel.log import aligned, quiet_libraries
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
 
@@ -151,7 +151,6 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
 def run_loss(arguments: argparse.Namespace) -> None:
     import torch
     from benchmarks.loss import measure, row
-    from benchmarks.report import aligned
 
     torch.set_num_threads(arguments.threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision]
@@ -169,7 +168,6 @@ def run_loss(arguments: argparse.Namespace) -> None:
 def run_io(arguments: argparse.Namespace) -> None:
     run = compared_run(arguments.overrides, accumulation=1)
     from benchmarks.files import table_of
-    from benchmarks.report import aligned
 
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
     rows = table_of(run.model, run.parallel.tensor, run.precision.name, size)
@@ -183,7 +181,6 @@ def run_io(arguments: argparse.Namespace) -> None:
 def run_generation(arguments: argparse.Namespace) -> None:
     import torch
     from benchmarks.generation import HEAD, measure, row
-    from benchmarks.report import aligned
 
     from opt_parallel.model.decoding import Decoding, check_fits
 

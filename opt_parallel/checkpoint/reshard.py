@@ -53,9 +53,20 @@ class CheckpointReader:
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
         """The fp32 weights of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
-        box = Box(0, shard.range)
+        return self._read("weights", name, shard.range)
+
+    def whole(self, kind: str, name: str) -> Tensor | None:
+        """A logical tensor, or one of its moments; None where there were no moments yet.
+
+        Raises: UserError if a file is damaged."""
+        if not any(kind in piece.kinds for piece in self.pieces[name]):
+            return None
+        return self._read(kind, name, tuple(slice(0, size) for size in self.shapes[name]))
+
+    def _read(self, kind: str, name: str, ranges: Ranges) -> Tensor:
+        box = Box(0, ranges)
         values = torch.empty(box.numel)
-        self._copy("weights", name, values, [box])
+        self._copy(kind, name, values, [box])
         return box.of(values)
 
     def restore(self, fragment: Fragment) -> None:

@@ -26,8 +26,8 @@ from opt_parallel.compose import to_dict
 from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
-from opt_parallel.log import say
-from opt_parallel.manifest import MANIFEST
+from opt_parallel.log import aligned, say
+from opt_parallel.manifest import MANIFEST, changes
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.shapes import MAY_DIFFER
 from opt_parallel.topology import Topology
@@ -184,28 +184,15 @@ class Store:
 
     def _tell_changes(self, manifest: dict[str, Any]) -> None:
         """A table of settings and libraries that differ from the checkpoint's."""
-        before = _flat(manifest["config"]) | manifest["versions"]
-        after = _flat(to_dict(self.run)) | self._versions()
-        rows = [("", "then", "now")]
-        for key in sorted((before.keys() | after.keys()) - NOT_TOLD):
-            if before.get(key) != after.get(key):
-                rows.append((key, str(before.get(key, "—")), str(after.get(key, "—"))))
-        if len(rows) > 1:
-            widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        now = to_dict(self.run) | self._versions()
+        rows = [row for row in changes(manifest["config"] | manifest["versions"], now) if row[0] not in NOT_TOLD]
+        if rows:
             say("changed since the checkpoint:")
-            for row in rows:
-                say(f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
+            for line in aligned([["", "then", "now"], *rows]).split("\n"):
+                say(f"  {line}")
 
     def _versions(self) -> dict[str, str]:
         return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as `section.key`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _settle_folder(folder: Path) -> None:
