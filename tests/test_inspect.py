@@ -156,6 +156,11 @@ def test_verify(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert status == 1
     assert text.startswith(f"{folder}: {lost['name']} has 19,264 elements")
 
+    manifest.write_bytes(contents[manifest])
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    status, text = said(capsys, monkeypatch, "verify", folder)
+    assert (status, text) == (1, f"{folder}: tokenizer/tokenizer.json has another size than was written\n")
+
     manifest.write_text("{")
     status, text = said(capsys, monkeypatch, "verify", folder)
     assert (status, text) == (1, f"{folder}: manifest.json cannot be read\n")

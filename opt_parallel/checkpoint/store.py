@@ -20,7 +20,16 @@ import torch
 
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
-from opt_parallel.checkpoint.whole import DAMAGE, choose, damages_in, forget_old, newest, set_aside, steps_in
+from opt_parallel.checkpoint.whole import (
+    DAMAGE,
+    checksum_of,
+    choose,
+    damages_in,
+    forget_old,
+    newest,
+    set_aside,
+    steps_in,
+)
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_dict
 from opt_parallel.config import Run
@@ -127,12 +136,18 @@ class Store:
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
             note.unlink()
         shutil.copytree(self.tokenizer, beside / "tokenizer")
+        for path in sorted((beside / "tokenizer").iterdir()):
+            written = {"bytes": path.stat().st_size, "crc32": checksum_of(path), "fragments": []}
+            manifest["files"][f"tokenizer/{path.name}"] = written
+            _settle(path)
         with open(beside / MANIFEST, "w") as file:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
+        for folder in (beside / "tokenizer", beside):
+            _settle(folder)
         os.replace(beside, final)
-        _settle_folder(self.root)
+        _settle(self.root)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _manifest(self, engine: Engine, clock: Clock) -> dict[str, Any]:
@@ -195,8 +210,8 @@ class Store:
         return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _settle_folder(folder: Path) -> None:
-    """Have the disk confirm a rename."""
-    number = os.open(folder, os.O_RDONLY)
+def _settle(path: Path) -> None:
+    """Have the disk confirm a file's bytes, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
     os.fsync(number)
     os.close(number)
