@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from layouts import TINY, Layout
 from test_resume import folder_with_tokenizer, go
 
 from opt_parallel.checkpoint.reshard import CheckpointReader
+from opt_parallel.errors import UserError
 
 DOCUMENT = ROOT / "docs" / "checkpoint-format.md"
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -63,3 +65,26 @@ def test_the_document_names_every_key(crew: Any, tmp_path: Path) -> None:
     moment = documented_reader()(folder, fragment["name"], "exp_avg")
     assert moment.shape == tuple(manifest["tensors"][fragment["name"]]["shape"])
     assert not moment.any()
+
+
+def test_what_is_no_safetensors_file_is_not_read(crew: Any, tmp_path: Path) -> None:
+    """A pickle in its place, which would run code if it were loaded; a file cut short; one of other tensors."""
+    folder = saved(crew, tmp_path / "run", Layout(), step=0)
+    path, name = folder / "rank-00000.safetensors", "decoder.final_layer_norm.weight"
+    content = path.read_bytes()
+    planted = pickle.dumps(Planted(str(tmp_path / "ran")))
+    for wrong in (planted, content[:-4], content.replace(name.encode(), name[::-1].encode())):
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match=r"rank-00000\.safetensors cannot be read"):
+            CheckpointReader(folder).whole("weights", name)
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)
