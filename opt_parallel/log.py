@@ -22,6 +22,13 @@ def say(text: str) -> None:
         print(text, file=sys.stdout, flush=True)
 
 
+def aligned(lines: list[list[str]]) -> str:
+    """Lines of equally many cells in columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
 def quiet_libraries() -> None:
     """Hold back the libraries' chatter below a warning; must run before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

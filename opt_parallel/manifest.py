@@ -27,3 +27,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "remove the file if the folder is another's"
         )
     return manifest
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
+    """What differs between two manifests' (or nested sections') values: `section.key`, then, now."""
+    then, now = _flat(before), _flat(after)
+    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    return [[key, str(then.get(key, "—")), str(now.get(key, "—"))] for key in differing]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -3,9 +3,10 @@
     python scripts/benchmark.py train --processes 2 model=opt-125m parallel.tensor=2 batch.micro=2
     python scripts/benchmark.py loss --tokens 1024 4096 --words 25136
     python scripts/benchmark.py io model=opt-1.3b parallel.tensor=2 precision=bf16
+    python scripts/benchmark.py checkpoint precision=fp32
     python scripts/benchmark.py generate --batch 1 --batch 8 model=opt-125m
 
-`train`, `io` and `generate` take train.py\'s own keys after their options.
+`train`, `io`, `checkpoint` and `generate` take train.py\'s own keys after their options.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run, bytes_of
 from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import quiet_libraries
+from opt_parallel.log import aligned, quiet_libraries
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
 
@@ -48,6 +49,11 @@ def main() -> None:
     io = verbs.add_parser("io", help="memory and time of a checkpoint's import and export")
     io.add_argument("--max-shard-size", default="1GB")
     io.add_argument("overrides", nargs="*", metavar="key=value")
+    checkpoint = verbs.add_parser("checkpoint", help="saving and loading a run's state, beside DeepSpeed's own")
+    checkpoint.add_argument("--processes", type=_positive, default=4, help="of one thread each")
+    checkpoint.add_argument("--rounds", type=_positive, default=5)
+    checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="a folder on the disk to try")
+    checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor=2 unless given")
     generate = verbs.add_parser("generate", help="greedy generation in fp32, beside transformers")
     generate.add_argument("--batch", type=_positive, action="append", help="prompts at a time; default: 1, then 8")
     generate.add_argument("--prompt", type=_positive, default=16, help="tokens of a prompt")
@@ -57,7 +63,10 @@ def main() -> None:
     generate.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     quiet_libraries()
-    {"train": run_race, "loss": run_loss, "io": run_io, "generate": run_generation}[arguments.verb](arguments)
+    runners = {
+        "train": run_race, "loss": run_loss, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation
+    }  # fmt: skip
+    runners[arguments.verb](arguments)
 
 
 def _positive(text: str) -> int:
@@ -79,12 +88,7 @@ def _names(text: str) -> list[str]:
 def run_race(arguments: argparse.Namespace) -> None:
     world, threads = arguments.processes, arguments.threads or max(1, (os.cpu_count() or 1) // arguments.processes)
     run = compared_run(arguments.overrides, arguments.accumulation)
-    if world % run.parallel.tensor:
-        raise UserError(f"--processes {world} is not a multiple of parallel.tensor={run.parallel.tensor}")
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {arguments.output} cannot be made ({error.strerror}): choose another") from error
+    check_setting(arguments, run)
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
 
     import torch
@@ -116,6 +120,16 @@ def run_race(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     name = arguments.name or time.strftime("%Y-%m-%d-%H%M%S")
     print("written: " + ", ".join(str(path) for path in write(arguments.output, name, title, setting, rows)))
+
+
+def check_setting(arguments: argparse.Namespace, run: Run) -> None:
+    """Make the output's folder. Raises: UserError if that fails, or the processes do not fit."""
+    if arguments.processes % run.parallel.tensor:
+        raise UserError(f"--processes {arguments.processes} is not a multiple of parallel.tensor={run.parallel.tensor}")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {arguments.output} cannot be made ({error.strerror}): choose another") from error
 
 
 def compared_run(overrides: list[str], accumulation: int) -> Run:
@@ -151,7 +165,6 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
 def run_loss(arguments: argparse.Namespace) -> None:
     import torch
     from benchmarks.loss import measure, row
-    from benchmarks.report import aligned
 
     torch.set_num_threads(arguments.threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision]
@@ -169,7 +182,6 @@ def run_loss(arguments: argparse.Namespace) -> None:
 def run_io(arguments: argparse.Namespace) -> None:
     run = compared_run(arguments.overrides, accumulation=1)
     from benchmarks.files import table_of
-    from benchmarks.report import aligned
 
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
     rows = table_of(run.model, run.parallel.tensor, run.precision.name, size)
@@ -180,10 +192,24 @@ def run_io(arguments: argparse.Namespace) -> None:
     print(aligned(rows))
 
 
+def run_checkpoint(arguments: argparse.Namespace) -> None:
+    run = compared_run(["parallel.tensor=2", *arguments.overrides], accumulation=1)
+    check_setting(arguments, run)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started there
+    from benchmarks.checkpoints import measure, table
+
+    measured = measure(run, arguments.processes, arguments.output, arguments.rounds)
+    tensor, data = run.parallel.tensor, arguments.processes // run.parallel.tensor
+    print(
+        f"\nOPT {run.model.parameters() / 1e6:,.0f}M, {run.precision.name.value}, ZeRO-{run.zero.stage}, "
+        f"tensor {tensor} × data {data}, {_processor()}, 1 thread each\n"
+    )
+    print(aligned(table(measured)))
+
+
 def run_generation(arguments: argparse.Namespace) -> None:
     import torch
     from benchmarks.generation import HEAD, measure, row
-    from benchmarks.report import aligned
 
     from opt_parallel.model.decoding import Decoding, check_fits
 

@@ -56,6 +56,18 @@ def test_import_and_export() -> None:
         assert line.rstrip().endswith("yes")
 
 
+def test_saving_and_loading_beside_deepspeed(tmp_path: Path) -> None:
+    """The benchmark itself ends with an error where a load does not bring back what was saved."""
+    status, printed, said = benchmark("checkpoint", "--rounds", "2", "--output", str(tmp_path), *TINY)
+    assert status == 0, said
+    assert "tensor 2 × data 2" in printed
+    lines = [line.split("  ")[0] for line in printed.splitlines()[-6:]]
+    assert lines[0].startswith("saving, the loop stands still")
+    size = float(printed.splitlines()[-1].removeprefix("bytes on disk a parameter").split()[0])
+    assert 12 <= size <= 12.5
+    assert not list(tmp_path.iterdir())
+
+
 def test_generation_beside_transformers() -> None:
     """The benchmark itself ends with an error where the two do not make the same texts."""
     status, printed, said = benchmark(
@@ -78,6 +90,7 @@ def test_generation_beside_transformers() -> None:
         (["train", "batch.global=8"], "batch.global"),
         (["train", "zero.offload=cpu"], "zero.offload=none"),
         (["train", "--output", "/dev/null/here", *TINY], "/dev/null/here"),
+        (["checkpoint", "--processes", "3", *TINY], "--processes 3"),
         (["loss", "--tokens", "many"], "many"),
         (["generate", "--prompt", "2000"], "2048 positions"),
     ],

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opt_parallel.checkpoint.boxes import Box, Ranges, boxes_of, count_within, shared_by
+from opt_parallel.checkpoint.boxes import Box, Ranges, Shared, boxes_of, count_within, shared_by
+from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.parallel.shard import Constant, Shard, require_same_tensors
 from opt_parallel.zero import Fragment
+
+AT_ONCE = 2**22  # elements read at a time where they have to be rearranged
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         """Raises: UserError if `folder` is no checkpoint of ours."""
         self.folder, self.manifest = folder, read_manifest(folder)
+        self.files: dict[str, StoredFile] = {}  # those opened so far
         self.shapes = {name: tuple(saved["shape"]) for name, saved in self.manifest["tensors"].items()}
         self.pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
         for file, content in self.manifest["files"].items():
@@ -53,9 +55,20 @@ class CheckpointReader:
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
         """The fp32 weights of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
-        box = Box(0, shard.range)
+        return self._read("weights", name, shard.range)
+
+    def whole(self, kind: str, name: str) -> Tensor | None:
+        """A logical tensor, or one of its moments; None where there were no moments yet.
+
+        Raises: UserError if a file is damaged."""
+        if not any(kind in piece.kinds for piece in self.pieces[name]):
+            return None
+        return self._read(kind, name, tuple(slice(0, size) for size in self.shapes[name]))
+
+    def _read(self, kind: str, name: str, ranges: Ranges) -> Tensor:
+        box = Box(0, ranges)
         values = torch.empty(box.numel)
-        self._copy("weights", name, values, [box])
+        self._copy(kind, name, values, [box])
         return box.of(values)
 
     def restore(self, fragment: Fragment) -> None:
@@ -70,21 +83,26 @@ class CheckpointReader:
             shared = list(shared_by(boxes, piece.boxes))
             if not shared or kind not in piece.kinds:
                 continue
-            path = self.folder / piece.file
-            try:
-                with safe_open(path, framework="pt") as file:
-                    stored = file.get_slice(f"{kind}/{name}")
-                    for each in shared:
-                        each.mine.of(values)[each.into] = _read(stored, each.theirs, each.out_of).to(values.device)
-                        missing -= count_within(self.shapes[name], each.ranges)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read: {error}") from error
+            if piece.file not in self.files:
+                self.files[piece.file] = StoredFile(self.folder / piece.file)
+            for each in shared:
+                _read(self.files[piece.file], f"{kind}/{name}", each, each.mine.of(values)[each.into])
+                missing -= count_within(self.shapes[name], each.ranges)
         if missing and kind == "weights":
             raise UserError(f"{self.folder} holds only a part of {name}: its {MANIFEST} is not what was written")
 
 
-def _read(stored: Any, box: Box, ranges: Ranges) -> Tensor:
-    """`ranges` of a box of a stored piece; of its rows only those that are wanted are read."""
+def _read(file: StoredFile, key: str, shared: Shared, into: Tensor) -> None:
+    """The values of a rectangle, straight to their place where the file has them in that order."""
+    box, ranges = shared.theirs, shared.out_of
     row = box.numel // box.shape[0]
-    rows = stored[box.offset + ranges[0].start * row : box.offset + ranges[0].stop * row].view(-1, *box.shape[1:])
-    return rows[(slice(None), *ranges[1:])]
+    first, last = ranges[0].start, ranges[0].stop
+    whole_rows = all(part == slice(0, size) for part, size in zip(ranges[1:], box.shape[1:], strict=True))
+    if whole_rows and into.is_contiguous() and into.device.type == "cpu":
+        file.read(key, box.offset + first * row, into)
+        return
+    some = max(1, AT_ONCE // row)
+    for begin in range(first, last, some):
+        end = min(begin + some, last)
+        rows = file.new(key, box.offset + begin * row, (end - begin, *box.shape[1:]))
+        into[begin - first : end - first] = rows[(slice(None), *ranges[1:])].to(into.device)

@@ -24,7 +24,7 @@ from opt_parallel.checkpoint.writing import safetensors_header
 from opt_parallel.topology import Topology
 from opt_parallel.zero import Fragment
 
-CHUNK = 2**24  # bytes written and summed up at a time
+CHUNK = 2**20  # bytes written and summed up at a time: few enough to be in the cache the second time
 
 
 def rank_file(rank: int) -> str:

@@ -22,12 +22,14 @@ from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
 from opt_parallel.checkpoint.whole import (
     DAMAGE,
+    checksum_of,
     choose,
     damages_in,
     forget_old,
     newest,
     partial_of,
     set_aside,
+    step_of,
     steps_in,
     torn_in,
 )
@@ -36,8 +38,8 @@ from opt_parallel.compose import to_dict
 from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
-from opt_parallel.log import say
-from opt_parallel.manifest import FORMAT, MANIFEST
+from opt_parallel.log import aligned, say
+from opt_parallel.manifest import FORMAT, MANIFEST, changes
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import logical_shapes
@@ -66,7 +68,7 @@ class Store:
         if self.topology.is_main:
             for torn in torn_in(self.root):  # it would be in the way of a save
                 say(f"warning: {torn} has no {MANIFEST}; it is set aside as {set_aside(torn, 'damaged').name}")
-        folder = choose(self.run)
+        folder = self._first_ranks(choose(self.run))
         while folder is not None:
             damage = self._damage(folder)
             if damage is None:
@@ -77,7 +79,7 @@ class Store:
             if self.topology.is_main:
                 say(f"warning: {folder}: {damage}; it is set aside as {set_aside(folder, 'damaged').name}")
             self.topology.barrier()
-            folder = newest(self.root)
+            folder = self._first_ranks(newest(self.root))
             if folder is None:
                 raise UserError(f"{self.root} holds no whole checkpoint any more: choose another run.dir to begin anew")
         return None
@@ -139,13 +141,28 @@ class Store:
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
             note.unlink()
         shutil.copytree(self.tokenizer, beside / "tokenizer")
+        for path in sorted((beside / "tokenizer").iterdir()):
+            written = {"bytes": path.stat().st_size, "crc32": checksum_of(path), "fragments": []}
+            manifest["files"][f"tokenizer/{path.name}"] = written
+            _settle(path)
         with open(beside / MANIFEST, "w") as file:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
+        for folder in (beside / "tokenizer", beside):
+            _settle(folder)
         os.replace(beside, final)
-        _settle_folder(self.root)
+        _settle(self.root)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
+
+    def _first_ranks(self, folder: Path | None) -> Path | None:
+        """The first rank's choice: on a shared file system others may not see the newest yet."""
+        if self.run.resume != "auto":
+            return folder
+        step = -1 if folder is None else step_of(folder)
+        assert step is not None
+        step = self.topology.sum(step if self.topology.is_main else 0, self.topology.world)
+        return None if step < 0 else self.root / f"step-{step}"
 
     def _manifest(self, engine: Engine, clock: Clock) -> dict[str, Any]:
         return {
@@ -202,32 +219,19 @@ class Store:
 
     def _tell_changes(self, manifest: dict[str, Any]) -> None:
         """A table of settings and libraries that differ from the checkpoint's."""
-        before = _flat(manifest["config"]) | manifest["versions"]
-        after = _flat(to_dict(self.run)) | self._versions()
-        rows = [("", "then", "now")]
-        for key in sorted((before.keys() | after.keys()) - NOT_TOLD):
-            if before.get(key) != after.get(key):
-                rows.append((key, str(before.get(key, "—")), str(after.get(key, "—"))))
-        if len(rows) > 1:
-            widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        now = to_dict(self.run) | self._versions()
+        rows = [row for row in changes(manifest["config"] | manifest["versions"], now) if row[0] not in NOT_TOLD]
+        if rows:
             say("changed since the checkpoint:")
-            for row in rows:
-                say(f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
+            for line in aligned([["", "then", "now"], *rows]).split("\n"):
+                say(f"  {line}")
 
     def _versions(self) -> dict[str, str]:
         return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as `section.key`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _settle_folder(folder: Path) -> None:
-    """Have the disk confirm a rename."""
-    number = os.open(folder, os.O_RDONLY)
+def _settle(path: Path) -> None:
+    """Have the disk confirm a file's bytes, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
     os.fsync(number)
     os.close(number)

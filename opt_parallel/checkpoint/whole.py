@@ -12,7 +12,7 @@ from opt_parallel.config import Run
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, read_manifest
 
-CHUNK = 2**24  # bytes read at a time
+CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
 DAMAGE = ("is whole", "is missing", "has another size than was written", "differs from its checksum")
 
 
@@ -60,18 +60,23 @@ def choose(run: Run) -> Path | None:
     return chosen
 
 
+def checksum_of(path: Path) -> str:
+    """CRC-32 of a file in hexadecimal."""
+    checksum, buffer = 0, bytearray(CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
+    return f"{checksum:08x}"
+
+
 def damage_of(path: Path, written: dict[str, Any]) -> int:
     """What is wrong with a checkpoint's file, as its number in `DAMAGE`; `written` is what the manifest says of it."""
     try:
         if path.stat().st_size != written["bytes"]:
             return 2
-        checksum = 0
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                checksum = zlib.crc32(chunk, checksum)
+        return 0 if checksum_of(path) == written["crc32"] else 3
     except OSError:
         return 1
-    return 0 if f"{checksum:08x}" == written["crc32"] else 3
 
 
 def damages_in(folder: Path, share: int = 0, of: int = 1) -> dict[str, int] | None:

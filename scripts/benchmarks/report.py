@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.race import Race, Result
 from opt_parallel.config import Run
+from opt_parallel.log import aligned
 
 Row = dict[str, Any]
 
@@ -54,13 +55,6 @@ def table(rows: list[Row]) -> str:
             cells[-2:] = [f"{row['ours_over_it']:.2f} ({low:.2f}–{high:.2f})", f"{row['our_memory_over_its']:.2f}"]
         lines.append(cells)
     return "\n".join([aligned(lines), *failed])
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """Lines of equally many cells in columns, two spaces apart."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) -> list[Path]:

@@ -1,0 +1,181 @@
+"""Looking at checkpoints: a run's list, what one holds, whether it is whole, how two differ. No process group."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt_parallel.checkpoint.boxes import count_within
+from opt_parallel.checkpoint.card import metrics_of
+from opt_parallel.checkpoint.reshard import CheckpointReader
+from opt_parallel.checkpoint.whole import DAMAGE, damages_in
+from opt_parallel.errors import UserError
+from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.zero import MOMENTS
+
+KINDS = ("weights", *MOMENTS)
+NAME = re.compile(r"step-(\d+)(?:\.([a-z]+)\d*)?")  # step-300, step-300.abandoned, step-300.abandoned1
+LEFT = {  # what the second part of a name says
+    "partial": "not finished: being written, or left by a run that was killed",
+    "damaged": "set aside as damaged",
+    "abandoned": "set aside: the run went back before it",
+}
+SPLIT_AT = 2**22  # elements compared at a time, in float64
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A folder among a run's checkpoints. `manifest` is None where it cannot be read; `losses` are of its step."""
+
+    folder: Path
+    step: int
+    size: int  # bytes of all its files
+    state: str
+    manifest: dict[str, Any] | None
+    losses: dict[str, float | None]
+
+
+def listed(run: Path) -> list[Listed]:
+    """The checkpoints of a run's folder by step, those that are not whole too. Looks at sizes, not into the files.
+
+    Raises: UserError if `run` has none."""
+    names = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*")}
+    found = [_listed(path, int(name[1]), name[2]) for path, name in names.items() if name]
+    if not found:
+        raise UserError(f"{run} has no checkpoints: name a run's folder, such as runs/opt-125m")
+    return sorted(found, key=lambda each: (each.step, each.folder.name))
+
+
+def _listed(folder: Path, step: int, aside: str | None) -> Listed:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    manifest, state = None, f"{MANIFEST} is missing"
+    if (folder / MANIFEST).is_file():
+        try:
+            manifest = read_manifest(folder)
+            state = _missing(folder, manifest) or "whole"
+        except UserError:
+            state = f"{MANIFEST} cannot be read"
+    return Listed(folder, step, size, LEFT.get(aside or "", state), manifest, losses_at(folder, step))
+
+
+def _missing(folder: Path, manifest: dict[str, Any]) -> str:
+    """The first file that is not there or has another size; "" if all are as they were written."""
+    for name, written in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} {DAMAGE[1]}"
+        if path.stat().st_size != written["bytes"]:
+            return f"{name} {DAMAGE[2]}"
+    return ""
+
+
+def losses_at(folder: Path, step: int) -> dict[str, float | None]:
+    """Training and validation loss, nats a token, that the run's metrics have for just this step."""
+    rows = [row for row in metrics_of(folder, step) if row["step"] == step]
+    return {kind: next((row["loss"] for row in rows if row["kind"] == kind), None) for kind in ("train", "validation")}
+
+
+def layout_of(manifest: dict[str, Any]) -> str:
+    """In a few words."""
+    layout = manifest["layout"]
+    offload = "" if layout["zero.offload"] == "none" else f", offload {layout['zero.offload']}"
+    grid = f"tensor {layout['tensor']} × data {layout['data']}"
+    return f"{grid}, ZeRO-{layout['zero.stage']}{offload}, {layout['precision']}"
+
+
+@dataclass(frozen=True)
+class Like:
+    """Tensors that are alike but for the number of their layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    split: str
+    number: int
+
+    @property
+    def parameters(self) -> int:
+        return self.number * math.prod(self.shape)
+
+
+def groups_of(manifest: dict[str, Any]) -> list[Like]:
+    """The logical tensors, those of all layers together."""
+    numbers: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for name, tensor in manifest["tensors"].items():
+        split = f"dim {tensor['dim']} in {tensor['parts']}" if tensor["parts"] > 1 else ""
+        alike = (re.sub(r"\.\d+\.", ".*.", name), tuple(tensor["shape"]), split)
+        numbers[alike] = numbers.get(alike, 0) + 1
+    return [Like(*alike, number) for alike, number in numbers.items()]
+
+
+def damage_in(folder: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint, each in a few words, after reading all of it.
+
+    Raises: UserError if `folder` is no checkpoint of ours."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no whole checkpoint: it has no {MANIFEST}; name a folder …/checkpoints/step-<N>")
+    damages = damages_in(folder)
+    if damages is None:
+        return [f"{MANIFEST} cannot be read"]
+    reader = CheckpointReader(folder)
+    wrong = [f"{name} {DAMAGE[number]}" for name, number in damages.items() if number]
+    for name, shape in reader.shapes.items():
+        held = sum(count_within(shape, box.ranges) for piece in reader.pieces[name] for box in piece.boxes)
+        if held != math.prod(shape):
+            wrong.append(f"{name} has {math.prod(shape):,} elements, of which {MANIFEST} finds {held:,} in the files")
+    return wrong
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one tensor in two checkpoints: by kind, max |b − a| and ‖b − a‖ / ‖a‖; None where one has no such values."""
+
+    name: str
+    kinds: dict[str, tuple[float, float] | None]
+
+    @property
+    def rank(self) -> float:
+        """The largest relative difference, infinite where it is no number."""
+        ratios = [measured[1] for measured in self.kinds.values() if measured is not None]
+        return max((math.inf if math.isnan(ratio) else ratio for ratio in ratios), default=0.0)
+
+
+def only_in_one(a: CheckpointReader, b: CheckpointReader) -> list[str]:
+    """Tensors that cannot be compared, and why."""
+    lines = [f"{name} is in {a.folder} alone" for name in a.shapes if name not in b.shapes]
+    lines += [f"{name} is in {b.folder} alone" for name in b.shapes if name not in a.shapes]
+    shapes = {name: (shape, b.shapes[name]) for name, shape in a.shapes.items() if name in b.shapes}
+    return lines + [f"{name} is {mine} and {theirs}" for name, (mine, theirs) in shapes.items() if mine != theirs]
+
+
+def differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[Difference]:
+    """Of all tensors that both have in one shape, whatever their layouts; one tensor of each in memory at a time.
+
+    Raises: UserError if a file cannot be read."""
+    for name, shape in a.shapes.items():
+        if b.shapes.get(name) != shape:
+            continue
+        kinds: dict[str, tuple[float, float] | None] = {}
+        for kind in KINDS:
+            mine, theirs = a.whole(kind, name), b.whole(kind, name)
+            kinds[kind] = None if mine is None or theirs is None else _compare(mine, theirs)
+        yield Difference(name, kinds)
+
+
+def _compare(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """max |b − a| and ‖b − a‖ / ‖a‖, in float64; the second is infinite where `a` alone is zero."""
+    largest, squares, of_a = torch.zeros((), dtype=torch.float64), 0.0, 0.0
+    for mine, theirs in zip(a.view(-1).split(SPLIT_AT), b.view(-1).split(SPLIT_AT), strict=True):
+        delta = theirs.double() - mine.double()
+        largest = torch.maximum(largest, delta.abs().max())  # which keeps a NaN
+        squares += float(delta.square().sum())
+        of_a += float(mine.double().square().sum())
+    if of_a == 0:
+        return float(largest), 0.0 if squares == 0 else math.inf
+    return float(largest), math.sqrt(squares / of_a)

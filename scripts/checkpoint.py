@@ -1,0 +1,147 @@
+"""Look at a run's checkpoints.
+
+python scripts/checkpoint.py list runs/opt-125m                              # all of them, damaged ones too
+python scripts/checkpoint.py show runs/opt-125m/checkpoints/step-1000
+python scripts/checkpoint.py verify runs/opt-125m/checkpoints/step-1000      # reads all; status 1 if damaged
+python scripts/checkpoint.py diff …/step-1000 …/step-2000                    # of whatever layouts
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.errors import UserError, reporting
+from opt_parallel.log import aligned, quiet_libraries
+
+NONE = "—"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    every = verbs.add_parser("list", help="the checkpoints of a run")
+    every.add_argument("run", type=Path, help="the run's folder")
+    for verb, meaning in (("show", "what a checkpoint holds"), ("verify", "read all of it and compare the checksums")):
+        one = verbs.add_parser(verb, help=meaning)
+        one.add_argument("folder", type=Path, help="…/checkpoints/step-<N>")
+    two = verbs.add_parser("diff", help="the largest differences between two checkpoints, tensor by tensor")
+    two.add_argument("a", type=Path)
+    two.add_argument("b", type=Path)
+    two.add_argument("--most", type=int, default=20, help="tensors to print (default 20)")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    return {"list": list_run, "show": show, "verify": verify, "diff": diff}[arguments.verb](arguments)
+
+
+def list_run(arguments: argparse.Namespace) -> int:
+    from opt_parallel.checkpoint.inspect import layout_of, listed
+
+    lines = [["checkpoint", "tokens", "size", "layout", "train loss", "validation loss", "written", "state"]]
+    for each in listed(arguments.run):
+        known = each.manifest
+        tokens = f"{known['clock']['tokens']:,}" if known else NONE
+        losses = [_loss(each.losses[kind]) for kind in ("train", "validation")]
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.folder.stat().st_mtime))
+        layout = layout_of(known) if known else NONE
+        lines.append([each.folder.name, tokens, _bytes(each.size), layout, *losses, when, each.state])
+    print(aligned(lines))
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    from opt_parallel.checkpoint.inspect import groups_of, layout_of, losses_at
+    from opt_parallel.manifest import read_manifest
+
+    folder = arguments.folder
+    manifest = read_manifest(folder)
+    clock, losses = manifest["clock"], losses_at(folder, manifest["clock"]["step"])
+    facts = {
+        "step": f"{clock['step']:,} of {manifest['config']['steps']:,}; {manifest['updates']:,} moved the weights",
+        "seen": f"{clock['samples']:,} samples, {clock['tokens']:,} tokens",
+        "layout": layout_of(manifest),
+        "losses": f"training {_loss(losses['train'])}, validation {_loss(losses['validation'])}",
+        "loss scale": _pairs(manifest["loss_scale"]) if manifest["loss_scale"] else "none",
+        "versions": _pairs(manifest["versions"]),
+        "format": str(manifest["format"]),
+    }
+    print(aligned([[name, value] for name, value in facts.items()]))
+    groups = groups_of(manifest)
+    lines = [["tensors", "logical shape", "split", "number", "parameters"]]
+    for like in groups:
+        shape = " × ".join(map(str, like.shape))
+        lines.append([like.name, shape, like.split, str(like.number), f"{like.parameters:,}"])
+    lines.append(["all", "", "", str(sum(g.number for g in groups)), f"{sum(g.parameters for g in groups):,}"])
+    print(f"\n{aligned(lines)}")
+    lines = [["file", "bytes", "fragments", "elements", "CRC-32"]]
+    for name, written in manifest["files"].items():
+        fragments = written["fragments"]
+        elements = sum(fragment["count"] for fragment in fragments)
+        lines.append([name, f"{written['bytes']:,}", str(len(fragments)), f"{elements:,}", written["crc32"]])
+    print(f"\n{aligned(lines)}")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from opt_parallel.checkpoint.inspect import damage_in
+
+    wrong = damage_in(arguments.folder)
+    for each in wrong:
+        print(f"{arguments.folder}: {each}")
+    if not wrong:
+        print(f"{arguments.folder} is whole: every file has the checksum it was written with")
+    return 1 if wrong else 0
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    from opt_parallel.checkpoint.inspect import KINDS, differences, only_in_one
+    from opt_parallel.checkpoint.reshard import CheckpointReader
+    from opt_parallel.manifest import changes
+
+    if arguments.most < 1:
+        raise UserError(f"--most {arguments.most} must be at least 1")
+    a, b = CheckpointReader(arguments.a), CheckpointReader(arguments.b)
+    sections = ("clock", "updates", "loss_scale", "layout", "versions", "config")
+    before, after = ({name: each.manifest[name] for name in sections} for each in (a, b))
+    rows = changes(before, after)
+    print(aligned([["differs", str(a.folder), str(b.folder)], *rows]) if rows else "no setting and no version differs")
+    apart = only_in_one(a, b)
+    print("".join(f"\n{line}" for line in apart), end="\n" if apart else "")
+    found = sorted(differences(a, b), key=lambda each: -each.rank)
+    differing = [each for each in found if each.rank > 0]
+    if not differing:
+        print(f"\nall {len(found)} tensors are equal, with all moments that both have")
+        return 0
+    lines = [["", *(cell for kind in KINDS for cell in (kind, ""))], ["tensor", *["max |Δ|", "‖Δ‖/‖a‖"] * len(KINDS)]]
+    for each in differing[: arguments.most]:
+        cells = [(NONE, NONE) if both is None else (f"{both[0]:.3g}", f"{both[1]:.3g}") for both in each.kinds.values()]
+        lines.append([each.name, *(cell for pair in cells for cell in pair)])
+    print(f"\n{aligned(lines)}")
+    print(
+        f"{len(differing)} of {len(found)} tensors differ; the largest differences, relative to the first, come first"
+    )
+    return 0
+
+
+def _loss(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+if __name__ == "__main__":
+    with reporting():
+        sys.exit(main())
