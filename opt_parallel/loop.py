@@ -154,7 +154,10 @@ def _warn_of_another_start(run: Run) -> None:
     folder = choose(run)
     if run.init_from is None or folder is None:
         return
-    began = read_manifest(folder)["config"].get("init_from")
+    try:
+        began = read_manifest(folder)["config"].get("init_from")
+    except UserError:
+        return  # it is damaged, and will be set aside
     if began != run.init_from:
         say(
             f"warning: init_from={run.init_from} is not read: {folder} goes on, which began from "
