@@ -55,6 +55,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BENCH) loss --words 25136 50272 --tokens 1024
+	$(BENCH) generate model=opt-125m
+	$(BENCH) io model=opt-1.3b parallel.tensor=2 precision=bf16
+	$(BENCH) checkpoint model=opt-125m precision=fp32
 ifeq ($(GPUS),0)
 	$(BENCH) train --processes 2 --threads 1 --name tensor-2 $(SMALL) parallel.tensor=2 $(NO_DROPOUT)
 	$(BENCH) train --processes 2 --threads 1 --name tensor-2-dropout $(SMALL) parallel.tensor=2
