@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from command import ROOT
 from layouts import TINY, Layout
-from test_resume import folder_with_tokenizer, go
+from test_resume import go, run_of, with_tokenizer
 
 from opt_parallel.checkpoint import reshard
 from opt_parallel.checkpoint.reshard import CheckpointReader
@@ -32,7 +32,7 @@ def documented_reader() -> Callable[..., np.ndarray]:
 def saved(crew: Any, folder: Path, layout: Layout, step: int) -> Path:
     """A checkpoint after `step` steps, of a network whose vocabulary does not divide."""
     assert TINY["vocab_size"] % 2
-    crew(layout.world)(go, str(folder_with_tokenizer(folder)), layout, 6, 0, step, {})
+    crew(layout.world)(go, run_of(with_tokenizer(folder), layout, 6), 0, step, (step,))
     return folder / "checkpoints" / f"step-{step}"
 
 
