@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from opt_parallel.config import Offload, Precision, Run
@@ -27,7 +26,7 @@ from opt_parallel.optim import (
 )
 from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
 from opt_parallel.parallel.random import Draw
-from opt_parallel.parallel.shard import Shard, Source, fill, marked
+from opt_parallel.parallel.shard import Source, fill, marked
 from opt_parallel.topology import DTYPES, Topology
 from opt_parallel.zero import Fragment, begin_moments, held_fragments, owned_fragments, updates_made
 
@@ -49,7 +48,7 @@ class StepResult:
 
 
 class Engine:
-    """A model under ZeRO: steps, evaluates, gives its weights, gives and takes back its state."""
+    """A model under ZeRO: steps, evaluates, gives and takes back its state."""
 
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology = run, topology
@@ -157,15 +156,6 @@ class Engine:
         loss = self.wrapped(batch.ids, batch.labels, batch.positions, batch.segments)
         assert isinstance(loss, Tensor)
         return loss
-
-    def weights(self) -> Iterator[tuple[str, Shard, Tensor]]:
-        """Each parameter's name, mark and fp32 values: this tensor rank's part, padding cut off.
-
-        Every rank must take part, since ZeRO's pieces are gathered one parameter at a time.
-        """
-        for name, tensor, shard in marked(self.wrapped.module):
-            whole = tensor.detach() if self.run.zero.stage == 0 else safe_get_full_fp32_param(tensor)
-            yield name, shard, whole.view(shard.local_shape)[shard.real].float()
 
     def owned(self) -> Iterator[Fragment]:
         """What this rank saves of the training state; live, and each element on one rank alone."""

@@ -115,9 +115,23 @@ def train(run: Run, pretend_fp16: bool = False) -> tuple[list[float], list[float
             result = engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), step)
             losses.append(float(result.loss))
             norms.append(float(result.grad_norm))
-        weights = {name: (shard.shape, shard.range, values.cpu().numpy()) for name, shard, values in engine.weights()}
+        weights = weights_of(engine)
         engine.close()
     return losses, norms, weights
+
+
+def weights_of(engine: Any) -> dict[str, Any]:
+    """On the crew, all ranks together: this tensor rank's part of every fp32 weight, (logical shape, range, values)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from opt_parallel.parallel.shard import marked
+
+    weights = {}
+    for name, tensor, shard in marked(engine.wrapped.module):
+        whole = tensor.detach() if engine.run.zero.stage == 0 else safe_get_full_fp32_param(tensor)
+        part = whole.view(shard.local_shape)[shard.real].float().cpu()
+        weights[name] = (shard.shape, shard.range, part.numpy().copy())
+    return weights
 
 
 def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:

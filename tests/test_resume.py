@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import Layout, assemble, micro_batches, run_for
+from layouts import Layout, assemble, micro_batches, run_for, weights_of
 
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.config import PrecisionConfig, Run, RunConfig
@@ -72,7 +72,7 @@ def go(run: Run, first: int, last: int, saves: tuple[int, ...] = ()) -> dict[str
         while True:
             if clock.step in saves:
                 store.save(engine, clock)
-                weights = {name: (s.shape, s.range, values.numpy().copy()) for name, s, values in engine.weights()}
+                weights = weights_of(engine)
             if clock.step == last:
                 break
             result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock.step)
