@@ -34,7 +34,7 @@ endif
 		$(if $(strip $(TEXT)),data.train=cache/demo-text/train.jsonl data.validation=cache/demo-text/validation.jsonl)
 	$(BIN)/python scripts/export.py --checkpoint $(DEMO)/checkpoints/step-600 --output $(DEMO)/export
 	$(BIN)/python scripts/verify.py --checkpoint $(DEMO)/export
-	$(BIN)/python scripts/generate.py --checkpoint $(DEMO)/export --prompt "$(PROMPT)"
+	$(BIN)/python scripts/generate.py --checkpoint $(DEMO)/export --prompt "$(PROMPT)" --temperature 0.7 --top-p 0.9
 
 test: .venv/installed
 	$(BIN)/python -m pytest
