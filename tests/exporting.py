@@ -60,7 +60,9 @@ def _save(folder: str, variant: str) -> None:
         if topology.is_main:
             texts = [f"Sentence {number} of a made-up text." for number in range(50)]
             save_tokenizer(train_tokenizer(texts, run.model.vocab_size), tokenizer)
-        Store(run, topology, tokenizer).save(engine, clock)
+        store = Store(run, topology, tokenizer)
+        store.save(engine, clock)
+        store.finish()
         engine.close()
 
 
