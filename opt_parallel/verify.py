@@ -20,11 +20,11 @@ from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.hf import to_hf
 from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.shard import Source, fill, logical_shapes, marked
+from opt_parallel.shapes import MAY_DIFFER
 from opt_parallel.topology import ALONE, Group, Topology
 
 TOLERANCE = 1e-5  # of the largest output: fp32 carries 7 digits, some are lost to sums in another order
 LENGTH, PADDING = 32, 5
-TRAINING_ONLY = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # of the network's fields
 
 
 class _Base(nn.Module):
@@ -142,7 +142,7 @@ def _other_network(opened: Opened, judged: Opened) -> list[str]:
     return [
         f"{CONFIG} describes a network with {name}={here[name]}, --against one with {there[name]}"
         for name in names
-        if name not in TRAINING_ONLY | derived and here[name] != there[name]
+        if name not in MAY_DIFFER | derived and here[name] != there[name]
     ]
 
 

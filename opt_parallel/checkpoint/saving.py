@@ -14,6 +14,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Saver:
         assert self.thread is None
         shapes, records = self._copy(list(fragments))
         self.failure = None
-        self.thread = threading.Thread(target=self._write, args=(folder, shapes, records, complete))
+        write = partial(self._write_together, folder, shapes, records, complete)
+        self.thread = threading.Thread(target=self._in_thread, args=(write,))
         self.thread.start()
 
     def join(self) -> None:
@@ -87,15 +89,9 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         return shapes, records
 
-    def _write(
-        self,
-        folder: Path,
-        shapes: dict[str, tuple[int, ...]],
-        records: list[dict[str, Any]],
-        complete: Callable[[], None],
-    ) -> None:
+    def _in_thread(self, write: Callable[[], str | None]) -> None:
         try:
-            self.failure = self._write_together(folder, shapes, records, complete)
+            self.failure = write()
         except Exception as error:  # a rank is gone, and the group with it
             self.failure = _why(error)
 
