@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from opt_parallel.config import Offload, Precision, Run
 from opt_parallel.data.batches import Batch
 from opt_parallel.errors import UserError
-from opt_parallel.model.heads import CausalLM
+from opt_parallel.model.network import network
 from opt_parallel.optim import (
     LossScaler,
     build_adamw,
@@ -27,6 +27,7 @@ from opt_parallel.optim import (
 from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Source, fill, marked
+from opt_parallel.shapes import Labels
 from opt_parallel.topology import DTYPES, Topology
 from opt_parallel.zero import Fragment, begin_moments, held_fragments, owned_fragments, updates_made
 
@@ -65,10 +66,9 @@ class Engine:
             wrapped.optimizer.loss_scaler = self.scaler
 
     @classmethod
-    def build(cls, run: Run, topology: Topology, source: Source) -> Engine:
-        """The run's model with `source`'s values, in DeepSpeed's hands."""
-        with torch.device("meta"):
-            model = CausalLM(run.model, topology.tensor, run.activation_checkpointing)
+    def build(cls, run: Run, topology: Topology, source: Source, labels: Labels | None = None) -> Engine:
+        """The run's model with `source`'s values, in DeepSpeed's hands. `labels` are a classifier's."""
+        model = network(run, labels, topology.tensor)
         settings = deepspeed_settings(run, topology)
         # DeepSpeed would compile a CPU collective that only its inference uses, and fail where there is no compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
