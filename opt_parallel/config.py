@@ -13,7 +13,7 @@ from pathlib import Path
 
 from opt_parallel.data_config import DataConfig
 from opt_parallel.shapes import ModelConfig, Section, require
-from opt_parallel.task_config import TaskConfig
+from opt_parallel.task_config import Task, TaskConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -259,6 +259,10 @@ class Run(Section):
             self.evaluation.every == 0 or given or self.holds_out,
             f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, "
             "data.held_out where data.train is no stream, or evaluation.prompts; or evaluation.every=0",
+        )
+        require(
+            self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
+            f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
         )
         self._check_model_fits()
         require(

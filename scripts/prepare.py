@@ -32,6 +32,10 @@ def main(config: DictConfig) -> None:
         from opt_parallel.data.store import TokenStore
 
         prepared = prepare(run)
+        if any(source.stream for source in prepared.train):
+            from opt_parallel.data.tasks import fill_streams  # torch comes with it
+
+            fill_streams(run, prepared)
         stores = {f"data.train ({each.name})": each.store for each in prepared.train if each.stream is None}
         if prepared.validation is not None:
             stores["validation"] = prepared.validation

@@ -29,7 +29,7 @@ TOKENIZER_BYTES = 10**9  # of text that a tokenizer is trained on
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source of the training data and its store; of a stream what goes into it, with the number of processes."""
+    """One source of the training data and its store; of a stream also what goes into it."""
 
     name: str
     weight: Fraction
