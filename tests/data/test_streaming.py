@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import SMALL, python
+from command import ROOT, SMALL, python
 
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import streaming, tasks
@@ -33,17 +34,18 @@ EVERYTHING = 1 << 40  # tokens
 
 
 class Slow(TextEncoder):
-    """Takes its time, a few records at once."""
+    """Takes its time."""
 
     def encode(self, records: list[Record]) -> Encoded:
-        time.sleep(0.05)
+        time.sleep(0.3)
         return super().encode(records)
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fillers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In the filler's process too, which finds the encoder here."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent, ROOT))))
     yield
     for filler in FILLERS:
         filler.kill()
@@ -51,11 +53,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def corpus_of(folder: Path, texts: list[str]) -> Corpus:
-    """Files so large that several batches are made of them."""
+    """Records so large that a batch holds a hundred of them, and the text itself is soon encoded."""
     folder.mkdir(exist_ok=True)
     path = folder / "text.jsonl"
-    padding = " of some length" * 600  # so that a batch holds a hundred of them
-    path.write_text("".join(json.dumps({"text": text + padding}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text, "more": "x" * 10000}) + "\n" for text in texts))
     return Corpus.find("data.train", [str(path)])
 
 
@@ -96,7 +97,7 @@ def test_read_while_it_is_filled(tmp_path: Path) -> None:
     """By a process that is killed on the way and started again: the parts that were whole are not made again."""
     corpus = corpus_of(tmp_path / "text", TEXTS)
     expected = tokens_of(corpus, tmp_path / "plain")
-    filling = Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1)
+    filling = Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1)
     filling.start()
     store = growing(filling)
     assert store.arrived(3) is None
@@ -119,7 +120,7 @@ def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "text", TEXTS)
     expected = tokens_of(corpus, tmp_path / "plain")
     for enough in (10, len(expected) // 2):
-        filling = Filling(tmp_path / "stream", Material(corpus, TextEncoder(TOKENIZER, 2)), enough, 1)
+        filling = Filling(tmp_path / "stream", Material(corpus, TextEncoder(TOKENIZER, 2)), enough, 1, part_tokens=1)
         filling.complete()
         store = growing(filling)
         store.arrived(1)
@@ -134,7 +135,7 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
     path = corpus.files[0]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 3 // 4])
-    filling = Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1)
+    filling = Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1)
     filling.start()
     told: list[str] = []
 
@@ -162,7 +163,7 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
 def test_a_filler_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOST", 0.5)
     corpus = corpus_of(tmp_path / "text", TEXTS[:3])
-    store = growing(Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1))
+    store = growing(Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1))
     with pytest.raises(UserError, match=r"no process fills .*stream any more: start again, it goes on from there"):
         store.arrived(1)
 
