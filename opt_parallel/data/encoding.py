@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
+from opt_parallel.errors import UserError
 
 PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
 EMPTY = "empty documents left out"
@@ -24,6 +25,22 @@ class Record:
 
     where: str
     fields: Mapping[str, Any]
+
+
+def text_of(record: Record, field: str) -> str:
+    """The document that a record holds. Raises: UserError."""
+    where = record.where
+    if field not in record.fields:
+        raise UserError(f"{where} has no field {field!r}, only {list(record.fields)}: set data.text_field")
+    text = record.fields[field]
+    expected = f'each line must be an object such as {{"{field}": "…"}} (data.text_field={field})'
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {field!r} is {text!r:.40}, not a string: {expected}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
+    return text
 
 
 class Encoder(Protocol):
@@ -42,15 +59,15 @@ class Encoder(Protocol):
 class TextEncoder:
     """Pretraining's: documents, white space at their ends removed, each followed by the token `end`."""
 
-    def __init__(self, tokenizer: Tokenizer, end: int) -> None:
-        self.tokenizer, self.end = tokenizer, end
+    def __init__(self, tokenizer: Tokenizer, end: int, field: str = "text") -> None:
+        self.tokenizer, self.end, self.field = tokenizer, end, field
         self.columns = {"ids": ids_column(count_tokens(tokenizer)), "lengths": LENGTHS}
 
     def identity(self) -> list[Any]:
         return ["text", self.tokenizer.to_str(), self.end]
 
     def encode(self, records: list[Record]) -> Encoded:
-        texts = [text for record in records if (text := record.fields["text"].rstrip())]
+        texts = [text for record in records if (text := text_of(record, self.field).rstrip())]
         parts = [list(_parts(text)) for text in texts]
         ids = iter(encode_documents(self.tokenizer, [part for each in parts for part in each]))
         documents = [[token for _ in each for token in next(ids)] + [self.end] for each in parts]

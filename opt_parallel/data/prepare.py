@@ -15,13 +15,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
+from opt_parallel.data.chat import brings_another, chat_template
 from opt_parallel.data.encoding import Encoder, Record, TextEncoder
+from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.python_text import python_documents, split, write_split
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
@@ -30,6 +34,7 @@ from opt_parallel.data_config import SourceConfig
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
 from opt_parallel.shapes import Labels, require
+from opt_parallel.task_config import Task
 
 FORMAT = 3  # of the stores: a change of what is written makes all older ones unfindable
 BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
@@ -64,8 +69,8 @@ def prepare(run: Run) -> Prepared:
     shared = {path for corpus in train for path in corpus.files} & {path for each in validation for path in each.files}
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
-    folder = prepare_tokenizer(run, train[0])
-    encoder = TextEncoder(load_tokenizer(str(folder)), run.model.eos_token_id)
+    folder = prepare_tokenizer(run, train)
+    encoder = encoder_for(run, load_tokenizer(str(folder)))
     return Prepared(
         train=[
             PreparedSource(source.name, Fraction(source.weight), prepare_store(run, corpus, encoder))
@@ -74,6 +79,13 @@ def prepare(run: Run) -> Prepared:
         validation=prepare_store(run, validation[0], encoder) if validation else None,
         tokenizer=folder,
     )
+
+
+def encoder_for(run: Run, tokenizer: Tokenizer) -> Encoder:
+    """What the run's task makes of its records."""
+    if run.task.name is Task.finetune:
+        return ExampleEncoder(tokenizer, run.model.eos_token_id, run.task, run.data.sequence_length)
+    return TextEncoder(tokenizer, run.model.eos_token_id, run.data.text_field)
 
 
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
@@ -93,21 +105,39 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
     return [str(folder / f"{entry[7:]}.jsonl") if entry.startswith("python:") else entry for entry in entries]
 
 
-def prepare_tokenizer(run: Run, train: Corpus) -> Path:
-    """The folder of the run's tokenizer: a copy of the one it names, or one trained on `train`."""
+def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
+    """The folder of the run's tokenizer: a copy of the one it names, or one trained on the first of `train`.
+
+    With a chat template of ours where the training data begins with a chat."""
     name = run.data.tokenizer
     if name is not None:
         brought = load_tokenizer(name)
         check_tokenizer(brought, name, run.model)
-        target = _folder(run, "tokenizer", [brought.to_str()])
-        return _whole(target, lambda folder: save_tokenizer(brought, folder))
+        template = None
+        if run.task.name is Task.finetune and any(map(partial(_begins_with_chat, run), train)):
+            template = chat_template(brought, run.model.eos_token_id)
+            if brings_another(Path(name), template):
+                say(f"warning: the chat template of data.tokenizer={name} is not used: chats are written as documented "
+                    "in docs/finetuning.md, and the run's tokenizer gets that template")  # fmt: skip
+        target = _folder(run, "tokenizer", [brought.to_str(), *([template] if template else [])])
+        return _whole(target, lambda folder: save_tokenizer(brought, folder, template))
+
+    require(
+        run.task.name is Task.pretrain,
+        f"task={run.task.name.value} needs a tokenizer: start from a checkpoint, init_from=…, or set data.tokenizer",
+    )
 
     def fill(folder: Path) -> None:
-        save_tokenizer(train_tokenizer(train.documents(), run.model.vocab_size), folder)
+        save_tokenizer(train_tokenizer(train[0].documents(), run.model.vocab_size), folder)
 
-    folder = _whole(_folder(run, "tokenizer", [train.identity(), run.model.vocab_size]), fill)
+    folder = _whole(_folder(run, "tokenizer", [train[0].identity(), run.model.vocab_size]), fill)
     check_tokenizer(load_tokenizer(str(folder)), "null (trained on data.train)", run.model)
     return folder
+
+
+def _begins_with_chat(run: Run, corpus: Corpus) -> bool:
+    first = next(corpus.records(), None)
+    return first is not None and first.fields.get(run.task.messages_field) is not None
 
 
 def prepare_store(run: Run, corpus: Corpus, encoder: Encoder) -> Path:
@@ -136,7 +166,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     characters = 0
     for record in records:
         batch.append(record)
-        characters += len(record.fields["text"]) + 1
+        characters += len(str(record.fields))
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.data.encoding import Record
+from opt_parallel.data.encoding import Record, text_of
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.shapes import require
 
@@ -60,13 +60,13 @@ class Corpus:
                 yield from self._read_lines(path)
             else:
                 where = f"{self.key}: {path}"
-                yield Record(where, {"text": _decode(path.read_bytes(), where)})
+                yield Record(where, {self.text_field: _decode(path.read_bytes(), where)})
         for name in self.hub:
             yield from self._read_hub(name)
 
     def documents(self) -> Iterator[str]:
         """The text of every record."""
-        return (record.fields["text"] for record in self.records())
+        return (text_of(record, self.text_field) for record in self.records())
 
     def _read_lines(self, path: Path) -> Iterator[Record]:
         blank = 0  # the first blank line: fine only if nothing follows
@@ -82,7 +82,7 @@ class Corpus:
                 except json.JSONDecodeError as error:
                     reason = f"{error.msg} at column {error.colno}"
                     raise UserError(f"{where} is not JSON ({reason}): {self._expected}") from error
-                yield Record(where, {"text": self._text(row, where)})
+                yield Record(where, self._row(row, where))
 
     def _read_hub(self, name: str) -> Iterator[Record]:
         import datasets  # takes a second, and files do not need it
@@ -97,22 +97,13 @@ class Corpus:
             ) from error
         for number, row in enumerate(dataset):
             where = f"{self.key}={name}, row {number}"
-            yield Record(where, {"text": self._text(row, where)})
+            yield Record(where, self._row(row, where))
 
-    def _text(self, row: Any, where: str) -> str:
-        """The document that one line or row holds."""
+    def _row(self, row: Any, where: str) -> dict[str, Any]:
+        """One line or row, which must be an object."""
         if not isinstance(row, dict):
             raise UserError(f"{where} is a {type(row).__name__}: {self._expected}")
-        if self.text_field not in row:
-            raise UserError(f"{where} has no field {self.text_field!r}, only {list(row)}: set data.text_field")
-        text = row[self.text_field]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {self.text_field!r} is {text!r:.40}, not a string: {self._expected}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
-        return text
+        return row
 
     @property
     def _split(self) -> str:

@@ -7,15 +7,22 @@ from pathlib import Path
 from opt_parallel.config import Run
 from opt_parallel.data.mixture import Mixture, Source
 from opt_parallel.data.order import Shuffled
+from opt_parallel.data.packing import Examples
 from opt_parallel.data.prepare import Prepared
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.store import TokenStore
+from opt_parallel.log import say
 from opt_parallel.shapes import require
+from opt_parallel.task_config import Task
 
 
 def open_samples(run: Run, folder: Path, key: str) -> Samples:
     """The samples that the run's task cuts from a store. Raises: UserError if there is not one."""
     store, length = TokenStore(folder), run.data.sequence_length
+    if run.task.name is Task.finetune:
+        examples = Examples(store, length, run.task.packing)
+        say(f"{key}: {examples.words()}")
+        return examples
     samples = Rows(store, length)
     require(
         len(samples) > 0,
