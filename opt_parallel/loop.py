@@ -197,7 +197,8 @@ def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine) -> str
         number = sum(math.prod(tensor["shape"]) for tensor in engine.tensors().values())
         trained = f" and {number:,} that LoRA trains (rank {lora.rank} on {', '.join(lora.targets)})"
     return (
-        f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, data({topology.data.size}) × "
-        f"tensor({topology.tensor.size}) on {topology.device.type}, ZeRO-{run.zero.stage}, "
-        f"{run.precision.name.value}, {run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}"
+        f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
+        f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "
+        f"ZeRO-{run.zero.stage}, {run.precision.name.value}, "
+        f"{run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}"
     )

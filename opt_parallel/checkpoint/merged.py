@@ -91,10 +91,8 @@ class Merged:
         values = values.clone()  # of a file that is mapped
         *outer, rows, columns = shard.range
         products = [(values, outer)]
-        if outer:  # of query, key and value
-            asked = range(shard.shape[0])[outer[0]]
-            adapted = list(enumerate(qkv_blocks(self.lora.targets)))
-            products = [(values[asked.index(n)], [slice(k, k + 1)]) for k, n in adapted if n in asked]
+        if outer:  # of query, key and value, which are all there
+            products = [(values[n], [slice(k, k + 1)]) for k, n in enumerate(qkv_blocks(self.lora.targets))]
         for weight, block in products:
             whole_rank = slice(0, self.lora.rank)
             of_a = self.trained.read("weights", a, (*block, whole_rank, columns)).view(self.lora.rank, -1)

@@ -49,8 +49,14 @@ class Opened:
         return values
 
     def as_base(self, name: str) -> Base:
-        """This checkpoint, which the user calls `name`, as what a LoRA run stands on. Raises: UserError."""
-        self.check_language_model()
+        """This checkpoint, which the user calls `name`, as what a LoRA run stands on; it may be a classifier's.
+
+        Raises: UserError unless just the tensors of a network are there."""
+        with torch.device("meta"):
+            wanted = logical_shapes(CausalLM(self.config, ALONE))
+        if self.stored.holds(SCORE):
+            wanted[SCORE] = (len(self.labels.names), self.config.embedding_size)
+        self.stored.check(wanted)
         return Base.of(name, self.config, self.stored)
 
     def check_language_model(self) -> None:

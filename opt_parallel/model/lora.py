@@ -47,14 +47,13 @@ def to_peft(name: str, values: Tensor, targets: list[str]) -> dict[str, Tensor]:
     """Our trained logical tensor under the names that `peft` has for it in an adapter of these targets.
 
     Theirs are of the layers that Hugging Face has, query, key and value apart."""
-    for ours, theirs in (("lora_a", "lora_A.weight"), ("lora_b", "lora_B.weight")):
-        if name.endswith(f".{ours}"):
-            layers = hf_names(name.removesuffix(f".{ours}"))
-            if len(layers) == 1:
-                return {f"base_model.model.{layers[0]}.{theirs}": values}
-            kept = [layers[block] for block in qkv_blocks(targets)]
-            return {f"base_model.model.{layer}.{theirs}": part for layer, part in zip(kept, values, strict=True)}
-    return {f"base_model.model.{name}": values}  # the score
+    layers = [f"base_model.model.{layer}" for layer in hf_names(name)]
+    for ours, theirs in ((".lora_a", ".lora_A.weight"), (".lora_b", ".lora_B.weight")):
+        layers = [layer.removesuffix(ours) + theirs if layer.endswith(ours) else layer for layer in layers]
+    if len(layers) == 1:
+        return {layers[0]: values}
+    kept = [layers[block] for block in qkv_blocks(targets)]
+    return dict(zip(kept, values, strict=True))
 
 
 def config_for_peft(lora: LoraConfig, base: str | None, classifier: bool) -> dict[str, Any]:
