@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Clock:
-    """Optimizer steps done, samples consumed and real target tokens seen since the run began."""
+    """Optimizer steps done, samples consumed and tokens seen, padding left out, since the run began."""
 
     step: int = 0
     samples: int = 0

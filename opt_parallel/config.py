@@ -10,18 +10,12 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
-from opt_parallel.shapes import ModelConfig, ProblemType, Section, require
+from opt_parallel.data_config import DataConfig
+from opt_parallel.shapes import ModelConfig, Section, require
+from opt_parallel.task_config import TaskConfig
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # Hugging Face's names of OPT's linears
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-class Task(Enum):
-    pretrain = "pretrain"
-    finetune = "finetune"
-    classify = "classify"
 
 
 class Offload(Enum):
@@ -64,67 +58,6 @@ class Wandb(Enum):
     offline = "offline"
     online = "online"
     disabled = "disabled"
-
-
-class Truncation(Enum):
-    """Which end of an example's prompt, or of a text to classify, goes where it is too long: `keep_end` cuts its
-    beginning, `keep_start` its end. A completion that is too long even without its prompt is cut at its end."""
-
-    keep_end = "keep_end"
-    keep_start = "keep_start"
-
-
-@dataclass
-class LoraConfig(Section):
-    """Low-rank adaptation (Hu et al. 2021): the weights W of `targets` are frozen like all others, and
-    `alpha` / `rank` · B A is trained beside them. `rank=0`: every parameter is trained."""
-
-    rank: int = 0
-    alpha: float = 16.0
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-
-    def check(self) -> None:
-        require(self.rank >= 0, f"task.lora.rank={self.rank} must not be negative (0: train every parameter)")
-        require(self.alpha > 0, f"task.lora.alpha={self.alpha} must be positive")
-        require(bool(self.targets), f"task.lora.targets is empty: choose among {', '.join(LORA_TARGETS)}")
-        for name in self.targets:
-            require(
-                name in LORA_TARGETS,
-                f"task.lora.targets={list(self.targets)}: there is no {name}; choose among {', '.join(LORA_TARGETS)}",
-            )
-        require(
-            len(set(self.targets)) == len(self.targets),
-            f"task.lora.targets={list(self.targets)} names a layer twice: remove one",
-        )
-
-
-@dataclass
-class TaskConfig(Section):
-    """What is trained, and the fields that its records have.
-
-    pretrain: `data.text_field` or `data.template`, all tokens count.
-    finetune: `prompt_field` and `completion_field`, or a list of messages in `messages_field`; completions count.
-    `packing`: several examples to a row, each seeing itself alone; else one a row, padded.
-    classify: `data.text_field`, and a second text in `pair_field`; a label in `label_field`. `labels`: their names, in
-    the order of the scores; null: those of the training data, sorted. `problem_type`: null: as the labels show."""
-
-    name: Task = Task.pretrain
-    prompt_field: str = "prompt"
-    completion_field: str = "completion"
-    messages_field: str = "messages"
-    packing: bool = True
-    truncation: Truncation = Truncation.keep_end
-    pair_field: str | None = None
-    label_field: str = "label"
-    labels: list[str] | None = None
-    problem_type: ProblemType | None = None
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-    def check(self) -> None:
-        require(
-            self.labels is None or len(set(self.labels)) == len(self.labels) > 0,
-            f"task.labels={self.labels and list(self.labels)} must name each label once",
-        )
 
 
 @dataclass
@@ -218,38 +151,6 @@ class ScheduleConfig(Section):
             value = getattr(self, name)
             require(value is None or value >= 0, f"schedule.{name}={value} must not be negative")
         require(0 <= self.final_ratio <= 1, f"schedule.final_ratio={self.final_ratio} must lie between 0 and 1")
-
-
-@dataclass
-class DataConfig(Section):
-    """`train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` for the text that
-    every Python carries, or a list of these. `tokenizer`: a folder, a hub id, or null: `init_from`'s own, and without
-    `init_from` one of `model.vocab_size` tokens that is trained on the training text. `text_field`: the key of a jsonl
-    line."""
-
-    train: Any = None
-    validation: Any = None
-    tokenizer: str | None = None
-    sequence_length: int = 2048
-    text_field: str = "text"
-    cache: str = "cache"
-
-    def check(self) -> None:
-        require(self.sequence_length >= 1, f"data.sequence_length={self.sequence_length} must be at least 1")
-        for name in ("train", "validation"):
-            value = getattr(self, name)
-            require(
-                value is None or all(isinstance(entry, str) and entry for entry in _as_list(value)),
-                f"data.{name}={value} must be a path, a glob or a hub id, or a list of them",
-            )
-
-    @property
-    def train_sources(self) -> list[str]:
-        return _as_list(self.train)
-
-    @property
-    def validation_sources(self) -> list[str]:
-        return _as_list(self.validation)
 
 
 @dataclass
@@ -435,12 +336,6 @@ def bytes_of(size: str, key: str) -> int:
     number = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     require(number >= 1, f"{key}{size} is no size: write a number and KB, MB, GB or TB, such as 5GB")
     return number
-
-
-def _as_list(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _nearest_multiple(value: int, stride: int) -> str:

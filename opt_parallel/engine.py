@@ -14,7 +14,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from opt_parallel.config import Offload, Precision, Run
-from opt_parallel.data.batches import Batch
+from opt_parallel.data.samples import Batch
 from opt_parallel.errors import UserError
 from opt_parallel.model.network import network
 from opt_parallel.optim import (
@@ -36,14 +36,14 @@ from opt_parallel.zero import Fragment, begin_moments, held_fragments, owned_fra
 class StepResult:
     """One optimizer step. Tensors are 0-d and best read late, so that nobody waits for the device.
 
-    `loss` is the mean over the global batch's targets, `targets` their number; `skipped` says that fp16 gradients
-    overflowed and the weights stayed.
+    `loss` is the mean over the global batch's targets, `tokens` the number of its tokens that are not padding;
+    `skipped` says that fp16 gradients overflowed and the weights stayed.
     """
 
     loss: Tensor
     grad_norm: Tensor
     lr: float
-    targets: int
+    tokens: int
     loss_scale: float | None
     skipped: bool
 
@@ -103,6 +103,7 @@ class Engine:
         """
         data = self.topology.data
         targets = self.topology.sum(sum(batch.targets for batch in batches), data)
+        tokens = self.topology.sum(sum(batch.tokens for batch in batches), data)
         if targets == 0:
             raise UserError(f"step {step + 1}: no label in the whole batch of {self.run.global_batch} samples counts")
         lr = learning_rate(self.run, step)
@@ -124,7 +125,7 @@ class Engine:
         skipped = bool(getattr(self.wrapped.optimizer, "overflow", False))
         if skipped and self.scaler is None:
             raise _diverged(step)
-        return StepResult(all_reduce(total, data) / targets, norm, lr, targets, loss_scale, skipped)
+        return StepResult(all_reduce(total, data) / targets, norm, lr, tokens, loss_scale, skipped)
 
     def _loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         draw = Draw(self.run.seed, step, micro, self.topology.data.rank, batch.samples)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
 from opt_parallel.data.batches import validation_batches
+from opt_parallel.data.samples import Samples
 from opt_parallel.data.tokens import decode_continuation, encode_prompt, load_tokenizer
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
@@ -21,11 +22,12 @@ from opt_parallel.parallel.random import number
 TEMPERATURE, TOP_P = 0.8, 0.95  # of the samples: varied, but without the words that a model gives next to no chance
 
 
-def validation_loss(engine: Engine, blocks: Path) -> float:
-    """Mean loss of all `blocks`, in nats a token: one mean over the targets of all data ranks, not a mean of means."""
-    topology = engine.topology
+def validation_loss(engine: Engine, samples: Samples) -> float:
+    """Mean loss of all `samples`, in nats: one mean over the targets of all data ranks, not a mean of means."""
+    run, topology = engine.run, engine.topology
+    place = (topology.data.rank, topology.data.size)
     total, targets = torch.zeros((), device=topology.device, dtype=torch.float64), 0
-    for batch in validation_batches(blocks, engine.run.micro_batch, topology.data.rank, topology.data.size):
+    for batch in validation_batches(samples, run.micro_batch, *place, run.model.pad_token_id):
         total += engine.evaluate(batch)
         targets += batch.targets
     return float(all_reduce(total, topology.data)) / topology.sum(targets, topology.data)

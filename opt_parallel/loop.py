@@ -15,8 +15,10 @@ from opt_parallel.checkpoint.whole import choose, newest, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run, bytes_of
-from opt_parallel.data.batches import Feed, unigram_entropy
-from opt_parallel.data.prepare import Prepared, prepare
+from opt_parallel.data.batches import Feed, Loader
+from opt_parallel.data.prepare import prepare
+from opt_parallel.data.samples import Rows, Samples
+from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import Prompts, validation_loss
@@ -27,6 +29,7 @@ from opt_parallel.log import is_main, say
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import Source, random_source
+from opt_parallel.shapes import Labels
 from opt_parallel.topology import Topology, check_precision, local_device
 from opt_parallel.trackers import check_trackers
 
@@ -46,33 +49,35 @@ def train(run: Run) -> int:
     start = _start(run)
     base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
     data = prepare(run)
+    mixture, held_out = open_mixture(run, data), open_validation(run, data)
     prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        store = Store(run, topology, data.tokenizer, base=base)
-        checkpoint = store.find()
-        engine = Engine.build(run, topology, _weights(run, start, checkpoint))
-        if start:
-            start.warn_of_not_finite(topology.tensor)
-        clock = store.restore(engine, checkpoint) if checkpoint else Clock()
-        feed = Feed(data.train, run.seed, run.global_batch, run.micro_batch, topology.data.rank, topology.data.size)
+        store = Store(run, topology, data.tokenizer, data.labels, base)
+        engine, clock = _begin(run, topology, store, start, data.labels)
+        place = (topology.data.rank, topology.data.size)
+        feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
+        loader = Loader(feed, clock, run.stop, topology.device)
         metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
         metrics.note(_greeting(run, topology, clock, engine))
 
-        stopped, unigrams = False, unigram_entropy(data.validation) if data.validation else None
+        stopped = False
         try:
             while clock.step < run.stop and not stopped:
-                batches = feed.at(clock.samples)
+                batches = loader.next()
                 result = engine.step(batches, clock.step)
-                clock = clock.after(run.global_batch, result.targets)
-                metrics.step(clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped)
+                clock = clock.after(run.global_batch, result.tokens)
+                metrics.step(
+                    clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,
+                    loader.waited, mixture.epochs(clock.samples),
+                )  # fmt: skip
 
                 last = clock.step == run.stop
                 stopped = topology.any(interrupt.requested) and not last
                 if not stopped and _due(run.evaluation.every, clock, last):
                     with metrics.pause():
-                        _evaluate(engine, clock, data, unigrams, prompts, metrics)
+                        _evaluate(engine, clock, held_out, prompts, metrics)
                 if stopped or last or _due(run.checkpoint.every, clock, last):
                     with metrics.pause():
                         store.save(engine, clock)
@@ -81,6 +86,7 @@ def train(run: Run) -> int:
             store.wait()
             raise
 
+        loader.close()
         store.finish()
         metrics.close(finished=clock.step == run.steps)
         engine.close()
@@ -91,11 +97,27 @@ def train(run: Run) -> int:
     return INTERRUPTED if stopped else 0
 
 
+def _begin(
+    run: Run, topology: Topology, store: Store, start: Opened | None, labels: Labels | None
+) -> tuple[Engine, Clock]:
+    """The run's network, and where it stands: as its checkpoint left both, else with its first weights."""
+    checkpoint = store.find()
+    engine = Engine.build(run, topology, _weights(run, start, checkpoint), labels)
+    if start:
+        start.warn_of_not_finite(topology.tensor)
+    return engine, store.restore(engine, checkpoint) if checkpoint else Clock()
+
+
 def _evaluate(
-    engine: Engine, clock: Clock, data: Prepared, unigrams: float | None, prompts: Prompts | None, metrics: Metrics
+    engine: Engine,
+    clock: Clock,
+    held_out: Samples | None,
+    prompts: Prompts | None,
+    metrics: Metrics,
 ) -> None:
-    if data.validation:
-        metrics.validation(clock, validation_loss(engine, data.validation), unigrams)
+    if held_out is not None:
+        unigrams = held_out.unigram_entropy if isinstance(held_out, Rows) else None
+        metrics.validation(clock, validation_loss(engine, held_out), unigrams)
     if prompts is not None:
         metrics.samples(clock, prompts.texts(engine, clock.step))
 

@@ -65,9 +65,19 @@ class Metrics:
         return _Recorder(run, world_size, device, clock) if is_main else Metrics()
 
     def step(
-        self, clock: Clock, loss: Tensor, grad_norm: Tensor, lr: float, loss_scale: float | None, skipped: bool
+        self,
+        clock: Clock,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        loss_scale: float | None,
+        skipped: bool,
+        waited: float,
+        epochs: dict[str, float],
     ) -> None:
-        """Report the optimizer step that led to `clock`; the 0-d tensors are read at the next call."""
+        """Report the optimizer step that led to `clock`; the 0-d tensors are read at the next call.
+
+        `waited`: seconds that the step waited for its data; `epochs`: how often each source has been gone through."""
 
     def validation(self, clock: Clock, loss: float, unigram_entropy: float | None) -> None:
         """Report a validation, loss and the text's unigram entropy in nats a token."""
@@ -114,7 +124,15 @@ class _Recorder(Metrics):
         self._opened_at, self._since = time.perf_counter(), _mark(device)
 
     def step(
-        self, clock: Clock, loss: Tensor, grad_norm: Tensor, lr: float, loss_scale: float | None, skipped: bool
+        self,
+        clock: Clock,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        loss_scale: float | None,
+        skipped: bool,
+        waited: float,
+        epochs: dict[str, float],
     ) -> None:
         tokens, start, end = clock.tokens - self._clock.tokens, self._since, _mark(self._device)
         self._clock, self._since = clock, end
@@ -126,6 +144,8 @@ class _Recorder(Metrics):
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
+            "epochs": epochs,
+            "data_wait": waited,
         }
         if self._run.precision.name is Precision.fp16:
             row |= {"loss_scale": loss_scale, "skipped": skipped}
@@ -195,6 +215,7 @@ class _Recorder(Metrics):
         row |= {
             "loss": row["loss"].item(),
             "grad_norm": row["grad_norm"].item(),
+            "data_wait": row["data_wait"] / seconds,
             "tokens_per_second": rate,
             "mfu": self._model_flops * rate / self._peak if self._peak else None,
             "hfu": self._hardware_flops * rate / self._peak if self._peak else None,
@@ -207,7 +228,8 @@ class _Recorder(Metrics):
         unsayable = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         row = {"kind": kind} | row | dict.fromkeys(unsayable)  # JSON has no word for them but null
         self._file.write(json.dumps(row) + "\n")
-        values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step"} if row[key] is not None}
+        values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step", "epochs"} if row[key] is not None}
+        values |= {f"epochs/{source}": passed for source, passed in row.get("epochs", {}).items()}
         for tracker in self._trackers:
             tracker.log(values, step=row["step"])
 

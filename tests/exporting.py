@@ -56,7 +56,7 @@ def _save(folder: str, variant: str) -> None:
         for step in range(run.steps):
             batches = micro_batches(run, step, topology.data.rank, topology.data.size)
             result = engine.step(batches, step)
-            clock = clock.after(run.global_batch, result.targets)
+            clock = clock.after(run.global_batch, result.tokens)
         if topology.is_main:
             texts = [f"Sentence {number} of a made-up text." for number in range(50)]
             save_tokenizer(train_tokenizer(texts, run.model.vocab_size), tokenizer)

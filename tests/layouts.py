@@ -19,7 +19,7 @@ from opt_parallel.config import (
     ScheduleConfig,
     ZeroConfig,
 )
-from opt_parallel.data.batches import Batch
+from opt_parallel.data.samples import Batch
 from opt_parallel.shapes import ModelConfig
 
 TINY = {

@@ -11,7 +11,8 @@ from hugging_face import VARIANTS, random_model
 from layouts import Layout, micro_batches, run_for
 from torch import Tensor
 
-from opt_parallel.config import LORA_TARGETS, LoraConfig, Run, RunConfig, Task, TaskConfig
+from opt_parallel.config import Run, RunConfig
+from opt_parallel.task_config import LORA_TARGETS, LoraConfig, Task, TaskConfig
 
 RANK, ALPHA = 4, 12.0
 
@@ -68,7 +69,7 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
             if clock.step == last:
                 break
             result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock.step)
-            clock = clock.after(run.global_batch, result.targets)
+            clock = clock.after(run.global_batch, result.tokens)
             losses.append(float(result.loss))
             norms.append(float(result.grad_norm))
         store.finish()

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["errors", "log"],
     ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
+    ["data_config", "task_config"],
     ["config", "hf_config"],
     ["compose"],
     ["topology", "trackers"],

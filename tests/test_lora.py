@@ -17,10 +17,11 @@ from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, writ
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.compose import model_at
-from opt_parallel.config import ExportDtype, LoraConfig, Run, Task, TaskConfig
+from opt_parallel.config import ExportDtype, Run
 from opt_parallel.errors import UserError
 from opt_parallel.export import export, export_adapter
 from opt_parallel.parallel.shard import Constant, Shard
+from opt_parallel.task_config import Task, TaskConfig
 from opt_parallel.topology import ALONE
 from opt_parallel.verify import verify
 
@@ -253,8 +254,6 @@ def test_another_base_is_noticed(crew: Any, straight: Straight, tmp_path: Path) 
 
 
 def test_mistakes_are_one_line(straight: Straight, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"task\.lora\.rank=8 adapts a network that has been trained: set init_from"):
-        Run(task=TaskConfig(lora=LoraConfig(rank=8)))
     export_adapter(checkpoint_of(straight("t1d1z0")[1], STEPS), tmp_path / "adapter", ExportDtype.float32)
     with pytest.raises(UserError, match="is a PEFT adapter, which is no network"):
         model_at(tmp_path / "adapter", "init_from=")

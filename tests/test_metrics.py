@@ -28,6 +28,7 @@ from opt_parallel.shapes import ModelConfig
 from opt_parallel.trackers import check_trackers
 
 CPU = torch.device("cpu")
+EPOCHS = {"train": 0.5}
 QUIET = LoggingConfig(wandb=Wandb.disabled, tensorboard=False)
 TRAIN_KEYS = {
     "kind",
@@ -37,6 +38,8 @@ TRAIN_KEYS = {
     "loss",
     "lr",
     "grad_norm",
+    "epochs",
+    "data_wait",
     "tokens_per_second",
     "mfu",
     "hfu",
@@ -54,7 +57,7 @@ def at(step: int) -> Clock:
 
 
 def take(metrics: Metrics, step: int, loss: float = 2.0, norm: float = 0.5) -> None:
-    metrics.step(at(step), torch.tensor(loss), torch.tensor(norm), 3e-4, None, False)
+    metrics.step(at(step), torch.tensor(loss), torch.tensor(norm), 3e-4, None, False, 0.0, EPOCHS)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -88,7 +91,7 @@ def test_rows_hold_the_promised_keys(tmp_path: Path) -> None:
 def test_fp16_rows_hold_the_loss_scale(tmp_path: Path) -> None:
     run = run_in(tmp_path, precision=PrecisionConfig(name=Precision.fp16))
     metrics = Metrics.open(run, 1, True, CPU, Clock())
-    metrics.step(at(1), torch.tensor(2.0), torch.tensor(float("inf")), 3e-4, 4.0, True)
+    metrics.step(at(1), torch.tensor(2.0), torch.tensor(float("inf")), 3e-4, 4.0, True, 0.0, EPOCHS)
     metrics.close(finished=False)
     (row,) = rows_of(tmp_path)
     assert row.keys() == TRAIN_KEYS | {"loss_scale", "skipped"}
@@ -98,7 +101,7 @@ def test_fp16_rows_hold_the_loss_scale(tmp_path: Path) -> None:
 def test_a_step_is_read_at_the_next_call(tmp_path: Path) -> None:
     metrics = Metrics.open(run_in(tmp_path), 1, True, CPU, Clock())
     loss = torch.tensor(1.0)
-    metrics.step(at(1), loss, loss, 3e-4, None, False)
+    metrics.step(at(1), loss, loss, 3e-4, None, False, 0.0, EPOCHS)
     assert rows_of(tmp_path) == []
     loss.fill_(7.0)  # as if the device had got there only now
     take(metrics, 2)
@@ -164,13 +167,13 @@ def test_utilisation_of_opt_1b3_and_pauses(tmp_path: Path, monkeypatch: pytest.M
     metrics = Metrics.open(run, 2, True, CPU, Clock())
     one = torch.tensor(1.0)
     watch.now += 4.0
-    metrics.step(Clock(1, 8, 363_640), one, one, 1e-4, None, False)
+    metrics.step(Clock(1, 8, 363_640), one, one, 1e-4, None, False, 0.0, EPOCHS)
     with metrics.pause():
         watch.now += 1000.0
     watch.now += 2.0
-    metrics.step(Clock(2, 16, 363_640 + 181_820), one, one, 1e-4, None, False)
+    metrics.step(Clock(2, 16, 363_640 + 181_820), one, one, 1e-4, None, False, 0.0, EPOCHS)
     watch.now += 1.0
-    metrics.step(Clock(3, 24, 363_640 + 181_820 + 90_910), one, one, 1e-4, None, False)
+    metrics.step(Clock(3, 24, 363_640 + 181_820 + 90_910), one, one, 1e-4, None, False, 0.0, EPOCHS)
     metrics.close(finished=False)
     assert len(rows_of(tmp_path)) == 3
     for row in rows_of(tmp_path):
@@ -241,7 +244,9 @@ def test_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     watch = Watch(monkeypatch)
     metrics = Metrics.open(run_in(tmp_path, steps=600), 1, True, CPU, at(119))
     watch.now += 0.4
-    metrics.step(Clock(120, 960, 119_000 + 2048), torch.tensor(4.5123), torch.tensor(0.83), 3e-4, None, False)
+    metrics.step(
+        Clock(120, 960, 119_000 + 2048), torch.tensor(4.5123), torch.tensor(0.83), 3e-4, None, False, 0.0, EPOCHS
+    )
     metrics.note("a word")
     metrics.close(finished=False)
     assert capsys.readouterr().out.splitlines()[:2] == [
@@ -269,14 +274,14 @@ def test_summary_and_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     metrics = Metrics.open(run_in(tmp_path, steps=2), 1, True, CPU, Clock())
     curve = tmp_path / "curve.png"
     watch.now += 125.0
-    metrics.step(Clock(1, 8, 1_250_000), torch.tensor(4.5), torch.tensor(1.0), 3e-4, None, False)
+    metrics.step(Clock(1, 8, 1_250_000), torch.tensor(4.5), torch.tensor(1.0), 3e-4, None, False, 0.0, EPOCHS)
     metrics.close(finished=False)
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"stopped: demo at step 1 of 2, 1.2M tokens in 2:05; train loss 4.50; {curve}; the same command continues it"
     )
     metrics = Metrics.open(run_in(tmp_path, steps=2), 1, True, CPU, Clock(1, 8, 1_250_000))
     watch.now += 3700.0
-    metrics.step(Clock(2, 16, 2_500_000), torch.tensor(3.91), torch.tensor(1.0), 3e-4, None, False)
+    metrics.step(Clock(2, 16, 2_500_000), torch.tensor(3.91), torch.tensor(1.0), 3e-4, None, False, 0.0, EPOCHS)
     metrics.validation(Clock(2, 16, 2_500_000), 4.02, 6.31)
     metrics.close(finished=True)
     assert capsys.readouterr().out.splitlines()[-1] == (

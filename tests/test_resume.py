@@ -76,7 +76,7 @@ def go(run: Run, first: int, last: int, saves: tuple[int, ...] = ()) -> dict[str
             if clock.step == last:
                 break
             result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock.step)
-            clock = clock.after(run.global_batch, result.targets)
+            clock = clock.after(run.global_batch, result.tokens)
             losses.append(float(result.loss))
             skipped.append(result.skipped)
         store.finish()

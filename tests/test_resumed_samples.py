@@ -35,7 +35,7 @@ def seen(run: Run, blocks: Dataset, last: int) -> list[list[tuple[int, int]]]:
         while clock.step < last:
             batches = feed.at(clock.samples)
             result = engine.step(batches, clock.step)
-            clock = clock.after(run.global_batch, result.targets)
+            clock = clock.after(run.global_batch, result.tokens)
             pairs = [zip(batch.samples.tolist(), batch.ids[:, 0].tolist(), strict=True) for batch in batches]
             steps.append([pair for each in pairs for pair in each])
         store.save(engine, clock)

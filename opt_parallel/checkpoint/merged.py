@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.config import LoraConfig
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.model.lora import qkv_blocks, terms_of
 from opt_parallel.parallel.lora import merge
 from opt_parallel.parallel.shard import Constant, Shard, Source, logical_shapes, require_same_tensors
 from opt_parallel.shapes import ModelConfig
+from opt_parallel.task_config import LoraConfig
 from opt_parallel.topology import ALONE
 
 CORNER = 8  # elements along each dim of a tensor that its base's checksum reads

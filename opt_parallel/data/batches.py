@@ -1,74 +1,35 @@
-"""Micro-batches: rows of the store, shuffled for training and in order for validation."""
+"""Micro-batches: samples of the mixture for training, and of one store in order for validation."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
-from torch import Tensor
 
-from opt_parallel.data.order import sample_at
+from opt_parallel.clock import Clock
+from opt_parallel.data.mixture import Mixture
+from opt_parallel.data.samples import Batch, Sample, Samples, collate
 from opt_parallel.shapes import IGNORED
 
-ROWS_READ = 1024  # rows of the store held at a time while counting
+STEPS_AHEAD = 2  # made before they are asked for
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch of one data-parallel rank, the same on all its tensor ranks.
-
-    `ids`, `labels`: (batch, sequence) int64; a label is the next token, or `IGNORED`. `positions`: (batch, sequence)
-    int64; None: 0 to sequence − 1. `segments`: (batch, sequence) int64, tokens attend within theirs; None: one
-    stream, nothing padded. `samples`: (batch,) int64, the ordinal of each sample in the run."""
-
-    ids: Tensor
-    labels: Tensor
-    positions: Tensor | None
-    segments: Tensor | None
-    samples: Tensor
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`, without waiting for the copies."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            ids=move(self.ids),
-            labels=move(self.labels),
-            positions=None if self.positions is None else move(self.positions),
-            segments=None if self.segments is None else move(self.segments),
-            samples=move(self.samples),
-        )
-
-    @property
-    def targets(self) -> int:
-        """Number of labels that count."""
-        return int((self.labels != IGNORED).sum())
-
-
-@dataclass
 class Feed:
     """The training samples of one data-parallel rank, from any position of the run.
 
-    `blocks`: the store or its folder. `global_batch`: samples of an optimizer step, a multiple of
-    `micro_batch` · `data_size`."""
+    `global_batch`: samples of an optimizer step, a multiple of `micro_batch` · `data_size`."""
 
-    blocks: Dataset | Path | str
-    seed: int
+    mixture: Mixture
     global_batch: int
     micro_batch: int
     data_rank: int
     data_size: int
-    _rows: Dataset = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        assert self.global_batch % (self.micro_batch * self.data_size) == 0
-        self._rows = open_blocks(self.blocks)
+    pad_token_id: int = 1
 
     def at(self, samples: int) -> list[Batch]:
         """The micro-batches of the optimizer step that begins at sample `samples` of the run."""
@@ -77,51 +38,63 @@ class Feed:
         return [self._batch(range(start, start + self.micro_batch)) for start in starts]
 
     def _batch(self, ordinals: range) -> Batch:
-        rows = [sample_at(self.seed, ordinal, len(self._rows)) for ordinal in ordinals]
-        return _batch(self._rows, rows, ordinals)
+        return collate([self.mixture.sample(ordinal) for ordinal in ordinals], ordinals, self.pad_token_id)
+
+
+class Loader:
+    """A feed's batches, made steps ahead by a thread of its own, in pinned memory where a GPU will copy them."""
+
+    def __init__(self, feed: Feed, clock: Clock, stop: int, device: torch.device) -> None:
+        """From where the run stands to its step `stop`."""
+        self.feed, self.pin = feed, device.type == "cuda"
+        self.waited = 0.0  # seconds that the last `next` took
+        last = clock.samples + (stop - clock.step) * feed.global_batch
+        self.positions = iter(range(clock.samples, last, feed.global_batch))
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.coming: list[Future[list[Batch]]] = []
+        for _ in range(STEPS_AHEAD):
+            self._order()
+
+    def next(self) -> list[Batch]:
+        """The next step's micro-batches. Raises what reading them raised."""
+        begun = time.perf_counter()
+        batches = self.coming.pop(0).result()
+        self.waited = time.perf_counter() - begun
+        self._order()
+        return batches
+
+    def close(self) -> None:
+        """Let what is not wanted any more go."""
+        self.thread.shutdown(wait=True, cancel_futures=True)
+
+    def _order(self) -> None:
+        position = next(self.positions, None)
+        if position is not None:
+            self.coming.append(self.thread.submit(self._load, position))
+
+    def _load(self, position: int) -> list[Batch]:
+        batches = self.feed.at(position)
+        return [batch.pinned() for batch in batches] if self.pin else batches
 
 
 def validation_batches(
-    blocks: Dataset | Path | str, micro_batch: int, data_rank: int, data_size: int
+    samples: Samples, micro_batch: int, data_rank: int, data_size: int, pad_token_id: int = 1
 ) -> Iterator[Batch]:
-    """Every block once, in order, over all data ranks: as many batches of the same size on each.
+    """Every sample once, in order, over all data ranks: as many batches of the same number of samples on each.
 
     ZeRO-3 gathers weights in every forward, so no rank may run one more; what is missing at the end is filled with
     samples none of whose labels count."""
-    blocks = open_blocks(blocks)
     stride = micro_batch * data_size
-    for start in range(data_rank * micro_batch, -(-len(blocks) // stride) * stride, stride):
+    for start in range(data_rank * micro_batch, -(-len(samples) // stride) * stride, stride):
         ordinals = range(start, start + micro_batch)
-        batch = _batch(blocks, [min(ordinal, len(blocks) - 1) for ordinal in ordinals], ordinals)
-        batch.labels[batch.samples >= len(blocks)] = IGNORED
-        yield batch
+        found = [samples.sample(min(ordinal, len(samples) - 1)) for ordinal in ordinals]
+        rows = [
+            sample if ordinal < len(samples) else _not_counting(sample)
+            for sample, ordinal in zip(found, ordinals, strict=True)
+        ]
+        yield collate(rows, ordinals, pad_token_id)
 
 
-def open_blocks(blocks: Dataset | Path | str) -> Dataset:
-    """The store, memory-mapped, giving rows as NumPy arrays of `sequence + 1` tokens."""
-    dataset = blocks if isinstance(blocks, Dataset) else load_from_disk(str(blocks))
-    assert isinstance(dataset, Dataset)
-    return dataset.with_format("numpy")
-
-
-def unigram_entropy(blocks: Dataset | Path | str) -> float:
-    """Entropy in nats of the targets' own distribution: the loss of a model that knows only word counts."""
-    blocks = open_blocks(blocks)
-    counts = np.zeros(0, np.int64)
-    for start in range(0, len(blocks), ROWS_READ):
-        more = np.bincount(blocks[start : start + ROWS_READ]["ids"][:, 1:].reshape(-1), minlength=len(counts))
-        more[: len(counts)] += counts
-        counts = more
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def _batch(blocks: Dataset, rows: list[int], ordinals: range) -> Batch:
-    tokens = torch.from_numpy(np.asarray(blocks[rows]["ids"], np.int64))
-    return Batch(
-        ids=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        positions=None,
-        segments=None,
-        samples=torch.tensor(list(ordinals)),
-    )
+def _not_counting(sample: Sample) -> Sample:
+    filling = np.nan if sample.labels.dtype.kind == "f" else IGNORED
+    return Sample(sample.ids, np.full_like(sample.labels, filling), sample.segments, sample.positions)

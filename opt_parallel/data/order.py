@@ -11,13 +11,30 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 ROUNDS = 8
 WORD = (1 << 64) - 1
 
 
-def sample_at(seed: int, position: int, size: int) -> int:
+@dataclass(frozen=True)
+class Shuffled:
+    """The order of a source whose `size` samples are all there: each epoch a permutation of its own."""
+
+    seed: int | str
+    size: int
+
+    def sample_at(self, position: int) -> int:
+        """The number of the sample at a position of the source's stream."""
+        return sample_at(self.seed, position, self.size)
+
+    def epoch_at(self, position: int) -> float:
+        """How often the source has been gone through before `position`."""
+        return position / self.size
+
+
+def sample_at(seed: int | str, position: int, size: int) -> int:
     """The sample, 0 to `size` − 1, at `position` of the shuffled stream over `size` samples.
 
     Each run of `size` positions that begins at a multiple of `size`, an epoch, holds every sample once."""
@@ -50,6 +67,6 @@ def _mix(word: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+def _round_keys(seed: int | str, epoch: int) -> tuple[int, ...]:
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
     return tuple(int.from_bytes(digest[8 * number : 8 * number + 8], "little") for number in range(ROUNDS))

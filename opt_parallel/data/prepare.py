@@ -10,68 +10,74 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
-from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
+from opt_parallel.data.encoding import Encoder, Record, TextEncoder
 from opt_parallel.data.python_text import python_documents, split, write_split
 from opt_parallel.data.sources import Corpus
-from opt_parallel.data.tokens import (
-    check_tokenizer,
-    count_tokens,
-    encode_documents,
-    load_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
+from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
+from opt_parallel.data.tokens import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from opt_parallel.data_config import SourceConfig
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
-from opt_parallel.shapes import require
+from opt_parallel.shapes import Labels, require
 
-FORMAT = 2  # of the stores: a change of what is written makes all older ones unfindable
-PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
+FORMAT = 3  # of the stores: a change of what is written makes all older ones unfindable
 BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The stores of a run: blocks for `open_blocks`, and a tokenizer that `load_tokenizer` and transformers load."""
+class PreparedSource:
+    """One source of the training data and its store."""
 
-    train: Path
+    name: str
+    weight: Fraction
+    store: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The stores of a run, a tokenizer that `load_tokenizer` and transformers load, and a classifier's labels."""
+
+    train: list[PreparedSource]
     validation: Path | None
     tokenizer: Path
+    labels: Labels | None = None
 
 
 def prepare(run: Run) -> Prepared:
     """The token stores that `run` needs, filled if they are not there.
 
     Raises: `UserError`, on every rank alike."""
-    train = Corpus.find("data.train", _with_python_text(run, run.data.train_sources), run.data.text_field)
-    validation = None
-    if run.data.validation_sources:
-        entries = _with_python_text(run, run.data.validation_sources)
-        validation = Corpus.find("data.validation", entries, run.data.text_field)
-        shared = set(train.files) & set(validation.files)
-        if shared:
-            say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
-    tokenizer = prepare_tokenizer(run, train)
+    require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
+    train = [_corpus(run, "data.train", source) for source in run.data.train_sources]
+    validation = [_corpus(run, "data.validation", source) for source in run.data.validation_sources]
+    shared = {path for corpus in train for path in corpus.files} & {path for each in validation for path in each.files}
+    if shared:
+        say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
+    folder = prepare_tokenizer(run, train[0])
+    encoder = TextEncoder(load_tokenizer(str(folder)), run.model.eos_token_id)
     return Prepared(
-        train=prepare_blocks(run, train, tokenizer),
-        validation=None if validation is None else prepare_blocks(run, validation, tokenizer),
-        tokenizer=tokenizer,
+        train=[
+            PreparedSource(source.name, Fraction(source.weight), prepare_store(run, corpus, encoder))
+            for source, corpus in zip(run.data.train_sources, train, strict=True)
+        ],
+        validation=prepare_store(run, validation[0], encoder) if validation else None,
+        tokenizer=folder,
     )
+
+
+def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
+    return Corpus.find(key, _with_python_text(run, list(source.path)), source.text_field)
 
 
 def _with_python_text(run: Run, entries: list[str]) -> list[str]:
@@ -104,103 +110,38 @@ def prepare_tokenizer(run: Run, train: Corpus) -> Path:
     return folder
 
 
-def prepare_blocks(run: Run, corpus: Corpus, tokenizer_folder: Path) -> Path:
-    """The folder of the blocks of `corpus`, see `write_blocks`."""
-    tokenizer = load_tokenizer(str(tokenizer_folder))
-    length, end = run.data.sequence_length, run.model.eos_token_id
+def prepare_store(run: Run, corpus: Corpus, encoder: Encoder) -> Path:
+    """The folder of the store of `corpus`, see `data.store`."""
 
     def fill(folder: Path) -> None:
-        summary = write_blocks(corpus, tokenizer, end, length, folder)
-        (folder / "summary.json").write_text(json.dumps(asdict(summary)) + "\n", encoding="utf-8")
+        writer = PartWriter(folder / "part-00000", encoder.columns)
+        for records in _batches(corpus.records()):
+            writer.write(encoder.encode(records))
+        part = writer.close()
+        names = [*map(str, corpus.files), *corpus.hub]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        require(part.tokens > 0, f"{corpus.key}: there is no text in {names[0]}{more}: name files that hold some")
+        write_manifest(folder, encoder.columns, [part], writer.counts)
 
-    folder = _whole(_folder(run, "blocks", [corpus.identity(), tokenizer.to_str(), end, length]), fill)
-    summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    empty = f" ({summary.empty:,} empty ones left out)" if summary.empty else ""
-    blocks, left_over = divmod(summary.tokens - 1, length)
-    say(
-        f"{corpus.key}: {summary.documents:,} documents{empty}, {summary.tokens:,} tokens, {blocks:,} blocks "
-        f"of {length:,}, {left_over:,} tokens left over; in {folder}"
-    )
+    folder = _whole(_folder(run, "store", [corpus.identity(), encoder.identity()]), fill)
+    store = TokenStore(folder)
+    left_out = "".join(f", {count:,} {what}" for what, count in store.counts.items())
+    say(f"{corpus.key}: {store.documents:,} documents, {store.tokens:,} tokens{left_out}; in {folder}")
     return folder
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What went into the blocks of one split; `empty` documents beside `documents`."""
-
-    documents: int
-    empty: int
-    tokens: int
-
-
-def write_blocks(corpus: Corpus, tokenizer: Tokenizer, end: int, length: int, folder: Path) -> Summary:
-    """Write the documents, each followed by `end`, as one stream cut into rows of `length` + 1 tokens.
-
-    Row i holds tokens i·length to (i + 1)·length, both included: the next row begins with this one's last token, so
-    that every token but the first is a target once. Column `ids` of a `datasets.Dataset`, uint16 where that is
-    enough. Raises: `UserError` if there is not one row."""
-    datasets.disable_progress_bars()
-    dtype = "uint16" if count_tokens(tokenizer) <= 1 << 16 else "int32"
-    features = datasets.Features({"ids": datasets.List(datasets.Value(dtype), length=length + 1)})
-    documents = empty = tokens = 0
-    pending = np.empty(0, dtype)
-    raw = folder / "raw"
-    raw.mkdir()
-    with ArrowWriter(path=str(raw / "blocks.arrow"), features=features) as writer:
-        for batch in _batches(corpus.documents()):
-            encoded = encode_documents(tokenizer, [text for text, _ in batch])
-            for ids, (text, last) in zip(encoded, batch, strict=True):
-                if not text:
-                    empty += 1
-                elif last:
-                    documents += 1
-                    ids.append(end)
-            tokens += sum(map(len, encoded))
-            pending = np.concatenate([pending, *(np.array(ids, dtype) for ids in encoded)])
-            whole = (len(pending) - 1) // length * length
-            if whole > 0:
-                windows = np.lib.stride_tricks.sliding_window_view(pending, length + 1)
-                writer.write_batch({"ids": windows[:whole:length]})
-                pending = pending[whole:]
-        _require_text(corpus, documents, tokens, length)
-        writer.finalize()
-    datasets.Dataset.from_file(str(raw / "blocks.arrow")).save_to_disk(folder)
-    shutil.rmtree(raw)
-    return Summary(documents, empty, tokens)
-
-
-def _require_text(corpus: Corpus, documents: int, tokens: int, length: int) -> None:
-    names = [*map(str, corpus.files), *corpus.hub]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    require(documents > 0, f"{corpus.key}: there is no text in {names[0]}{more}: name files that hold some")
-    require(
-        tokens > length,
-        f"{corpus.key}: {tokens} tokens do not fill one block: data.sequence_length={length} needs {length + 1}; "
-        "bring more text or shorten the sequence",
-    )
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Documents in batches to encode, long ones in parts: (text, whether it ends its document)."""
-    batch: list[tuple[str, bool]] = []
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records in batches to encode."""
+    batch: list[Record] = []
     characters = 0
-    for part in chain.from_iterable(map(_parts, documents)):
-        batch.append(part)
-        characters += len(part[0]) + 1
+    for record in records:
+        batch.append(record)
+        characters += len(record.fields["text"]) + 1
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _parts(document: str) -> Iterator[tuple[str, bool]]:
-    """Parted before white space that follows a word, which no byte-level token spans: the same tokens, less memory."""
-    start, gap = 0, re.compile(r"(?<=\S)[ \n]")
-    while cut := gap.search(document, start + PART_CHARACTERS):
-        yield document[start : cut.start()], False
-        start = cut.start()
-    yield document[start:], True
 
 
 def _whole(folder: Path, fill: Callable[[Path], None]) -> Path:
@@ -237,7 +178,9 @@ def _whole(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 def _flush(folder: Path) -> None:
     """Have every file on the disk before the rename says so."""
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

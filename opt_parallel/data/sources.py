@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opt_parallel.data.encoding import Record
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.shapes import require
 
@@ -52,17 +53,22 @@ class Corpus:
         files = [[str(path), s.st_size, s.st_mtime_ns] for path, s in zip(self.files, status, strict=True)]
         return [files, [[name, self._split] for name in self.hub], self.text_field]
 
-    def documents(self) -> Iterator[str]:
-        """Every document, white space at its end removed. Raises: `UserError` that names file and line."""
+    def records(self) -> Iterator[Record]:
+        """Every row, and every file of plain text as one. Raises: `UserError` that names file and line."""
         for path in self.files:
             if path.suffix in LINES:
                 yield from self._read_lines(path)
             else:
-                yield _decode(path.read_bytes(), f"{self.key}: {path}").rstrip()
+                where = f"{self.key}: {path}"
+                yield Record(where, {"text": _decode(path.read_bytes(), where)})
         for name in self.hub:
             yield from self._read_hub(name)
 
-    def _read_lines(self, path: Path) -> Iterator[str]:
+    def documents(self) -> Iterator[str]:
+        """The text of every record."""
+        return (record.fields["text"] for record in self.records())
+
+    def _read_lines(self, path: Path) -> Iterator[Record]:
         blank = 0  # the first blank line: fine only if nothing follows
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -76,9 +82,9 @@ class Corpus:
                 except json.JSONDecodeError as error:
                     reason = f"{error.msg} at column {error.colno}"
                     raise UserError(f"{where} is not JSON ({reason}): {self._expected}") from error
-                yield self._text(row, where)
+                yield Record(where, {"text": self._text(row, where)})
 
-    def _read_hub(self, name: str) -> Iterator[str]:
+    def _read_hub(self, name: str) -> Iterator[Record]:
         import datasets  # takes a second, and files do not need it
 
         datasets.disable_progress_bars()
@@ -90,7 +96,8 @@ class Corpus:
                 f"({one_line(error)}): check the path or the hub id"
             ) from error
         for number, row in enumerate(dataset):
-            yield self._text(row, f"{self.key}={name}, row {number}")
+            where = f"{self.key}={name}, row {number}"
+            yield Record(where, {"text": self._text(row, where)})
 
     def _text(self, row: Any, where: str) -> str:
         """The document that one line or row holds."""
@@ -105,7 +112,7 @@ class Corpus:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
-        return text.rstrip()
+        return text
 
     @property
     def _split(self) -> str:

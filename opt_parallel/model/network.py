@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import torch
 
-from opt_parallel.config import Run, Task
+from opt_parallel.config import Run
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.lora import adapt
 from opt_parallel.shapes import Labels
+from opt_parallel.task_config import Task
 from opt_parallel.topology import Group
 
 

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import FileStore
 from opt_parallel.checkpoint.store import TOKENIZER, Store
 from opt_parallel.clock import Clock
 from opt_parallel.config import CheckpointConfig, Run, RunConfig
-from opt_parallel.data.batches import Batch
+from opt_parallel.data.samples import Batch
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.log import quiet_libraries

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opt_parallel.config import Precision, Run
-from opt_parallel.data.batches import Batch
+from opt_parallel.data.samples import Batch
 from opt_parallel.topology import DTYPES, local_device
 
 Step = Callable[[int], float]  # number of the optimizer step → its loss on this rank

@@ -1,0 +1,138 @@
+"""Samples: what a task reads from a token store, by number, and how several become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opt_parallel.data.store import TokenStore
+from opt_parallel.shapes import IGNORED
+
+TOKENS_READ = 1 << 20  # of the store held at a time while counting
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`ids` (S,); `labels` (S,), each the token to come or `IGNORED`, or a classifier's own: () or (N,).
+
+    `segments` (S,) from 1 on and `positions` (S,) within them where several texts share the sample, else None."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    segments: np.ndarray | None = None
+    positions: np.ndarray | None = None
+
+
+class Samples(Protocol):
+    """The samples of one store, as a task cuts them."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, number: int) -> Sample: ...
+
+
+class Rows:
+    """Pretraining's samples: the store as one stream, cut into rows of `length` tokens.
+
+    Row i has the tokens i·length to (i + 1)·length, both included: the next begins with this one's last token, so that
+    every token but the first is a target once."""
+
+    def __init__(self, store: TokenStore, length: int) -> None:
+        self.store, self.length = store, length
+
+    def __len__(self) -> int:
+        return max(0, self.store.tokens - 1) // self.length
+
+    def sample(self, number: int) -> Sample:
+        start = number * self.length
+        tokens = self.store.of_tokens("ids", start, start + self.length + 1).astype(np.int64)
+        return Sample(tokens[:-1], tokens[1:])
+
+    @cached_property
+    def unigram_entropy(self) -> float:
+        """Entropy in nats of the targets' own distribution: the loss of a model that knows only word counts."""
+        counts = np.zeros(0, np.int64)
+        last = len(self) * self.length + 1
+        for start in range(1, last, TOKENS_READ):
+            tokens = self.store.of_tokens("ids", start, min(start + TOKENS_READ, last))
+            more = np.bincount(tokens, minlength=len(counts))
+            more[: len(counts)] += counts
+            counts = more
+        share = counts[counts > 0] / counts.sum()
+        return float(-(share * np.log(share)).sum())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data-parallel rank, the same on all its tensor ranks.
+
+    `ids`: (batch, sequence) int64. `labels`: (batch, sequence) int64, each the next token or `IGNORED`; a classifier's:
+    (batch,) int64, or (batch, N) float32 with NaN where it does not count. `positions`: (batch, sequence) int64; None:
+    counted from the segments. `segments`: (batch, sequence) int64, tokens attend within theirs, 0 is padding; None: one
+    stream, nothing padded. `samples`: (batch,) int64, the ordinal of each sample in the run."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    segments: Tensor | None
+    samples: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`, without waiting for the copies."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            ids=change(self.ids),
+            labels=change(self.labels),
+            positions=None if self.positions is None else change(self.positions),
+            segments=None if self.segments is None else change(self.segments),
+            samples=change(self.samples),
+        )
+
+    @property
+    def targets(self) -> int:
+        """Number of labels that count: tokens, or a classifier's examples."""
+        if self.labels.is_floating_point():
+            return int((~self.labels.isnan().any(dim=-1)).sum())
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are not padding."""
+        return self.ids.numel() if self.segments is None else int((self.segments > 0).sum())
+
+
+def collate(samples: list[Sample], ordinals: range, pad_token_id: int) -> Batch:
+    """A batch of samples, padded at their ends to the longest of them."""
+    longest = max(len(sample.ids) for sample in samples)
+    padded = any(len(sample.ids) < longest for sample in samples)
+    of_tokens = samples[0].labels.shape == samples[0].ids.shape
+
+    def stacked(arrays: list[np.ndarray], filling: int) -> Tensor:
+        rows = np.full((len(arrays), longest), filling, np.int64)
+        for row, array in zip(rows, arrays, strict=True):
+            row[: len(array)] = array
+        return torch.from_numpy(rows)
+
+    segments = [np.ones_like(each.ids) if each.segments is None else each.segments for each in samples]
+    positions = [np.arange(len(each.ids)) if each.positions is None else each.positions for each in samples]
+    marked = padded or any(each.segments is not None for each in samples)
+    labels = [each.labels for each in samples]
+    return Batch(
+        ids=stacked([each.ids for each in samples], pad_token_id),
+        labels=stacked(labels, IGNORED) if of_tokens else torch.from_numpy(np.stack(labels)),
+        positions=stacked(positions, -1) if marked else None,
+        segments=stacked(segments, 0) if marked else None,
+        samples=torch.tensor(list(ordinals)),
+    )
