@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import python, small, torchrun
 from hugging_face import some_ids
 from layouts import Layout
 from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, write_base
@@ -18,6 +19,7 @@ from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, writ
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.compose import model_at
 from opt_parallel.config import ExportDtype, Run
+from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.export import export, export_adapter
 from opt_parallel.parallel.shard import Constant, Shard
@@ -259,3 +261,28 @@ def test_mistakes_are_one_line(straight: Straight, base: Path, tmp_path: Path) -
         model_at(tmp_path / "adapter", "init_from=")
     with pytest.raises(UserError, match="is no training checkpoint"):
         export_adapter(base, tmp_path / "another", ExportDtype.float32)
+
+
+def test_train_py_adapts_exports_and_goes_on(tmp_path: Path) -> None:
+    """Two processes at tensor 2 under ZeRO-3, then one; the base is read at both starts, and its name is told."""
+    folder = write_base(tmp_path / "base", vocab_size=300)
+    texts = [f"Sentence {i} of the made-up text" for i in range(50)]
+    save_tokenizer(train_tokenizer(texts, 300), folder)
+    arguments = [each for each in small(tmp_path) if not each.startswith("model=")]
+    run = ["train.py", *arguments, f"init_from={folder}", "task.lora.rank=4", "steps=2"]
+    process = torchrun(2, *run, "parallel.tensor=2", "zero.stage=3", "zero.persistence_threshold=0", "stop_at=1")
+    assert process.returncode == 0, process.stderr
+    assert "0.1M parameters and 1,536 that LoRA trains (rank 4 on q_proj, v_proj)" in process.stdout
+    process = python(*run, "export.at_end=true")
+    assert process.returncode == 0, process.stderr
+    assert "continuing at step 1" in process.stdout
+    assert "is not read" not in process.stdout
+    saved = tmp_path / "run" / "checkpoints" / "step-2"
+    verdict = verify(tmp_path / "run" / "export", saved)
+    assert verdict is not None
+    assert verdict.agrees, verdict
+    adapter = ["scripts/export.py", "--adapter", "--checkpoint", str(saved), "--output", str(tmp_path / "adapter")]
+    assert [python(*adapter).returncode for _ in range(2)] == [0, 2]  # the second time it exists
+    process = python(*run, f"init_from={tmp_path / 'adapter'}")
+    assert process.returncode == 2
+    assert "is a PEFT adapter" in process.stderr
