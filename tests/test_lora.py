@@ -282,7 +282,5 @@ def test_train_py_adapts_exports_and_goes_on(tmp_path: Path) -> None:
     assert verdict is not None
     assert verdict.agrees, verdict
     adapter = ["scripts/export.py", "--adapter", "--checkpoint", str(saved), "--output", str(tmp_path / "adapter")]
-    assert [python(*adapter).returncode for _ in range(2)] == [0, 2]  # the second time it exists
-    process = python(*run, f"init_from={tmp_path / 'adapter'}")
-    assert process.returncode == 2
-    assert "is a PEFT adapter" in process.stderr
+    assert python(*adapter).returncode == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

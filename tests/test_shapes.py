@@ -80,3 +80,11 @@ def test_flops_of_a_token() -> None:
     assert model.hardware_flops_per_token(2048, recompute=True) == pytest.approx(
         model.flops_per_token(2048) + layers / 3
     )
+
+
+def test_flops_of_a_frozen_networks_token() -> None:
+    """Each product's forward and its input's gradient; attention, which has no weights, costs what it always does."""
+    model = ModelConfig(word_embed_proj_dim=512)
+    assert model.flops_per_token(0, frozen=True) == pytest.approx(model.flops_per_token(0) * 2 / 3)
+    by_attention = [model.flops_per_token(2048, frozen) - model.flops_per_token(0, frozen) for frozen in (False, True)]
+    assert by_attention[0] == by_attention[1] > 0
