@@ -12,6 +12,7 @@ from opt_parallel.compose import register_schema, run_from
 from opt_parallel.config import Run
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import logical_parameters, marked
+from opt_parallel.shapes import ModelConfig
 from opt_parallel.topology import ALONE, Group
 
 CONFIGS = str(Path(__file__).parent.parent / "configs")
