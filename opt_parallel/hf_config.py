@@ -13,6 +13,7 @@ from opt_parallel.errors import UserError
 from opt_parallel.shapes import Activation, Labels, ModelConfig, ProblemType
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 
 # OPTConfig's fields that shape the network and that ours shares by name
 INTEGERS = (
