@@ -19,11 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opt_parallel.checkpoint.reading import open_checkpoint
+from opt_parallel.config import DataConfig, Run
 from opt_parallel.data.chat import chat_template
+from opt_parallel.data.prepare import prepare
 from opt_parallel.data.samples import Batch, collate
 from opt_parallel.data.tokens import save_tokenizer
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import fill, random_source
+from opt_parallel.task_config import Task, TaskConfig
 from opt_parallel.topology import ALONE
 
 PAD = 1
@@ -184,6 +187,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model({"vocab_size": 300, "max_position_embeddings": 64}).save_pretrained(folder)
     save_tokenizer(tokenizer(), folder)
     return folder
+
+
+def test_the_chat_template_goes_with_chats(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one cache, too, and over a template that the tokenizer brings, which is said."""
+
+    def prepared(name: str, records: list[Any], brought: Path) -> Path:
+        data = DataConfig(
+            train=str(write(tmp_path / name, records)), tokenizer=str(brought), sequence_length=64,
+            cache=str(tmp_path / "cache"),
+        )  # fmt: skip
+        return prepare(Run(model=run_for(Layout()).model, task=TaskConfig(name=Task.finetune), data=data)).tokenizer
+
+    template = chat_template(tokenizer(), 2)
+    assert not (prepared("pairs.jsonl", PAIRS, checkpoint) / "chat_template.jinja").exists()
+    assert (prepared("chats.jsonl", CHATS, checkpoint) / "chat_template.jinja").read_text() == template
+    assert "warning" not in capsys.readouterr().out
+    save_tokenizer(tokenizer(), tmp_path / "brought", "another")
+    assert (prepared("chats.jsonl", CHATS, tmp_path / "brought") / "chat_template.jinja").read_text() == template
+    assert f"the chat template of data.tokenizer={tmp_path / 'brought'} is not used" in capsys.readouterr().out
 
 
 def finetune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
