@@ -13,7 +13,7 @@ from pathlib import Path
 
 from opt_parallel.data_config import DataConfig
 from opt_parallel.shapes import ModelConfig, Section, require
-from opt_parallel.task_config import TaskConfig
+from opt_parallel.task_config import Task, TaskConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -174,12 +174,13 @@ class EvaluationConfig(Section):
 @dataclass
 class CheckpointConfig(Section):
     """`every`: steps between two checkpoints, besides the one at the end; 0: only that. `keep`: newest to keep;
-    `keep_every`: keep those at a multiple of so many steps too; 0: none. `asynchronous`: train on while they are
-    written."""
+    `keep_every`: keep those at a multiple of so many steps too; 0: none. `keep_best`: save one at each evaluation whose
+    validation loss is the lowest so far, and keep it. `asynchronous`: train on while they are written."""
 
     every: int = 0
     keep: int = 2
     keep_every: int = 0
+    keep_best: bool = False
     asynchronous: bool = True
 
     def check(self) -> None:
@@ -258,6 +259,15 @@ class Run(Section):
             self.evaluation.every == 0 or bool(self.data.validation_sources or self.evaluation.prompts),
             f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation or "
             "evaluation.prompts, or evaluation.every=0",
+        )
+        require(
+            not self.checkpoint.keep_best or (self.evaluation.every > 0 and bool(self.data.validation_sources)),
+            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every} and "
+            f"data.validation={self.data.validation}: set both",
+        )
+        require(
+            self.task.name is not Task.classify or not self.evaluation.prompts,
+            f"evaluation.prompts={list(self.evaluation.prompts)}: a classifier (task=classify) writes no text: set []",
         )
         self._check_model_fits()
         require(

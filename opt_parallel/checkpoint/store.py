@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,10 +19,12 @@ from typing import Any
 
 import torch
 
+from opt_parallel.checkpoint.inspect import find_best
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
 from opt_parallel.checkpoint.whole import (
     DAMAGE,
+    best_in,
     checksum_of,
     choose,
     damages_in,
@@ -32,6 +35,7 @@ from opt_parallel.checkpoint.whole import (
     step_of,
     steps_in,
     torn_in,
+    write_best,
 )
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_dict
@@ -40,10 +44,10 @@ from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.log import aligned, say
 from opt_parallel.manifest import FORMAT, MANIFEST, changes
-from opt_parallel.model.heads import CausalLM
+from opt_parallel.model.network import network
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import logical_shapes
-from opt_parallel.shapes import MAY_DIFFER
+from opt_parallel.shapes import MAY_DIFFER, Labels
 from opt_parallel.topology import ALONE, Topology
 
 TOKENIZER = "tokenizer.json"
@@ -54,8 +58,10 @@ NOT_TOLD = {"resume", "stop_at"}  # settings of one process, not of the run
 class Store:
     """Saves and restores a run's state; every rank calls its methods together."""
 
-    def __init__(self, run: Run, topology: Topology, tokenizer: Path) -> None:
+    def __init__(self, run: Run, topology: Topology, tokenizer: Path, labels: Labels | None = None) -> None:
+        """`labels` are a classifier's."""
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
+        self.labels = labels
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
         self.saving: Path | None = None  # what the saver was last given
@@ -96,10 +102,23 @@ class Store:
             for later in steps_in(self.root):
                 if later > clock.step:  # the run branches off here, and `auto` must not find them
                     set_aside(self.root / f"step-{later}", "abandoned")
+            find_best(self.root)
         return clock
 
-    def save(self, engine: Engine, clock: Clock) -> None:
-        """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed."""
+    def if_best(self, loss: float | None) -> float | None:
+        """The validation `loss` if it is below that of every checkpoint so far and the run keeps the best, else None.
+        Waits for what is being written."""
+        if not self.run.checkpoint.keep_best or loss is None:
+            return None
+        self.wait()
+        known = best_in(self.root) if self.topology.is_main else None
+        better = math.isfinite(loss) and (known is None or loss < known["loss"])
+        return loss if self.topology.any(self.topology.is_main and better) else None
+
+    def save(self, engine: Engine, clock: Clock, best: float | None = None) -> None:
+        """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed.
+
+        `best` is its validation loss where that is the lowest so far."""
         self.wait()
         final = self.root / f"step-{clock.step}"
         self.saving, beside = final, partial_of(final)
@@ -114,7 +133,7 @@ class Store:
             self.saver.failure = failure or "rank 0 could not write"
         else:
             manifest = self._manifest(engine, clock)
-            self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest))
+            self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest, best))
         if not self.run.checkpoint.asynchronous:
             self.saver.join()  # whether it failed is for the next save to say, or for the end to fail with
 
@@ -135,7 +154,7 @@ class Store:
                 + (f"{kept} is whole" if kept else "there is no earlier checkpoint")
             )
 
-    def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    def _complete(self, beside: Path, final: Path, manifest: dict[str, Any], best: float | None) -> None:
         """On the first rank, once all files are on the disk: manifest, tokenizer, the name, and room for the next."""
         for note in sorted(beside.glob("rank-*.json")):
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
@@ -153,6 +172,8 @@ class Store:
             _settle(folder)
         os.replace(beside, final)
         _settle(self.root)
+        if best is not None:
+            write_best(self.root, manifest["clock"]["step"], best)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _first_ranks(self, folder: Path | None) -> Path | None:
@@ -165,7 +186,7 @@ class Store:
         return None if step < 0 else self.root / f"step-{step}"
 
     def _manifest(self, engine: Engine, clock: Clock) -> dict[str, Any]:
-        return {
+        manifest = {
             "format": FORMAT,
             "clock": asdict(clock),
             "updates": engine.updates,
@@ -183,6 +204,9 @@ class Store:
             "tensors": engine.tensors(),
             "files": {},
         }
+        if self.labels is not None:
+            manifest["labels"] = _labels_as_json(self.labels)
+        return manifest
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, None if nothing: each rank checks a share of the files.
@@ -198,8 +222,7 @@ class Store:
                 return f"{name} {DAMAGE[number]}"
         reader = CheckpointReader(folder)
         self._check_fits(folder, reader.manifest)
-        with torch.device("meta"):
-            wanted = logical_shapes(CausalLM(self.run.model, ALONE))
+        wanted = logical_shapes(network(self.run, self.labels, ALONE))
         return None if reader.shapes == wanted else f"its {MANIFEST} tells of tensors of another shape"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -211,10 +234,20 @@ class Store:
                     f"{folder} was trained with model.{name}={saved.get(name)}, this run has {now[name]}: another "
                     "network cannot continue it; set the value back, or start in another run.dir"
                 )
+        self._check_labels(folder, manifest.get("labels"))
         if not filecmp.cmp(folder / "tokenizer" / TOKENIZER, self.tokenizer / TOKENIZER, shallow=False):
             raise UserError(
                 f"{folder} was trained with another tokenizer than {self.tokenizer}, whose ids mean other words: set "
                 f"data.tokenizer={folder / 'tokenizer'}, or start in another run.dir"
+            )
+
+    def _check_labels(self, folder: Path, saved: dict[str, Any] | None) -> None:
+        """Raise UserError unless both are language models, or both tell the same labels apart."""
+        now = None if self.labels is None else _labels_as_json(self.labels)
+        if saved != now:
+            raise UserError(
+                f"{folder} is {_as_words(saved)}, this run trains {_as_words(now)}: set task or task.labels back, or "
+                f"start in another run.dir with init_from={folder}"
             )
 
     def _tell_changes(self, manifest: dict[str, Any]) -> None:
@@ -228,6 +261,17 @@ class Store:
 
     def _versions(self) -> dict[str, str]:
         return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _labels_as_json(labels: Labels) -> dict[str, Any]:
+    return {"names": list(labels.names), "problem_type": labels.problem_type and labels.problem_type.value}
+
+
+def _as_words(labels: dict[str, Any] | None) -> str:
+    if labels is None:
+        return "a language model"
+    names = labels["names"]
+    return f"a classifier of {', '.join(names[:5])}{', …' if len(names) > 5 else ''} ({labels['problem_type']})"
 
 
 def _settle(path: Path) -> None:

@@ -19,18 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
 from opt_parallel.data.encoding import Encoder, Record, TextEncoder
+from opt_parallel.data.labelled import LabelledEncoder, find_labels
 from opt_parallel.data.python_text import python_documents, split, write_split
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
-from opt_parallel.data.tokens import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from opt_parallel.data.tokens import (
+    check_padding,
+    check_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from opt_parallel.data_config import SourceConfig
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
-from opt_parallel.shapes import Labels, require
+from opt_parallel.shapes import Labels, ProblemType, require
+from opt_parallel.task_config import Task
 
+LABELS = "labels.json"
 FORMAT = 3  # of the stores: a change of what is written makes all older ones unfindable
 BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
 
@@ -65,7 +75,8 @@ def prepare(run: Run) -> Prepared:
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
     folder = prepare_tokenizer(run, train[0])
-    encoder = TextEncoder(load_tokenizer(str(folder)), run.model.eos_token_id)
+    labels = prepare_labels(run, train)
+    encoder = encoder_for(run, load_tokenizer(str(folder)), labels)
     return Prepared(
         train=[
             PreparedSource(source.name, Fraction(source.weight), prepare_store(run, corpus, encoder))
@@ -73,7 +84,51 @@ def prepare(run: Run) -> Prepared:
         ],
         validation=prepare_store(run, validation[0], encoder) if validation else None,
         tokenizer=folder,
+        labels=labels,
     )
+
+
+def prepare_validation(run: Run) -> Prepared:
+    """The store of `data.validation` alone, for a run that trains nothing.
+
+    Raises: `UserError`, on every rank alike."""
+    require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
+    corpora = [_corpus(run, "data.validation", source) for source in run.data.validation_sources]
+    folder = prepare_tokenizer(run, corpora[0])
+    labels = prepare_labels(run, corpora)
+    encoder = encoder_for(run, load_tokenizer(str(folder)), labels)
+    return Prepared([], prepare_store(run, corpora[0], encoder), folder, labels)
+
+
+def encoder_for(run: Run, tokenizer: Tokenizer, labels: Labels | None) -> Encoder:
+    """What the run's task makes of a record. Raises: UserError."""
+    if run.task.name is not Task.classify:
+        return TextEncoder(tokenizer, run.model.eos_token_id)
+    assert labels is not None
+    check_padding(tokenizer, run.model)
+    return LabelledEncoder(
+        tokenizer, run.model.eos_token_id, run.data.text_field, run.task, labels, run.data.sequence_length
+    )
+
+
+def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
+    """What a classifier tells apart: the task's labels, and what it leaves open as `corpora` show it."""
+    task = run.task
+    if task.name is not Task.classify:
+        return None
+    if task.labels is not None and task.problem_type is not None:
+        return Labels(tuple(task.labels), task.problem_type)
+
+    def fill(folder: Path) -> None:
+        found = find_labels(task, (record for corpus in corpora for record in corpus.records()))
+        assert found.problem_type is not None
+        content = {"names": found.names, "problem_type": found.problem_type.value}
+        (folder / LABELS).write_text(json.dumps(content), encoding="utf-8")
+
+    asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
+    folder = _whole(_folder(run, "labels", [[corpus.identity() for corpus in corpora], asked]), fill)
+    found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
+    return Labels(tuple(found["names"]), ProblemType(found["problem_type"]))
 
 
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:

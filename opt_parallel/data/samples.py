@@ -103,9 +103,12 @@ class Batch:
     @property
     def targets(self) -> int:
         """Number of labels that count: tokens, or a classifier's examples."""
-        if self.labels.is_floating_point():
-            return int((~self.labels.isnan().any(dim=-1)).sum())
-        return int((self.labels != IGNORED).sum())
+        return int(self.counting.sum())
+
+    @property
+    def counting(self) -> Tensor:
+        """Which labels count: (batch, sequence), a classifier's (batch,)."""
+        return ~self.labels.isnan().any(dim=-1) if self.labels.is_floating_point() else self.labels != IGNORED
 
     @property
     def tokens(self) -> int:
@@ -117,7 +120,8 @@ def collate(samples: list[Sample], ordinals: range, pad_token_id: int) -> Batch:
     """A batch of samples, padded at their ends to the longest of them."""
     longest = max(len(sample.ids) for sample in samples)
     padded = any(len(sample.ids) < longest for sample in samples)
-    of_tokens = samples[0].labels.shape == samples[0].ids.shape
+    some = samples[0]
+    of_tokens = some.labels.dtype.kind == "i" and some.labels.shape == some.ids.shape  # N numbers may be as many
 
     def stacked(arrays: list[np.ndarray], filling: int) -> Tensor:
         rows = np.full((len(arrays), longest), filling, np.int64)

@@ -82,7 +82,7 @@ class Corpus:
                 except json.JSONDecodeError as error:
                     reason = f"{error.msg} at column {error.colno}"
                     raise UserError(f"{where} is not JSON ({reason}): {self._expected}") from error
-                yield Record(where, {"text": self._text(row, where)})
+                yield Record(where, {**row, "text": self._text(row, where)})
 
     def _read_hub(self, name: str) -> Iterator[Record]:
         import datasets  # takes a second, and files do not need it
@@ -97,7 +97,7 @@ class Corpus:
             ) from error
         for number, row in enumerate(dataset):
             where = f"{self.key}={name}, row {number}"
-            yield Record(where, {"text": self._text(row, where)})
+            yield Record(where, {**row, "text": self._text(row, where)})
 
     def _text(self, row: Any, where: str) -> str:
         """The document that one line or row holds."""

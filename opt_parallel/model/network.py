@@ -17,4 +17,5 @@ def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | Sequenc
         if run.task.name is not Task.classify:
             return CausalLM(run.model, group, run.activation_checkpointing)
         assert labels is not None
-        return SequenceClassifier(run.model, len(labels.names), group, run.activation_checkpointing)
+        number, problem_type = len(labels.names), labels.problem_type
+        return SequenceClassifier(run.model, number, group, run.activation_checkpointing, problem_type)
