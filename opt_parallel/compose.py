@@ -111,6 +111,33 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
         config.run.name = f"from-{base}"  # not the network's own name: a run of that name may have begun without these
 
 
+def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Take from the checkpoint of `init_from` what decides a loss and `overrides`, the command line, left open: of ours
+    the task, the precision, the length of a sample and the field of the text, as it was trained; of a Hugging Face folder
+    whether it is a classifier, and the most positions that it has.
+
+    Raises: `UserError`."""
+    if config.init_from is None:
+        return
+    folder = find_checkpoint(config.init_from, "init_from=")
+    given = {each.lstrip("+").partition("=")[0] for each in overrides}
+    if (folder / MANIFEST).is_file():
+        saved = read_manifest(folder)["config"]
+        length, field = saved["data"]["sequence_length"], saved["data"]["text_field"]
+        taken = {"data.sequence_length": length, "data.text_field": field}
+        for section in ("task", "precision"):
+            if section not in given:
+                taken |= {f"{section}.{name}": value for name, value in saved.get(section, {}).items()}
+    else:
+        positions = model_at(folder, "init_from=").max_position_embeddings
+        taken = {"data.sequence_length": min(config.data.sequence_length, positions)}
+        if is_classifier(folder) and "task" not in given:
+            taken["task.name"] = Task.classify.name
+    for key, value in taken.items():
+        if key not in given:
+            OmegaConf.update(config, key, value)
+
+
 def _require_same(config: DictConfig, name: str, theirs: Any) -> None:
     if name == "word_embed_proj_dim":  # null says the hidden size
         theirs = theirs or config.model.hidden_size

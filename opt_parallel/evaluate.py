@@ -44,7 +44,7 @@ class Judged(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Untrained:
     """A network without an optimizer, in evaluation mode."""
 

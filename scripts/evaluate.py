@@ -3,9 +3,10 @@ train.py, alone or under a launcher.
 
 python scripts/evaluate.py init_from=runs/opt-125m/checkpoints/step-1000 data.validation=/data/held-out
 torchrun --nproc-per-node 2 scripts/evaluate.py init_from=facebook/opt-1.3b parallel.tensor=2 data.validation=…
-python scripts/evaluate.py init_from=… task=classify data.validation=labelled.jsonl
+python scripts/evaluate.py init_from=… data.validation=labelled.jsonl           # a classifier
 
-Printed, and written to `run.dir`/evaluation.json."""
+Task, precision and length are the checkpoint's unless they are given. Printed, and written to `run.dir`/evaluation.json.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.compose import explain, register_schema, run_from, start_from_checkpoint
+from opt_parallel.compose import explain, judge_as_trained, register_schema, run_from, start_from_checkpoint
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries, say
 
@@ -28,11 +29,12 @@ said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
 def main(config: DictConfig) -> None:
     with said_in_one_line():
+        judge_as_trained(config, HydraConfig.get().overrides.task)
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         run = run_from(config)
-        from opt_parallel.evaluation import evaluate  # only now: torch takes seconds
+        from opt_parallel.judge import judge  # only now: torch takes seconds
 
-        for name, value in evaluate(run).items():
+        for name, value in judge(run).items():
             say(f"{name}: {value:,.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 

@@ -34,9 +34,7 @@ def counting_rows(folder: Path, size: int, length: int) -> Rows:
     return Rows(store_of(folder, [[stream[a:b]] for a, b in zip(cuts, cuts[1:], strict=False)], 1 << 20), length)
 
 
-def feed_of(
-    rows: Rows, seed: int, global_batch: int, micro_batch: int, data_rank: int = 0, data_size: int = 1
-) -> Feed:
+def feed_of(rows: Rows, seed: int, global_batch: int, micro_batch: int, data_rank: int = 0, data_size: int = 1) -> Feed:
     """The feed of a run with one source."""
     source = Source("train", 1, rows, Shuffled(seed, len(rows)))
     return Feed(Mixture([source]), global_batch, micro_batch, data_rank, data_size)

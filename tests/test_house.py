@@ -22,7 +22,7 @@ FLOORS = [
     ["model", "optim", "zero"],
     ["engine"],
     ["checkpoint", "evaluate"],
-    ["export", "verify", "evaluation"],
+    ["export", "verify", "judge"],
     ["loop", "pretrained"],
     ["train"],
 ]
@@ -34,7 +34,7 @@ RESERVED = {
     "deepspeed": {"engine"},
     "torch.distributed": {"topology", "parallel.collectives", "checkpoint"},
     "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "zero", "engine", "checkpoint", "evaluate",
-              "export", "verify", "evaluation", "pretrained", "loop"},
+              "export", "verify", "judge", "pretrained", "loop"},
 }  # fmt: skip
 
 

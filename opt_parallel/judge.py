@@ -14,14 +14,14 @@ from opt_parallel.data.prepare import Prepared, prepare_validation
 from opt_parallel.data.tasks import open_validation
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import Untrained, Validation, validate
-from opt_parallel.shapes import Labels, require
+from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.task_config import Task
 from opt_parallel.topology import DTYPES, Topology, check_precision, local_device
 
 RESULT = "evaluation.json"
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def judge(run: Run) -> dict[str, Any]:
     """What is written to `run.dir`/evaluation.json: loss, and perplexity and tokens or a classifier's figures.
 
     `run.init_from` is judged on `run.data.validation`, in the run's precision. Raises: UserError."""
@@ -46,16 +46,16 @@ def evaluate(run: Run) -> dict[str, Any]:
 def _check(run: Run, opened: Opened) -> None:
     """Before anything is prepared: the checkpoint is of the task's kind, and says what its labels are."""
     if run.task.name is not Task.classify:
-        return opened.check_language_model()
+        opened.check_language_model()
+        return
     if not opened.is_classifier:
         raise UserError(f"init_from={run.init_from} is a language model, which has no labels: leave task=classify out")
     opened.check_classifier()
     names = opened.labels.names
     require(
-        run.task.labels is not None or len(names) == 1,
+        run.task.labels is not None or run.task.problem_type is ProblemType.regression,
         f"init_from={run.init_from} has no names for its {len(names)} labels: give them in task.labels, in its order",
     )
-    return None
 
 
 def _model(run: Run, opened: Opened, labels: Labels | None, topology: Topology) -> nn.Module:
