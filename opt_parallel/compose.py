@@ -112,9 +112,9 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Take from the checkpoint of `init_from` what decides a loss and `overrides`, the command line, left open: of ours
-    the task, the precision, the length of a sample and the field of the text, as it was trained; of a Hugging Face folder
-    whether it is a classifier, and the most positions that it has.
+    """Take from the checkpoint of `init_from` what decides a loss and `overrides`, the command line, left open: of
+    ours the task, the precision, the length of a sample and the field of the text, as it was trained; of a Hugging
+    Face folder whether it is a classifier, and the most positions that it has.
 
     Raises: `UserError`."""
     if config.init_from is None:

@@ -5,7 +5,8 @@ python scripts/evaluate.py init_from=runs/opt-125m/checkpoints/step-1000 data.va
 torchrun --nproc-per-node 2 scripts/evaluate.py init_from=facebook/opt-1.3b parallel.tensor=2 data.validation=…
 python scripts/evaluate.py init_from=… data.validation=labelled.jsonl           # a classifier
 
-Task, precision and length are the checkpoint's unless they are given. Printed, and written to `run.dir`/evaluation.json.
+Task, precision and length are the checkpoint's unless they are given. The result is printed, and written to
+`run.dir`/evaluation.json.
 """
 
 from __future__ import annotations

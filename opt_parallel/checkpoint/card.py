@@ -46,10 +46,8 @@ def model_card(
         problem = "unknown" if labels.problem_type is None else labels.problem_type.value
         parts += ["## Labels\n", f"{', '.join(f'`{label}`' for label in labels.names)} ({problem})\n"]
     if manifest is not None:
-        parts += [
-            "## Training\n",
-            _table(_training(manifest, rows, "nats a token" if labels is None else "mean of the examples")),
-        ]
+        unit = "nats a token" if labels is None else "mean of the examples"
+        parts += ["## Training\n", _table(_training(manifest, rows, unit))]
         parts += ["## Configuration\n", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(manifest['config']))}```\n"]
     return "\n".join(parts).encode()
 
