@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line
-from opt_parallel.hf_config import CONFIG, is_classifier, read_config, read_labels
+from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
@@ -45,6 +45,11 @@ def model_at(folder: Path, key: str) -> ModelConfig:
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), saved))
         assert isinstance(model, ModelConfig)
         return model
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{key}{folder} is a PEFT adapter, which is no network: name the LoRA run's own checkpoint, or merge the "
+            "adapter into its base first (peft's merge_and_unload)"
+        )
     if (folder / CONFIG).is_file():
         return read_config(folder)
     raise UserError(

@@ -271,6 +271,11 @@ class Run(Section):
         )
         self._check_model_fits()
         require(
+            self.task.lora.rank == 0 or self.init_from is not None,
+            f"task.lora.rank={self.task.lora.rank} adapts a network that has been trained: set init_from=… to its "
+            "checkpoint, or task.lora.rank=0 to train every parameter",
+        )
+        require(
             self.zero.stage > 0 or self.precision.name is Precision.fp32,
             f"precision={self.precision.name.value} needs ZeRO's fp32 master weights, which zero.stage=0 does not "
             "keep: use zero.stage=1, 2 or 3, or precision=fp32",

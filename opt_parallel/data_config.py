@@ -51,7 +51,7 @@ class DataConfig(Section):
     def _sources(self, split: str, value: Any) -> list[SourceConfig]:
         entries = _as_list(value)
         if not any(isinstance(entry, dict) for entry in entries):
-            _require_paths(f"data.{split}", entries)
+            _require_paths(f"data.{split}", value)
             return [SourceConfig(split, tuple(entries), text_field=self.text_field)] if entries else []
         return [self._source(f"data.{split}[{number}]", split, entry) for number, entry in enumerate(entries)]
 
@@ -62,7 +62,7 @@ class DataConfig(Section):
             f"{key}={entry} is no source: give it a path, and if need be {', '.join(known[1:])}",
         )
         paths = _as_list(entry["path"])
-        _require_paths(f"{key}.path", paths)
+        _require_paths(f"{key}.path", entry["path"])
         weight = str(entry.get("weight", 1))
         require(
             re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) is not None and float(weight) > 0,
@@ -72,10 +72,10 @@ class DataConfig(Section):
         return SourceConfig(name, tuple(paths), weight, entry.get("text_field") or self.text_field)
 
 
-def _require_paths(key: str, entries: list[Any]) -> None:
+def _require_paths(key: str, value: Any) -> None:
     require(
-        all(isinstance(entry, str) and entry for entry in entries),
-        f"{key}={entries} must be a path, a glob or a hub id, or a list of them",
+        all(isinstance(entry, str) and entry for entry in _as_list(value)),
+        f"{key}={value} must be a path, a glob or a hub id, or a list of them",
     )
 
 

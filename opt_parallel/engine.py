@@ -26,7 +26,7 @@ from opt_parallel.optim import (
 )
 from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
 from opt_parallel.parallel.random import Draw
-from opt_parallel.parallel.shard import Source, fill, marked
+from opt_parallel.parallel.shard import Source, fill, trained
 from opt_parallel.shapes import Labels
 from opt_parallel.topology import DTYPES, Topology
 from opt_parallel.zero import Fragment, begin_moments, held_fragments, owned_fragments, updates_made
@@ -173,9 +173,9 @@ class Engine:
         return owned_fragments(self.wrapped, self.run.zero.stage, self.topology)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
-        """Each parameter's logical shape, the dim it is split along, and into how many parts."""
+        """Each trained parameter's logical shape, the dim it is split along, and into how many parts."""
         model = self.wrapped.module
-        return {name: {"shape": list(s.shape), "dim": s.dim, "parts": s.count} for name, _, s in marked(model)}
+        return {name: {"shape": list(s.shape), "dim": s.dim, "parts": s.count} for name, _, s in trained(model)}
 
     @property
     def updates(self) -> int:

@@ -14,6 +14,7 @@ from opt_parallel.shapes import Activation, Labels, ModelConfig, ProblemType
 
 CONFIG = "config.json"
 CLASSIFIER = "OPTForSequenceClassification"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 
 # OPTConfig's fields that shape the network and that ours shares by name
 INTEGERS = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from pathlib import Path
 
-from opt_parallel.checkpoint.reading import Opened, open_checkpoint, with_new_head
+from opt_parallel.checkpoint.merged import over
+from opt_parallel.checkpoint.reading import Opened, open_checkpoint
+from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.store import Store
 from opt_parallel.checkpoint.whole import choose, newest, step_of
 from opt_parallel.clock import Clock
@@ -46,19 +49,20 @@ def train(run: Run) -> int:
     _claim_folder(run)
     check_trackers(run)
     start = _start(run)
+    base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
     data = _prepare(run, start)
     mixture, held_out = open_mixture(run, data), open_validation(run, data)
     prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        store = Store(run, topology, data.tokenizer, data.labels)
+        store = Store(run, topology, data.tokenizer, data.labels, base)
         engine, clock = _begin(run, topology, store, start, data.labels)
         place = (topology.data.rank, topology.data.size)
         feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
         loader = Loader(feed, clock, run.stop, topology.device)
         metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
-        metrics.note(_greeting(run, topology, clock))
+        metrics.note(_greeting(run, topology, clock, engine))
 
         stopped = False
         try:
@@ -99,7 +103,7 @@ def train(run: Run) -> int:
 def _prepare(run: Run, start: Opened | None) -> Prepared:
     """The run's data, whose labels must fit the classifier that it starts from."""
     data = prepare(run)
-    if start and data.labels:
+    if start and data.labels and choose(run) is None:
         start.check_labels(data.labels)
     return data
 
@@ -109,17 +113,10 @@ def _begin(
 ) -> tuple[Engine, Clock]:
     """The run's network, and where it stands: as its checkpoint left both, else with its first weights."""
     checkpoint = store.find()
-    engine = Engine.build(run, topology, checkpoint or _first_weights(run, start), labels)
+    engine = Engine.build(run, topology, _weights(run, start, checkpoint), labels)
     if start:
         start.warn_of_not_finite(topology.tensor)
     return engine, store.restore(engine, checkpoint) if checkpoint else Clock()
-
-
-def _first_weights(run: Run, start: Opened | None) -> Source:
-    if start is None:
-        return random_source(run.seed)
-    new_head = run.task.name is Task.classify and not start.is_classifier
-    return with_new_head(start.weights, run.seed) if new_head else start.weights
 
 
 def _evaluate(
@@ -187,10 +184,11 @@ def _younger(path: Path, other: Path) -> bool:
 
 
 def _start(run: Run) -> Opened | None:
-    """The checkpoint whose weights the run begins with, None where it draws or resumes its own.
+    """The checkpoint whose weights the run begins with, None where it draws or resumes its own. Those that LoRA leaves
+    alone are read at each start.
 
     Its tensors are checked on every rank, before any of them waits for another."""
-    if run.init_from is None or choose(run) is not None:
+    if run.init_from is None or (choose(run) is not None and run.task.lora.rank == 0):
         return None
     opened = open_checkpoint(run.init_from, "init_from=")
     if run.task.name is Task.classify:
@@ -200,10 +198,19 @@ def _start(run: Run) -> Opened | None:
     return opened
 
 
+def _weights(run: Run, start: Opened | None, checkpoint: CheckpointReader | None) -> Source:
+    """What the network is filled with: the checkpoint's tensors, where it lacks them those that the run starts from,
+    and where these do too, the initial ones."""
+    source = random_source(run.seed)
+    if start:
+        source = over(start.stored.holds, start.weights, source)
+    return over(checkpoint.holds, checkpoint, source) if checkpoint else source
+
+
 def _warn_of_another_start(run: Run) -> None:
     """Say that `init_from` is not read where the run goes on from a checkpoint that began elsewhere."""
     folder = choose(run)
-    if run.init_from is None or folder is None:
+    if run.init_from is None or folder is None or run.task.lora.rank > 0:
         return
     try:
         began = read_manifest(folder)["config"].get("init_from")
@@ -226,11 +233,16 @@ def _claim_folder(run: Run) -> None:
         raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
 
 
-def _greeting(run: Run, topology: Topology, clock: Clock) -> str:
+def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine) -> str:
     fresh = "starting" if run.init_from is None else f"starting from {run.init_from}"
     start = f"continuing at step {clock.step}" if clock.step else fresh
+    lora, trained = run.task.lora, ""
+    if lora.rank:
+        number = sum(math.prod(tensor["shape"]) for tensor in engine.tensors().values())
+        trained = f" and {number:,} that LoRA trains (rank {lora.rank} on {', '.join(lora.targets)})"
     return (
-        f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters, data({topology.data.size}) × "
-        f"tensor({topology.tensor.size}) on {topology.device.type}, ZeRO-{run.zero.stage}, "
-        f"{run.precision.name.value}, {run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}"
+        f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
+        f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "
+        f"ZeRO-{run.zero.stage}, {run.precision.name.value}, "
+        f"{run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}"
     )

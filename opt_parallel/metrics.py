@@ -112,8 +112,9 @@ class _Recorder(Metrics):
         length, recompute = run.data.sequence_length, run.activation_checkpointing is ActivationCheckpointing.full
         peak = _peak_flops(run, device)
         self._peak = None if peak is None else peak * world_size
-        self._model_flops = run.model.flops_per_token(length)
-        self._hardware_flops = run.model.hardware_flops_per_token(length, recompute)
+        frozen = run.task.lora.rank > 0
+        self._model_flops = run.model.flops_per_token(length, frozen)
+        self._hardware_flops = run.model.hardware_flops_per_token(length, recompute, frozen)
         self._unigram_entropy: float | None = None
         self._pending: Callable[[], None] | None = None  # writes the row of the latest step
         self._trackers = open_trackers(run, clock)

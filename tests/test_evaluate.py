@@ -113,11 +113,11 @@ def test_a_classifiers_figures_are_transformers_in_any_layout(crew: Any, tmp_pat
 def test_two_arguments_give_the_runs_own_validation_loss(tmp_path: Path) -> None:
     arguments = [*small(tmp_path), f"data.validation={tmp_path / 'text.jsonl'}", "evaluation.every=5"]
     assert python("train.py", *arguments).returncode == 0
-    (row,) = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-              if row["kind"] == "validation"]  # fmt: skip
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-5"
-    process = torchrun(2, "scripts/evaluate.py", f"init_from={checkpoint}", f"data.validation={tmp_path / 'text.jsonl'}",
-                       "parallel.tensor=2", f"run.dir={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}")  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["kind"] == "validation"]
+    two = [f"init_from={tmp_path / 'run' / 'checkpoints' / 'step-5'}", f"data.validation={tmp_path / 'text.jsonl'}"]
+    places = ["parallel.tensor=2", f"run.dir={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}"]
+    process = torchrun(2, "scripts/evaluate.py", *two, *places)
     assert process.returncode == 0, process.stderr
     assert f"loss: {row['loss']:.6g}"[:11] in process.stdout  # to the fifth digit
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     model.config.id2label = {number: f"LABEL_{number}" for number in range(3)}
     model.config.save_pretrained(tmp_path / "classifier")
-    with pytest.raises(UserError, match="has no names for its 3 labels: give them in task.labels"):
+    with pytest.raises(UserError, match=r"has no names for its 3 labels: give them in task\.labels"):
         judge(configured(*common, f"init_from={tmp_path / 'classifier'}", f"data.validation={text}"))
     process = python("scripts/evaluate.py", f"init_from={tmp_path / 'nothing'}")
     assert process.returncode == 2

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opt_parallel.checkpoint.merged import Base, Merged, Weights, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.compose import labels_at, model_at
 from opt_parallel.errors import UserError
@@ -24,16 +24,6 @@ from opt_parallel.shapes import Labels, ModelConfig
 from opt_parallel.topology import ALONE, Group
 
 SCORE = "score.weight"
-
-
-class Weights(Protocol):
-    """A source for `fill` that can be asked first what it holds."""
-
-    def check(self, wanted: dict[str, tuple[int, ...]]) -> None: ...
-
-    def holds(self, name: str) -> bool: ...
-
-    def __call__(self, name: str, shard: Shard) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +54,13 @@ class Opened:
         if values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):  # NaN is both ends
             self.not_finite.append(name)
         return values
+
+    def as_base(self, name: str) -> Base:
+        """This checkpoint, which the user calls `name`, as what a LoRA run stands on; it may be a classifier's.
+
+        Raises: UserError unless just the tensors of a network are there."""
+        self.check_classifier()
+        return Base.of(name, self.config, self.stored)
 
     def check_language_model(self) -> None:
         """Raise UserError unless just the tensors of a language model are there. Reads no values."""
@@ -158,9 +155,26 @@ def with_new_head(weights: Source, seed: int) -> Source:
 def open_checkpoint(checkpoint: str | Path, key: str = "--checkpoint ") -> Opened:
     """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
-    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, or lacks a file."""
+    One of a LoRA run is opened with its base, and gives the merged weights.
+
+    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, or lacks a file; or if a
+    base is not where it was, or another."""
     folder = find_checkpoint(checkpoint, key)
     config = model_at(folder, key)
     if (folder / MANIFEST).is_file():
-        return Opened(config, CheckpointReader(folder), folder / "tokenizer", folder)
+        reader = CheckpointReader(folder)
+        stored = _on_its_base(reader) if reader.manifest.get("base") else reader
+        return Opened(config, stored, folder / "tokenizer", folder)
     return Opened(config, HuggingFaceWeights(folder), folder, folder)
+
+
+def _on_its_base(reader: CheckpointReader) -> Merged:
+    saved = Base(**reader.manifest["base"])
+    opened = open_checkpoint(saved.checkpoint, f"{reader.folder} is of a LoRA run and stands on its base: ")
+    found = opened.as_base(saved.checkpoint)
+    if found.checksum != saved.checksum:
+        raise UserError(
+            f"{reader.folder} is of a LoRA run, and {saved.checkpoint} is not the base any more that it was trained on "
+            f"(checksum {found.checksum}, then {saved.checksum}): bring that one back"
+        )
+    return Merged(opened.stored, reader, lora_of(reader.manifest))

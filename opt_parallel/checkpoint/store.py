@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from opt_parallel.checkpoint.inspect import find_best
+from opt_parallel.checkpoint.merged import Base, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
 from opt_parallel.checkpoint.whole import (
@@ -46,7 +47,7 @@ from opt_parallel.log import aligned, say
 from opt_parallel.manifest import FORMAT, MANIFEST, changes
 from opt_parallel.model.network import network
 from opt_parallel.parallel.collectives import all_reduce
-from opt_parallel.parallel.shard import logical_shapes
+from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.shapes import MAY_DIFFER, Labels
 from opt_parallel.topology import ALONE, Topology
 
@@ -58,10 +59,12 @@ NOT_TOLD = {"resume", "stop_at"}  # settings of one process, not of the run
 class Store:
     """Saves and restores a run's state; every rank calls its methods together."""
 
-    def __init__(self, run: Run, topology: Topology, tokenizer: Path, labels: Labels | None = None) -> None:
-        """`labels` are a classifier's."""
+    def __init__(
+        self, run: Run, topology: Topology, tokenizer: Path, labels: Labels | None = None, base: Base | None = None
+    ) -> None:
+        """`labels` are a classifier's; `base` is what a LoRA run stands on."""
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
-        self.labels = labels
+        self.labels, self.base = labels, base
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
         self.saving: Path | None = None  # what the saver was last given
@@ -201,6 +204,7 @@ class Store:
             },
             "versions": self._versions(),
             "config": to_dict(self.run),
+            "base": None if self.base is None else asdict(self.base),
             "tensors": engine.tensors(),
             "files": {},
         }
@@ -222,7 +226,7 @@ class Store:
                 return f"{name} {DAMAGE[number]}"
         reader = CheckpointReader(folder)
         self._check_fits(folder, reader.manifest)
-        wanted = logical_shapes(network(self.run, self.labels, ALONE))
+        wanted = trained_shapes(network(self.run, self.labels, ALONE))
         return None if reader.shapes == wanted else f"its {MANIFEST} tells of tensors of another shape"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -235,6 +239,7 @@ class Store:
                     "network cannot continue it; set the value back, or start in another run.dir"
                 )
         self._check_labels(folder, manifest.get("labels"))
+        self._check_adapts(folder, manifest)
         if not filecmp.cmp(folder / "tokenizer" / TOKENIZER, self.tokenizer / TOKENIZER, shallow=False):
             raise UserError(
                 f"{folder} was trained with another tokenizer than {self.tokenizer}, whose ids mean other words: set "
@@ -248,6 +253,29 @@ class Store:
             raise UserError(
                 f"{folder} is {_as_words(saved)}, this run trains {_as_words(now)}: set task or task.labels back, or "
                 f"start in another run.dir with init_from={folder}"
+            )
+
+    def _check_adapts(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Raise UserError unless both train everything, or both the same low-rank terms on the same base."""
+        then, now = lora_of(manifest), self.run.task.lora
+        if then.rank == now.rank == 0:
+            return
+        for name, saved, given in (
+            ("rank", then.rank, now.rank),
+            ("targets", sorted(then.targets), sorted(now.targets)),
+            ("alpha", then.alpha, now.alpha),  # the same A and B would be other weights
+        ):
+            if saved != given:
+                raise UserError(
+                    f"{folder} was trained with task.lora.{name}={saved}, this run has {given}: another network cannot "
+                    f"continue it; set the value back, or start in another run.dir with init_from={folder}"
+                )
+        assert self.base is not None
+        if manifest["base"]["checksum"] != self.base.checksum:
+            raise UserError(
+                f"{folder} adapts {manifest['base']['checkpoint']} (checksum {manifest['base']['checksum']}), and "
+                f"init_from={self.run.init_from} has other weights (checksum {self.base.checksum}): set init_from "
+                "back, or start in another run.dir"
             )
 
     def _tell_changes(self, manifest: dict[str, Any]) -> None:

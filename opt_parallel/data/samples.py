@@ -19,7 +19,8 @@ TOKENS_READ = 1 << 20  # of the store held at a time while counting
 
 @dataclass(frozen=True)
 class Sample:
-    """`ids` (S,); `labels` (S,), each the token to come or `IGNORED`, or a classifier's own: () or (N,).
+    """`ids` (S,); `labels` (S,) int64, each the token to come or `IGNORED`, or a classifier's own: () int64 or (N,)
+    float32.
 
     `segments` (S,) from 1 on and `positions` (S,) within them where several texts share the sample, else None."""
 
@@ -120,8 +121,7 @@ def collate(samples: list[Sample], ordinals: range, pad_token_id: int) -> Batch:
     """A batch of samples, padded at their ends to the longest of them."""
     longest = max(len(sample.ids) for sample in samples)
     padded = any(len(sample.ids) < longest for sample in samples)
-    some = samples[0]
-    of_tokens = some.labels.dtype.kind == "i" and some.labels.shape == some.ids.shape  # N numbers may be as many
+    of_tokens = samples[0].labels.ndim == 1 and samples[0].labels.dtype.kind == "i"
 
     def stacked(arrays: list[np.ndarray], filling: int) -> Tensor:
         rows = np.full((len(arrays), longest), filling, np.int64)
