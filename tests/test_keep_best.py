@@ -79,8 +79,8 @@ def best_of(folder: Path) -> dict[str, Any]:
 
 def test_the_best_stays_through_resuming_and_going_back(crew: Any, tmp_path: Path) -> None:
     run = run_in(tmp_path)
-    answers = crew(2)(saved, run, [3.0, 2.0, float("nan"), 2.5])
-    assert answers == [(0, [True, True, False, False])] * 2
+    answers = crew(2)(saved, run, [float("nan"), 2.0, 2.5, 2.5])
+    assert answers == [(0, [False, True, False, False])] * 2
     assert steps_of(tmp_path) == ["step-2", "step-4"]
     assert best_of(tmp_path) == {"step": 2, "loss": 2.0}
     assert crew(2)(saved, run, [2.25, 1.5, 1.75]) == [(4, [False, True, False])] * 2
