@@ -26,7 +26,7 @@ from opt_parallel.optim import (
 )
 from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
 from opt_parallel.parallel.random import Draw
-from opt_parallel.parallel.shard import Source, fill, marked
+from opt_parallel.parallel.shard import Source, fill, trained
 from opt_parallel.shapes import Labels
 from opt_parallel.topology import DTYPES, Topology
 from opt_parallel.zero import Fragment, begin_moments, held_fragments, owned_fragments, updates_made
@@ -152,20 +152,30 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """Sum of the losses of this data rank's batch, without dropout."""
+        return self._forward(batch, batch.labels)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """A classifier's scores (B, N) of this data rank's batch, without dropout."""
+        return self._forward(batch, None)
+
+    def _forward(self, batch: Batch, labels: Tensor | None) -> Tensor:
         self.wrapped.eval()
-        batch = batch.to(self.topology.device)
-        loss = self.wrapped(batch.ids, batch.labels, batch.positions, batch.segments)
-        assert isinstance(loss, Tensor)
-        return loss
+        batch, device = batch.to(self.topology.device), self.topology.device
+        output = self.wrapped(
+            batch.ids, labels if labels is None else labels.to(device), batch.positions, batch.segments
+        )
+        assert isinstance(output, Tensor)
+        return output
 
     def owned(self) -> Iterator[Fragment]:
         """What this rank saves of the training state; live, and each element on one rank alone."""
         return owned_fragments(self.wrapped, self.run.zero.stage, self.topology)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
-        """Each parameter's logical shape, the dim it is split along, and into how many parts."""
+        """Each trained parameter's logical shape, the dim it is split along, and into how many parts."""
         model = self.wrapped.module
-        return {name: {"shape": list(s.shape), "dim": s.dim, "parts": s.count} for name, _, s in marked(model)}
+        return {name: {"shape": list(s.shape), "dim": s.dim, "parts": s.count} for name, _, s in trained(model)}
 
     @property
     def updates(self) -> int:

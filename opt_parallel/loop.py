@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from pathlib import Path
 
+from opt_parallel.checkpoint.merged import over
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
+from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.store import Store
 from opt_parallel.checkpoint.whole import choose, newest, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run, bytes_of
+from opt_parallel.curve import draw_confusion
 from opt_parallel.data.batches import Feed, Loader
-from opt_parallel.data.prepare import prepare
+from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
-from opt_parallel.evaluate import Prompts, validation_loss
+from opt_parallel.evaluate import Prompts, validate
 from opt_parallel.export import export
 from opt_parallel.hf_config import CONFIG
 from opt_parallel.interrupt import Interrupt
 from opt_parallel.log import is_main, say
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.metrics import Metrics
-from opt_parallel.parallel.shard import random_source
+from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.shapes import Labels
+from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology, check_precision, local_device
 from opt_parallel.trackers import check_trackers
 
@@ -44,19 +49,20 @@ def train(run: Run) -> int:
     _claim_folder(run)
     check_trackers(run)
     start = _start(run)
-    data = prepare(run)
+    base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
+    data = _prepare(run, start)
     mixture, held_out = open_mixture(run, data), open_validation(run, data)
     prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        store = Store(run, topology, data.tokenizer)
+        store = Store(run, topology, data.tokenizer, data.labels, base, data.text)
         engine, clock = _begin(run, topology, store, start, data.labels)
         place = (topology.data.rank, topology.data.size)
         feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
         loader = Loader(feed, clock, run.stop, topology.device)
         metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
-        metrics.note(_greeting(run, topology, clock))
+        metrics.note(_greeting(run, topology, clock, engine))
 
         stopped = False
         try:
@@ -71,12 +77,13 @@ def train(run: Run) -> int:
 
                 last = clock.step == run.stop
                 stopped = topology.any(interrupt.requested) and not last
+                best = None
                 if not stopped and _due(run.evaluation.every, clock, last):
                     with metrics.pause():
-                        _evaluate(engine, clock, held_out, prompts, metrics)
-                if stopped or last or _due(run.checkpoint.every, clock, last):
+                        best = store.if_best(_evaluate(engine, clock, held_out, prompts, data.labels, metrics))
+                if stopped or last or best is not None or _due(run.checkpoint.every, clock, last):
                     with metrics.pause():
-                        store.save(engine, clock)
+                        store.save(engine, clock, best)
         except UserError:
             metrics.abandon()
             store.wait()
@@ -93,13 +100,20 @@ def train(run: Run) -> int:
     return INTERRUPTED if stopped else 0
 
 
+def _prepare(run: Run, start: Opened | None) -> Prepared:
+    """The run's data, whose labels must fit the classifier that it starts from."""
+    data = prepare(run)
+    if start and data.labels and choose(run) is None:
+        start.check_labels(data.labels)
+    return data
+
+
 def _begin(
     run: Run, topology: Topology, store: Store, start: Opened | None, labels: Labels | None
 ) -> tuple[Engine, Clock]:
     """The run's network, and where it stands: as its checkpoint left both, else with its first weights."""
     checkpoint = store.find()
-    weights = checkpoint or (start.weights if start else random_source(run.seed))
-    engine = Engine.build(run, topology, weights, labels)
+    engine = Engine.build(run, topology, _weights(run, start, checkpoint), labels)
     if start:
         start.warn_of_not_finite(topology.tensor)
     return engine, store.restore(engine, checkpoint) if checkpoint else Clock()
@@ -110,13 +124,21 @@ def _evaluate(
     clock: Clock,
     held_out: Samples | None,
     prompts: Prompts | None,
+    labels: Labels | None,
     metrics: Metrics,
-) -> None:
+) -> float | None:
+    """The loss on the held-out text, where there is some."""
+    found = None
     if held_out is not None:
+        found = validate(engine, held_out, labels)
         unigrams = held_out.unigram_entropy if isinstance(held_out, Rows) else None
-        metrics.validation(clock, validation_loss(engine, held_out), unigrams)
+        metrics.validation(clock, found.loss, unigrams, found.figures)
+        if labels and found.confusion is not None and engine.topology.is_main:
+            title = f"{engine.run.run.name}, step {clock.step}"
+            draw_confusion(engine.run.folder / "confusion.png", title, labels.names, found.confusion)
     if prompts is not None:
         metrics.samples(clock, prompts.texts(engine, clock.step))
+    return None if found is None else found.loss
 
 
 def _due(every: int, clock: Clock, last: bool) -> bool:
@@ -162,20 +184,33 @@ def _younger(path: Path, other: Path) -> bool:
 
 
 def _start(run: Run) -> Opened | None:
-    """The checkpoint whose weights the run begins with, None where it draws or resumes its own.
+    """The checkpoint whose weights the run begins with, None where it draws or resumes its own. Those that LoRA leaves
+    alone are read at each start.
 
     Its tensors are checked on every rank, before any of them waits for another."""
-    if run.init_from is None or choose(run) is not None:
+    if run.init_from is None or (choose(run) is not None and run.task.lora.rank == 0):
         return None
     opened = open_checkpoint(run.init_from, "init_from=")
-    opened.check_language_model()
+    if run.task.name is Task.classify:
+        opened.check_classifier()
+    else:
+        opened.check_language_model()
     return opened
+
+
+def _weights(run: Run, start: Opened | None, checkpoint: CheckpointReader | None) -> Source:
+    """What the network is filled with: the checkpoint's tensors, where it lacks them those that the run starts from,
+    and where these do too, the initial ones."""
+    source = random_source(run.seed)
+    if start:
+        source = over(start.stored.holds, start.weights, source)
+    return over(checkpoint.holds, checkpoint, source) if checkpoint else source
 
 
 def _warn_of_another_start(run: Run) -> None:
     """Say that `init_from` is not read where the run goes on from a checkpoint that began elsewhere."""
     folder = choose(run)
-    if run.init_from is None or folder is None:
+    if run.init_from is None or folder is None or run.task.lora.rank > 0:
         return
     try:
         began = read_manifest(folder)["config"].get("init_from")
@@ -198,11 +233,16 @@ def _claim_folder(run: Run) -> None:
         raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
 
 
-def _greeting(run: Run, topology: Topology, clock: Clock) -> str:
+def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine) -> str:
     fresh = "starting" if run.init_from is None else f"starting from {run.init_from}"
     start = f"continuing at step {clock.step}" if clock.step else fresh
+    lora, trained = run.task.lora, ""
+    if lora.rank:
+        number = sum(math.prod(tensor["shape"]) for tensor in engine.tensors().values())
+        trained = f" and {number:,} that LoRA trains (rank {lora.rank} on {', '.join(lora.targets)})"
     return (
-        f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters, data({topology.data.size}) × "
-        f"tensor({topology.tensor.size}) on {topology.device.type}, ZeRO-{run.zero.stage}, "
-        f"{run.precision.name.value}, {run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}"
+        f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
+        f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "
+        f"ZeRO-{run.zero.stage}, {run.precision.name.value}, "
+        f"{run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}"
     )

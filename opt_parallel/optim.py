@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from opt_parallel.config import OptimizerConfig, PrecisionConfig, Run, Scaler, ScheduleName
 from opt_parallel.errors import UserError
 from opt_parallel.parallel.collectives import all_reduce
-from opt_parallel.parallel.shard import marked
+from opt_parallel.parallel.shard import marked, trained
 from opt_parallel.topology import Group
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with a group that decays (matrices) and one that does not (biases, LayerNorms), fused kernels."""
+    """AdamW of what is trained, with a group that decays (matrices) and one that does not (biases, LayerNorms), fused
+    kernels. A group of nothing is left out: DeepSpeed would make a flat tensor of it."""
     decaying: list[Tensor] = []
     steady: list[Tensor] = []
-    for _, tensor, shard in marked(model):
+    for _, tensor, shard in trained(model):
         (decaying if shard.decay else steady).append(tensor)
     first, second = config.betas
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": steady, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=(first, second), eps=config.eps, fused=True
+    )
 
 
 def learning_rate(run: Run, step: int) -> float:

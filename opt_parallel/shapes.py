@@ -181,20 +181,22 @@ class ModelConfig(Section):
         final_layer_norm = layer_norm if self.has_final_layer_norm else 0
         return embeddings + projections + self.num_hidden_layers * layer + final_layer_norm
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, frozen: bool = False) -> float:
         """Model FLOPs of one trained token, forward and backward, causal attention not halved.
 
         The formula of Narayanan et al. 2021 (Megatron-LM), section 5.1, without recomputation, for any
-        feed-forward and embedding width; a backward pass counts twice its forward.
+        feed-forward and embedding width; a backward pass counts twice its forward. `frozen`: no gradient of a weight is
+        formed, which is one of the two; LoRA's own terms are left out.
         """
         projections = 4 * self.embedding_size * self.hidden_size if self.projected else 0
         head = 2 * self.vocab_size * self.embedding_size
-        return 3.0 * (self._layers_forward_flops(sequence_length) + projections + head)
+        full = 3.0 * (self._layers_forward_flops(sequence_length) + projections + head)
+        return full - (self._layers_forward_flops(0) + projections + head if frozen else 0)
 
-    def hardware_flops_per_token(self, sequence_length: int, recompute: bool) -> float:
+    def hardware_flops_per_token(self, sequence_length: int, recompute: bool, frozen: bool = False) -> float:
         """FLOPs really done: `flops_per_token`, and one more forward of every layer where it is recomputed."""
         again = self._layers_forward_flops(sequence_length) if recompute else 0
-        return self.flops_per_token(sequence_length) + again
+        return self.flops_per_token(sequence_length, frozen) + again
 
     def _layers_forward_flops(self, sequence_length: int) -> int:
         products = 2 * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim)

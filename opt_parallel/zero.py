@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_parallel.parallel.shard import Shard, marked
+from opt_parallel.parallel.shard import Shard, trained
 from opt_parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names for Adam's m and v
@@ -42,9 +42,9 @@ class Fragment:
 
 
 def held_fragments(wrapped: Any, stage: int, data_rank: int) -> Iterator[Fragment]:
-    """All that this rank holds, at most one fragment of each parameter."""
+    """All that this rank holds of what is trained, at most one fragment of each parameter."""
     base = base_optimizer(wrapped)
-    for name, tensor, shard in marked(wrapped.module):
+    for name, tensor, shard in trained(wrapped.module):
         place = _place(wrapped, stage, data_rank, tensor)
         if place is None:
             continue

@@ -68,6 +68,8 @@ def show(arguments: argparse.Namespace) -> int:
         "versions": _pairs(manifest["versions"]),
         "format": str(manifest["format"]),
     }
+    if base := manifest.get("base"):  # of a LoRA run
+        facts["base"] = f"{base['checkpoint']} (checksum {base['checksum']})"
     print(aligned([[name, value] for name, value in facts.items()]))
     groups = groups_of(manifest)
     lines = [["tensors", "logical shape", "split", "number", "parameters"]]

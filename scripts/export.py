@@ -1,4 +1,6 @@
-"""Write a checkpoint as a Hugging Face folder: `python scripts/export.py --checkpoint DIR --output DIR`."""
+"""Write a checkpoint as a Hugging Face folder: `python scripts/export.py --checkpoint DIR --output DIR`.
+
+Of a LoRA run the merged weights, or with `--adapter` a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, such as 5GB (default)")
     parser.add_argument("--dtype", default="float32", choices=list(ExportDtype.__members__))
+    parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained alone, as `peft` loads it")
     arguments = parser.parse_args()
     quiet_libraries()
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
-    from opt_parallel.export import export
+    from opt_parallel.export import export, export_adapter
 
-    export(arguments.checkpoint, arguments.output, size, ExportDtype(arguments.dtype))
+    if arguments.adapter:
+        export_adapter(arguments.checkpoint, arguments.output, ExportDtype(arguments.dtype))
+    else:
+        export(arguments.checkpoint, arguments.output, size, ExportDtype(arguments.dtype))
     print(f"exported {arguments.checkpoint} to {arguments.output}")
 
 

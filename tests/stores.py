@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
 
 from opt_parallel.data.batches import Feed
 from opt_parallel.data.encoding import columns_of
@@ -31,14 +31,10 @@ def counting_rows(folder: Path, size: int, length: int) -> Rows:
     """Row i holds i·length to i·length + length: a stream of counting numbers, in parts that cut through rows."""
     stream = list(range(size * length + 1))
     cuts = [0, len(stream) // 3, len(stream) // 3 + 1, len(stream)]
-    return Rows(store_of(folder, [[stream[a:b]] for a, b in zip(cuts, cuts[1:], strict=False)], 1 << 20), length)
+    return Rows(store_of(folder, [[stream[a:b]] for a, b in pairwise(cuts)], 1 << 20), length)
 
 
 def feed_of(rows: Rows, seed: int, global_batch: int, micro_batch: int, data_rank: int = 0, data_size: int = 1) -> Feed:
     """The feed of a run with one source."""
-    source = Source("train", 1, rows, Shuffled(seed, len(rows)))
+    source = Source("train", Fraction(1), rows, Shuffled(seed, len(rows)))
     return Feed(Mixture([source]), global_batch, micro_batch, data_rank, data_size)
-
-
-def first_tokens(batch: np.ndarray) -> list[int]:
-    return [int(row[0]) for row in batch]

@@ -13,6 +13,7 @@ from command import ROOT, python, small, torchrun, train_rows
 from hugging_face import SHAPE, VARIANTS, logits_of, random_model, some_ids
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
+from stores import feed_of
 
 from opt_parallel.compose import register_schema, run_from, start_from_checkpoint
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
@@ -83,13 +84,14 @@ def start(folder: Path, checkpoint: str | Path, *more: str) -> list[str]:
 
 def test_a_run_at_zero_3_starts_from_the_weights(checkpoint: Path, tmp_path: Path) -> None:
     """Its first loss is transformers' on the run's first batch."""
-    from opt_parallel.data.batches import Feed
+    from opt_parallel.data.samples import Rows
+    from opt_parallel.data.store import TokenStore
 
     process = torchrun(2, *start(tmp_path, checkpoint, *ZERO_3, "steps=1"))
     assert process.returncode == 0, process.stderr
     assert f"starting from {checkpoint}: from-theirs," in process.stdout
-    blocks = next((tmp_path / "cache").glob("blocks-*[!k]"))
-    batch = Feed(blocks, seed=1, global_batch=4, micro_batch=4, data_rank=0, data_size=1).at(0)[0]
+    rows = Rows(TokenStore(next((tmp_path / "cache").glob("store-*[!k]"))), 16)
+    batch = feed_of(rows, 1, 4, 4).at(0)[0]
     theirs = random_model(NETWORK)
     with torch.no_grad():
         logits = theirs(input_ids=batch.ids).logits

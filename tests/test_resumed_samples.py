@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from layouts import Layout, run_for
+from stores import counting_rows, feed_of
 from test_resume import with_tokenizer
 
 from opt_parallel.config import Run, RunConfig
@@ -15,12 +15,13 @@ from opt_parallel.config import Run, RunConfig
 ROWS, LENGTH = 21, 16  # an epoch ends within the run's steps, and within a batch
 
 
-def seen(run: Run, blocks: Dataset, last: int) -> list[list[tuple[int, int]]]:
+def seen(run: Run, folder: str, last: int) -> list[list[tuple[int, int]]]:
     """On the crew: the run from its newest checkpoint or from the start to step `last`, and saved. Of each step the
     samples that this data rank had, by their ordinals in the run and their rows in the store."""
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.clock import Clock
-    from opt_parallel.data.batches import Feed
+    from opt_parallel.data.samples import Rows
+    from opt_parallel.data.store import TokenStore
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
     from opt_parallel.topology import Topology
@@ -30,13 +31,16 @@ def seen(run: Run, blocks: Dataset, last: int) -> list[list[tuple[int, int]]]:
         checkpoint = store.find()
         engine = Engine.build(run, topology, checkpoint or random_source(run.seed))
         clock = store.restore(engine, checkpoint) if checkpoint else Clock()
-        feed = Feed(blocks, run.seed, run.global_batch, run.micro_batch, topology.data.rank, topology.data.size)
+        rows, place = Rows(TokenStore(folder), LENGTH), (topology.data.rank, topology.data.size)
+        feed = feed_of(rows, run.seed, run.global_batch, run.micro_batch, *place)
         steps = []
         while clock.step < last:
             batches = feed.at(clock.samples)
             result = engine.step(batches, clock.step)
             clock = clock.after(run.global_batch, result.tokens)
-            pairs = [zip(batch.samples.tolist(), batch.ids[:, 0].tolist(), strict=True) for batch in batches]
+            pairs = [
+                zip(batch.samples.tolist(), (batch.ids[:, 0] // LENGTH).tolist(), strict=True) for batch in batches
+            ]
             steps.append([pair for each in pairs for pair in each])
         store.save(engine, clock)
         store.finish()
@@ -44,10 +48,10 @@ def seen(run: Run, blocks: Dataset, last: int) -> list[list[tuple[int, int]]]:
     return steps
 
 
-def together(crew: Any, size: int, run: Run, blocks: Dataset, last: int) -> list[tuple[int, int]]:
+def together(crew: Any, size: int, run: Run, folder: str, last: int) -> list[tuple[int, int]]:
     """The samples of all `size` ranks in the order of the run; a data rank's tensor ranks must have had the same."""
     tensor = run.parallel.tensor
-    answers = crew(size)(seen, run, blocks, last)
+    answers = crew(size)(seen, run, folder, last)
     assert all(answer == answers[rank - rank % tensor] for rank, answer in enumerate(answers))
     steps = zip(*answers[::tensor], strict=True)
     found = [sorted(pair for share in step for pair in share) for step in steps]
@@ -57,7 +61,7 @@ def together(crew: Any, size: int, run: Run, blocks: Dataset, last: int) -> list
 
 def test_the_ids_of_the_samples(crew: Any, tmp_path: Path) -> None:
     """On one rank with batches of 6; then data 2 with 4, then tensor 2 with 9: 57 samples, of almost three epochs."""
-    blocks = Dataset.from_dict({"ids": [[row] * (LENGTH + 1) for row in range(ROWS)]})
+    blocks = str(counting_rows(tmp_path / "store", ROWS, LENGTH).store.folder)
     model = {"num_hidden_layers": 1}
 
     def run_of(name: str, layout: Layout, batch: int) -> Run:

@@ -12,6 +12,7 @@ from opt_parallel.compose import register_schema, run_from
 from opt_parallel.config import Run
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import logical_parameters, marked
+from opt_parallel.shapes import ModelConfig
 from opt_parallel.topology import ALONE, Group
 
 CONFIGS = str(Path(__file__).parent.parent / "configs")
@@ -80,3 +81,11 @@ def test_flops_of_a_token() -> None:
     assert model.hardware_flops_per_token(2048, recompute=True) == pytest.approx(
         model.flops_per_token(2048) + layers / 3
     )
+
+
+def test_flops_of_a_frozen_networks_token() -> None:
+    """Each product's forward and its input's gradient; attention, which has no weights, costs what it always does."""
+    model = ModelConfig(word_embed_proj_dim=512)
+    assert model.flops_per_token(0, frozen=True) == pytest.approx(model.flops_per_token(0) * 2 / 3)
+    by_attention = [model.flops_per_token(2048, frozen) - model.flops_per_token(0, frozen) for frozen in (False, True)]
+    assert by_attention[0] == by_attention[1] > 0

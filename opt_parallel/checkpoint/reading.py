@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opt_parallel.checkpoint.merged import Base, Merged, Weights, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.compose import model_at
-from opt_parallel.hf_config import CONFIG, read_labels
+from opt_parallel.compose import labels_at, model_at
+from opt_parallel.errors import UserError
+from opt_parallel.hf_config import read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST
@@ -23,16 +24,6 @@ from opt_parallel.shapes import Labels, ModelConfig
 from opt_parallel.topology import ALONE, Group
 
 SCORE = "score.weight"
-
-
-class Weights(Protocol):
-    """A source for `fill` that can be asked first what it holds."""
-
-    def check(self, wanted: dict[str, tuple[int, ...]]) -> None: ...
-
-    def holds(self, name: str) -> bool: ...
-
-    def __call__(self, name: str, shard: Shard) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,14 @@ class Opened:
     @property
     def labels(self) -> Labels:
         """What its classifier tells apart; a language model's are transformers' default."""
-        return read_labels(self.folder) if (self.folder / CONFIG).is_file() else Labels.numbered(2)
+        if (self.folder / MANIFEST).is_file():
+            return labels_at(self.folder) or Labels.numbered(2)
+        return read_labels(self.folder)
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it has a classification head."""
+        return self.stored.holds(SCORE)
 
     def weights(self, name: str, shard: Shard) -> Tensor:
         """The values of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
@@ -57,17 +55,49 @@ class Opened:
             self.not_finite.append(name)
         return values
 
+    def as_base(self, name: str) -> Base:
+        """This checkpoint, which the user calls `name`, as what a LoRA run stands on; it may be a classifier's.
+
+        Raises: UserError unless just the tensors of a network are there."""
+        self.check_classifier()
+        return Base.of(name, self.config, self.stored)
+
     def check_language_model(self) -> None:
         """Raise UserError unless just the tensors of a language model are there. Reads no values."""
+        if self.is_classifier:
+            raise UserError(
+                f"{self.folder} is a classifier ({SCORE} is unexpected), not a language model: name another one; "
+                "task=classify trains and evaluates this one"
+            )
         with torch.device("meta"):
             self.stored.check(logical_shapes(CausalLM(self.config, ALONE)))
+
+    def check_classifier(self) -> None:
+        """Raise UserError unless just the tensors of a classifier are there, or those of a language model, to which a
+        head can be added. Reads no values."""
+        with torch.device("meta"):
+            wanted = logical_shapes(CausalLM(self.config, ALONE))
+        if self.is_classifier:
+            wanted[SCORE] = (len(self.labels.names), self.config.embedding_size)
+        self.stored.check(wanted)
+
+    def check_labels(self, labels: Labels) -> None:
+        """Raise UserError if there is a head for another number of `labels`; say so if there is none."""
+        names, number = self.labels.names, len(labels.names)
+        if not self.is_classifier:
+            say(f"{self.folder} has no classification head: one for {number} labels is begun")
+        elif len(names) != number:
+            raise UserError(
+                f"{self.folder} tells {len(names)} labels apart ({', '.join(names[:5])}), the run {number} "
+                f"({', '.join(labels.names[:5])}): set task.labels, or start from a language model"
+            )
 
     def model(self, group: Group, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
         """The language model itself, this rank's part of it. Raises: UserError."""
         self.config.check_splits(group.size, "tensor degree ")
+        self.check_language_model()
         with torch.device("meta"):
             model = CausalLM(self.config, group)
-        self.stored.check(logical_shapes(model))
         self._fill(model, self.weights, group, device, dtype)
         return model.eval()
 
@@ -125,9 +155,26 @@ def with_new_head(weights: Source, seed: int) -> Source:
 def open_checkpoint(checkpoint: str | Path, key: str = "--checkpoint ") -> Opened:
     """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
-    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, or lacks a file."""
+    One of a LoRA run is opened with its base, and gives the merged weights.
+
+    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, or lacks a file; or if a
+    base is not where it was, or another."""
     folder = find_checkpoint(checkpoint, key)
     config = model_at(folder, key)
     if (folder / MANIFEST).is_file():
-        return Opened(config, CheckpointReader(folder), folder / "tokenizer", folder)
+        reader = CheckpointReader(folder)
+        stored = _on_its_base(reader) if reader.manifest.get("base") else reader
+        return Opened(config, stored, folder / "tokenizer", folder)
     return Opened(config, HuggingFaceWeights(folder), folder, folder)
+
+
+def _on_its_base(reader: CheckpointReader) -> Merged:
+    saved = Base(**reader.manifest["base"])
+    opened = open_checkpoint(saved.checkpoint, f"{reader.folder} is of a LoRA run and stands on its base: ")
+    found = opened.as_base(saved.checkpoint)
+    if found.checksum != saved.checksum:
+        raise UserError(
+            f"{reader.folder} is of a LoRA run, and {saved.checkpoint} is not the base any more that it was trained on "
+            f"(checksum {found.checksum}, then {saved.checksum}): bring that one back"
+        )
+    return Merged(opened.stored, reader, lora_of(reader.manifest))

@@ -55,7 +55,7 @@ class CheckpointReader:
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
         """The fp32 weights of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
-        return self._read("weights", name, shard.range)
+        return self.read("weights", name, shard.range)
 
     def whole(self, kind: str, name: str) -> Tensor | None:
         """A logical tensor, or one of its moments; None where there were no moments yet.
@@ -63,9 +63,10 @@ class CheckpointReader:
         Raises: UserError if a file is damaged."""
         if not any(kind in piece.kinds for piece in self.pieces[name]):
             return None
-        return self._read(kind, name, tuple(slice(0, size) for size in self.shapes[name]))
+        return self.read(kind, name, tuple(slice(0, size) for size in self.shapes[name]))
 
-    def _read(self, kind: str, name: str, ranges: Ranges) -> Tensor:
+    def read(self, kind: str, name: str, ranges: Ranges) -> Tensor:
+        """`ranges` of a logical tensor, or of one of its moments, fp32. Raises: UserError if a file is damaged."""
         box = Box(0, ranges)
         values = torch.empty(box.numel)
         self._copy(kind, name, values, [box])

@@ -45,11 +45,12 @@ def write_folder(
     to_theirs: Callable[[str, Tensor], dict[str, Tensor]] = to_hf,
     group: Group = ALONE,
     replace: bool = False,
+    names: tuple[str, str] = (WEIGHTS, CONFIG),
 ) -> None:
-    """Write `output` under a name beside it and rename it at the end; config.json comes last.
+    """Write `output` under a name beside it and rename it at the end; its configuration comes last.
 
     Args:
-        content: config.json's.
+        content: the configuration's.
         parameters: our names with marks of whole tensors, in the order of the files.
         source: gives each whole logical tensor once, in that order. In a `group` every rank asks its own, so that it
             may gather; rank 0 alone writes.
@@ -57,6 +58,7 @@ def write_folder(
         files: other files, by name.
         to_theirs: a logical tensor under the names in the files.
         replace: an earlier export of that name gives way once the new one is whole; any other folder does not.
+        names: of the file of weights, where one is enough, and of the configuration.
 
     Raises: UserError, on every rank alike: the disk is full or closed, or a value is too large for `dtype`.
     """
@@ -69,10 +71,10 @@ def write_folder(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             shards = _plan(parameters, to_theirs, dtype, max_shard_size)
-            _write_weights(partial, shards, tensors, dtype)
+            _write_weights(partial, shards, tensors, dtype, names[0])
             for name, data in (files or {}).items():
                 _write(partial / name, data)
-            _write(partial / CONFIG, as_json(content))
+            _write(partial / names[1], as_json(content))
             _put_in_place(partial, output, replace)
         except (OSError, UserError) as error:
             failure = error
@@ -137,13 +139,13 @@ def _plan(
 
 
 def _write_weights(
-    folder: Path, shards: list[Shapes], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+    folder: Path, shards: list[Shapes], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype, single: str
 ) -> None:
     """The shards, their index if there are several, and the checksums of all tensors."""
     weight_map: dict[str, str] = {}
     checksums: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
-        file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file_name = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shapes, file_name)
         with open(folder / file_name, "wb") as file:
             file.write(safetensors_header(shapes, dtype))

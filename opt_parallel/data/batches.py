@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, Queue
+from threading import Thread
 
 import numpy as np
 import torch
@@ -42,39 +44,43 @@ class Feed:
 
 
 class Loader:
-    """A feed's batches, made steps ahead by a thread of its own, in pinned memory where a GPU will copy them."""
+    """A feed's batches, made ahead by a thread of its own, in pinned memory where a GPU will copy them."""
 
     def __init__(self, feed: Feed, clock: Clock, stop: int, device: torch.device) -> None:
         """From where the run stands to its step `stop`."""
         self.feed, self.pin = feed, device.type == "cuda"
         self.waited = 0.0  # seconds that the last `next` took
+        self._wanted = True
+        self._ready: Queue[list[Batch] | Exception] = Queue(STEPS_AHEAD - 1)  # and one in the thread's hand
         last = clock.samples + (stop - clock.step) * feed.global_batch
-        self.positions = iter(range(clock.samples, last, feed.global_batch))
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self.coming: list[Future[list[Batch]]] = []
-        for _ in range(STEPS_AHEAD):
-            self._order()
+        positions = range(clock.samples, last, feed.global_batch)
+        # a daemon: a process that fails must not wait for a thread that waits for data
+        Thread(target=self._load, args=(positions,), name="loader", daemon=True).start()
 
     def next(self) -> list[Batch]:
         """The next step's micro-batches. Raises what reading them raised."""
         begun = time.perf_counter()
-        batches = self.coming.pop(0).result()
+        ready = self._ready.get()
         self.waited = time.perf_counter() - begun
-        self._order()
-        return batches
+        if isinstance(ready, Exception):
+            raise ready
+        return ready
 
     def close(self) -> None:
-        """Let what is not wanted any more go."""
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        """Let the thread end that has more than anybody wants."""
+        self._wanted = False
+        with suppress(Empty):
+            self._ready.get_nowait()
 
-    def _order(self) -> None:
-        position = next(self.positions, None)
-        if position is not None:
-            self.coming.append(self.thread.submit(self._load, position))
-
-    def _load(self, position: int) -> list[Batch]:
-        batches = self.feed.at(position)
-        return [batch.pinned() for batch in batches] if self.pin else batches
+    def _load(self, positions: range) -> None:
+        try:
+            for position in positions:
+                batches = self.feed.at(position)
+                self._ready.put([batch.pinned() for batch in batches] if self.pin else batches)
+                if not self._wanted:
+                    return
+        except Exception as error:  # whatever it is, it is the loop's
+            self._ready.put(error)
 
 
 def validation_batches(

@@ -19,7 +19,8 @@ TOKENS_READ = 1 << 20  # of the store held at a time while counting
 
 @dataclass(frozen=True)
 class Sample:
-    """`ids` (S,); `labels` (S,), each the token to come or `IGNORED`, or a classifier's own: () or (N,).
+    """`ids` (S,); `labels` (S,) int64, each the token to come or `IGNORED`, or a classifier's own: () int64 or (N,)
+    float32.
 
     `segments` (S,) from 1 on and `positions` (S,) within them where several texts share the sample, else None."""
 
@@ -103,9 +104,12 @@ class Batch:
     @property
     def targets(self) -> int:
         """Number of labels that count: tokens, or a classifier's examples."""
-        if self.labels.is_floating_point():
-            return int((~self.labels.isnan().any(dim=-1)).sum())
-        return int((self.labels != IGNORED).sum())
+        return int(self.counting.sum())
+
+    @property
+    def counting(self) -> Tensor:
+        """Which labels count: (batch, sequence), a classifier's (batch,)."""
+        return ~self.labels.isnan().any(dim=-1) if self.labels.is_floating_point() else self.labels != IGNORED
 
     @property
     def tokens(self) -> int:
@@ -117,7 +121,7 @@ def collate(samples: list[Sample], ordinals: range, pad_token_id: int) -> Batch:
     """A batch of samples, padded at their ends to the longest of them."""
     longest = max(len(sample.ids) for sample in samples)
     padded = any(len(sample.ids) < longest for sample in samples)
-    of_tokens = samples[0].labels.shape == samples[0].ids.shape
+    of_tokens = samples[0].labels.ndim == 1 and samples[0].labels.dtype.kind == "i"
 
     def stacked(arrays: list[np.ndarray], filling: int) -> Tensor:
         rows = np.full((len(arrays), longest), filling, np.int64)

@@ -136,8 +136,8 @@ class Corpus:
             yield from self.read(unit)
 
     def documents(self) -> Iterator[str]:
-        """The text of every record."""
-        return (self.text.of(record) for record in self.records())
+        """The text of every record, white space at its end removed."""
+        return (self.text.of(record).rstrip() for record in self.records())
 
     def sampled(self, share: float) -> Iterator[str]:
         """About `share` of the text: the beginning of each unit."""

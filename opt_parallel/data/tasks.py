@@ -5,19 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from opt_parallel.config import Run
+from opt_parallel.data.labelled import Labelled
 from opt_parallel.data.mixture import Mixture, Order, Source
 from opt_parallel.data.order import Shuffled, Streamed
+from opt_parallel.data.packing import Examples
 from opt_parallel.data.prepare import Prepared
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.store import TokenStore
 from opt_parallel.data.streaming import BLOCK, Filling, GrowingStore, whole_parts
 from opt_parallel.log import say
 from opt_parallel.shapes import require
+from opt_parallel.task_config import Task
 
 
 def open_samples(run: Run, folder: Path, key: str) -> Samples:
     """The samples that the run's task cuts from a store. Raises: UserError if there is not one."""
     store, length = TokenStore(folder), run.data.sequence_length
+    if run.task.name is Task.finetune:
+        examples = Examples(store, length, run.task.packing)
+        say(f"{key}: {examples.words()}")
+        return examples
+    if run.task.name is Task.classify:
+        return Labelled(store)
     samples = Rows(store, length)
     require(
         len(samples) > 0,

@@ -19,6 +19,7 @@ from opt_parallel.shapes import ModelConfig, require
 START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
 SPECIALS = [START, PAD, END, UNKNOWN]  # OPT's order, so that their ids are OPT's
 FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -69,7 +70,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, key: str = "model
     return _byte_level(tokenizer.model, SPECIALS)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> None:
     """Write `tokenizer` into `folder` for `load_tokenizer` and for transformers' `AutoTokenizer`."""
     folder.mkdir(parents=True, exist_ok=True)
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -79,6 +80,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **known}
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", known)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig) -> None:
@@ -101,6 +104,17 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig) -> None
         model.eos_token_id in added and added[model.eos_token_id].special,
         f"model.eos_token_id={model.eos_token_id} is no special token of data.tokenizer={name}: "
         f"choose among {specials or 'none; bring another tokenizer'}",
+    )
+
+
+def check_padding(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raise `UserError` if a text can hold the token that stands for padding: its end would not be found."""
+    pad, added = model.pad_token_id, tokenizer.get_added_tokens_decoder()
+    word = tokenizer.id_to_token(pad)
+    require(
+        word is None or (pad in added and added[pad].special),
+        f"model.pad_token_id={pad} is the word {word!r} of the tokenizer, not a special token: set model.pad_token_id "
+        "to one that no text holds",
     )
 
 

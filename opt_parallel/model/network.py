@@ -1,4 +1,6 @@
-"""The network that a run trains, on the meta device: what `fill` then gives memory and values."""
+"""The network that a run trains, on the meta device: what `fill` then gives memory and values.
+
+What LoRA freezes is frozen here already, before anybody asks what there is to train."""
 
 from __future__ import annotations
 
@@ -6,15 +8,22 @@ import torch
 
 from opt_parallel.config import Run
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
+from opt_parallel.model.lora import adapt
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
 from opt_parallel.topology import Group
 
 
 def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | SequenceClassifier:
-    """A language model, or a classifier that tells `labels` apart."""
+    """A language model, or a classifier that tells `labels` apart; with low-rank terms where the run has them."""
+    model: CausalLM | SequenceClassifier
     with torch.device("meta"):
-        if run.task.name is not Task.classify:
-            return CausalLM(run.model, group, run.activation_checkpointing)
-        assert labels is not None
-        return SequenceClassifier(run.model, len(labels.names), group, run.activation_checkpointing)
+        if run.task.name is Task.classify:
+            assert labels is not None
+            number, problem_type = len(labels.names), labels.problem_type
+            model = SequenceClassifier(run.model, number, group, run.activation_checkpointing, problem_type)
+        else:
+            model = CausalLM(run.model, group, run.activation_checkpointing)
+        if run.task.lora.rank > 0:
+            adapt(model, run.task.lora)
+    return model

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opt_parallel.parallel.collectives import copy, reduce
-from opt_parallel.parallel.shard import Constant, Normal, parameter, replicated
+from opt_parallel.parallel.lora import column_term, initial_a, row_term
+from opt_parallel.parallel.shard import Constant, Normal, parameter, replicated, shard_of
 from opt_parallel.topology import Group
 
 
@@ -29,15 +30,32 @@ class ColumnParallelLinear(nn.Module):
         self, in_features: int, out_features: int, group: Group, std: float, bias: bool = True, blocks: int = 1
     ) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.blocks = group, blocks
         outputs = (out_features,) if blocks == 1 else (blocks, out_features)
         split = len(outputs) - 1
         self.weight = parameter((*outputs, in_features), Normal(std), decay=True, group=group, dim=split)
         self.bias = parameter(outputs, Constant(0.0), decay=False, group=group, dim=split) if bias else None
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+
+    def adapt(self, rank: int, alpha: float, blocks: tuple[int, ...] = (0,)) -> None:
+        """Add a low-rank term to the products `blocks`, in ascending order; each of several has its own A and B."""
+        *outer, out_features, in_features = shard_of(self.weight).shape
+        self.adapted, self.scale = blocks, alpha / rank
+        several = (len(blocks),) if outer else ()
+        self.lora_a = replicated((*several, rank, in_features), initial_a(in_features), decay=True)
+        self.lora_b = parameter(
+            (*several, out_features, rank), Constant(0.0), decay=True, group=self.group, dim=len(several)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight = self.weight.view(-1, self.weight.size(-1))
-        return F.linear(copy(hidden, self.group), weight, None if self.bias is None else self.bias.view(-1))
+        product = F.linear(copy(hidden, self.group), weight, None if self.bias is None else self.bias.view(-1))
+        if self.lora_a is None or self.lora_b is None:
+            return product
+        return product + column_term(
+            hidden, self.lora_a, self.lora_b, self.scale, self.adapted, self.blocks, self.group
+        )
 
 
 class RowParallelLinear(nn.Module):
@@ -48,8 +66,23 @@ class RowParallelLinear(nn.Module):
         self.group = group
         self.weight = parameter((out_features, in_features), Normal(std), decay=True, group=group, dim=1)
         self.bias = replicated((out_features,), Constant(0.0), decay=False) if bias else None
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Add a low-rank term."""
+        out_features, in_features = shard_of(self.weight).shape
+        self.scale = alpha / rank
+        self.lora_a = parameter((rank, in_features), initial_a(in_features), decay=True, group=self.group, dim=1)
+        self.lora_b = replicated((out_features, rank), Constant(0.0), decay=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        product = self._product(hidden)
+        if self.lora_a is None or self.lora_b is None:
+            return product
+        return product + row_term(hidden, self.lora_a, self.lora_b, self.scale, self.group)
+
+    def _product(self, hidden: Tensor) -> Tensor:
         if self.group.size == 1:
             return F.linear(hidden, self.weight, self.bias)  # added within the product
         summed = reduce(F.linear(hidden, self.weight), self.group)

@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = weight.detach()[: len(words)]
         chunk = _tokens_of_a_chunk(hidden, weight.size(0))
         buffer = hidden.new_empty(chunk, len(words))
-        gradients = _Gradients(hidden, weight, len(words), chunk) if training else None
+        gradients = _Gradients(hidden, weight, len(words), chunk, ctx.needs_input_grad[1]) if training else None
         loss = torch.zeros((), dtype=_at_least_fp32(hidden.dtype), device=hidden.device)
         for start in range(0, hidden.size(0), chunk):
             tokens = slice(start, min(start + chunk, hidden.size(0)))
@@ -75,18 +75,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         by_hidden, by_weight = ctx.saved_tensors
         factor = gradient / _lift(ctx.dtype)
-        return _scaled(by_hidden, factor, ctx.dtype), _scaled(by_weight, factor, ctx.dtype), None, None, None, None
+        by_hidden = _scaled(by_hidden, factor, ctx.dtype)
+        return by_hidden, None if by_weight is None else _scaled(by_weight, factor, ctx.dtype), None, None, None, None
 
 
 class _Gradients:
-    """The gradients of hidden states (N, D) and weight (rows, D), growing chunk by chunk."""
+    """The gradients of hidden states (N, D) and weight (rows, D), growing chunk by chunk; a frozen weight has none."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, words: int, chunk: int) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, words: int, chunk: int, of_weight: bool) -> None:
         exact = _at_least_fp32(hidden.dtype)
         self.hidden = torch.empty_like(hidden, dtype=exact if hidden.dtype is torch.float16 else hidden.dtype)
+        self.weight: Tensor | None = None
+        if not of_weight:
+            return
         one_rounding = chunk >= hidden.size(0) and hidden.dtype is not torch.float16
         self.weight = torch.empty_like(weight, dtype=hidden.dtype if one_rounding else exact)
         self.weight[words:] = 0.0
@@ -95,6 +99,8 @@ class _Gradients:
         """Take in a chunk: the gradient of its logits (n, words), its hidden states (n, D), the rows (words, D)."""
         words = by_logits.size(1)
         self.hidden[tokens] = _product(by_logits, rows)
+        if self.weight is None:
+            return
         step = ROWS[hidden.device.type]
         for first in range(0, words, step):
             block = slice(first, min(first + step, words))

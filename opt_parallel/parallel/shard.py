@@ -112,9 +112,19 @@ def marked(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
         yield name, tensor, shard_of(tensor)
 
 
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """Of `marked`, what is not frozen."""
+    return ((name, tensor, shard) for name, tensor, shard in marked(model) if tensor.requires_grad)
+
+
 def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter's logical tensor, by name."""
     return {name: shard.shape for name, _, shard in marked(model)}
+
+
+def trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of `logical_shapes`, what is not frozen."""
+    return {name: shard.shape for name, _, shard in trained(model)}
 
 
 def require_same_tensors(where: str, wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> None:

@@ -384,6 +384,22 @@ def test_no_gradient_is_formed_where_none_is_wanted(monkeypatch: pytest.MonkeyPa
     assert torch.equal(without, value.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [CHUNK, None])
+def test_a_frozen_weight_has_no_gradient_and_costs_none(chunk: int | None, dtype: torch.dtype) -> None:
+    """The hidden states' has the same bits, and nothing of the weight's size waits for the backward."""
+    hidden, weight, labels, words = leaves("exact", dtype)
+    with in_chunks(chunk, 1, dtype):
+        loss.vocab_parallel_linear_cross_entropy(hidden, weight, labels, words, ALONE).backward()
+        assert hidden.grad is not None
+        trained, hidden.grad = hidden.grad, None
+        value = loss.vocab_parallel_linear_cross_entropy(hidden, weight.detach(), labels, words, ALONE)
+    assert value.grad_fn is not None
+    assert [None if t is None else t.numel() for t in value.grad_fn.saved_tensors] == [hidden.numel(), None]
+    value.backward()
+    assert torch.equal(hidden.grad, trained)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [CHUNK, None])
 def test_a_second_backward_fails_aloud(chunk: int | None, dtype: torch.dtype) -> None:
