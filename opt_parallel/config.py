@@ -13,7 +13,7 @@ from pathlib import Path
 
 from opt_parallel.data_config import DataConfig
 from opt_parallel.shapes import ModelConfig, Section, require
-from opt_parallel.task_config import TaskConfig
+from opt_parallel.task_config import Task, TaskConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -254,12 +254,21 @@ class Run(Section):
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")
         require(self.stop_at is None or self.stop_at >= 1, f"stop_at={self.stop_at} must be at least 1")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        given = bool(self.data.validation_sources or self.evaluation.prompts)
         require(
-            self.evaluation.every == 0 or bool(self.data.validation_sources or self.evaluation.prompts),
-            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation or "
-            "evaluation.prompts, or evaluation.every=0",
+            self.evaluation.every == 0 or given or self.holds_out,
+            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, "
+            "data.held_out where data.train is no stream, or evaluation.prompts; or evaluation.every=0",
+        )
+        require(
+            self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
+            f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
         )
         self._check_model_fits()
+        require(
+            self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
+            f"task={self.task.name.value} reads its examples whole: a stream is for task=pretrain, set stream to false",
+        )
         require(
             self.task.lora.rank == 0 or self.init_from is not None,
             f"task.lora.rank={self.task.lora.rank} adapts a network that has been trained: set init_from=… to its "
@@ -299,6 +308,12 @@ class Run(Section):
             f"batch.global={self.global_batch} is not a multiple of batch.micro({self.micro_batch}) × data({data}) = "
             f"{stride}; choose {_nearest_multiple(self.global_batch, stride)}",
         )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a share of the training documents is kept for validation."""
+        wanted = self.evaluation.every > 0 and self.data.held_out > 0 and not self.data.validation_sources
+        return wanted and not any(source.stream for source in self.data.train_sources)
 
     @property
     def global_batch(self) -> int:

@@ -23,13 +23,15 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a folder (tokenizer.json, or OPT's vocab.json and merges.txt) or of a hub id.
+    """The tokenizer of a file of the tokenizers library, of a folder (tokenizer.json, or OPT's vocab.json and
+    merges.txt) or of a hub id.
 
     Raises: `UserError`."""
     folder = Path(name) if Path(name).exists() else _download(name)
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        file = folder if folder.is_file() else folder / "tokenizer.json"
+        if file.is_file():
+            tokenizer = Tokenizer.from_file(str(file))
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
             tokenizer = _byte_level(bpe, [PAD, END])
@@ -47,15 +49,16 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer if the text is short), `SPECIALS` first.
+def train_tokenizer(documents: Iterable[str], vocab_size: int, key: str = "model.vocab_size=") -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens (fewer if the text is short), `SPECIALS` first. `key`: what the
+    user set the size by.
 
     Raises: `UserError` if `vocab_size` has no room for the bytes and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(SPECIALS) + len(alphabet)
     require(
         vocab_size >= smallest,
-        f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer: choose {smallest} or more, "
+        f"{key}{vocab_size} is too small for a byte-level tokenizer: choose {smallest} or more, "
         "or bring a tokenizer with data.tokenizer=…",
     )
     tokenizer = Tokenizer(models.BPE())
