@@ -266,10 +266,6 @@ class Run(Section):
         )
         self._check_model_fits()
         require(
-            self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
-            f"task={self.task.name.value} reads its examples whole: a stream is for task=pretrain, set stream to false",
-        )
-        require(
             self.task.lora.rank == 0 or self.init_from is not None,
             f"task.lora.rank={self.task.lora.rank} adapts a network that has been trained: set init_from=… to its "
             "checkpoint, or task.lora.rank=0 to train every parameter",

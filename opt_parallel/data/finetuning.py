@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.chat import read_messages, turns_of
-from opt_parallel.data.encoding import Record, columns_of
+from opt_parallel.data.encoding import Record, columns_of, require_characters
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
 from opt_parallel.errors import UserError
@@ -108,10 +108,7 @@ class ExampleEncoder:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} is {value!r:.40}, not a string: write it as text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {value[error.start]!r} is half a character: remove it") from error
+    require_characters(value, where)
     return value
 
 
