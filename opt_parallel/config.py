@@ -255,14 +255,20 @@ class Run(Section):
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")
         require(self.stop_at is None or self.stop_at >= 1, f"stop_at={self.stop_at} must be at least 1")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        given = bool(self.data.validation_sources or self.evaluation.prompts)
         require(
-            self.evaluation.every == 0 or bool(self.data.validation_sources or self.evaluation.prompts),
-            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation or "
-            "evaluation.prompts, or evaluation.every=0",
+            self.evaluation.every == 0 or given or self.holds_out,
+            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, "
+            "data.held_out where data.train is no stream, or evaluation.prompts; or evaluation.every=0",
         )
         require(
-            not self.checkpoint.keep_best or (self.evaluation.every > 0 and bool(self.data.validation_sources)),
-            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every} and "
+            self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
+            f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
+        )
+        validates = self.evaluation.every > 0 and bool(self.data.validation_sources or self.holds_out)
+        require(
+            validates or not self.checkpoint.keep_best,
+            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every}, "
             f"data.validation={self.data.validation}: set both",
         )
         require(
@@ -309,6 +315,12 @@ class Run(Section):
             f"batch.global={self.global_batch} is not a multiple of batch.micro({self.micro_batch}) × data({data}) = "
             f"{stride}; choose {_nearest_multiple(self.global_batch, stride)}",
         )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a share of the training documents is kept for validation."""
+        wanted = self.evaluation.every > 0 and self.data.held_out > 0 and not self.data.validation_sources
+        return wanted and not any(source.stream for source in self.data.train_sources)
 
     @property
     def global_batch(self) -> int:

@@ -3,42 +3,66 @@
 from __future__ import annotations
 
 import re
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opt_parallel.shapes import Section, require
 
+KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # of a source
+
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of a split: where its text is, and its share of the run's samples among the split's sources."""
+    """One source of a split: where its text is, and its share of the run's samples among the split's sources.
+
+    `subset` and `split` are those of a dataset, of the hub or in a folder of the same form; `stream`: trained on while
+    it is read, instead of prepared before."""
 
     name: str
     path: tuple[str, ...]
     weight: str = "1"  # as it was written: shares are exact
     text_field: str = "text"
+    template: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    stream: bool = False
 
 
 @dataclass
 class DataConfig(Section):
     """`train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` for the text that
     every Python carries, or a list of these, which is one source. Or a list of sources, each with `path` (one of the
-    above), `weight`, and if need be `name` and `text_field`. `tokenizer`: a folder, a hub id, or null: `init_from`'s
-    own, and without `init_from` one of `model.vocab_size` tokens that is trained on the training text. `text_field`:
-    the key of a jsonl line."""
+    above) and if need be `weight`, `name`, `text_field`, `template`, `subset`, `split`, `stream`. `tokenizer`: a
+    tokenizer.json or its folder, a hub id, or null: `init_from`'s own, and without `init_from` one of
+    `model.vocab_size` tokens that is trained on the training text. `text_field`: the field of a record that is its
+    text; `template`: a text made of several, such as "{title}: {body}". `deduplicate`: each text of a source counts
+    once. `held_out`: the share of the training documents to validate on where `validation` is null. `workers`:
+    processes that prepare; 0: as many as there are CPUs for this one."""
 
     train: Any = None
     validation: Any = None
     tokenizer: str | None = None
     sequence_length: int = 2048
     text_field: str = "text"
+    template: str | None = None
+    stream: bool = False
+    deduplicate: bool = False
+    held_out: float = 0.005
+    workers: int = 0
     cache: str = "cache"
 
     def check(self) -> None:
         require(self.sequence_length >= 1, f"data.sequence_length={self.sequence_length} must be at least 1")
-        self.train_sources  # noqa: B018  # what is wrong with them is said here
-        self.validation_sources  # noqa: B018
+        require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be a share: 0 (nothing) or more, below 1")
+        require(self.workers >= 0, f"data.workers={self.workers} must not be negative (0: one for each CPU)")
+        sources = self.train_sources + self.validation_sources
+        require(
+            not (self.deduplicate and any(source.stream for source in sources)),
+            "data.deduplicate=true needs all of the text before the first step, which a stream is not: set one of "
+            "data.deduplicate and stream to false",
+        )
 
     @property
     def train_sources(self) -> list[SourceConfig]:
@@ -51,31 +75,51 @@ class DataConfig(Section):
     def _sources(self, split: str, value: Any) -> list[SourceConfig]:
         entries = _as_list(value)
         if not any(isinstance(entry, dict) for entry in entries):
-            _require_paths(f"data.{split}", value)
-            return [SourceConfig(split, tuple(entries), text_field=self.text_field)] if entries else []
+            return [self._source(f"data.{split}", split, {"path": entries, "name": split})] if entries else []
         return [self._source(f"data.{split}[{number}]", split, entry) for number, entry in enumerate(entries)]
 
     def _source(self, key: str, split: str, entry: Any) -> SourceConfig:
-        known = ["path", "weight", "name", "text_field"]
         require(
-            isinstance(entry, dict) and set(entry) <= set(known) and "path" in entry,
-            f"{key}={entry} is no source: give it a path, and if need be {', '.join(known[1:])}",
+            isinstance(entry, dict) and set(entry) <= set(KNOWN) and "path" in entry,
+            f"{key}={entry} is no source: give it a path, and if need be {', '.join(KNOWN[1:])}",
         )
         paths = _as_list(entry["path"])
-        _require_paths(f"{key}.path", entry["path"])
+        require(
+            bool(paths) and all(isinstance(path, str) and path for path in paths),
+            f"{key}={paths[0] if len(paths) == 1 else paths} must be a path, a glob or a hub id, or a list of them",
+        )
         weight = str(entry.get("weight", 1))
         require(
             re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) is not None and float(weight) > 0,
             f"{key}.weight={weight} must be a positive number",
         )
-        name = entry.get("name") or Path(paths[0]).stem
-        return SourceConfig(name, tuple(paths), weight, entry.get("text_field") or self.text_field)
+        stream = entry.get("stream", self.stream and split == "train")
+        require(isinstance(stream, bool), f"{key}.stream={stream} must be true or false")
+        require(not stream or split == "train", f"{key}.stream=true: only data.train can be a stream; set it to false")
+        template = entry.get("template") or (None if "text_field" in entry else self.template)
+        _check_template(f"{key}.template" if entry.get("template") else "data.template", template)
+        return SourceConfig(
+            entry.get("name") or Path(paths[0]).stem,
+            tuple(paths),
+            weight,
+            entry.get("text_field") or self.text_field,
+            template,
+            entry.get("subset"),
+            entry.get("split"),
+            stream,
+        )
 
 
-def _require_paths(key: str, value: Any) -> None:
+def _check_template(key: str, template: str | None) -> None:
+    if template is None:
+        return
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        fields = [str(error)]
     require(
-        all(isinstance(entry, str) and entry for entry in _as_list(value)),
-        f"{key}={value} must be a path, a glob or a hub id, or a list of them",
+        bool(fields) and all(field.isidentifier() for field in fields),
+        f"{key}={template!r} names no fields as it should: write their names in braces, such as {{title}}: {{text}}",
     )
 
 

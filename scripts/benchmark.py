@@ -5,6 +5,7 @@
     python scripts/benchmark.py io model=opt-1.3b parallel.tensor=2 precision=bf16
     python scripts/benchmark.py checkpoint precision=fp32
     python scripts/benchmark.py generate --batch 1 --batch 8 model=opt-125m
+    python scripts/benchmark.py prepare --megabytes 500 --workers 2
 
 `train`, `io`, `checkpoint` and `generate` take train.py\'s own keys after their options.
 """
@@ -61,10 +62,17 @@ def main() -> None:
     generate.add_argument("--threads", type=_positive, default=os.cpu_count() or 1)
     generate.add_argument("--rounds", type=_positive, default=7)
     generate.add_argument("overrides", nargs="*", metavar="key=value")
+    prepare = verbs.add_parser("prepare", help="text to tokens, beside datasets.map; and killed half-way")
+    prepare.add_argument("--megabytes", type=_positive, default=500, help="of text, made by repeating and changing")
+    prepare.add_argument("--workers", type=_positive, default=2)
+    prepare.add_argument("--vocab-size", type=_positive, default=16384)
+    prepare.add_argument("--rounds", type=_positive, default=3)
+    prepare.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="a folder on the disk to use")
     arguments = parser.parse_args()
     quiet_libraries()
     runners = {
-        "train": run_race, "loss": run_loss, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation
+        "train": run_race, "loss": run_loss, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation,
+        "prepare": run_preparation,
     }  # fmt: skip
     runners[arguments.verb](arguments)
 
@@ -224,6 +232,18 @@ def run_generation(arguments: argparse.Namespace) -> None:
         f"{_processor()}, {arguments.threads} threads\n"
     )
     print(aligned(lines))
+
+
+def run_preparation(arguments: argparse.Namespace) -> None:
+    from benchmarks.preparation import measure
+
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {arguments.output} cannot be made ({error.strerror}): choose another") from error
+    print(f"\n{arguments.megabytes} MB of text, {arguments.workers} workers, {_processor()}\n")
+    size = arguments.megabytes * 10**6
+    print(aligned(measure(arguments.output, size, arguments.workers, arguments.vocab_size, arguments.rounds)))
 
 
 def _processor() -> str:

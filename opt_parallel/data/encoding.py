@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +15,10 @@ from tokenizers import Tokenizer
 
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
+from opt_parallel.errors import UserError
 
 PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
+BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
 EMPTY = "empty documents left out"
 
 
@@ -39,23 +43,91 @@ class Encoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Text:
+    """Where the text of a record is: in `field`, or in several, as `template` puts them together."""
+
+    field: str = "text"
+    template: str | None = None
+
+    def of(self, record: Record) -> str:
+        """The text of `record`. Raises: UserError that begins with its `where`."""
+        if self.template is None:
+            value = self._value(record, self.field)
+            if not isinstance(value, str):
+                raise UserError(f"{record.where}: {self.field!r} is {value!r:.40}, not a string: {self._wanted}")
+            text = value
+        else:
+            values = {}
+            for name in self._names:
+                values[name] = self._value(record, name)
+                if not isinstance(values[name], (str, int, float)):
+                    raise UserError(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
+            text = self.template.format(**values)
+        if not text.isascii():
+            _require_characters(text, record.where)
+        return text
+
+    def _value(self, record: Record, name: str) -> Any:
+        if name not in record.fields:
+            raise UserError(f"{record.where} has no field {name!r}, only {list(record.fields)}: {self._wanted}")
+        return record.fields[name]
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for _, name, _, _ in string.Formatter().parse(self.template or "") if name]
+
+    @property
+    def _wanted(self) -> str:
+        if self.template is None:
+            return f"set data.text_field={self.field} to the field that holds the text"
+        return f"data.template={self.template!r} needs text or a number in each of its fields"
+
+
+def _require_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
+
+
 class TextEncoder:
     """Pretraining's: documents, white space at their ends removed, each followed by the token `end`."""
 
-    def __init__(self, tokenizer: Tokenizer, end: int) -> None:
-        self.tokenizer, self.end = tokenizer, end
+    def __init__(self, tokenizer: Tokenizer, end: int, text: Text | None = None) -> None:
+        self.tokenizer, self.end, self.text = tokenizer, end, text or Text()
         self.columns = {"ids": ids_column(count_tokens(tokenizer)), "lengths": LENGTHS}
 
     def identity(self) -> list[Any]:
-        return ["text", self.tokenizer.to_str(), self.end]
+        return ["text", self.tokenizer.to_str(), self.end, self.text.field, self.text.template]
 
     def encode(self, records: list[Record]) -> Encoded:
-        texts = [text for record in records if (text := record.fields["text"].rstrip())]
+        texts = [text for record in records if (text := self.text.of(record).rstrip())]
         parts = [list(_parts(text)) for text in texts]
-        ids = iter(encode_documents(self.tokenizer, [part for each in parts for part in each]))
-        documents = [[token for _ in each for token in next(ids)] + [self.end] for each in parts]
+        dtype = self.columns["ids"].dtype
+        pieces = iter(_encoded([part for each in parts for part in each], self.tokenizer, dtype))
+        end, ids, lengths = np.array([self.end], dtype), [], []
+        for each in parts:
+            document = [*islice(pieces, len(each)), end]
+            ids += document
+            lengths.append(sum(map(len, document)))
         counts = Counter({EMPTY: len(records) - len(texts)} if len(texts) < len(records) else {})
-        return Encoded(columns_of(documents), counts)
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        columns = {"ids": np.concatenate([np.empty(0, dtype), *ids]), "lengths": np.array(lengths, np.int64)}
+        return Encoded(columns, counts, size)
+
+
+def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Iterator[np.ndarray]:
+    """The ids of each text, some at a time: what the tokenizer hands out is many times larger than the arrays."""
+    start = 0
+    while start < len(texts):
+        stop, characters = start, 0
+        while stop < len(texts) and characters < BATCH_CHARACTERS:
+            characters += len(texts[stop])
+            stop += 1
+        for ids in encode_documents(tokenizer, texts[start:stop]):
+            yield np.array(ids, dtype)
+        start = stop
 
 
 def columns_of(documents: list[list[int]]) -> dict[str, np.ndarray]:
@@ -72,3 +144,17 @@ def _parts(document: str) -> Iterator[str]:
         yield document[start : cut.start()]
         start = cut.start()
     yield document[start:]
+
+
+def batches_of(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records in batches to encode, of about `BATCH_CHARACTERS`."""
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += 1 + sum(len(value if isinstance(value, str) else str(value)) for value in record.fields.values())
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

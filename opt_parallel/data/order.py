@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,6 +33,33 @@ class Shuffled:
     def epoch_at(self, position: int) -> float:
         """How often the source has been gone through before `position`."""
         return position / self.size
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The order of a source that is still arriving: that of its text, shuffled within blocks of `block` samples, in
+    each epoch otherwise. A pure function of the position, however much has arrived when it is asked for.
+
+    `arrived(n)` waits until n samples are there, and says how many the source has once that is known, else None."""
+
+    seed: int | str
+    block: int
+    arrived: Callable[[int], int | None]
+
+    def sample_at(self, position: int) -> int:
+        """The number of the sample at a position of the source's stream; waits for the block that it is in.
+
+        Raises: UserError if it will not come."""
+        size = self.arrived((position // self.block + 1) * self.block)
+        epoch, place = (0, position) if size is None else divmod(position, size)
+        first = place // self.block * self.block
+        count = self.block if size is None else min(self.block, size - first)
+        return first + sample_at(f"{self.seed} {first}", epoch * count + place - first, count)
+
+    def epoch_at(self, position: int) -> float:
+        """How often the source has been gone through before `position`; 0 until its end has been seen."""
+        size = self.arrived(0)
+        return position / size if size else 0.0
 
 
 def sample_at(seed: int | str, position: int, size: int) -> int:

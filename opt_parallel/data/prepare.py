@@ -1,32 +1,29 @@
-"""From text to blocks of tokens on disk: found by a fingerprint of what made them, whole or absent.
-
-A store is a folder of `data.cache`: the tokenizer in one, the blocks of each split in another. Every rank calls
-`prepare` before any process group exists; the first one there does the work under a file lock, the others wait
-and find it done.
-"""
+"""From text to tokens on disk: the stores, the tokenizer and the labels of a run, made unless they are there."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
 from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
-from opt_parallel.data.encoding import Encoder, Record, TextEncoder
+from opt_parallel.data.cache import cached, whole
+from opt_parallel.data.chat import brings_another, chat_template
+from opt_parallel.data.encoding import Encoder, Text, TextEncoder
+from opt_parallel.data.filling import Material, fill
+from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.labelled import LabelledEncoder, find_labels
 from opt_parallel.data.python_text import python_documents, split, write_split
+from opt_parallel.data.selection import HeldOut
 from opt_parallel.data.sources import Corpus
-from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
+from opt_parallel.data.statistics import finish_store, line_of
+from opt_parallel.data.store import TokenStore
 from opt_parallel.data.tokens import (
     check_padding,
     check_tokenizer,
@@ -35,23 +32,22 @@ from opt_parallel.data.tokens import (
     train_tokenizer,
 )
 from opt_parallel.data_config import SourceConfig
-from opt_parallel.errors import UserError
 from opt_parallel.log import say
 from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.task_config import Task
 
 LABELS = "labels.json"
-FORMAT = 3  # of the stores: a change of what is written makes all older ones unfindable
-BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
+TOKENIZER_BYTES = 10**9  # of text that a tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source of the training data and its store."""
+    """One source of the training data and its store; of a stream also what goes into it."""
 
     name: str
     weight: Fraction
     store: Path
+    stream: Material | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Prepared:
 
 
 def prepare(run: Run) -> Prepared:
-    """The token stores that `run` needs, filled if they are not there.
+    """The token stores that `run` needs, filled if they are not there; those of streams are filled while it trains.
 
     Raises: `UserError`, on every rank alike."""
     require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
@@ -74,15 +70,22 @@ def prepare(run: Run) -> Prepared:
     shared = {path for corpus in train for path in corpus.files} & {path for each in validation for path in each.files}
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
-    folder = prepare_tokenizer(run, train[0])
-    labels = prepare_labels(run, train)
-    encoder = encoder_for(run, load_tokenizer(str(folder)), labels)
+    folder = prepare_tokenizer(run, train)
+    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
+    stores = []
+    for source, corpus in zip(run.data.train_sources, train, strict=True):
+        material = _material(run, corpus, tokenizer, labels, chosen=False)
+        if source.stream:
+            store, stream = cached(run, "stream", material.identity()), material
+        else:
+            store, stream = prepare_materials(run, "data.train", [material], tokenizer), None
+        stores.append(PreparedSource(source.name, Fraction(source.weight), store, stream))
+    apart = train if run.holds_out else validation
+    held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in apart]
+    key = "data.held_out" if run.holds_out else "data.validation"
     return Prepared(
-        train=[
-            PreparedSource(source.name, Fraction(source.weight), prepare_store(run, corpus, encoder))
-            for source, corpus in zip(run.data.train_sources, train, strict=True)
-        ],
-        validation=prepare_store(run, validation[0], encoder) if validation else None,
+        train=stores,
+        validation=prepare_materials(run, key, held_out, tokenizer) if held_out else None,
         tokenizer=folder,
         labels=labels,
     )
@@ -94,21 +97,29 @@ def prepare_validation(run: Run) -> Prepared:
     Raises: `UserError`, on every rank alike."""
     require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
     corpora = [_corpus(run, "data.validation", source) for source in run.data.validation_sources]
-    folder = prepare_tokenizer(run, corpora[0])
-    labels = prepare_labels(run, corpora)
-    encoder = encoder_for(run, load_tokenizer(str(folder)), labels)
-    return Prepared([], prepare_store(run, corpora[0], encoder), folder, labels)
+    folder = prepare_tokenizer(run, corpora)
+    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
+    materials = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
+    return Prepared([], prepare_materials(run, "data.validation", materials, tokenizer), folder, labels)
 
 
-def encoder_for(run: Run, tokenizer: Tokenizer, labels: Labels | None) -> Encoder:
-    """What the run's task makes of a record. Raises: UserError."""
-    if run.task.name is not Task.classify:
-        return TextEncoder(tokenizer, run.model.eos_token_id)
-    assert labels is not None
-    check_padding(tokenizer, run.model)
-    return LabelledEncoder(
-        tokenizer, run.model.eos_token_id, run.data.text_field, run.task, labels, run.data.sequence_length
-    )
+def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Material:
+    """What becomes of a corpus; `chosen`: of that part of it which is for validation."""
+    held_out = HeldOut(run.seed, run.data.held_out, chosen) if run.holds_out else None
+    same = corpus.text if run.task.name is Task.pretrain else None
+    return Material(corpus, encoder_for(run, tokenizer, corpus.text, labels), same, held_out, run.data.deduplicate)
+
+
+def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
+    """What the run's task makes of its records; `labels` are a classifier's. Raises: UserError."""
+    end, length = run.model.eos_token_id, run.data.sequence_length
+    if run.task.name is Task.finetune:
+        return ExampleEncoder(tokenizer, end, run.task, length)
+    if run.task.name is Task.classify:
+        assert labels is not None
+        check_padding(tokenizer, run.model)
+        return LabelledEncoder(tokenizer, end, text, run.task, labels, length)
+    return TextEncoder(tokenizer, end, text)
 
 
 def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
@@ -119,20 +130,21 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
     if task.labels is not None and task.problem_type is not None:
         return Labels(tuple(task.labels), task.problem_type)
 
-    def fill(folder: Path) -> None:
+    def fill_in(folder: Path) -> None:
         found = find_labels(task, (record for corpus in corpora for record in corpus.records()))
         assert found.problem_type is not None
         content = {"names": found.names, "problem_type": found.problem_type.value}
         (folder / LABELS).write_text(json.dumps(content), encoding="utf-8")
 
     asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
-    folder = _whole(_folder(run, "labels", [[corpus.identity() for corpus in corpora], asked]), fill)
+    folder = whole(cached(run, "labels", [[corpus.identity() for corpus in corpora], asked]), fill_in)
     found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
     return Labels(tuple(found["names"]), ProblemType(found["problem_type"]))
 
 
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
-    return Corpus.find(key, _with_python_text(run, list(source.path)), source.text_field)
+    paths = _with_python_text(run, list(source.path))
+    return Corpus.find(key, paths, source.text_field, source.template, source.subset, source.split)
 
 
 def _with_python_text(run: Run, entries: list[str]) -> list[str]:
@@ -140,106 +152,79 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
     if not {"python:train", "python:validation"} & set(entries):
         return entries
 
-    def fill(folder: Path) -> None:
+    def fill_in(folder: Path) -> None:
         train, validation, _ = split(python_documents())
         write_split(folder, train, validation)
 
-    folder = _whole(_folder(run, "python-text", [sys.version]), fill)
+    folder = whole(cached(run, "python-text", [sys.version]), fill_in)
     return [str(folder / f"{entry[7:]}.jsonl") if entry.startswith("python:") else entry for entry in entries]
 
 
-def prepare_tokenizer(run: Run, train: Corpus) -> Path:
-    """The folder of the run's tokenizer: a copy of the one it names, or one trained on `train`."""
+def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
+    """The folder of the run's tokenizer: a copy of the one it names, or one trained on `train`.
+
+    With a chat template of ours where the training data begins with a chat."""
     name = run.data.tokenizer
     if name is not None:
         brought = load_tokenizer(name)
         check_tokenizer(brought, name, run.model)
-        target = _folder(run, "tokenizer", [brought.to_str()])
-        return _whole(target, lambda folder: save_tokenizer(brought, folder))
+        template = None
+        if run.task.name is Task.finetune and any(map(partial(_begins_with_chat, run), train)):
+            template = chat_template(brought, run.model.eos_token_id)
+            if brings_another(Path(name), template):
+                say(f"warning: the chat template of data.tokenizer={name} is not used: chats are written as documented "
+                    "in docs/finetuning.md, and the run's tokenizer gets that template")  # fmt: skip
+        target = cached(run, "tokenizer", [brought.to_str(), *([template] if template else [])])
+        return whole(target, lambda folder: save_tokenizer(brought, folder, template))
+    require(
+        run.task.name is Task.pretrain,
+        f"task={run.task.name.value} needs a tokenizer: start from a checkpoint, init_from=…, or set data.tokenizer",
+    )
+    for corpus, source in zip(train, run.data.train_sources, strict=True):
+        require(
+            not (source.stream and corpus.hub),
+            f"data.tokenizer=null: {corpus.names} is a stream, which is not there to train a tokenizer on: bring one, "
+            "or make it with scripts/train_tokenizer.py",
+        )
+    weights = [Fraction(source.weight) for source in run.data.train_sources]
 
-    def fill(folder: Path) -> None:
-        save_tokenizer(train_tokenizer(train.documents(), run.model.vocab_size), folder)
+    def fill_in(folder: Path) -> None:
+        save_tokenizer(train_tokenizer(in_proportion(train, weights), run.model.vocab_size), folder)
 
-    folder = _whole(_folder(run, "tokenizer", [train.identity(), run.model.vocab_size]), fill)
+    identity = [[corpus.identity(), corpus.text.template] for corpus in train]
+    made_from = [identity, [str(weight) for weight in weights], run.model.vocab_size]
+    folder = whole(cached(run, "tokenizer", made_from), fill_in)
     check_tokenizer(load_tokenizer(str(folder)), "null (trained on data.train)", run.model)
     return folder
 
 
-def prepare_store(run: Run, corpus: Corpus, encoder: Encoder) -> Path:
-    """The folder of the store of `corpus`, see `data.store`."""
+def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction(1),)) -> Iterator[str]:
+    """Text of all corpora in proportion to their weights: as much as there is, `TOKENIZER_BYTES` at most."""
+    sizes = [sum(unit.size for unit in corpus.units()) for corpus in corpora]
+    most = min(Fraction(size) / weight for size, weight in zip(sizes, weights, strict=True))
+    most = min(most, TOKENIZER_BYTES / sum(weights, Fraction(0)))
+    for corpus, weight, size in zip(corpora, weights, sizes, strict=True):
+        share = float(most * weight / size)
+        yield from corpus.sampled(share) if share < 1 else corpus.documents()
 
-    def fill(folder: Path) -> None:
-        writer = PartWriter(folder / "part-00000", encoder.columns)
-        for records in _batches(corpus.records()):
-            writer.write(encoder.encode(records))
-        part = writer.close()
-        names = [*map(str, corpus.files), *corpus.hub]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        require(part.tokens > 0, f"{corpus.key}: there is no text in {names[0]}{more}: name files that hold some")
-        write_manifest(folder, encoder.columns, [part], writer.counts)
 
-    folder = _whole(_folder(run, "store", [corpus.identity(), encoder.identity()]), fill)
-    store = TokenStore(folder)
-    left_out = "".join(f", {count:,} {what}" for what, count in store.counts.items())
-    say(f"{corpus.key}: {store.documents:,} documents, {store.tokens:,} tokens{left_out}; in {folder}")
+def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: Tokenizer | None) -> Path:
+    """The folder of one store of all that `materials` say, in their order. Raises: UserError."""
+
+    def fill_in(folder: Path) -> None:
+        metas = fill(folder, materials, run.data.workers)
+        tokens = sum(meta.part.tokens for meta in metas)
+        documents = "; ".join(each.corpus.names for each in materials)
+        if key == "data.held_out":
+            require(tokens > 0, f"data.held_out={run.data.held_out} of {documents} is not one document: raise it")
+        require(tokens > 0, f"{key}: there is no text in {documents}: name files that hold some")
+        finish_store(folder, materials[0].encoder.columns, metas, tokenizer)
+
+    folder = whole(cached(run, "store", [material.identity() for material in materials]), fill_in)
+    say(line_of(key, TokenStore(folder)))
     return folder
 
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records in batches to encode."""
-    batch: list[Record] = []
-    characters = 0
-    for record in records:
-        batch.append(record)
-        characters += len(record.fields["text"]) + 1
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _whole(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """`folder`, made by `fill(a temporary folder)` unless it is there: renamed once complete, so whole or absent.
-
-    Raises: `UserError`; a rank that waited for another's failure raises that one's, not hours later its own."""
-    if folder.exists():  # without the lock: a cache that is already filled may be read-only
-        return folder
-    failure, partial = Path(f"{folder}.failed"), Path(f"{folder}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        before = failure.stat().st_mtime_ns if failure.exists() else None
-        with FileLock(f"{folder}.lock"):
-            if folder.exists():
-                return folder
-            if failure.exists() and failure.stat().st_mtime_ns != before:
-                raise UserError(failure.read_text(encoding="utf-8"))
-            shutil.rmtree(partial, ignore_errors=True)  # left by one that was killed: the lock is ours now
-            partial.mkdir()
-            try:
-                fill(partial)
-                _flush(partial)
-                partial.rename(folder)
-                failure.unlink(missing_ok=True)
-            except UserError as error:
-                failure.write_text(str(error), encoding="utf-8")
-                raise
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"data.cache={folder.parent} cannot be written ({error}): choose another data.cache") from error
-    return folder
-
-
-def _flush(folder: Path) -> None:
-    """Have every file on the disk before the rename says so."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _folder(run: Run, kind: str, made_from: list[Any]) -> Path:
-    fingerprint = hashlib.sha256(json.dumps([FORMAT, *made_from]).encode()).hexdigest()[:16]
-    return Path(run.data.cache).expanduser() / f"{kind}-{fingerprint}"
+def _begins_with_chat(run: Run, corpus: Corpus) -> bool:
+    first = next(corpus.records(), None)
+    return first is not None and first.fields.get(run.task.messages_field) is not None

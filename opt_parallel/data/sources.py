@@ -1,127 +1,219 @@
-"""Where text comes from: files, folders, globs and datasets of the hub, read document by document."""
+"""Where text comes from: files, folders, globs and datasets of the hub, read record by record, apart or in order."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.data.encoding import Record
+from opt_parallel.data.encoding import Record, Text
+from opt_parallel.data.files import (
+    ENDINGS,
+    PIECE_BYTES,
+    ROWS_READ,
+    Piece,
+    ending_of,
+    has_text,
+    numbered,
+    pieces_of,
+    records_of,
+)
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.shapes import require
 
-SEARCHED = (".md", ".py", ".rst", ".txt", ".jsonl")  # what a folder is searched for
-LINES = (".json", ".jsonl")  # files with a document a line; any other file is one document
+ROWS_APART = 4096  # of a dataset: a piece is a multiple of so many
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `start` to `stop` of a dataset that `datasets` has opened; `size`: their bytes, about."""
+
+    name: str
+    dataset: Any
+    start: int
+    stop: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read at a time, by one process: small files together, or a part of a large one."""
+
+    pieces: tuple[Piece | Slice, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of one setting `key` (data.train): files in the order of their names, then datasets of the hub.
-
-    A file that several entries lead to counts once."""
+    """The text of one setting `key` (data.train): files in the order of their names, then datasets of the hub, or in
+    folders of their form, with their `subset` and `split`. A file that several entries lead to counts once."""
 
     key: str
     files: tuple[Path, ...]
     hub: tuple[str, ...]
-    text_field: str
+    text: Text
+    subset: str | None = None
+    split: str = "train"
 
     @classmethod
-    def find(cls, key: str, entries: list[str], text_field: str) -> Corpus:
-        """The files and hub datasets that `entries` name. Raises: `UserError`."""
+    def find(
+        cls,
+        key: str,
+        entries: list[str],
+        text_field: str = "text",
+        template: str | None = None,
+        subset: str | None = None,
+        split: str | None = None,
+    ) -> Corpus:
+        """The files and datasets that `entries` name; with `subset` or `split` all are datasets. Raises: UserError."""
         require(bool(entries), f"{key} is not set: name a file, a folder, a glob or a hub id, or a list of them")
         files: set[Path] = set()
         hub: set[str] = set()
         for entry in entries:
-            found = sorted(path.absolute() for path in _find_files(key, entry))
+            found = [] if subset or split else sorted(path.absolute() for path in _find_files(key, entry))
             for path in found:
                 readable = os.access(path, os.R_OK)
                 require(readable, f"{key}: {path} cannot be read: change its permissions or leave it out")
-            require(len(found) != 1 or _has_text(found[0]), f"{key}={entry} holds no text: name a file that does")
+            require(len(found) != 1 or has_text(found[0]), f"{key}={entry} holds no text: name a file that does")
             files.update(found)
             if not found:
                 hub.add(entry)
-        return cls(key, tuple(sorted(files)), tuple(sorted(hub)), text_field)
+        default = "validation" if key.startswith("data.validation") else "train"
+        return cls(key, tuple(sorted(files)), tuple(sorted(hub)), Text(text_field, template), subset, split or default)
 
     def identity(self) -> list[Any]:
-        """What changes when the text does, read from the file system alone."""
-        status = [path.stat() for path in self.files]
-        files = [[str(path), s.st_size, s.st_mtime_ns] for path, s in zip(self.files, status, strict=True)]
-        return [files, [[name, self._split] for name in self.hub], self.text_field]
+        """What changes when the text does, read from the file system alone. Raises: UserError if a file is gone."""
+        below = [path for name in self.hub for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        try:
+            status = [(path, path.stat()) for path in (*self.files, *below)]
+        except OSError as error:
+            raise UserError(f"{self.key}: {error.filename} cannot be read ({error.strerror}): bring it back") from error
+        files = [[str(path), each.st_size, each.st_mtime_ns] for path, each in status]
+        return [files, [[name, self.subset, self.split] for name in self.hub], self.text.field]
+
+    @property
+    def names(self) -> str:
+        """The first of what there is, and how many more."""
+        every = [*map(str, self.files), *self.hub]
+        return every[0] + (f" and {len(every) - 1} more" if len(every) > 1 else "")
+
+    def units(self, cut: bool = True) -> list[Unit]:
+        """Everything, in order; `cut`: large files in parts, which cannot tell the numbers of their lines."""
+        pieces: list[Piece | Slice] = [piece for path in self.files for piece in pieces_of(path, self.key, cut)]
+        for name in self.hub:
+            pieces += self._slices(name)
+        units: list[Unit] = []
+        gathered: list[Piece | Slice] = []
+        size = 0
+        for piece in pieces:
+            if gathered and size + piece.size > PIECE_BYTES:
+                units.append(Unit(tuple(gathered)))
+                gathered, size = [], 0
+            gathered.append(piece)
+            size += piece.size
+        return [*units, Unit(tuple(gathered))] if gathered else units
+
+    def read(self, unit: Unit, count_lines: bool = False) -> Iterator[Record]:
+        """The records of a unit; with `count_lines` messages name the right lines. Raises: UserError."""
+        for piece in unit.pieces:
+            if isinstance(piece, Slice):
+                yield from _rows(piece, f"{self.key}={piece.name}")
+            else:
+                yield from records_of(numbered(piece) if count_lines else piece, self.key, self.text.field)
 
     def records(self) -> Iterator[Record]:
-        """Every row, and every file of plain text as one. Raises: `UserError` that names file and line."""
-        for path in self.files:
-            if path.suffix in LINES:
-                yield from self._read_lines(path)
-            else:
-                where = f"{self.key}: {path}"
-                yield Record(where, {"text": _decode(path.read_bytes(), where)})
-        for name in self.hub:
-            yield from self._read_hub(name)
+        """Every record, in order. Raises: UserError that names file and line."""
+        for unit in self.units(cut=False):
+            yield from self.read(unit)
 
     def documents(self) -> Iterator[str]:
-        """The text of every record."""
-        return (record.fields["text"] for record in self.records())
+        """The text of every record, white space at its end removed."""
+        return (self.text.of(record).rstrip() for record in self.records())
 
-    def _read_lines(self, path: Path) -> Iterator[Record]:
-        blank = 0  # the first blank line: fine only if nothing follows
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    blank = blank or number
-                    continue
-                require(not blank, f"{self.key}: {path}, line {blank} is blank: remove it")
-                where = f"{self.key}: {path}, line {number}"
-                try:
-                    row = json.loads(_decode(line, where))
-                except json.JSONDecodeError as error:
-                    reason = f"{error.msg} at column {error.colno}"
-                    raise UserError(f"{where} is not JSON ({reason}): {self._expected}") from error
-                yield Record(where, {**row, "text": self._text(row, where)})
+    def sampled(self, share: float) -> Iterator[str]:
+        """About `share` of the text: the beginning of each unit."""
+        for unit in self.units():
+            left = share * unit.size
+            for record in self.read(unit):
+                if left <= 0:
+                    break
+                text = self.text.of(record)
+                left -= len(text) + 1
+                yield text
 
-    def _read_hub(self, name: str) -> Iterator[Record]:
+    def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Record]]:
+        """The records behind the first `taken` of a unit, with the numbers of their units: files first, each whole,
+        then each dataset, which arrives as it is read. Raises: UserError, also if a dataset ends before its end."""
+        files = self.units(cut=False) if not self.hub else Corpus(self.key, self.files, (), self.text).units(cut=False)
+        for number in range(unit, len(files) + len(self.hub)):
+            skip = taken if number == unit else 0
+            if number < len(files):
+                records: Iterator[Record] = islice(self.read(files[number]), skip, None)
+            else:
+                records = self._stream(self.hub[number - len(files)], skip)
+            yield from ((number, record) for record in records)
+
+    def _slices(self, name: str) -> list[Slice]:
+        dataset = self._load(name, streaming=False)
+        row_bytes = dataset.data.nbytes / max(len(dataset), 1)
+        rows = max(1, int(PIECE_BYTES / max(row_bytes, 1)) // ROWS_APART) * ROWS_APART
+        starts = range(0, len(dataset), rows)
+        stops = [min(start + rows, len(dataset)) for start in starts]
+        return [
+            Slice(name, dataset, start, stop, int((stop - start) * row_bytes))
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+
+    def _stream(self, name: str, skip: int) -> Iterator[Record]:
+        dataset = self._load(name, streaming=True)
+        splits = dataset.info.splits or {}
+        expected = splits[self.split].num_examples if self.split in splits else None
+        number = skip
+        rows = iter(dataset.skip(skip) if skip else dataset)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except Exception as error:  # the library raises many kinds, the network more
+                raise UserError(
+                    f"{self.key}={name} broke off after {number:,} rows ({one_line(error)}): nothing is lost, the same "
+                    "command goes on from there"
+                ) from error
+            yield Record(f"{self.key}={name}, row {number}", row)
+            number += 1
+        require(
+            not expected or number >= expected,
+            f"{self.key}={name} ended after {number:,} rows, its split {self.split!r} has {expected or 0:,}: nothing "
+            "is lost, the same command goes on from there",
+        )
+
+    def _load(self, name: str, streaming: bool) -> Any:
         import datasets  # takes a second, and files do not need it
 
         datasets.disable_progress_bars()
         try:
-            dataset = datasets.load_dataset(name, split=self._split)
+            return datasets.load_dataset(name, self.subset, split=self.split, streaming=streaming)
         except Exception as error:  # the library raises many kinds, the network more
             raise UserError(
-                f"{self.key}={name}: no such file, folder or glob, and the hub did not give its split {self._split!r} "
+                f"{self.key}={name}: no such file, folder or glob, and the hub did not give its split {self.split!r} "
                 f"({one_line(error)}): check the path or the hub id"
             ) from error
-        for number, row in enumerate(dataset):
-            where = f"{self.key}={name}, row {number}"
-            yield Record(where, {**row, "text": self._text(row, where)})
 
-    def _text(self, row: Any, where: str) -> str:
-        """The document that one line or row holds."""
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is a {type(row).__name__}: {self._expected}")
-        if self.text_field not in row:
-            raise UserError(f"{where} has no field {self.text_field!r}, only {list(row)}: set data.text_field")
-        text = row[self.text_field]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {self.text_field!r} is {text!r:.40}, not a string: {self._expected}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
-        return text
 
-    @property
-    def _split(self) -> str:
-        """The split of a hub dataset: train or validation."""
-        return self.key.removeprefix("data.")
-
-    @property
-    def _expected(self) -> str:
-        return f'each line must be an object such as {{"{self.text_field}": "…"}} (data.text_field={self.text_field})'
+def _rows(piece: Slice, where: str) -> Iterator[Record]:
+    for first in range(piece.start, piece.stop, ROWS_READ):
+        columns = piece.dataset[first : min(first + ROWS_READ, piece.stop)]
+        for number, values in enumerate(zip(*columns.values(), strict=True), start=first):
+            yield Record(f"{where}, row {number}", dict(zip(columns, values, strict=True)))
 
 
 def _find_files(key: str, entry: str) -> list[Path]:
@@ -131,32 +223,18 @@ def _find_files(key: str, entry: str) -> list[Path]:
         return [path]
     if path.exists():
         found = [file for file in path.rglob("*") if _is_text(file, path)]
-        require(bool(found), f"{key}={entry} holds no text: a folder is searched for {', '.join(SEARCHED)}")
+        require(bool(found), f"{key}={entry} holds no text: a folder is searched for {', '.join(ENDINGS)}")
         return found
     if glob.has_magic(entry):
         found = [file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()]
         require(bool(found), f"{key}={entry} matches no file: check the pattern, or name the files")
         return found
-    hub_id = re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", entry) and path.suffix not in (*SEARCHED, *LINES)
+    hub_id = re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", entry) and ending_of(path)[0] not in ENDINGS
     require(bool(hub_id), f"{key}={entry}: no such file or folder; check the path")
     return []
 
 
 def _is_text(file: Path, folder: Path) -> bool:
-    """Whether the search of `folder` takes `file`: by its suffix, and nothing hidden."""
+    """Whether the search of `folder` takes `file`: by its ending, and nothing hidden."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix in SEARCHED and file.is_file() and not hidden
-
-
-def _has_text(path: Path) -> bool:
-    with path.open("rb") as file:
-        return any(line.strip() for line in file)
-
-
-def _decode(text: bytes, where: str) -> str:
-    try:
-        return text.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 at byte {error.start} (0x{text[error.start]:02x}): convert it or leave it out"
-        ) from error
+    return ending_of(file)[0] in ENDINGS and file.is_file() and not hidden

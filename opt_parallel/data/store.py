@@ -62,10 +62,11 @@ class Part:
 @dataclass
 class Encoded:
     """Some documents in arrays: `ids` (tokens,), `lengths` (documents,) and the encoder's own columns; `counts` says
-    in words what was left out or cut."""
+    in words what was left out or cut; `text_bytes` of the documents in UTF-8, where the encoder counts them."""
 
     columns: dict[str, np.ndarray]
     counts: Counter[str] = field(default_factory=Counter)
+    text_bytes: int = 0
 
 
 class PartWriter:

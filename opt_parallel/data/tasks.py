@@ -6,11 +6,14 @@ from pathlib import Path
 
 from opt_parallel.config import Run
 from opt_parallel.data.labelled import Labelled
-from opt_parallel.data.mixture import Mixture, Source
-from opt_parallel.data.order import Shuffled
+from opt_parallel.data.mixture import Mixture, Order, Source
+from opt_parallel.data.order import Shuffled, Streamed
+from opt_parallel.data.packing import Examples
 from opt_parallel.data.prepare import Prepared
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.store import TokenStore
+from opt_parallel.data.streaming import BLOCK, Filling, GrowingStore, whole_parts
+from opt_parallel.log import say
 from opt_parallel.shapes import require
 from opt_parallel.task_config import Task
 
@@ -18,6 +21,10 @@ from opt_parallel.task_config import Task
 def open_samples(run: Run, folder: Path, key: str) -> Samples:
     """The samples that the run's task cuts from a store. Raises: UserError if there is not one."""
     store, length = TokenStore(folder), run.data.sequence_length
+    if run.task.name is Task.finetune:
+        examples = Examples(store, length, run.task.packing)
+        say(f"{key}: {examples.words()}")
+        return examples
     if run.task.name is Task.classify:
         return Labelled(store)
     samples = Rows(store, length)
@@ -30,13 +37,47 @@ def open_samples(run: Run, folder: Path, key: str) -> Samples:
 
 
 def open_mixture(run: Run, prepared: Prepared) -> Mixture:
-    """The training sources, each in a seeded order of its own. Raises: UserError."""
-    sources = []
+    """The training sources, each in a seeded order of its own; streams are being filled from now on, and have their
+    first samples. Raises: UserError."""
+    mixture, fillings = _mixture(run, prepared)
+    for filling in fillings:
+        filling.start()
+    for source in mixture.sources:
+        source.order.sample_at(0)  # so that a stream that gives nothing is known of before any process group
+    return mixture
+
+
+def fill_streams(run: Run, prepared: Prepared) -> None:
+    """Fill the stores of streams as far as the run reads them. Raises: UserError."""
+    for filling in _mixture(run, prepared)[1]:
+        filling.complete()
+        metas = whole_parts(filling.folder)
+        documents, tokens = (sum(getattr(meta.part, name) for meta in metas) for name in ("documents", "tokens"))
+        say(f"{filling.material.corpus.key}: {documents:,} documents, {tokens:,} tokens; in {filling.folder}")
+
+
+def _mixture(run: Run, prepared: Prepared) -> tuple[Mixture, list[Filling]]:
+    sources: list[Source] = []
+    length = run.data.sequence_length
     for source in prepared.train:
-        samples = open_samples(run, source.store, "data.train")
         seed = run.seed if len(prepared.train) == 1 else f"{run.seed} {source.name}"
-        sources.append(Source(source.name, source.weight, samples, Shuffled(seed, len(samples))))
-    return Mixture(sources)
+        samples: Samples
+        order: Order
+        if source.stream is not None:
+            store = GrowingStore(source.store, source.stream.encoder.columns, length)
+            samples, order = Rows(store, length), Streamed(seed, BLOCK, store.arrived)
+        else:
+            samples = open_samples(run, source.store, "data.train")
+            order = Shuffled(seed, len(samples))
+        sources.append(Source(source.name, source.weight, samples, order))
+    mixture = Mixture(sources)
+    taken = mixture.taken(run.steps * run.global_batch)
+    fillings = [
+        Filling(each.store, each.stream, -(-taken[each.name] // BLOCK) * BLOCK * length + 1, run.data.workers)
+        for each in prepared.train
+        if each.stream is not None
+    ]
+    return mixture, fillings
 
 
 def open_validation(run: Run, prepared: Prepared) -> Samples | None:

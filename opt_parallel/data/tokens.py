@@ -19,16 +19,19 @@ from opt_parallel.shapes import ModelConfig, require
 START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
 SPECIALS = [START, PAD, END, UNKNOWN]  # OPT's order, so that their ids are OPT's
 FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a folder (tokenizer.json, or OPT's vocab.json and merges.txt) or of a hub id.
+    """The tokenizer of a file of the tokenizers library, of a folder (tokenizer.json, or OPT's vocab.json and
+    merges.txt) or of a hub id.
 
     Raises: `UserError`."""
     folder = Path(name) if Path(name).exists() else _download(name)
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        file = folder if folder.is_file() else folder / "tokenizer.json"
+        if file.is_file():
+            tokenizer = Tokenizer.from_file(str(file))
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
             tokenizer = _byte_level(bpe, [PAD, END])
@@ -46,15 +49,16 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer if the text is short), `SPECIALS` first.
+def train_tokenizer(documents: Iterable[str], vocab_size: int, key: str = "model.vocab_size=") -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens (fewer if the text is short), `SPECIALS` first. `key`: what the
+    user set the size by.
 
     Raises: `UserError` if `vocab_size` has no room for the bytes and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(SPECIALS) + len(alphabet)
     require(
         vocab_size >= smallest,
-        f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer: choose {smallest} or more, "
+        f"{key}{vocab_size} is too small for a byte-level tokenizer: choose {smallest} or more, "
         "or bring a tokenizer with data.tokenizer=…",
     )
     tokenizer = Tokenizer(models.BPE())
@@ -66,7 +70,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return _byte_level(tokenizer.model, SPECIALS)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> None:
     """Write `tokenizer` into `folder` for `load_tokenizer` and for transformers' `AutoTokenizer`."""
     folder.mkdir(parents=True, exist_ok=True)
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -76,6 +80,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **known}
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", known)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig) -> None:

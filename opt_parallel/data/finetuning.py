@@ -1,0 +1,119 @@
+"""Fine-tuning's examples as tokens: prompts with completions, and chats, each token marked as to be learnt or not.
+
+    </s> prompt completion </s>     the completion and the </s> that closes it are learnt
+    </s> … answer </s> … answer </s>    of a chat every answer, see `data.chat`
+
+A prompt and its completion are encoded apart: when text is generated the prompt stands alone, and a token across the
+boundary would not be there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from opt_parallel.data.chat import read_messages, turns_of
+from opt_parallel.data.encoding import Record, columns_of
+from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
+from opt_parallel.data.tokens import count_tokens, encode_documents
+from opt_parallel.errors import UserError
+from opt_parallel.shapes import require
+from opt_parallel.task_config import TaskConfig, Truncation
+
+PROMPT_CUT, COMPLETION_CUT = "examples with their prompt cut", "examples with their completion cut"
+UNANSWERED = "messages after a chat's last answer left out"
+
+Turn = tuple[list[int], list[int]]  # what is answered, and the answer
+
+
+class ExampleEncoder:
+    """Records of `task`'s fields as examples of at most `length` + 1 tokens, the last of which is only a target."""
+
+    def __init__(self, tokenizer: Tokenizer, end: int, task: TaskConfig, length: int) -> None:
+        self.tokenizer, self.end, self.task, self.length = tokenizer, end, task, length
+        self.columns = {
+            "ids": ids_column(count_tokens(tokenizer)),
+            "targets": Column("uint8", per_token=True),  # 1 where the token is to be learnt
+            "lengths": LENGTHS,
+        }
+
+    def identity(self) -> list[Any]:
+        task = self.task
+        fields = [task.prompt_field, task.completion_field, task.messages_field, task.truncation.value]
+        return ["finetune", self.tokenizer.to_str(), self.end, *fields, self.length]
+
+    def encode(self, records: list[Record]) -> Encoded:
+        counts: Counter[str] = Counter()
+        examples = [self._turns(record, counts) for record in records]
+        ids = iter(encode_documents(self.tokenizer, [text for turns in examples for turn in turns for text in turn]))
+        made = [self._example([(next(ids), next(ids)) for _ in turns], counts) for turns in examples]
+        targets = np.fromiter((flag for _, flags in made for flag in flags), np.uint8)
+        return Encoded({**columns_of([tokens for tokens, _ in made]), "targets": targets}, counts)
+
+    def _turns(self, record: Record, counts: Counter[str]) -> list[tuple[str, str]]:
+        """Prompt and completion, or all that is answered and the answers."""
+        task, where = self.task, record.where
+        pair, chat = [task.prompt_field, task.completion_field], task.messages_field
+        given = [name for name in (*pair, chat) if record.fields.get(name) is not None]
+        if not given:
+            raise UserError(
+                f"{where} has neither {pair[0]!r} with {pair[1]!r} nor {chat!r}, only {list(record.fields)}: set "
+                "task.prompt_field and task.completion_field, or task.messages_field"
+            )
+        if given == [chat]:
+            return self._chat(record.fields[chat], f"{where}: {chat!r}", counts)
+        require(
+            chat not in given,
+            f"{where} has both {given[0]!r} and {chat!r}: an example is the one or the other, leave one out",
+        )
+        for name in pair:
+            require(name in given, f"{where} has no {name!r} beside its {given[0]!r}: an example needs both")
+        prompt, completion = (_text(record.fields[name], f"{where}: {name!r}") for name in pair)
+        return [(prompt, _not_empty(completion, f"{where}: {pair[1]!r}"))]
+
+    def _chat(self, value: Any, where: str, counts: Counter[str]) -> list[tuple[str, str]]:
+        messages = []
+        for number, (role, content) in enumerate(read_messages(value, where), start=1):
+            text = _text(content, f"{where}: message {number}")
+            messages.append((role, _not_empty(text, f"{where}: message {number}") if role == "assistant" else text))
+        turns, unanswered = turns_of(messages)
+        if unanswered:
+            counts[UNANSWERED] += unanswered
+        return turns
+
+    def _example(self, turns: list[Turn], counts: Counter[str]) -> tuple[list[int], list[int]]:
+        """Tokens and what is to be learnt of them, cut to the length. Of a chat the last answer is the completion, and
+        all before it the prompt."""
+        before = [(token, 0) for token in turns[0][0]]
+        for (_, answer), (prompt, _) in pairwise(turns):
+            before += [(token, 1) for token in [*answer, self.end]] + [(token, 0) for token in prompt]
+        completion = [(token, 1) for token in [*turns[-1][1], self.end]]
+        room = max(0, self.length - len(completion))
+        if len(before) > room:
+            counts[PROMPT_CUT] += 1
+            keep_end = self.task.truncation is Truncation.keep_end
+            before = before[len(before) - room :] if keep_end else before[:room]
+        if len(completion) > self.length:
+            counts[COMPLETION_CUT] += 1
+            completion = completion[: self.length]  # without the </s> that closes it: it does not end here
+        example = [(self.end, 0), *before, *completion]
+        return [token for token, _ in example], [flag for _, flag in example]
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {value!r:.40}, not a string: write it as text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {value[error.start]!r} is half a character: remove it") from error
+    return value
+
+
+def _not_empty(text: str, where: str) -> str:
+    require(bool(text.strip()), f"{where} is empty, so nothing to learn: write one, or leave the record out")
+    return text

@@ -1,0 +1,232 @@
+"""A stream: one process of each machine fills its store, in the order of the text, while training reads what is there.
+
+Which sample stands where follows from the order of the text alone, so how far the store is filled changes nothing but
+waiting. A filler that was stopped goes on behind the last whole part. It fills no more than the run will read.
+
+`python -m opt_parallel.data.streaming` is the filler; what it shall do comes pickled on its standard input, whose end
+tells it that the trainer is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from opt_parallel.data.encoding import Record, batches_of
+from opt_parallel.data.filling import META, Material, PartMaker, PartMeta, part_name, read_meta
+from opt_parallel.data.sources import Corpus
+from opt_parallel.data.statistics import finish_store
+from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
+from opt_parallel.data.workers import cpus
+from opt_parallel.errors import UserError
+from opt_parallel.shapes import require
+
+PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends with the first of them
+BLOCK = 4096  # samples that are shuffled together
+LOOK = 0.2  # seconds between two looks at what has arrived
+LOST = 30.0  # seconds without a filler after which none is expected
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What a filler does: `material` into the store at `folder`, up to `enough` tokens or its end."""
+
+    folder: Path
+    material: Material
+    enough: int
+    workers: int
+
+    def start(self) -> None:
+        """Start a filler, on this machine's first process; it ends with this one."""
+        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+            return
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        variables = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(self.threads)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "opt_parallel.data.streaming"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, **variables},
+            start_new_session=True,  # a terminal's Ctrl-C is the trainer's: it saves first
+        )
+        assert process.stdin is not None
+        try:
+            process.stdin.write(pickle.dumps(self))
+            process.stdin.flush()  # and not closed
+        except BrokenPipeError:
+            pass  # it could not begin: waiting for its text will say so
+        FILLERS.append(process)
+
+    @property
+    def threads(self) -> int:
+        """That encode; the training keeps the others."""
+        return self.workers or max(1, cpus() // 2)
+
+    def complete(self) -> None:
+        """Fill here and now, unless another does: then wait for it. Raises: UserError."""
+        failure = failure_of(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock_of(self.folder)):
+                failure.unlink(missing_ok=True)
+                try:
+                    if not (self.folder / MANIFEST).exists():
+                        self._fill()
+                except UserError as error:
+                    failure.write_text(str(error), encoding="utf-8")
+                    raise
+        except OSError as error:  # the sources' own are UserErrors
+            line = f"data.cache={self.folder.parent} cannot be written ({error}): choose another data.cache"
+            raise UserError(line) from error
+
+    def _fill(self) -> None:
+        """Go on behind the last whole part."""
+        corpus, encoder = self.material.corpus, self.material.encoder
+        for leftover in self.folder.glob("*.partial"):
+            shutil.rmtree(leftover)
+        metas, before = whole_parts(self.folder), corpus.identity()
+        done = sum(meta.part.tokens for meta in metas)
+        position = (metas[-1].position[0], metas[-1].position[1]) if metas else (0, 0)
+        if done >= self.enough:
+            return
+        maker, begun = PartMaker(self.folder, part_name(len(metas)), encoder), time.monotonic()
+        try:
+            for place, batch in _batches(corpus, *position):
+                maker.write(encoder.encode(batch))
+                position, tokens = place, maker.writer.tokens
+                full = tokens >= PART_TOKENS or time.monotonic() - begun > PART_SECONDS
+                if full or done + tokens >= self.enough:
+                    metas.append(maker.finish(position))
+                    done += tokens
+                    if done >= self.enough:
+                        return
+                    maker, begun = PartMaker(self.folder, part_name(len(metas)), encoder), time.monotonic()
+        except UserError:
+            maker.finish(position)  # what came before stays
+            raise
+        metas.append(maker.finish(position))
+        require(
+            corpus.identity() == before,
+            f"{corpus.key}: {corpus.names} changed while it was read: start again when it is whole",
+        )
+        finish_store(self.folder, encoder.columns, metas, None)
+
+
+def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int, int], list[Record]]]:
+    """Batches of records behind the first `taken` of a unit, each with the place behind it."""
+    for number, group in groupby(corpus.streamed(unit, taken), key=itemgetter(0)):
+        taken = taken if number == unit else 0
+        for batch in batches_of(record for _, record in group):
+            taken += len(batch)
+            yield (number, taken), batch
+
+
+def whole_parts(folder: Path) -> list[PartMeta]:
+    """The parts that are there, up to the first that is not."""
+    metas: list[PartMeta] = []
+    while (part := folder / part_name(len(metas)) / META).exists():
+        metas.append(read_meta(part.parent))
+    return metas
+
+
+def failure_of(folder: Path) -> Path:
+    return Path(f"{folder}.failed")
+
+
+def lock_of(folder: Path) -> str:
+    return f"{folder}.lock"
+
+
+class GrowingStore(TokenStore):
+    """A store that a filler adds to. Two threads may ask at once."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, Column], length: int) -> None:
+        """`length`: tokens of a row."""
+        self.folder, self.columns, self.length = folder, dict(columns), length
+        self.parts: list[Part] = []
+        self._first_token, self._first_document = [0], [0]
+        self.ended, self.looking = False, threading.Lock()
+        self.old_failure = self._failed()
+
+    def arrived(self, rows: int) -> int | None:
+        """Wait until `rows` rows are there, or all there will be: how many, once that is known.
+
+        Raises: UserError if they will not come."""
+        seen = time.monotonic()
+        while not self._look(rows * self.length + 1):
+            failed = self._failed()
+            if self._being_filled():
+                seen = time.monotonic()
+            lost = time.monotonic() - seen > LOST
+            if failed and (lost or failed != self.old_failure):
+                raise UserError(failure_of(self.folder).read_text(encoding="utf-8"))
+            require(not lost, f"no process fills {self.folder} any more: start again, it goes on from there")
+            time.sleep(LOOK)
+        if not self.ended:
+            return None
+        size = max(0, self.tokens - 1) // self.length
+        require(
+            size > 0,
+            f"data.train: {self.tokens} tokens do not fill one row: data.sequence_length={self.length} needs "
+            f"{self.length + 1}; bring more text or shorten the sequence",
+        )
+        return size
+
+    def _look(self, tokens: int) -> bool:
+        """Take up what has come; whether it is so many tokens, or the end."""
+        with self.looking:
+            if self.ended or self.tokens >= tokens > 1:
+                return True
+            ended = (self.folder / MANIFEST).exists()  # before the parts: they are all there then
+            while (meta := self.folder / part_name(len(self.parts)) / META).exists():
+                part = read_meta(meta.parent).part
+                self._first_token.append(self._first_token[-1] + part.tokens)
+                self._first_document.append(self._first_document[-1] + part.documents)
+                self.parts.append(part)
+            self.ended = ended
+            return ended or self.tokens >= tokens
+
+    def _failed(self) -> int | None:
+        """When a filler failed last."""
+        failure = failure_of(self.folder)
+        return failure.stat().st_mtime_ns if failure.exists() else None
+
+    def _being_filled(self) -> bool:
+        try:
+            with FileLock(lock_of(self.folder), timeout=0):
+                return False
+        except Timeout:
+            return True
+
+
+FILLERS: list[subprocess.Popen[bytes]] = []  # kept, so that their standard input stays open as long as this process
+
+
+def main() -> None:
+    filling = pickle.load(sys.stdin.buffer)
+
+    def end_with_the_trainer() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(0)
+
+    threading.Thread(target=end_with_the_trainer, daemon=True).start()
+    try:
+        filling.complete()
+    except UserError:
+        sys.exit(2)  # the trainer says it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Preparing a large text, ours and `datasets.map` with the same tokenizer, in turn, each in processes of its own; and
+ours killed half-way and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from opt_parallel.data.python_text import python_documents
+from opt_parallel.data.store import TokenStore
+from opt_parallel.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
+from opt_parallel.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CHANGED = 0.05  # of the words, in each copy of the text
+LOOK = 0.05  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds and the most memory: of the process, and of it with all below it, shared pages counted once for each."""
+
+    seconds: float
+    parent: int
+    together: int
+
+
+def write_corpus(path: Path, size: int) -> None:
+    """`size` bytes of json lines: the text that this Python carries, again and again, other words changed each time."""
+    documents = list(python_documents())
+    words = sorted({word for document in documents for word in document.split(" ") if word.isalpha()})
+    draw, written = random.Random(0), 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < size:
+            document = draw.choice(documents).split(" ")
+            for place in draw.sample(range(len(document)), int(CHANGED * len(document))):
+                document[place] = draw.choice(words)
+            line = json.dumps({"text": " ".join(document)}) + "\n"
+            file.write(line)
+            written += len(line)
+
+
+def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int) -> list[list[str]]:
+    """Lines of a table."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        here = Path(temporary)
+        write_corpus(here / "text.jsonl", size)
+        save_tokenizer(train_tokenizer(python_documents(), vocab_size), here / "tokenizer")
+        ours, theirs, loading = [], [], []
+        tokens = 0
+        for _ in range(rounds):
+            shutil.rmtree(here / "cache", ignore_errors=True)
+            ours.append(watched(_ours(here, workers)))
+            store = _store(here)
+            tokens = store.tokens
+            shutil.rmtree(here / "theirs", ignore_errors=True)
+            whole = watched([sys.executable, __file__, str(here), str(workers)])
+            told = json.loads((here / "theirs.json").read_text())
+            if told["tokens"] + store.documents != tokens:  # ours end each document with a token
+                raise UserError(f"{told['tokens']} tokens and {store.documents} ends are not ours, {tokens}")
+            theirs.append(Measured(told["map"], whole.parent, whole.together))
+            loading.append(told["load"])
+            print(f"ours {ours[-1].seconds:.1f} s, datasets.map {told['map']:.1f} s after loading {told['load']:.1f} s")
+        ratios = [b.seconds / a.seconds for a, b in zip(ours, theirs, strict=True)]
+        with_loading = [(b.seconds + load) / a.seconds for a, b, load in zip(ours, theirs, loading, strict=True)]
+        rows = [["", "seconds", "tokens/s", "peak of all", "of the parent"]]
+        rows += [_row("ours", ours, tokens), _row("datasets.map alone", theirs, tokens)]
+        rows.append(["ours ÷ it, in tokens/s", _spread(ratios, "{:.2f}")])
+        rows.append(["ours ÷ it with its loading", _spread(with_loading, "{:.2f}")])
+        rows += _killed(here, workers, statistics.median(each.seconds for each in ours))
+    widest = max(map(len, rows))
+    return [row + [""] * (widest - len(row)) for row in rows]
+
+
+def watched(command: list[str], until: Callable[[float], bool] = lambda _: False) -> Measured:
+    """Run a command to its end, or kill it as soon as `until(seconds)`. Raises: UserError if it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    begun, parent, together = time.perf_counter(), 0, 0
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        watching = psutil.Process(process.pid)
+        while process.poll() is None:
+            if until(time.perf_counter() - begun):
+                process.kill()
+                break
+            held = []
+            for each in (watching, *_below(watching)):
+                try:
+                    held.append(each.memory_info().rss)
+                except psutil.Error:  # it has ended meanwhile
+                    continue
+            parent, together = max(parent, *held[:1], 0), max(together, sum(held))
+            time.sleep(LOOK)
+        status = process.wait()
+    if status > 0:
+        raise UserError(f"{' '.join(command)} ended with status {status}")
+    return Measured(time.perf_counter() - begun, parent, together)
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _ours(here: Path, workers: int) -> list[str]:
+    size = load_tokenizer(str(here / "tokenizer")).get_vocab_size()
+    return [
+        sys.executable, "scripts/prepare.py", "model=opt-tiny", f"model.vocab_size={size}",
+        f"data.train={here / 'text.jsonl'}", f"data.tokenizer={here / 'tokenizer'}", f"data.cache={here / 'cache'}",
+        f"data.workers={workers}",
+    ]  # fmt: skip
+
+
+def _store(here: Path) -> TokenStore:
+    return TokenStore(next(path for path in (here / "cache").glob("store-*") if path.is_dir()))
+
+
+def _killed(here: Path, workers: int, seconds: float) -> list[list[str]]:
+    """Ours without a break, then killed half-way and started again: the same bytes, the finished parts untouched."""
+    store = _store(here)
+    whole = {path.relative_to(store.folder): path.read_bytes() for path in store.folder.rglob("*.bin")}
+    shutil.rmtree(here / "cache")
+    watched(_ours(here, workers), until=lambda passed: passed > seconds / 2)
+    partial = next((here / "cache").glob("store-*.partial"))
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in partial.glob("part-?????/part.json")}
+    again = watched(_ours(here, workers))
+    store = _store(here)
+    untouched = all((store.folder / part / "part.json").stat().st_mtime_ns == when for part, when in kept.items())
+    same = all((store.folder / path).read_bytes() == content for path, content in whole.items())
+    if not (untouched and same and kept):
+        raise UserError(f"killed and started again: {len(kept)} parts kept, untouched: {untouched}, same: {same}")
+    return [[f"killed half-way with {len(kept)} of {len(store.parts)} parts, again", f"{again.seconds:.1f}"]]
+
+
+def _row(name: str, measured: list[Measured], tokens: int) -> list[str]:
+    return [
+        name,
+        _spread([each.seconds for each in measured], "{:.1f}"),
+        _spread([tokens / each.seconds for each in measured], "{:,.0f}"),
+        _spread([each.together / 1e9 for each in measured], "{:.2f} GB"),
+        _spread([each.parent / 1e9 for each in measured], "{:.2f} GB"),
+    ]
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))}–{form.format(max(values))})"
+
+
+def theirs(here: Path, workers: int) -> None:
+    """`datasets` reads the lines and maps the tokenizer over them; what took how long, into theirs.json."""
+    import datasets
+    from tokenizers import Tokenizer
+
+    datasets.disable_progress_bars()
+    begun = time.perf_counter()
+    text = datasets.load_dataset(
+        "json", data_files=str(here / "text.jsonl"), split="train", cache_dir=str(here / "theirs")
+    )
+    loaded = time.perf_counter()
+    tokenizer = Tokenizer.from_file(str(here / "tokenizer" / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = [text.rstrip() for text in rows["text"]]
+        return {"ids": [each.ids for each in tokenizer.encode_batch(texts, add_special_tokens=False)]}
+
+    mapped = text.map(encode, batched=True, num_proc=workers, remove_columns=text.column_names)
+    done = time.perf_counter()
+    tokens = sum(len(chunk.flatten()) for chunk in mapped.data.column("ids").chunks)
+    told = {"load": loaded - begun, "map": done - loaded, "tokens": tokens}
+    (here / "theirs.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    theirs(Path(sys.argv[1]), int(sys.argv[2]))

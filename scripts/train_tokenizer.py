@@ -1,0 +1,32 @@
+"""Train a tokenizer: `python scripts/train_tokenizer.py --input data/*.jsonl --vocab-size 50272 --output tokenizer`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from opt_parallel.errors import reporting
+from opt_parallel.log import quiet_libraries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders, globs, or datasets of the hub")
+    parser.add_argument("--vocab-size", type=int, required=True, help="the most tokens; OPT has 50272 rows for them")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--text-field", default="text", help="of a record; default: text")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    from opt_parallel.data.prepare import in_proportion
+    from opt_parallel.data.sources import Corpus
+    from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
+
+    corpus = Corpus.find("--input", arguments.input, arguments.text_field)
+    tokenizer = train_tokenizer(in_proportion([corpus]), arguments.vocab_size, "--vocab-size ")
+    save_tokenizer(tokenizer, arguments.output)
+    print(f"{tokenizer.get_vocab_size():,} tokens, trained on {corpus.names}: {arguments.output}")
+
+
+if __name__ == "__main__":
+    with reporting():
+        main()

@@ -1,0 +1,108 @@
+"""What is reached without a network on the data of scripts/wordnet_text.py, and how often generated answers are right.
+
+    python scripts/wordnet_baselines.py --data data/wordnet [--answers answers.jsonl]
+
+Of the labels: always the commonest, and logistic regression on which words a gloss has. Of the pairs: always the
+commonest completion. `--answers` is what generate.py wrote for pairs-validation.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opt_parallel.errors import UserError, reporting
+from opt_parallel.scores import figures, tally
+from opt_parallel.shapes import ProblemType
+
+SEEN = 2  # training glosses that a word must occur in to be a feature
+EPOCHS, BATCH, RATE = 6, 256, 5e-3
+SINGLE = ProblemType.single_label_classification
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder that scripts/wordnet_text.py filled")
+    parser.add_argument("--answers", type=Path, help="the fine-tuned model's, by generate.py")
+    arguments = parser.parse_args()
+    torch.manual_seed(1)
+    train, held_out = (read(arguments.data / f"labels-{name}.jsonl") for name in ("train", "validation"))
+    names = sorted({row["label"] for row in train})
+    truth = np.array([names.index(row["label"]) for row in held_out])
+    commonest = Counter(row["label"] for row in train).most_common(1)[0][0]
+    always = np.eye(len(names))[[names.index(commonest)] * len(held_out)]
+    print("labels, always the commonest:", in_words(figures(tally(always, truth, SINGLE), SINGLE)))
+    scores = bag_of_words(train, held_out, names)
+    print("labels, bag of words:", in_words(figures(tally(scores, truth, SINGLE), SINGLE)))
+
+    pairs, asked = (read(arguments.data / f"pairs-{name}.jsonl") for name in ("train", "validation"))
+    completion = Counter(row["completion"] for row in pairs).most_common(1)[0][0]
+    print(f"pairs, always the commonest: {np.mean([row['completion'] == completion for row in asked]):.1%} right")
+    if arguments.answers is not None:
+        expected = {row["prompt"]: row["completion"] for row in asked}
+        right = [row["text"] == expected[row["prompt"]] for row in read(arguments.answers)]
+        print(f"pairs, the model: {np.mean(right):.1%} of {len(right):,} right")
+    return 0
+
+
+def bag_of_words(train: list[dict[str, str]], held_out: list[dict[str, str]], names: list[str]) -> np.ndarray:
+    """Scores (held-out glosses, labels) of multinomial logistic regression by Adam, the epoch that does best on every
+    twentieth training gloss, which it does not learn from."""
+    seen = Counter(word for row in train for word in words_of(row["text"]))
+    number = {word: place for place, word in enumerate(sorted(word for word, n in seen.items() if n >= SEEN))}
+    model = nn.EmbeddingBag(len(number) + 1, len(names), mode="sum", padding_idx=len(number))  # each word's scores
+    nn.init.zeros_(model.weight)
+    bias = nn.Parameter(torch.zeros(len(names)))
+    optimizer = torch.optim.Adam([*model.parameters(), bias], lr=RATE)
+
+    def features(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
+        """Each gloss's words, and where it begins among them."""
+        bags = [[number[word] for word in words_of(row["text"]) if word in number] for row in rows]
+        starts = np.cumsum([0, *map(len, bags)])[:-1]
+        return torch.tensor([word for bag in bags for word in bag], dtype=torch.long), torch.from_numpy(starts)
+
+    labels = torch.tensor([names.index(row["label"]) for row in train])
+    kept = [place for place in range(len(train)) if place % 20]
+    aside, best, scores = list(range(0, len(train), 20)), 0.0, np.zeros(0)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(kept)).tolist()
+        for first in range(0, len(order), BATCH):
+            chosen = [kept[place] for place in order[first : first + BATCH]]
+            loss = nn.functional.cross_entropy(model(*features([train[p] for p in chosen])) + bias, labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            found = (model(*features([train[p] for p in aside])) + bias).argmax(1)
+            right = float((found == labels[aside]).float().mean())
+            if right > best:
+                best, scores = right, (model(*features(held_out)) + bias).numpy()
+    return scores
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def in_words(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): make it with scripts/wordnet_text.py") from error
+
+
+if __name__ == "__main__":
+    with reporting():
+        sys.exit(main())

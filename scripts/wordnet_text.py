@@ -1,0 +1,117 @@
+"""Three data sets out of WordNet 3.0's database files, as the Debian package wordnet-base lays them out.
+
+    python scripts/wordnet_text.py --output data/wordnet [--source /usr/share/wordnet]
+
+text-*.jsonl: for pretraining, an article for each synset: its words and their gloss.
+pairs-*.jsonl: prompts and completions, a noun's article and what the noun is a kind of.
+labels-*.jsonl: glosses labelled with the category (WordNet calls it the lexicographer file) of their synset.
+
+Glosses held out in one are held out in all, and so are those of the same words. docs/real-text.md says what for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.data.python_text import split
+from opt_parallel.errors import UserError, reporting
+from opt_parallel.shapes import require
+
+SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
+# the numbers of lexnames(5WN), that part of WordNet's manual
+CATEGORIES = [
+    *(f"adj.{name}" for name in ("all", "pert")), "adv.all", *(f"noun.{name}" for name in (
+        "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling",
+        "food", "group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process",
+        "quantity", "relation", "shape", "state", "substance", "time",
+    )), *(f"verb.{name}" for name in (
+        "body", "change", "cognition", "communication", "competition", "consumption", "contact", "creation", "emotion",
+        "motion", "perception", "possession", "social", "stative", "weather",
+    )), "adj.ppl",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Synset:
+    """A set of synonyms. `kind_of`: where its first hypernym stands in the same file, if it has one."""
+
+    speech: str
+    offset: str
+    category: str
+    words: list[str]
+    kind_of: str | None
+    gloss: str
+
+    @property
+    def article(self) -> str:
+        return f"{', '.join(self.words)} ({self.speech}): {self.gloss}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the six files")
+    parser.add_argument("--source", type=Path, default=Path("/usr/share/wordnet"), help="folder with data.noun, …")
+    arguments = parser.parse_args()
+    synsets = list(read_synsets(arguments.source))
+    train, validation, removed = split(synset.gloss for synset in synsets)
+    for name, glosses in (("train", set(train)), ("validation", set(validation))):
+        chosen = [synset for synset in synsets if synset.gloss in glosses]
+        first = {synset.offset: synset.words[0] for synset in synsets if synset.speech == "noun"}
+        nouns = [synset for synset in chosen if synset.speech == "noun" and synset.kind_of in first]
+        write(arguments.output / f"text-{name}.jsonl", ({"text": synset.article} for synset in chosen))
+        write(arguments.output / f"pairs-{name}.jsonl", (
+            {"prompt": f"{synset.article}\nIt is a kind of", "completion": f" {first[str(synset.kind_of)]}"}
+            for synset in nouns
+        ))  # fmt: skip
+        write(arguments.output / f"labels-{name}.jsonl", (
+            {"text": synset.gloss, "label": synset.category} for synset in chosen
+        ))  # fmt: skip
+        print(f"{name}: {len(chosen):,} synsets, {sum(len(each.article) for each in chosen):,} characters, "
+              f"{len(nouns):,} nouns that are a kind of something")  # fmt: skip
+    print(f"{removed:,} glosses left out of both: near-duplicates of training text")
+    return 0
+
+
+def read_synsets(folder: Path) -> Iterator[Synset]:
+    """All synsets of the four files; wndb(5WN) of WordNet's manual describes them. Raises: UserError."""
+    for name, speech in SPEECH.items():
+        path = folder / f"data.{name}"
+        require(path.is_file(), f"--source {folder} has no data.{name}: install wordnet-base, or name its folder")
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.startswith("  "):  # the licence
+                    continue
+                try:
+                    yield read_synset(line, speech)
+                except (ValueError, IndexError) as error:
+                    raise UserError(f"{path}, line {number} is no synset ({error}): bring WordNet 3.0") from error
+
+
+def read_synset(line: str, speech: str) -> Synset:
+    """offset category type count(hexadecimal) (word id)… count (symbol offset type words)… | gloss"""
+    fields, _, gloss = line.partition(" | ")
+    offset, category, _, count, *rest = fields.split(" ")
+    words = [word.partition("(")[0].replace("_", " ") for word in rest[0 : 2 * int(count, 16) : 2]]
+    pointers = rest[2 * int(count, 16) + 1 :]
+    above = [pointers[place + 1] for place in range(0, len(pointers) - 3, 4) if pointers[place] == "@"]
+    return Synset(speech, offset, CATEGORIES[int(category)], words, above[0] if above else None, gloss.strip())
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"--output {path.parent} cannot be written ({error}): choose another folder") from error
+
+
+if __name__ == "__main__":
+    with reporting():
+        sys.exit(main())
