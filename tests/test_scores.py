@@ -34,6 +34,7 @@ def test_two_labels() -> None:
 def test_three_labels_and_one_that_does_not_occur() -> None:
     true, decided = [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 0]
     counts = tally(scores_for(decided, 4), np.array(true), SINGLE)
+    assert counts.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     found = figures(counts, SINGLE)
     each = [2 * 1 / (2 + 1 + 1), 2 * 2 / (4 + 1 + 0), 2 * 1 / (2 + 0 + 1)]
     assert found["f1_macro"] == pytest.approx(sum(each) / 3)
