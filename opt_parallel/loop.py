@@ -56,7 +56,7 @@ def train(run: Run) -> int:
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        store = Store(run, topology, data.tokenizer, data.labels, base)
+        store = Store(run, topology, data.tokenizer, data.labels, base, data.text)
         engine, clock = _begin(run, topology, store, start, data.labels)
         place = (topology.data.rank, topology.data.size)
         feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)

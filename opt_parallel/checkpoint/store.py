@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -60,11 +61,17 @@ class Store:
     """Saves and restores a run's state; every rank calls its methods together."""
 
     def __init__(
-        self, run: Run, topology: Topology, tokenizer: Path, labels: Labels | None = None, base: Base | None = None
+        self,
+        run: Run,
+        topology: Topology,
+        tokenizer: Path,
+        labels: Labels | None = None,
+        base: Base | None = None,
+        text: Mapping[str, str] | None = None,
     ) -> None:
-        """`labels` are a classifier's; `base` is what a LoRA run stands on."""
+        """`labels` are a classifier's; `base` is what a LoRA run stands on; `text`: each source's prepared store."""
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
-        self.labels, self.base = labels, base
+        self.labels, self.base, self.text = labels, base, dict(text or {})
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
         self.saving: Path | None = None  # what the saver was last given
@@ -204,6 +211,7 @@ class Store:
             },
             "versions": self._versions(),
             "config": to_dict(self.run),
+            "text": self.text,
             "base": None if self.base is None else asdict(self.base),
             "tensors": engine.tensors(),
             "files": {},
@@ -280,8 +288,11 @@ class Store:
 
     def _tell_changes(self, manifest: dict[str, Any]) -> None:
         """A table of settings and libraries that differ from the checkpoint's."""
-        now = to_dict(self.run) | self._versions()
-        rows = [row for row in changes(manifest["config"] | manifest["versions"], now) if row[0] not in NOT_TOLD]
+        then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
+        now = to_dict(self.run) | self._versions() | {"text": self.text}
+        if then["text"] != now["text"]:
+            say("warning: the training text is not what the checkpoint was trained on; samples are now of the new")
+        rows = [row for row in changes(then, now) if row[0] not in NOT_TOLD]
         if rows:
             say("changed since the checkpoint:")
             for line in aligned([["", "then", "now"], *rows]).split("\n"):

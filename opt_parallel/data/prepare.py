@@ -24,13 +24,7 @@ from opt_parallel.data.selection import HeldOut
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store, line_of
 from opt_parallel.data.store import TokenStore
-from opt_parallel.data.tokens import (
-    check_padding,
-    check_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
+from opt_parallel.data.tokens import check_padding, check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from opt_parallel.data_config import SourceConfig
 from opt_parallel.log import say
 from opt_parallel.shapes import Labels, ProblemType, require
@@ -59,6 +53,11 @@ class Prepared:
     tokenizer: Path
     labels: Labels | None = None
 
+    @property
+    def text(self) -> dict[str, str]:
+        """Each source's store by its name, which changes when the text does."""
+        return {source.name: source.store.name for source in self.train}
+
 
 def prepare(run: Run) -> Prepared:
     """The token stores that `run` needs, filled if they are not there; those of streams are filled while it trains.
@@ -80,8 +79,8 @@ def prepare(run: Run) -> Prepared:
         else:
             store, stream = prepare_materials(run, "data.train", [material], tokenizer), None
         stores.append(PreparedSource(source.name, Fraction(source.weight), store, stream))
-    apart = train if run.holds_out else validation
-    held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in apart]
+    every = train if run.holds_out else validation
+    held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in every]
     key = "data.held_out" if run.holds_out else "data.validation"
     return Prepared(
         train=stores,
@@ -95,12 +94,13 @@ def prepare_validation(run: Run) -> Prepared:
     """The store of `data.validation` alone, for a run that trains nothing.
 
     Raises: `UserError`, on every rank alike."""
-    require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
-    corpora = [_corpus(run, "data.validation", source) for source in run.data.validation_sources]
+    key = "data.validation"
+    require(bool(run.data.validation_sources), f"{key} is not set: name a file, a folder, a glob or a hub id")
+    corpora = [_corpus(run, key, source) for source in run.data.validation_sources]
     folder = prepare_tokenizer(run, corpora)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
     materials = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
-    return Prepared([], prepare_materials(run, "data.validation", materials, tokenizer), folder, labels)
+    return Prepared([], prepare_materials(run, key, materials, tokenizer), folder, labels)
 
 
 def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Material:
@@ -111,14 +111,13 @@ def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | N
 
 
 def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
-    """What the run's task makes of its records; `labels` are a classifier's. Raises: UserError."""
+    """What the run's task makes of its records. Raises: UserError."""
     end, length = run.model.eos_token_id, run.data.sequence_length
     if run.task.name is Task.finetune:
         return ExampleEncoder(tokenizer, end, run.task, length)
-    if run.task.name is Task.classify:
-        assert labels is not None
+    if labels is not None:
         check_padding(tokenizer, run.model)
-        return LabelledEncoder(tokenizer, end, text, run.task, labels, length)
+        return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length)
     return TextEncoder(tokenizer, end, text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -145,9 +146,8 @@ class Corpus:
             for record in self.read(unit):
                 if left <= 0:
                     break
-                text = self.text.of(record)
-                left -= len(text) + 1
-                yield text
+                left -= len(json.dumps(dict(record.fields), ensure_ascii=False, default=str)) + 1
+                yield self.text.of(record)
 
     def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Record]]:
         """The records behind the first `taken` of a unit, with the numbers of their units: files first, each whole,

@@ -47,6 +47,7 @@ class Filling:
     material: Material
     enough: int
     workers: int
+    part_tokens: int = PART_TOKENS
 
     def start(self) -> None:
         """Start a filler, on this machine's first process; it ends with this one."""
@@ -106,7 +107,7 @@ class Filling:
             for place, batch in _batches(corpus, *position):
                 maker.write(encoder.encode(batch))
                 position, tokens = place, maker.writer.tokens
-                full = tokens >= PART_TOKENS or time.monotonic() - begun > PART_SECONDS
+                full = tokens >= self.part_tokens or time.monotonic() - begun > PART_SECONDS
                 if full or done + tokens >= self.enough:
                     metas.append(maker.finish(position))
                     done += tokens
