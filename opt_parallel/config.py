@@ -265,7 +265,6 @@ class Run(Section):
             self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
             f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
         )
-        validates = self.evaluation.every > 0 and bool(self.data.validation_sources or self.holds_out)
         require(
             validates or not self.checkpoint.keep_best,
             f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every}, "

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from opt_parallel.data.encoding import EMPTY, Record, Text, columns_of
+from opt_parallel.data.encoding import EMPTY, Record, columns_of
 from opt_parallel.data.samples import Sample
 from opt_parallel.data.store import LENGTHS, Column, Encoded, TokenStore, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
@@ -31,11 +31,11 @@ class LabelledEncoder:
     """Classification's: ids of at most `length` tokens, and a `label` for each example."""
 
     def __init__(
-        self, tokenizer: Tokenizer, end: int, text: Text, task: TaskConfig, labels: Labels, length: int
+        self, tokenizer: Tokenizer, end: int, text_field: str, task: TaskConfig, labels: Labels, length: int
     ) -> None:
-        """`end`: the token `</s>`; `text`: where a record's only or first one is."""
+        """`end`: the token `</s>`."""
         self.tokenizer, self.end, self.length = tokenizer, end, length
-        self.text, self.task, self.labels = text, task, labels
+        self.text_field, self.task, self.labels = text_field, task, labels
         self.numbers = {name: number for number, name in enumerate(labels.names)}
         least = 2 if task.pair_field is None else 4
         require(length >= least, f"data.sequence_length={length} has no room for a text: it must be at least {least}")
@@ -45,12 +45,13 @@ class LabelledEncoder:
 
     def identity(self) -> list[Any]:
         task, labels = self.task, self.labels
-        fields = [self.text.field, self.text.template, task.pair_field, task.label_field, task.truncation.value]
+        fields = [self.text_field, task.pair_field, task.label_field, task.truncation.value]
         kind = labels.problem_type and labels.problem_type.value
         return ["labelled", self.tokenizer.to_str(), self.end, self.length, fields, list(labels.names), kind]
 
     def encode(self, records: list[Record]) -> Encoded:
-        examples = [(self._texts(record), self._label(record)) for record in records]
+        fields = [name for name in (self.text_field, self.task.pair_field) if name is not None]
+        examples = [([_text(record, name) for name in fields], self._label(record)) for record in records]
         kept = [(texts, label) for texts, label in examples if any(text.strip() for text in texts)]
         ids = iter(encode_documents(self.tokenizer, [text for texts, _ in kept for text in texts]))
         counts: Counter[str] = Counter({EMPTY: len(records) - len(kept)} if len(kept) < len(records) else {})
@@ -63,14 +64,6 @@ class LabelledEncoder:
             documents.append([token for part in parts for token in (self.end, *part)])
         labels = np.array([label for _, label in kept], np.dtype(self.columns["label"].dtype))
         return Encoded({**columns_of(documents), "label": labels}, counts)
-
-    def _texts(self, record: Record) -> list[str]:
-        first, other = self.text.of(record), self.task.pair_field
-        if other is None:
-            return [first]
-        has = isinstance(record.fields.get(other), str)
-        require(has, f"{record.where} has no text in a field {other!r} of {list(record.fields)}: set task.pair_field")
-        return [first, Text(other).of(record)]
 
     def _cut(self, parts: list[list[int]]) -> list[list[int]]:
         """One text, or two, in the room that there is; of two the longer gives way, until both are as long."""
@@ -214,3 +207,11 @@ def _problem_type(kinds: dict[tuple[bool, str], str]) -> ProblemType:
 def _sorted(names: set[str]) -> list[str]:
     """Numbers by their size, anything else by its letters."""
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _text(record: Record, name: str) -> str:
+    text = record.fields.get(name)
+    if not isinstance(text, str):
+        has = f"{text!r:.40} as {name!r}, not a text" if name in record.fields else f"no field {name!r}"
+        raise UserError(f"{record.where} has {has}: set data.text_field and task.pair_field to fields with texts")
+    return text

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from opt_parallel.data.batches import validation_batches
-from opt_parallel.data.encoding import Record, Text
+from opt_parallel.data.encoding import Record
 from opt_parallel.data.labelled import Labelled, LabelledEncoder, find_labels
 from opt_parallel.data.samples import collate
 from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
@@ -42,7 +42,7 @@ def records(labels: list[Any], **fields: list[Any]) -> list[Record]:
 
 
 def encoder(tokenizer: Tokenizer, found: Labels, length: int = 64, **settings: Any) -> LabelledEncoder:
-    return LabelledEncoder(tokenizer, 2, Text(), task(**settings), found, length)
+    return LabelledEncoder(tokenizer, 2, "text", task(**settings), found, length)
 
 
 def documents(encoded: Any) -> list[list[int]]:
@@ -160,7 +160,7 @@ WRONG: dict[str, tuple[dict[str, Any], Labels | None, list[Any], str]] = {
     "an object": ({}, None, [{"a": 1}], "line 1: the label {'a': 1} is no name and no number"),
     "one alone": ({}, None, ["red", "red"], "all labels are 'red', and there is nothing to tell apart"),
     "too many": ({}, None, [f"text {number}" for number in range(10_001)], "over 10,000 different labels"),
-    "no text": ({"pair_field": "other"}, COLORS, ["red"], "line 1 has no text in a field 'other' of"),
+    "no text": ({"pair_field": "other"}, COLORS, ["red"], "line 1 has no field 'other': set data.text_field"),
 }
 
 
@@ -196,4 +196,5 @@ def test_as_many_labels_as_tokens_are_no_tokens_labels(tmp_path: Path, tokenizer
     samples = Labelled(TokenStore(tmp_path))
     batch = collate([samples.sample(0), samples.sample(1)], range(2), 1)
     assert batch.ids.shape == batch.labels.shape == (2, 3)
+    assert batch.labels.dtype is torch.float32
     assert batch.labels.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
