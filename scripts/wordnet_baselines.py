@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from opt_parallel.scores import figures, tally
 from torch import Tensor, nn
 
 from opt_parallel.errors import UserError, reporting
+from opt_parallel.scores import figures, tally
 from opt_parallel.shapes import ProblemType
 
 SEEN = 2  # training glosses that a word must occur in to be a feature

@@ -45,7 +45,10 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: Run(task=TaskConfig(lora=LoraConfig(rank=8))), ["task.lora.rank=8", "set init_from=…"]),
     (lambda: ScheduleConfig(warmup_steps=1, warmup_tokens=1), ["warmup_steps=1", "warmup_tokens=1"]),
     (lambda: Run(steps=10, schedule=ScheduleConfig(warmup_steps=11)), ["11", "steps=10"]),
-    (lambda: Run(evaluation=EvaluationConfig(every=5)), ["evaluation.every=5", "data.validation"]),
+    (
+        lambda: Run(evaluation=EvaluationConfig(every=5), data=DataConfig(held_out=0)),
+        ["evaluation.every=5", "data.validation"],
+    ),
     (lambda: EvaluationConfig(prompts=["Once"]), ["evaluation.prompts=['Once']", "evaluation.every=0"]),
     (lambda: EvaluationConfig(max_new_tokens=0), ["evaluation.max_new_tokens=0"]),
     (lambda: OptimizerConfig(betas=[0.9]), ["betas=[0.9]"]),

@@ -116,7 +116,6 @@ def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | Non
     if run.task.name is Task.finetune:
         return ExampleEncoder(tokenizer, end, run.task, length)
     if labels is not None:
-        check_padding(tokenizer, run.model)
         return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length)
     return TextEncoder(tokenizer, end, text)
 
@@ -167,6 +166,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
     if name is not None:
         brought = load_tokenizer(name)
         check_tokenizer(brought, name, run.model)
+        check_padding(brought, run.model)
         template = None
         if run.task.name is Task.finetune and any(map(partial(_begins_with_chat, run), train)):
             template = chat_template(brought, run.model.eos_token_id)
