@@ -266,7 +266,8 @@ class Run(Section):
             f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
         )
         require(
-            not self.checkpoint.keep_best or (self.evaluation.every > 0 and bool(self.data.validation_sources)),
+            not self.checkpoint.keep_best
+            or (self.evaluation.every > 0 and (bool(self.data.validation_sources) or self.holds_out)),
             f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every} and "
             f"data.validation={self.data.validation}: set both",
         )

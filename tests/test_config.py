@@ -23,7 +23,7 @@ from opt_parallel.config import (
 )
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import Activation, ModelConfig
-from opt_parallel.task_config import LoraConfig, TaskConfig
+from opt_parallel.task_config import LoraConfig, Task, TaskConfig
 
 REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: ModelConfig(hidden_size=100, num_attention_heads=12), ["100", "12", "100 = 12 × 8 + 4"]),
@@ -42,6 +42,10 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: Run(batch={"global": 8, "micro": 1, "nano": 2}), ["global, micro, nano"]),
     (lambda: Run(batch={"global": 8}), ["batch has global"]),
     (lambda: Run(steps=0), ["steps=0"]),
+    (
+        lambda: Run(task=TaskConfig(name=Task.finetune), data=DataConfig(train="text", stream=True)),
+        ["task=finetune needs all of its examples", "set stream to false"],
+    ),
     (lambda: Run(task=TaskConfig(lora=LoraConfig(rank=8))), ["task.lora.rank=8", "set init_from=…"]),
     (lambda: ScheduleConfig(warmup_steps=1, warmup_tokens=1), ["warmup_steps=1", "warmup_tokens=1"]),
     (lambda: Run(steps=10, schedule=ScheduleConfig(warmup_steps=11)), ["11", "steps=10"]),

@@ -65,7 +65,7 @@ class Text:
                     raise UserError(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
             text = self.template.format(**values)
         if not text.isascii():
-            _require_characters(text, record.where)
+            require_characters(text, record.where)
         return text
 
     def _value(self, record: Record, name: str) -> Any:
@@ -84,7 +84,8 @@ class Text:
         return f"data.template={self.template!r} needs text or a number in each of its fields"
 
 
-def _require_characters(text: str, where: str) -> None:
+def require_characters(text: str, where: str) -> None:
+    """Raise UserError, which begins with `where`, if there is half of a character in `text`: JSON can say it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

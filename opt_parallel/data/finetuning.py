@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.chat import read_messages, turns_of
-from opt_parallel.data.encoding import Record, columns_of
+from opt_parallel.data.encoding import Record, columns_of, require_characters
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
 from opt_parallel.errors import UserError
@@ -88,29 +88,27 @@ class ExampleEncoder:
     def _example(self, turns: list[Turn], counts: Counter[str]) -> tuple[list[int], list[int]]:
         """Tokens and what is to be learnt of them, cut to the length. Of a chat the last answer is the completion, and
         all before it the prompt."""
-        before = [(token, 0) for token in turns[0][0]]
+        before, learnt = [*turns[0][0]], [0] * len(turns[0][0])
         for (_, answer), (prompt, _) in pairwise(turns):
-            before += [(token, 1) for token in [*answer, self.end]] + [(token, 0) for token in prompt]
-        completion = [(token, 1) for token in [*turns[-1][1], self.end]]
+            before += [*answer, self.end, *prompt]
+            learnt += [1] * (len(answer) + 1) + [0] * len(prompt)
+        completion = [*turns[-1][1], self.end]
         room = max(0, self.length - len(completion))
         if len(before) > room:
             counts[PROMPT_CUT] += 1
             keep_end = self.task.truncation is Truncation.keep_end
-            before = before[len(before) - room :] if keep_end else before[:room]
+            kept = slice(len(before) - room, None) if keep_end else slice(room)
+            before, learnt = before[kept], learnt[kept]
         if len(completion) > self.length:
             counts[COMPLETION_CUT] += 1
             completion = completion[: self.length]  # without the </s> that closes it: it does not end here
-        example = [(self.end, 0), *before, *completion]
-        return [token for token, _ in example], [flag for _, flag in example]
+        return [self.end, *before, *completion], [0, *learnt, *[1] * len(completion)]
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} is {value!r:.40}, not a string: write it as text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {value[error.start]!r} is half a character: remove it") from error
+    require_characters(value, where)
     return value
 
 
