@@ -173,6 +173,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
     if name is not None:
         brought = load_tokenizer(name)
         check_tokenizer(brought, name, run.model)
+        check_padding(brought, run.model)
         template = None
         if run.task.name is Task.finetune and any(map(partial(_begins_with_chat, run), train)):
             template = chat_template(brought, run.model.eos_token_id)

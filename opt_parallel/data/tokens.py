@@ -108,7 +108,8 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig) -> None
 
 
 def check_padding(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Raise `UserError` if a text can hold the token that stands for padding: its end would not be found."""
+    """Raise `UserError` if a text can hold the token that stands for padding: its end would not be found, and its
+    embedding would not be trained."""
     pad, added = model.pad_token_id, tokenizer.get_added_tokens_decoder()
     word = tokenizer.id_to_token(pad)
     require(

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import python
 from filelock import FileLock
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from opt_parallel.config import DataConfig, EvaluationConfig, Run
 from opt_parallel.data import cache as module
@@ -319,3 +321,37 @@ def test_a_rank_that_waited_is_told_the_failure(tmp_path: Path, monkeypatch: pyt
     assert module.whole(folder, fills.append) == folder  # one that comes later tries anew
     assert len(fills) == 2
     assert not Path(f"{folder}.failed").exists()
+
+
+def test_a_word_must_not_stand_for_padding(tmp_path: Path) -> None:
+    """Its embedding would get no gradient from the text."""
+    other = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2}, []))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel()
+    other.add_special_tokens(["<|endoftext|>"])
+    other.save(str(tmp_path / "tokenizer.json"))
+    train = str(lines(tmp_path / "train.jsonl", DOCUMENTS))
+    run = configure(tmp_path, 300, 3, train=train, tokenizer=str(tmp_path / "tokenizer.json"))
+    fails(run, "model.pad_token_id=1 is the word 'b' of the tokenizer")
+
+
+def test_the_scripts(tmp_path: Path) -> None:
+    """A tokenizer trained, and text prepared with it, as a user does both; transformers loads what is there."""
+    from transformers import AutoTokenizer
+
+    train, folder = lines(tmp_path / "train.jsonl", many(50), field="body"), tmp_path / "tokenizer"
+    fields = ["--text-field", "body", "--vocab-size", "290"]
+    made = python("scripts/train_tokenizer.py", "--input", str(train), *fields, "--output", str(folder))
+    assert made.returncode == 0, made.stderr
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [0, 1, 2, 3]
+    arguments = ["model=opt-tiny", "data.text_field=body", f"data.train={train}", f"data.cache={tmp_path / 'cache'}"]
+    prepared = python("scripts/prepare.py", *arguments, f"data.tokenizer={folder}")
+    assert prepared.returncode == 0, prepared.stderr
+    store = next(path for path in (tmp_path / "cache").glob("store-*") if path.is_dir())
+    ids = [token for text in many(50) for token in [*theirs(text, add_special_tokens=False)["input_ids"], 2]]
+    assert tokens_of(store) == ids
+    assert f"data.train: 50 documents, {len(ids)} tokens" in prepared.stdout
+    assert "unigram entropy" in prepared.stdout
+    wrong = python("scripts/prepare.py", *arguments, "data.text_field=text")
+    assert wrong.returncode == 2
+    assert "line 1 has no field 'text', only ['body']: set data.text_field=text" in wrong.stderr

@@ -23,7 +23,7 @@ from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import Encoded, TokenStore
 from opt_parallel.data.streaming import FILLERS, Filling, GrowingStore
-from opt_parallel.data.tokens import train_tokenizer
+from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import ModelConfig
 
@@ -211,7 +211,7 @@ def test_a_mixture_with_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
-    """One line and status 2, and the text that came is kept; with the rest there, the same command trains."""
+    """One line and status 2; nothing is amiss with one that has what it says."""
     folder = tmp_path / "set"
     folder.mkdir()
     rows = [{"text": f"Sentence {number} of the text tells of {number * number}."} for number in range(40)]
@@ -221,9 +221,7 @@ def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
         "    num_examples: 50\n    num_bytes: 100\n---\n"
     )
     (folder / "README.md").write_text(card)
-    tokenizer = python("scripts/train_tokenizer.py", "--input", str(folder / "train.jsonl"), "--vocab-size", "300",
-                       "--output", str(tmp_path / "tokenizer"))  # fmt: skip
-    assert tokenizer.returncode == 0, tokenizer.stderr
+    save_tokenizer(TOKENIZER, tmp_path / "tokenizer")
     arguments = [
         *SMALL, f"data.train=[{{path: {folder}, split: train, stream: true}}]", f"run.dir={tmp_path / 'run'}",
         f"data.tokenizer={tmp_path / 'tokenizer'}", f"data.cache={tmp_path / 'cache'}",
@@ -237,5 +235,3 @@ def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
     whole = python("scripts/prepare.py", *arguments)
     assert whole.returncode == 0, whole.stderr
     assert "data.train: 40 documents, " in whole.stdout
-    trained = python("train.py", *arguments)
-    assert trained.returncode == 0, trained.stderr
