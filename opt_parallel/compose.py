@@ -14,10 +14,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line
-from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, read_config
+from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.manifest import MANIFEST, read_manifest
-from opt_parallel.shapes import MAY_DIFFER, ModelConfig
+from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
+from opt_parallel.task_config import Task
 
 
 def register_schema() -> None:
@@ -57,6 +58,30 @@ def model_at(folder: Path, key: str) -> ModelConfig:
     )
 
 
+def labels_at(folder: Path) -> Labels | None:
+    """What the classifier of such a folder tells apart; None of a language model. Raises: `UserError`."""
+    if (folder / MANIFEST).is_file():
+        saved = read_manifest(folder).get("labels")
+        return saved and Labels(tuple(saved["names"]), ProblemType(saved["problem_type"]))
+    return read_labels(folder) if is_classifier(folder) else None
+
+
+def _take_labels(config: DictConfig, labels: Labels) -> None:
+    """The classifier's labels, where the run leaves them open; those that it names must be the classifier's."""
+    task = config.task
+    if task.problem_type is None and labels.problem_type is not None:
+        task.problem_type = labels.problem_type
+    if labels == Labels.numbered(len(labels.names), labels.problem_type):
+        return  # no names: whatever the data calls them
+    if task.labels is None:
+        task.labels = list(labels.names)
+    elif tuple(task.labels) != labels.names:
+        raise UserError(
+            f"task.labels={list(task.labels)}, but the classifier of init_from={config.init_from} has "
+            f"{list(labels.names)}: leave task.labels to it, or start from a language model"
+        )
+
+
 def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
     """Where `init_from` names a checkpoint, take from it what `overrides`, the command line, left open: the network,
     the tokenizer, the run's name.
@@ -76,6 +101,9 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
             _require_same(config, str(name), model[name])
         else:
             config.model[name] = model[name]
+    labels = labels_at(folder)
+    if config.task.name is Task.classify and labels is not None:
+        _take_labels(config, labels)
     if config.data.tokenizer is None:
         config.data.tokenizer = str(_tokenizer_of(folder, config.init_from))
     if not {"run.name", "experiment"} & given:
@@ -86,6 +114,33 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
             else Path(config.init_from).name.strip(".") or folder.resolve().name
         )
         config.run.name = f"from-{base}"  # not the network's own name: a run of that name may have begun without these
+
+
+def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Take from the checkpoint of `init_from` what decides a loss and `overrides`, the command line, left open: of
+    ours the task, the precision, the length of a sample and the field of the text, as it was trained; of a Hugging
+    Face folder whether it is a classifier, and the most positions that it has.
+
+    Raises: `UserError`."""
+    if config.init_from is None:
+        return
+    folder = find_checkpoint(config.init_from, "init_from=")
+    given = {each.lstrip("+").partition("=")[0] for each in overrides}
+    if (folder / MANIFEST).is_file():
+        saved = read_manifest(folder)["config"]
+        length, field = saved["data"]["sequence_length"], saved["data"]["text_field"]
+        taken = {"data.sequence_length": length, "data.text_field": field}
+        for section in ("task", "precision"):
+            if section not in given:
+                taken |= {f"{section}.{name}": value for name, value in saved.get(section, {}).items()}
+    else:
+        positions = model_at(folder, "init_from=").max_position_embeddings
+        taken = {"data.sequence_length": min(config.data.sequence_length, positions)}
+        if is_classifier(folder) and "task" not in given:
+            taken["task.name"] = Task.classify.name
+    for key, value in taken.items():
+        if key not in given:
+            OmegaConf.update(config, key, value)
 
 
 def _require_same(config: DictConfig, name: str, theirs: Any) -> None:

@@ -174,12 +174,13 @@ class EvaluationConfig(Section):
 @dataclass
 class CheckpointConfig(Section):
     """`every`: steps between two checkpoints, besides the one at the end; 0: only that. `keep`: newest to keep;
-    `keep_every`: keep those at a multiple of so many steps too; 0: none. `asynchronous`: train on while they are
-    written."""
+    `keep_every`: keep those at a multiple of so many steps too; 0: none. `keep_best`: save one at each evaluation whose
+    validation loss is the lowest so far, and keep it. `asynchronous`: train on while they are written."""
 
     every: int = 0
     keep: int = 2
     keep_every: int = 0
+    keep_best: bool = False
     asynchronous: bool = True
 
     def check(self) -> None:
@@ -264,7 +265,20 @@ class Run(Section):
             self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
             f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
         )
+        require(
+            not self.checkpoint.keep_best or (self.evaluation.every > 0 and bool(self.data.validation_sources)),
+            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every} and "
+            f"data.validation={self.data.validation}: set both",
+        )
+        require(
+            self.task.name is not Task.classify or not self.evaluation.prompts,
+            f"evaluation.prompts={list(self.evaluation.prompts)}: a classifier (task=classify) writes no text: set []",
+        )
         self._check_model_fits()
+        require(
+            self.task.name is Task.pretrain or not any(source.template for source in self.data.train_sources),
+            f"task={self.task.name.value} takes its texts from fields: a template is for task=pretrain, remove it",
+        )
         require(
             self.task.lora.rank == 0 or self.init_from is not None,
             f"task.lora.rank={self.task.lora.rank} adapts a network that has been trained: set init_from=… to its "

@@ -152,11 +152,21 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """Sum of the losses of this data rank's batch, without dropout."""
+        return self._forward(batch, batch.labels)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """A classifier's scores (B, N) of this data rank's batch, without dropout."""
+        return self._forward(batch, None)
+
+    def _forward(self, batch: Batch, labels: Tensor | None) -> Tensor:
         self.wrapped.eval()
-        batch = batch.to(self.topology.device)
-        loss = self.wrapped(batch.ids, batch.labels, batch.positions, batch.segments)
-        assert isinstance(loss, Tensor)
-        return loss
+        batch, device = batch.to(self.topology.device), self.topology.device
+        output = self.wrapped(
+            batch.ids, labels if labels is None else labels.to(device), batch.positions, batch.segments
+        )
+        assert isinstance(output, Tensor)
+        return output
 
     def owned(self) -> Iterator[Fragment]:
         """What this rank saves of the training state; live, and each element on one rank alone."""

@@ -1,36 +1,103 @@
-"""The loss on text that the run does not train on, and the texts that its model writes."""
+"""The loss, and a classifier's figures, on text that the run does not train on, and the texts that its model writes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 from opt_parallel.config import Run
 from opt_parallel.data.batches import validation_batches
-from opt_parallel.data.samples import Samples
+from opt_parallel.data.samples import Batch, Samples
 from opt_parallel.data.tokens import decode_continuation, encode_prompt, load_tokenizer
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.model.decoding import Decoding, check_fits
 from opt_parallel.model.generation import generate, left_padded
+from opt_parallel.model.heads import example_losses
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.random import number
+from opt_parallel.scores import figures, tally
+from opt_parallel.shapes import Labels, ProblemType
+from opt_parallel.topology import Topology
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # of the samples: varied, but without the words that a model gives next to no chance
 
 
-def validation_loss(engine: Engine, samples: Samples) -> float:
-    """Mean loss of all `samples`, in nats: one mean over the targets of all data ranks, not a mean of means."""
-    run, topology = engine.run, engine.topology
-    place = (topology.data.rank, topology.data.size)
-    total, targets = torch.zeros((), device=topology.device, dtype=torch.float64), 0
-    for batch in validation_batches(samples, run.micro_batch, *place, run.model.pad_token_id):
-        total += engine.evaluate(batch)
+class Judged(Protocol):
+    """A network to validate: an engine's, or one that is not trained."""
+
+    run: Run
+    topology: Topology
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of the losses of this data rank's batch, without dropout."""
+        ...
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores (B, N) of a classifier, without dropout."""
+        ...
+
+
+@dataclass
+class Untrained:
+    """A network without an optimizer, in evaluation mode."""
+
+    run: Run
+    topology: Topology
+    model: nn.Module
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.topology.device)
+        return self.model(batch.ids, batch.labels, batch.positions, batch.segments)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.topology.device)
+        return self.model(batch.ids, None, batch.positions, batch.segments)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`loss`: the mean over the `targets` of all data ranks, in nats where they are tokens; of a classifier `figures`,
+    see `opt_parallel.scores`, and where each example has one label the `confusion` matrix, true labels in rows."""
+
+    loss: float
+    targets: int
+    figures: dict[str, float] = field(default_factory=dict)
+    confusion: np.ndarray | None = None
+
+
+def validate(judged: Judged, samples: Samples, labels: Labels | None = None) -> Validation:
+    """Every one of `samples` once, over all data ranks, which take part together. `labels` are a classifier's."""
+    run, data = judged.run, judged.topology.data
+    total, targets = torch.zeros((), device=judged.topology.device, dtype=torch.float64), 0
+    tallied = np.zeros(1)
+    for batch in validation_batches(samples, run.micro_batch, data.rank, data.size, run.model.pad_token_id):
         targets += batch.targets
-    return float(all_reduce(total, topology.data)) / topology.sum(targets, topology.data)
+        if labels is None:
+            total += judged.evaluate(batch)
+            continue
+        assert labels.problem_type is not None
+        scores = judged.scores(batch)
+        total += example_losses(scores, batch.labels.to(scores.device), labels.problem_type).sum()
+        counts = batch.counting
+        tallied = tallied + tally(
+            scores[counts].float().cpu().numpy(), batch.labels[counts].numpy(), labels.problem_type
+        )
+    targets = judged.topology.sum(targets, data)
+    loss = float(all_reduce(total, data)) / targets
+    if labels is None or labels.problem_type is None:
+        return Validation(loss, targets)
+    whole = all_reduce(torch.from_numpy(tallied), data).numpy()
+    single = labels.problem_type is ProblemType.single_label_classification
+    return Validation(loss, targets, figures(whole, labels.problem_type), whole if single else None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""A checkpoint → a Hugging Face folder that transformers loads as OPTForCausalLM, or an adapter that `peft` loads."""
+"""A checkpoint → a Hugging Face folder that transformers loads as OPTForCausalLM or OPTForSequenceClassification, or an
+adapter that `peft` loads."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, generation_config, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
-from opt_parallel.hf_config import ADAPTER_CONFIG
+from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST, read_manifest
-from opt_parallel.model.heads import CausalLM
-from opt_parallel.model.hf import config_for_hf
+from opt_parallel.model.heads import CausalLM, SequenceClassifier
+from opt_parallel.model.hf import config_for_hf, labels_for_hf
 from opt_parallel.model.lora import ADAPTER_WEIGHTS, config_for_peft, to_peft
 from opt_parallel.parallel.shard import Constant, Shard, marked
 from opt_parallel.topology import ALONE
@@ -37,12 +38,18 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     opened = open_checkpoint(checkpoint)
-    opened.check_language_model()
-    with torch.device("meta"):
-        model = CausalLM(opened.config, ALONE)
-    parameters = [(name, shard) for name, _, shard in marked(model)]
     stored = getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
+    model: CausalLM | SequenceClassifier
+    with torch.device("meta"):
+        if opened.is_classifier:
+            opened.check_classifier()
+            model = SequenceClassifier(opened.config, len(opened.labels.names), ALONE)
+            content |= {"architectures": [CLASSIFIER], **labels_for_hf(opened.labels)}
+        else:
+            opened.check_language_model()
+            model = CausalLM(opened.config, ALONE)
+    parameters = [(name, shard) for name, _, shard in marked(model)]
     files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
@@ -85,11 +92,12 @@ def _other_files(opened: Opened) -> dict[str, bytes]:
     found = {name: opened.tokenizer / name for name in TOKENIZER_FILES}
     if not any(path.is_file() for path in found.values()):
         say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")
-    files = {GENERATION_CONFIG: generation_config(opened.config)}
+    labels = opened.labels if opened.is_classifier else None
+    files = {} if labels else {GENERATION_CONFIG: generation_config(opened.config)}
     if (opened.folder / MANIFEST).is_file():
         manifest = read_manifest(opened.folder)
-        files[CARD] = model_card(opened.config, manifest, metrics_of(opened.folder, manifest["clock"]["step"]))
+        files[CARD] = model_card(opened.config, manifest, metrics_of(opened.folder, manifest["clock"]["step"]), labels)
     else:
-        files[CARD] = model_card(opened.config, None, [])
+        files[CARD] = model_card(opened.config, None, [], labels)
         found |= {name: opened.folder / name for name in (GENERATION_CONFIG, CARD)}
     return files | {name: path.read_bytes() for name, path in found.items() if path.is_file()}

@@ -13,6 +13,7 @@ from opt_parallel.errors import UserError
 from opt_parallel.shapes import Activation, Labels, ModelConfig, ProblemType
 
 CONFIG = "config.json"
+CLASSIFIER = "OPTForSequenceClassification"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 
 # OPTConfig's fields that shape the network and that ours shares by name
@@ -78,6 +79,11 @@ def read_config(folder: Path) -> ModelConfig:
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a Hugging Face folder says that it holds a classifier."""
+    return CLASSIFIER in (_read(folder).get("architectures") or [])
 
 
 def read_labels(folder: Path) -> Labels:

@@ -15,13 +15,14 @@ from opt_parallel.checkpoint.whole import choose, newest, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run, bytes_of
+from opt_parallel.curve import draw_confusion
 from opt_parallel.data.batches import Feed, Loader
-from opt_parallel.data.prepare import prepare
+from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
-from opt_parallel.evaluate import Prompts, validation_loss
+from opt_parallel.evaluate import Prompts, validate
 from opt_parallel.export import export
 from opt_parallel.hf_config import CONFIG
 from opt_parallel.interrupt import Interrupt
@@ -30,6 +31,7 @@ from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.shapes import Labels
+from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology, check_precision, local_device
 from opt_parallel.trackers import check_trackers
 
@@ -48,13 +50,13 @@ def train(run: Run) -> int:
     check_trackers(run)
     start = _start(run)
     base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
-    data = prepare(run)
+    data = _prepare(run, start)
     mixture, held_out = open_mixture(run, data), open_validation(run, data)
     prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
     with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
         if topology.is_main:
             (run.folder / "config.yaml").write_text(to_yaml(run))
-        store = Store(run, topology, data.tokenizer, data.labels, base)
+        store = Store(run, topology, data.tokenizer, data.labels, base, data.text)
         engine, clock = _begin(run, topology, store, start, data.labels)
         place = (topology.data.rank, topology.data.size)
         feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
@@ -75,12 +77,13 @@ def train(run: Run) -> int:
 
                 last = clock.step == run.stop
                 stopped = topology.any(interrupt.requested) and not last
+                best = None
                 if not stopped and _due(run.evaluation.every, clock, last):
                     with metrics.pause():
-                        _evaluate(engine, clock, held_out, prompts, metrics)
-                if stopped or last or _due(run.checkpoint.every, clock, last):
+                        best = store.if_best(_evaluate(engine, clock, held_out, prompts, data.labels, metrics))
+                if stopped or last or best is not None or _due(run.checkpoint.every, clock, last):
                     with metrics.pause():
-                        store.save(engine, clock)
+                        store.save(engine, clock, best)
         except UserError:
             metrics.abandon()
             store.wait()
@@ -95,6 +98,14 @@ def train(run: Run) -> int:
         assert last_saved is not None
         _export_at_end(run, last_saved)
     return INTERRUPTED if stopped else 0
+
+
+def _prepare(run: Run, start: Opened | None) -> Prepared:
+    """The run's data, whose labels must fit the classifier that it starts from."""
+    data = prepare(run)
+    if start and data.labels and choose(run) is None:
+        start.check_labels(data.labels)
+    return data
 
 
 def _begin(
@@ -113,13 +124,21 @@ def _evaluate(
     clock: Clock,
     held_out: Samples | None,
     prompts: Prompts | None,
+    labels: Labels | None,
     metrics: Metrics,
-) -> None:
+) -> float | None:
+    """The loss on the held-out text, where there is some."""
+    found = None
     if held_out is not None:
+        found = validate(engine, held_out, labels)
         unigrams = held_out.unigram_entropy if isinstance(held_out, Rows) else None
-        metrics.validation(clock, validation_loss(engine, held_out), unigrams)
+        metrics.validation(clock, found.loss, unigrams, found.figures)
+        if labels and found.confusion is not None and engine.topology.is_main:
+            title = f"{engine.run.run.name}, step {clock.step}"
+            draw_confusion(engine.run.folder / "confusion.png", title, labels.names, found.confusion)
     if prompts is not None:
         metrics.samples(clock, prompts.texts(engine, clock.step))
+    return None if found is None else found.loss
 
 
 def _due(every: int, clock: Clock, last: bool) -> bool:
@@ -172,7 +191,10 @@ def _start(run: Run) -> Opened | None:
     if run.init_from is None or (choose(run) is not None and run.task.lora.rank == 0):
         return None
     opened = open_checkpoint(run.init_from, "init_from=")
-    opened.check_language_model()
+    if run.task.name is Task.classify:
+        opened.check_classifier()
+    else:
+        opened.check_language_model()
     return opened
 
 

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from opt_parallel.clock import Clock
 from opt_parallel.config import ActivationCheckpointing, Precision, Run
-from opt_parallel.curve import draw, losses_of
+from opt_parallel.curve import draw, losses_of, perplexity_of
 from opt_parallel.log import say
+from opt_parallel.task_config import Task
 from opt_parallel.trackers import open_trackers
 
 # Dense bf16/fp16 TFLOP/s of one device as torch counts devices, from the vendors' data sheets, by the words of its
@@ -79,8 +80,10 @@ class Metrics:
 
         `waited`: seconds that the step waited for its data; `epochs`: how often each source has been gone through."""
 
-    def validation(self, clock: Clock, loss: float, unigram_entropy: float | None) -> None:
-        """Report a validation, loss and the text's unigram entropy in nats a token."""
+    def validation(
+        self, clock: Clock, loss: float, unigram_entropy: float | None, figures: dict[str, float] | None = None
+    ) -> None:
+        """Report a validation: loss and the text's unigram entropy in nats a token, or a classifier's `figures`."""
 
     def samples(self, clock: Clock, texts: list[str]) -> None:
         """Report the texts that follow the run's prompts."""
@@ -152,12 +155,15 @@ class _Recorder(Metrics):
             row |= {"loss_scale": loss_scale, "skipped": skipped}
         self._pending = partial(self._write_step, row, tokens, start, end)
 
-    def validation(self, clock: Clock, loss: float, unigram_entropy: float | None) -> None:
+    def validation(
+        self, clock: Clock, loss: float, unigram_entropy: float | None, figures: dict[str, float] | None = None
+    ) -> None:
         self._flush()
         self._unigram_entropy = unigram_entropy
-        perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond, exp overflows
-        self._write("validation", {"step": clock.step, "loss": loss, "perplexity": perplexity})
-        self.note(f"validation at step {clock.step}: loss {loss:.3f}, perplexity {perplexity:.2f}")
+        figures = figures or {"perplexity": perplexity_of(loss)}
+        self._write("validation", {"step": clock.step, "loss": loss, **figures})
+        told = "".join(f", {name} {value:.{2 if name == 'perplexity' else 3}f}" for name, value in figures.items())
+        self.note(f"validation at step {clock.step}: loss {loss:.3f}{told}")
 
     def samples(self, clock: Clock, texts: list[str]) -> None:
         self._flush()
@@ -195,7 +201,8 @@ class _Recorder(Metrics):
         parts = [self._reached(finished), self._losses(rows)]
         if rows:
             curve = self._run.folder / "curve.png"
-            draw(curve, self._run.run.name, rows, self._unigram_entropy)
+            unit = "example" if self._run.task.name is Task.classify else "token"
+            draw(curve, self._run.run.name, rows, self._unigram_entropy, unit)
             parts.append(str(curve))
         if not finished:
             early = self._clock.step < self._run.stop

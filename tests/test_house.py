@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["errors", "log"],
     ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
-    ["data_config", "task_config"],
+    ["data_config", "task_config", "scores"],
     ["config", "hf_config"],
     ["compose"],
     ["topology", "trackers"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["model", "optim", "zero"],
     ["engine"],
     ["checkpoint", "evaluate"],
-    ["export", "verify"],
+    ["export", "verify", "judge"],
     ["loop", "pretrained"],
     ["train"],
 ]
@@ -34,7 +34,7 @@ RESERVED = {
     "deepspeed": {"engine"},
     "torch.distributed": {"topology", "parallel.collectives", "checkpoint"},
     "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "zero", "engine", "checkpoint", "evaluate",
-              "export", "verify", "pretrained", "loop"},
+              "export", "verify", "judge", "pretrained", "loop"},
 }  # fmt: skip
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from opt_parallel.shapes import ModelConfig
+from opt_parallel.shapes import Labels, ModelConfig
 
+# what it is, transformers' class, the hub's word for its use
+LANGUAGE_MODEL = ("An OPT language model", "OPTForCausalLM", "text-generation")
+SEQUENCE_CLASSIFIER = ("An OPT classifier", "OPTForSequenceClassification", "text-classification")
 HEAD = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags:
 - opt
 - opt-parallel
@@ -21,9 +24,11 @@ tags:
 """
 
 
-def model_card(model: ModelConfig, manifest: dict[str, Any] | None, rows: list[dict[str, Any]]) -> bytes:
+def model_card(
+    model: ModelConfig, manifest: dict[str, Any] | None, rows: list[dict[str, Any]], labels: Labels | None = None
+) -> bytes:
     """README.md. `manifest` is a training checkpoint's, None for weights whose training is unknown; `rows` are its
-    run's metrics up to it."""
+    run's metrics up to it; `labels` are a classifier's."""
     name = "OPT" if manifest is None else manifest["config"]["run"]["name"]
     network = {
         "parameters": f"{model.parameters():,}",
@@ -34,10 +39,15 @@ def model_card(model: ModelConfig, manifest: dict[str, Any] | None, rows: list[d
         "vocabulary": model.vocab_size,
         "positions": model.max_position_embeddings,
     }
-    parts = [HEAD, f"# {name}\n", "An OPT language model, written by opt-parallel for `OPTForCausalLM`.\n"]
+    kind, theirs, pipeline = LANGUAGE_MODEL if labels is None else SEQUENCE_CLASSIFIER
+    parts = [HEAD.format(pipeline=pipeline), f"# {name}\n", f"{kind}, written by opt-parallel for `{theirs}`.\n"]
     parts += ["## Network\n", _table(network.items())]
+    if labels is not None:
+        problem = "unknown" if labels.problem_type is None else labels.problem_type.value
+        parts += ["## Labels\n", f"{', '.join(f'`{label}`' for label in labels.names)} ({problem})\n"]
     if manifest is not None:
-        parts += ["## Training\n", _table(_training(manifest, rows))]
+        unit = "nats a token" if labels is None else "mean of the examples"
+        parts += ["## Training\n", _table(_training(manifest, rows, unit))]
         parts += ["## Configuration\n", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(manifest['config']))}```\n"]
     return "\n".join(parts).encode()
 
@@ -52,7 +62,7 @@ def metrics_of(checkpoint: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] <= step]
 
 
-def _training(manifest: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+def _training(manifest: dict[str, Any], rows: list[dict[str, Any]], unit: str) -> list[tuple[str, Any]]:
     config, clock = manifest["config"], manifest["clock"]
     facts = [
         ("started from", _listed(config.get("init_from"))),
@@ -66,7 +76,7 @@ def _training(manifest: dict[str, Any], rows: list[dict[str, Any]]) -> list[tupl
     for kind, what in (("train", "training loss"), ("validation", "validation loss")):
         of_kind = [row for row in rows if row["kind"] == kind and row["loss"] is not None]
         if of_kind:
-            facts.append((f"{what}, nats a token, step {of_kind[-1]['step']:,}", f"{of_kind[-1]['loss']:.4f}"))
+            facts.append((f"{what}, {unit}, step {of_kind[-1]['step']:,}", f"{of_kind[-1]['loss']:.4f}"))
     return [(name, value) for name, value in facts if value]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from opt_parallel.checkpoint.boxes import count_within
 from opt_parallel.checkpoint.card import metrics_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.checkpoint.whole import DAMAGE, damages_in
+from opt_parallel.checkpoint.whole import BEST, DAMAGE, best_in, damages_in, steps_in, write_best
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.zero import MOMENTS
@@ -46,10 +46,14 @@ def listed(run: Path) -> list[Listed]:
     """The checkpoints of a run's folder by step, those that are not whole too. Looks at sizes, not into the files.
 
     Raises: UserError if `run` has none."""
+    best = best_in(run / "checkpoints")
     names = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*")}
     found = [_listed(path, int(name[1]), name[2]) for path, name in names.items() if name]
     if not found:
         raise UserError(f"{run} has no checkpoints: name a run's folder, such as runs/opt-125m")
+    for number, each in enumerate(found):
+        if best and each.folder.name == f"step-{best['step']}":
+            found[number] = replace(each, state=f"{each.state}, the best")
     return sorted(found, key=lambda each: (each.step, each.folder.name))
 
 
@@ -80,6 +84,20 @@ def losses_at(folder: Path, step: int) -> dict[str, float | None]:
     """Training and validation loss, nats a token, that the run's metrics have for just this step."""
     rows = [row for row in metrics_of(folder, step) if row["step"] == step]
     return {kind: next((row["loss"] for row in rows if row["kind"] == kind), None) for kind in ("train", "validation")}
+
+
+def find_best(checkpoints: Path) -> None:
+    """Where best.json names a checkpoint that is not there any more, name the best of those that are, by the validation
+    losses in the run's metrics; none of them may have any."""
+    if not (checkpoints / BEST).exists() or best_in(checkpoints) is not None:
+        return
+    losses = {step: losses_at(checkpoints / f"step-{step}", step)["validation"] for step in steps_in(checkpoints)}
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    if known:
+        step = min(known, key=lambda each: known[each])
+        write_best(checkpoints, step, known[step])
+    else:
+        (checkpoints / BEST).unlink()
 
 
 def layout_of(manifest: dict[str, Any]) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from opt_parallel.checkpoint.merged import Base, Merged, Weights, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.compose import model_at
+from opt_parallel.compose import labels_at, model_at
 from opt_parallel.errors import UserError
-from opt_parallel.hf_config import CONFIG, read_labels
+from opt_parallel.hf_config import read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST
@@ -39,7 +39,14 @@ class Opened:
     @property
     def labels(self) -> Labels:
         """What its classifier tells apart; a language model's are transformers' default."""
-        return read_labels(self.folder) if (self.folder / CONFIG).is_file() else Labels.numbered(2)
+        if (self.folder / MANIFEST).is_file():
+            return labels_at(self.folder) or Labels.numbered(2)
+        return read_labels(self.folder)
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it has a classification head."""
+        return self.stored.holds(SCORE)
 
     def weights(self, name: str, shard: Shard) -> Tensor:
         """The values of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
@@ -52,24 +59,45 @@ class Opened:
         """This checkpoint, which the user calls `name`, as what a LoRA run stands on; it may be a classifier's.
 
         Raises: UserError unless just the tensors of a network are there."""
-        with torch.device("meta"):
-            wanted = logical_shapes(CausalLM(self.config, ALONE))
-        if self.stored.holds(SCORE):
-            wanted[SCORE] = (len(self.labels.names), self.config.embedding_size)
-        self.stored.check(wanted)
+        self.check_classifier()
         return Base.of(name, self.config, self.stored)
 
     def check_language_model(self) -> None:
         """Raise UserError unless just the tensors of a language model are there. Reads no values."""
+        if self.is_classifier:
+            raise UserError(
+                f"{self.folder} is a classifier ({SCORE} is unexpected), not a language model: name another one; "
+                "task=classify trains and evaluates this one"
+            )
         with torch.device("meta"):
             self.stored.check(logical_shapes(CausalLM(self.config, ALONE)))
+
+    def check_classifier(self) -> None:
+        """Raise UserError unless just the tensors of a classifier are there, or those of a language model, to which a
+        head can be added. Reads no values."""
+        with torch.device("meta"):
+            wanted = logical_shapes(CausalLM(self.config, ALONE))
+        if self.is_classifier:
+            wanted[SCORE] = (len(self.labels.names), self.config.embedding_size)
+        self.stored.check(wanted)
+
+    def check_labels(self, labels: Labels) -> None:
+        """Raise UserError if there is a head for another number of `labels`; say so if there is none."""
+        names, number = self.labels.names, len(labels.names)
+        if not self.is_classifier:
+            say(f"{self.folder} has no classification head: one for {number} labels is begun")
+        elif len(names) != number:
+            raise UserError(
+                f"{self.folder} tells {len(names)} labels apart ({', '.join(names[:5])}), the run {number} "
+                f"({', '.join(labels.names[:5])}): set task.labels, or start from a language model"
+            )
 
     def model(self, group: Group, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
         """The language model itself, this rank's part of it. Raises: UserError."""
         self.config.check_splits(group.size, "tensor degree ")
+        self.check_language_model()
         with torch.device("meta"):
             model = CausalLM(self.config, group)
-        self.stored.check(logical_shapes(model))
         self._fill(model, self.weights, group, device, dtype)
         return model.eval()
 

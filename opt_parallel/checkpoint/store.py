@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -18,11 +20,13 @@ from typing import Any
 
 import torch
 
+from opt_parallel.checkpoint.inspect import find_best
 from opt_parallel.checkpoint.merged import Base, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
 from opt_parallel.checkpoint.whole import (
     DAMAGE,
+    best_in,
     checksum_of,
     choose,
     damages_in,
@@ -33,6 +37,7 @@ from opt_parallel.checkpoint.whole import (
     step_of,
     steps_in,
     torn_in,
+    write_best,
 )
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_dict
@@ -56,11 +61,17 @@ class Store:
     """Saves and restores a run's state; every rank calls its methods together."""
 
     def __init__(
-        self, run: Run, topology: Topology, tokenizer: Path, labels: Labels | None = None, base: Base | None = None
+        self,
+        run: Run,
+        topology: Topology,
+        tokenizer: Path,
+        labels: Labels | None = None,
+        base: Base | None = None,
+        text: Mapping[str, str] | None = None,
     ) -> None:
-        """`labels` are a classifier's; `base` is what a LoRA run stands on."""
+        """`labels` are a classifier's; `base` is what a LoRA run stands on; `text`: each source's prepared store."""
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
-        self.labels, self.base = labels, base
+        self.labels, self.base, self.text = labels, base, dict(text or {})
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
         self.saving: Path | None = None  # what the saver was last given
@@ -101,10 +112,23 @@ class Store:
             for later in steps_in(self.root):
                 if later > clock.step:  # the run branches off here, and `auto` must not find them
                     set_aside(self.root / f"step-{later}", "abandoned")
+            find_best(self.root)
         return clock
 
-    def save(self, engine: Engine, clock: Clock) -> None:
-        """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed."""
+    def if_best(self, loss: float | None) -> float | None:
+        """The validation `loss` if it is below that of every checkpoint so far and the run keeps the best, else None.
+        Waits for what is being written."""
+        if not self.run.checkpoint.keep_best or loss is None:
+            return None
+        self.wait()
+        known = best_in(self.root) if self.topology.is_main else None
+        better = math.isfinite(loss) and (known is None or loss < known["loss"])
+        return loss if self.topology.any(self.topology.is_main and better) else None
+
+    def save(self, engine: Engine, clock: Clock, best: float | None = None) -> None:
+        """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed.
+
+        `best` is its validation loss where that is the lowest so far."""
         self.wait()
         final = self.root / f"step-{clock.step}"
         self.saving, beside = final, partial_of(final)
@@ -119,7 +143,7 @@ class Store:
             self.saver.failure = failure or "rank 0 could not write"
         else:
             manifest = self._manifest(engine, clock)
-            self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest))
+            self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest, best))
         if not self.run.checkpoint.asynchronous:
             self.saver.join()  # whether it failed is for the next save to say, or for the end to fail with
 
@@ -140,7 +164,7 @@ class Store:
                 + (f"{kept} is whole" if kept else "there is no earlier checkpoint")
             )
 
-    def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    def _complete(self, beside: Path, final: Path, manifest: dict[str, Any], best: float | None) -> None:
         """On the first rank, once all files are on the disk: manifest, tokenizer, the name, and room for the next."""
         for note in sorted(beside.glob("rank-*.json")):
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
@@ -158,6 +182,8 @@ class Store:
             _settle(folder)
         os.replace(beside, final)
         _settle(self.root)
+        if best is not None:
+            write_best(self.root, manifest["clock"]["step"], best)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _first_ranks(self, folder: Path | None) -> Path | None:
@@ -170,7 +196,7 @@ class Store:
         return None if step < 0 else self.root / f"step-{step}"
 
     def _manifest(self, engine: Engine, clock: Clock) -> dict[str, Any]:
-        return {
+        manifest = {
             "format": FORMAT,
             "clock": asdict(clock),
             "updates": engine.updates,
@@ -185,10 +211,14 @@ class Store:
             },
             "versions": self._versions(),
             "config": to_dict(self.run),
+            "text": self.text,
             "base": None if self.base is None else asdict(self.base),
             "tensors": engine.tensors(),
             "files": {},
         }
+        if self.labels is not None:
+            manifest["labels"] = _labels_as_json(self.labels)
+        return manifest
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, None if nothing: each rank checks a share of the files.
@@ -216,11 +246,21 @@ class Store:
                     f"{folder} was trained with model.{name}={saved.get(name)}, this run has {now[name]}: another "
                     "network cannot continue it; set the value back, or start in another run.dir"
                 )
+        self._check_labels(folder, manifest.get("labels"))
         self._check_adapts(folder, manifest)
         if not filecmp.cmp(folder / "tokenizer" / TOKENIZER, self.tokenizer / TOKENIZER, shallow=False):
             raise UserError(
                 f"{folder} was trained with another tokenizer than {self.tokenizer}, whose ids mean other words: set "
                 f"data.tokenizer={folder / 'tokenizer'}, or start in another run.dir"
+            )
+
+    def _check_labels(self, folder: Path, saved: dict[str, Any] | None) -> None:
+        """Raise UserError unless both are language models, or both tell the same labels apart."""
+        now = None if self.labels is None else _labels_as_json(self.labels)
+        if saved != now:
+            raise UserError(
+                f"{folder} is {_as_words(saved)}, this run trains {_as_words(now)}: set task or task.labels back, or "
+                f"start in another run.dir with init_from={folder}"
             )
 
     def _check_adapts(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -248,8 +288,11 @@ class Store:
 
     def _tell_changes(self, manifest: dict[str, Any]) -> None:
         """A table of settings and libraries that differ from the checkpoint's."""
-        now = to_dict(self.run) | self._versions()
-        rows = [row for row in changes(manifest["config"] | manifest["versions"], now) if row[0] not in NOT_TOLD]
+        then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
+        now = to_dict(self.run) | self._versions() | {"text": self.text}
+        if then["text"] != now["text"]:
+            say("warning: the training text is not what the checkpoint was trained on; samples are now of the new")
+        rows = [row for row in changes(then, now) if row[0] not in NOT_TOLD]
         if rows:
             say("changed since the checkpoint:")
             for line in aligned([["", "then", "now"], *rows]).split("\n"):
@@ -257,6 +300,17 @@ class Store:
 
     def _versions(self) -> dict[str, str]:
         return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _labels_as_json(labels: Labels) -> dict[str, Any]:
+    return {"names": list(labels.names), "problem_type": labels.problem_type and labels.problem_type.value}
+
+
+def _as_words(labels: dict[str, Any] | None) -> str:
+    if labels is None:
+        return "a language model"
+    names = labels["names"]
+    return f"a classifier of {', '.join(names[:5])}{', …' if len(names) > 5 else ''} ({labels['problem_type']})"
 
 
 def _settle(path: Path) -> None:

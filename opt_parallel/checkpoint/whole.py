@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
@@ -12,6 +13,7 @@ from opt_parallel.config import Run
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, read_manifest
 
+BEST = "best.json"
 CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
 DAMAGE = ("is whole", "is missing", "has another size than was written", "differs from its checksum")
 
@@ -96,11 +98,29 @@ def set_aside(folder: Path, why: str) -> Path:
     return aside
 
 
+def best_in(checkpoints: Path) -> dict[str, Any] | None:
+    """`step` and validation `loss` of the checkpoint with the lowest loss, where best.json names one that is there."""
+    try:
+        best = json.loads((checkpoints / BEST).read_text())
+        known = {"step": int(best["step"]), "loss": float(best["loss"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return known if step_of(checkpoints / f"step-{known['step']}") is not None else None
+
+
+def write_best(checkpoints: Path, step: int, loss: float) -> None:
+    """Name the checkpoint with the lowest validation loss, at once or not at all."""
+    beside = checkpoints / f"{BEST}.partial"
+    beside.write_text(json.dumps({"step": step, "loss": loss}) + "\n")
+    os.replace(beside, checkpoints / BEST)
+
+
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and those at a multiple of `keep_every` steps (0: none); and what
-    killed saves and deletions left. Nothing may be on its way."""
+    """Delete all but the newest `keep` checkpoints, those at a multiple of `keep_every` steps (0: none), and the best;
+    and what killed saves and deletions left. Nothing may be on its way."""
+    best = best_in(checkpoints)
     for step in steps_in(checkpoints)[:-keep]:
-        if keep_every and step % keep_every == 0:
+        if (keep_every and step % keep_every == 0) or (best and step == best["step"]):
             continue
         folder = checkpoints / f"step-{step}"
         os.replace(folder, partial_of(folder))  # first: half a deletion leaves nothing that looks whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from opt_parallel.data.chat import brings_another, chat_template
 from opt_parallel.data.encoding import Encoder, Text, TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.finetuning import ExampleEncoder
+from opt_parallel.data.labelled import LabelledEncoder, find_labels
 from opt_parallel.data.python_text import python_documents, split, write_split
 from opt_parallel.data.selection import HeldOut
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store, line_of
 from opt_parallel.data.store import TokenStore
-from opt_parallel.data.tokens import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from opt_parallel.data.tokens import check_padding, check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from opt_parallel.data_config import SourceConfig
 from opt_parallel.log import say
-from opt_parallel.shapes import Labels, require
+from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.task_config import Task
 
+LABELS = "labels.json"
 TOKENIZER_BYTES = 10**9  # of text that a tokenizer is trained on
 
 
@@ -50,6 +53,11 @@ class Prepared:
     tokenizer: Path
     labels: Labels | None = None
 
+    @property
+    def text(self) -> dict[str, str]:
+        """Each source's store by its name, which changes when the text does."""
+        return {source.name: source.store.name for source in self.train}
+
 
 def prepare(run: Run) -> Prepared:
     """The token stores that `run` needs, filled if they are not there; those of streams are filled while it trains.
@@ -62,36 +70,75 @@ def prepare(run: Run) -> Prepared:
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
     folder = prepare_tokenizer(run, train)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
     stores = []
     for source, corpus in zip(run.data.train_sources, train, strict=True):
-        material = _material(run, corpus, tokenizer, chosen=False)
+        material = _material(run, corpus, tokenizer, labels, chosen=False)
         if source.stream:
             store, stream = cached(run, "stream", material.identity()), material
         else:
             store, stream = prepare_materials(run, "data.train", [material], tokenizer), None
         stores.append(PreparedSource(source.name, Fraction(source.weight), store, stream))
-    held_out = [_material(run, corpus, tokenizer, chosen=True) for corpus in (train if run.holds_out else validation)]
+    every = train if run.holds_out else validation
+    held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in every]
     key = "data.held_out" if run.holds_out else "data.validation"
     return Prepared(
         train=stores,
         validation=prepare_materials(run, key, held_out, tokenizer) if held_out else None,
         tokenizer=folder,
+        labels=labels,
     )
 
 
-def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, chosen: bool) -> Material:
+def prepare_validation(run: Run) -> Prepared:
+    """The store of `data.validation` alone, for a run that trains nothing.
+
+    Raises: `UserError`, on every rank alike."""
+    key = "data.validation"
+    require(bool(run.data.validation_sources), f"{key} is not set: name a file, a folder, a glob or a hub id")
+    corpora = [_corpus(run, key, source) for source in run.data.validation_sources]
+    folder = prepare_tokenizer(run, corpora)
+    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
+    materials = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
+    return Prepared([], prepare_materials(run, key, materials, tokenizer), folder, labels)
+
+
+def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Material:
     """What becomes of a corpus; `chosen`: of that part of it which is for validation."""
     held_out = HeldOut(run.seed, run.data.held_out, chosen) if run.holds_out else None
     same = corpus.text if run.task.name is Task.pretrain else None
-    return Material(corpus, encoder_for(run, tokenizer, corpus.text), same, held_out, run.data.deduplicate)
+    return Material(corpus, encoder_for(run, tokenizer, corpus.text, labels), same, held_out, run.data.deduplicate)
 
 
-def encoder_for(run: Run, tokenizer: Tokenizer, text: Text) -> Encoder:
-    """What the run's task makes of its records."""
+def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
+    """What the run's task makes of its records. Raises: UserError."""
+    end, length = run.model.eos_token_id, run.data.sequence_length
     if run.task.name is Task.finetune:
-        return ExampleEncoder(tokenizer, run.model.eos_token_id, run.task, run.data.sequence_length)
-    return TextEncoder(tokenizer, run.model.eos_token_id, text)
+        return ExampleEncoder(tokenizer, end, run.task, length)
+    if labels is not None:
+        check_padding(tokenizer, run.model)
+        return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length)
+    return TextEncoder(tokenizer, end, text)
+
+
+def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
+    """What a classifier tells apart: the task's labels, and what it leaves open as `corpora` show it."""
+    task = run.task
+    if task.name is not Task.classify:
+        return None
+    if task.labels is not None and task.problem_type is not None:
+        return Labels(tuple(task.labels), task.problem_type)
+
+    def fill_in(folder: Path) -> None:
+        found = find_labels(task, (record for corpus in corpora for record in corpus.records()))
+        assert found.problem_type is not None
+        content = {"names": found.names, "problem_type": found.problem_type.value}
+        (folder / LABELS).write_text(json.dumps(content), encoding="utf-8")
+
+    asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
+    folder = whole(cached(run, "labels", [[corpus.identity() for corpus in corpora], asked]), fill_in)
+    found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
+    return Labels(tuple(found["names"]), ProblemType(found["problem_type"]))
 
 
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:

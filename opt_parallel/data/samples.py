@@ -104,9 +104,12 @@ class Batch:
     @property
     def targets(self) -> int:
         """Number of labels that count: tokens, or a classifier's examples."""
-        if self.labels.is_floating_point():
-            return int((~self.labels.isnan().any(dim=-1)).sum())
-        return int((self.labels != IGNORED).sum())
+        return int(self.counting.sum())
+
+    @property
+    def counting(self) -> Tensor:
+        """Which labels count: (batch, sequence), a classifier's (batch,)."""
+        return ~self.labels.isnan().any(dim=-1) if self.labels.is_floating_point() else self.labels != IGNORED
 
     @property
     def tokens(self) -> int:

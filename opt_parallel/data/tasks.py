@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from opt_parallel.config import Run
+from opt_parallel.data.labelled import Labelled
 from opt_parallel.data.mixture import Mixture, Order, Source
 from opt_parallel.data.order import Shuffled, Streamed
 from opt_parallel.data.packing import Examples
@@ -24,6 +25,8 @@ def open_samples(run: Run, folder: Path, key: str) -> Samples:
         examples = Examples(store, length, run.task.packing)
         say(f"{key}: {examples.words()}")
         return examples
+    if run.task.name is Task.classify:
+        return Labelled(store)
     samples = Rows(store, length)
     require(
         len(samples) > 0,

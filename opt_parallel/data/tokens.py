@@ -107,6 +107,17 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig) -> None
     )
 
 
+def check_padding(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raise `UserError` if a text can hold the token that stands for padding: its end would not be found."""
+    pad, added = model.pad_token_id, tokenizer.get_added_tokens_decoder()
+    word = tokenizer.id_to_token(pad)
+    require(
+        word is None or (pad in added and added[pad].special),
+        f"model.pad_token_id={pad} is the word {word!r} of the tokenizer, not a special token: set model.pad_token_id "
+        "to one that no text holds",
+    )
+
+
 def count_tokens(tokenizer: Tokenizer) -> int:
     """Rows that the tokens need in an embedding: the largest id and one."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -12,7 +12,7 @@ from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.linear import Linear
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.vocab import VocabParallelHead
-from opt_parallel.shapes import ModelConfig, ProblemType
+from opt_parallel.shapes import IGNORED, ModelConfig, ProblemType
 from opt_parallel.topology import Group
 
 
@@ -55,21 +55,33 @@ class SequenceClassifier(nn.Module):
         num_labels: int,
         group: Group,
         recompute: ActivationCheckpointing = ActivationCheckpointing.none,
+        problem_type: ProblemType | None = None,
     ) -> None:
+        """`problem_type`: whose loss `forward` gives; not needed for scores."""
         super().__init__()
+        self.problem_type = problem_type
         self.decoder = Decoder(config, group, recompute)
         self.score = Linear(config.embedding_size, num_labels, config.std)
 
     def forward(
         self,
         ids: Tensor,
+        labels: Tensor | None = None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         draw: Draw | None = None,
     ) -> Tensor:
-        """Scores (B, num_labels) of the sequences `ids` (B, S). The arguments are the decoder's."""
+        """With `labels`: the sum of the sequences' losses, see `example_losses`. Without: scores (B, num_labels) of the
+        sequences `ids` (B, S).
+
+        The other arguments are the decoder's.
+        """
         hidden = self.decoder(ids, positions, segments, draw)
-        return self.score(last_tokens(hidden, ids, self.decoder.config.pad_token_id))
+        scores = self.score(last_tokens(hidden, ids, self.decoder.config.pad_token_id))
+        if labels is None:
+            return scores
+        assert self.problem_type is not None
+        return example_losses(scores, labels, self.problem_type).sum()
 
 
 def last_tokens(hidden: Tensor, ids: Tensor | None, pad_token_id: int) -> Tensor:
@@ -103,3 +115,21 @@ def classification_loss(scores: Tensor, labels: Tensor, problem_type: ProblemTyp
     if problem_type is ProblemType.regression:
         return F.mse_loss(scores, labels)
     return F.binary_cross_entropy_with_logits(scores, labels)
+
+
+def example_losses(scores: Tensor, labels: Tensor, problem_type: ProblemType) -> Tensor:
+    """Each example's loss (B,), whose mean is `classification_loss`; zero where its label does not count.
+
+    Labels are (B,) integers, or (B, N) numbers; −100 and NaN do not count. In fp32 at least: fp16 would lose small
+    gradients before the loss scale reaches them.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if problem_type is ProblemType.single_label_classification:
+        return F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="none")
+    counts = ~labels.isnan().any(dim=1)
+    targets = labels.to(scores.dtype).nan_to_num()
+    if problem_type is ProblemType.regression:
+        losses = F.mse_loss(scores, targets, reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+    return losses.mean(dim=1) * counts

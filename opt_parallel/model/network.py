@@ -20,7 +20,8 @@ def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | Sequenc
     with torch.device("meta"):
         if run.task.name is Task.classify:
             assert labels is not None
-            model = SequenceClassifier(run.model, len(labels.names), group, run.activation_checkpointing)
+            number, problem_type = len(labels.names), labels.problem_type
+            model = SequenceClassifier(run.model, number, group, run.activation_checkpointing, problem_type)
         else:
             model = CausalLM(run.model, group, run.activation_checkpointing)
         if run.task.lora.rank > 0:

@@ -1,0 +1,83 @@
+"""A checkpoint judged by text that is held out, without an optimizer, in any layout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from opt_parallel.checkpoint.reading import Opened, open_checkpoint
+from opt_parallel.config import Run
+from opt_parallel.curve import draw_confusion, perplexity_of
+from opt_parallel.data.prepare import Prepared, prepare_validation
+from opt_parallel.data.tasks import open_validation
+from opt_parallel.errors import UserError
+from opt_parallel.evaluate import Untrained, Validation, validate
+from opt_parallel.shapes import Labels, ProblemType, require
+from opt_parallel.task_config import Task
+from opt_parallel.topology import DTYPES, Topology, check_precision, local_device
+
+RESULT = "evaluation.json"
+
+
+def judge(run: Run) -> dict[str, Any]:
+    """What is written to `run.dir`/evaluation.json: loss, and perplexity and tokens or a classifier's figures.
+
+    `run.init_from` is judged on `run.data.validation`, in the run's precision. Raises: UserError."""
+    require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
+    check_precision(run.precision.name, local_device())
+    opened = open_checkpoint(str(run.init_from), "init_from=")
+    _check(run, opened)
+    data = prepare_validation(run)
+    if data.labels:
+        opened.check_labels(data.labels)
+    samples = open_validation(run, data)
+    assert samples is not None
+    with Topology.open(run.parallel.tensor) as topology:
+        model = _model(run, opened, data.labels, topology)
+        found = validate(Untrained(run, topology, model), samples, data.labels)
+        result = _told(run, data, found)
+        if topology.is_main:
+            _write(run, result, data.labels, found)
+    return result
+
+
+def _check(run: Run, opened: Opened) -> None:
+    """Before anything is prepared: the checkpoint is of the task's kind, and says what its labels are."""
+    if run.task.name is not Task.classify:
+        opened.check_language_model()
+        return
+    if not opened.is_classifier:
+        raise UserError(f"init_from={run.init_from} is a language model, which has no labels: leave task=classify out")
+    opened.check_classifier()
+    names = opened.labels.names
+    require(
+        run.task.labels is not None or run.task.problem_type is ProblemType.regression,
+        f"init_from={run.init_from} has no names for its {len(names)} labels: give them in task.labels, in its order",
+    )
+
+
+def _model(run: Run, opened: Opened, labels: Labels | None, topology: Topology) -> nn.Module:
+    place = (topology.tensor, topology.device, DTYPES[run.precision.name])
+    return opened.model(*place) if labels is None else opened.classifier(len(labels.names), *place)
+
+
+def _told(run: Run, data: Prepared, found: Validation) -> dict[str, Any]:
+    about = {"checkpoint": run.init_from, "validation": run.data.validation, "precision": run.precision.name.value}
+    if data.labels is None:
+        return {**about, "loss": found.loss, "perplexity": perplexity_of(found.loss), "tokens": found.targets}
+    return {**about, "loss": found.loss, **found.figures, "examples": found.targets}
+
+
+def _write(run: Run, result: dict[str, Any], labels: Labels | None, found: Validation) -> None:
+    """The result, and what a classifier confuses, as numbers and as a picture."""
+    if labels is not None and found.confusion is not None:
+        result = {**result, "labels": labels.names, "confusion": found.confusion.astype(int).tolist()}
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if labels is not None and found.confusion is not None:
+            draw_confusion(run.folder / "confusion.png", str(run.init_from), labels.names, found.confusion)
+    except OSError as error:
+        raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
