@@ -123,7 +123,7 @@ def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | Non
     if run.task.name is Task.classify:
         assert labels is not None
         check_padding(tokenizer, run.model)
-        return LabelledEncoder(tokenizer, end, text, run.task, labels, length)
+        return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length)
     return TextEncoder(tokenizer, end, text)
 
 
