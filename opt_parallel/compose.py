@@ -118,7 +118,7 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
 
 def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
     """Take from the checkpoint of `init_from` what decides a loss and `overrides`, the command line, left open: of
-    ours the task, the precision, the length of a sample and the field of the text, as it was trained; of a Hugging
+    ours the task, the precision, the length of a sample and where the text is, as it was trained; of a Hugging
     Face folder whether it is a classifier, and the most positions that it has.
 
     Raises: `UserError`."""
@@ -128,8 +128,8 @@ def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
     given = {each.lstrip("+").partition("=")[0] for each in overrides}
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder)["config"]
-        length, field = saved["data"]["sequence_length"], saved["data"]["text_field"]
-        taken = {"data.sequence_length": length, "data.text_field": field}
+        fields = ("sequence_length", "text_field", "template")
+        taken = {f"data.{name}": saved["data"].get(name) for name in fields}
         for section in ("task", "precision"):
             if section not in given:
                 taken |= {f"{section}.{name}": value for name, value in saved.get(section, {}).items()}

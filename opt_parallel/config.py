@@ -265,10 +265,10 @@ class Run(Section):
             self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
             f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
         )
+        validates = self.evaluation.every > 0 and bool(self.data.validation_sources or self.holds_out)
         require(
-            not self.checkpoint.keep_best
-            or (self.evaluation.every > 0 and (bool(self.data.validation_sources) or self.holds_out)),
-            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every} and "
+            validates or not self.checkpoint.keep_best,
+            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every}, "
             f"data.validation={self.data.validation}: set both",
         )
         require(
@@ -278,7 +278,7 @@ class Run(Section):
         self._check_model_fits()
         require(
             self.task.name is Task.pretrain or not any(source.template for source in self.data.train_sources),
-            f"task={self.task.name.value} takes its texts from fields: a template is for task=pretrain, remove it",
+            f"task={self.task.name.value} takes its texts from fields: a template is for task=pretrain, set it to null",
         )
         require(
             self.task.lora.rank == 0 or self.init_from is not None,

@@ -191,6 +191,7 @@ def test_ours_and_the_export_open_alike_and_verify(trained: tuple[Path, list[str
     checkpoint, exported = trained[0] / "run" / "checkpoints" / "step-6", trained[0] / "run" / "export"
     ours, theirs = (OPTForSequenceClassification.from_pretrained(each) for each in (checkpoint, exported))
     assert ours.labels == theirs.labels == open_checkpoint(checkpoint).labels
+    assert ours.labels.names == ("bad", "good")
     ids = torch.randint(4, 300, (3, 9), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=0)

@@ -34,6 +34,7 @@ def test_two_labels() -> None:
 def test_three_labels_and_one_that_does_not_occur() -> None:
     true, decided = [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 0]
     counts = tally(scores_for(decided, 4), np.array(true), SINGLE)
+    assert counts.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     found = figures(counts, SINGLE)
     each = [2 * 1 / (2 + 1 + 1), 2 * 2 / (4 + 1 + 0), 2 * 1 / (2 + 0 + 1)]
     assert found["f1_macro"] == pytest.approx(sum(each) / 3)
@@ -41,6 +42,7 @@ def test_three_labels_and_one_that_does_not_occur() -> None:
     # s = 6, c = 4, t = (2, 2, 2), p = (2, 3, 1)
     assert found["matthews"] == pytest.approx((4 * 6 - 12) / math.sqrt((36 - 14) * (36 - 12)))
     assert matthews(np.array([[3.0, 0], [5, 0]])) == 0.0
+    assert matthews(np.array([[5.0, 1], [0, 2]])) == pytest.approx(2 * 5 / math.sqrt(3 * 2 * 6 * 5))
 
 
 def test_any_labels() -> None:

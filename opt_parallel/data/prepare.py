@@ -24,7 +24,13 @@ from opt_parallel.data.selection import HeldOut
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store, line_of
 from opt_parallel.data.store import TokenStore
-from opt_parallel.data.tokens import check_padding, check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from opt_parallel.data.tokens import (
+    check_padding,
+    check_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from opt_parallel.data_config import SourceConfig
 from opt_parallel.log import say
 from opt_parallel.shapes import Labels, ProblemType, require
@@ -79,8 +85,8 @@ def prepare(run: Run) -> Prepared:
         else:
             store, stream = prepare_materials(run, "data.train", [material], tokenizer), None
         stores.append(PreparedSource(source.name, Fraction(source.weight), store, stream))
-    every = train if run.holds_out else validation
-    held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in every]
+    apart = train if run.holds_out else validation
+    held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in apart]
     key = "data.held_out" if run.holds_out else "data.validation"
     return Prepared(
         train=stores,
@@ -94,13 +100,12 @@ def prepare_validation(run: Run) -> Prepared:
     """The store of `data.validation` alone, for a run that trains nothing.
 
     Raises: `UserError`, on every rank alike."""
-    key = "data.validation"
-    require(bool(run.data.validation_sources), f"{key} is not set: name a file, a folder, a glob or a hub id")
-    corpora = [_corpus(run, key, source) for source in run.data.validation_sources]
+    require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
+    corpora = [_corpus(run, "data.validation", source) for source in run.data.validation_sources]
     folder = prepare_tokenizer(run, corpora)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
     materials = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
-    return Prepared([], prepare_materials(run, key, materials, tokenizer), folder, labels)
+    return Prepared([], prepare_materials(run, "data.validation", materials, tokenizer), folder, labels)
 
 
 def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Material:
@@ -111,11 +116,13 @@ def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | N
 
 
 def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
-    """What the run's task makes of its records. Raises: UserError."""
+    """What the run's task makes of its records; `labels` are a classifier's. Raises: UserError."""
     end, length = run.model.eos_token_id, run.data.sequence_length
     if run.task.name is Task.finetune:
         return ExampleEncoder(tokenizer, end, run.task, length)
-    if labels is not None:
+    if run.task.name is Task.classify:
+        assert labels is not None
+        check_padding(tokenizer, run.model)
         return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length)
     return TextEncoder(tokenizer, end, text)
 

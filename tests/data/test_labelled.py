@@ -196,4 +196,5 @@ def test_as_many_labels_as_tokens_are_no_tokens_labels(tmp_path: Path, tokenizer
     samples = Labelled(TokenStore(tmp_path))
     batch = collate([samples.sample(0), samples.sample(1)], range(2), 1)
     assert batch.ids.shape == batch.labels.shape == (2, 3)
+    assert batch.labels.dtype is torch.float32
     assert batch.labels.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]

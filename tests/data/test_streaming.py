@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from command import ROOT, SMALL, python
+from test_mixture import ids_of
 
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import streaming, tasks
@@ -189,7 +190,8 @@ def configure(folder: Path, train: Any, **data: Any) -> Run:
 
 
 def test_a_mixture_with_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first 400 samples, several epochs of the stream, are the same while it arrives and when it is there."""
+    """The first 400 samples, over an epoch of the stream, are the same while it arrives, later, and in every
+    layout."""
     monkeypatch.setattr(tasks, "BLOCK", BLOCK)
     for name, text in (("a", "first"), ("b", "second")):
         rows = [{"text": f"{text} {number} and some words"} for number in range(40)]
@@ -203,6 +205,9 @@ def test_a_mixture_with_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [again.sample(position).ids.tolist() for position in (399, 0, 200)] == [
         samples[place] for place in (399, 0, 200)
     ]
+    for data in (1, 2, 4):
+        for micro in (1, 2, 4):
+            assert ids_of(tasks.open_mixture(run, prepared), data, micro, 0, 400) == dict(enumerate(samples))
     stream = TokenStore(prepared.train[1].store)
     plain = prepare(configure(tmp_path, sources[1]["path"], tokenizer=str(prepared.tokenizer)))
     known = TokenStore(plain.train[0].store)
