@@ -30,15 +30,25 @@ def three(folder: Path, seed: int = 3) -> Mixture:
 
 @pytest.mark.parametrize(
     "weights",
-    [["1"], ["1", "1"], ["0.7", "0.2", "0.1"], ["1", "99"], ["5", "3", "3", "2", "1", "1", "1"], ["0.333", "2"]],
+    [
+        ["1"],
+        ["1", "1"],
+        ["0.7", "0.2", "0.1"],
+        ["1", "99"],
+        ["5", "3", "3", "2", "1", "1", "1"],
+        ["0.333", "2"],
+        ["1", "7", "9", "12"],
+        ["11", "11", "3"],
+    ],
 )
 def test_shares_are_exact_to_one_sample_everywhere(weights: list[str]) -> None:
+    """Even to Tijdeman's bound for k sources, 1 − 1 / (2k − 2)."""
     shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
     turns = cycle_of(turns_of([Fraction(weight) for weight in weights]))
-    had = [0] * len(weights)
+    had, most = [0] * len(weights), 1 - Fraction(1, max(2, 2 * len(weights) - 2))
     for position, source in enumerate(turns, start=1):
         had[source] += 1
-        assert all(abs(taken - position * share) < 1 for taken, share in zip(had, shares, strict=True))
+        assert all(abs(taken - position * share) <= most for taken, share in zip(had, shares, strict=True))
     assert had == turns_of([Fraction(weight) for weight in weights])
 
 
