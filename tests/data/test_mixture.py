@@ -105,3 +105,12 @@ def test_one_source_is_the_plain_order(tmp_path: Path) -> None:
     ids = [int(mixture.sample(position).ids[0]) // LENGTH for position in range(50)]
     assert ids == [order.sample_at(position) for position in range(50)]
     assert torch.tensor(ids[:20]).sort().values.tolist() == list(range(20))
+
+
+def test_what_a_run_is_made_of(tmp_path: Path) -> None:
+    assert [line.split() for line in three(tmp_path).words(400).split("\n")] == [
+        ["source", "share", "samples", "epochs"],
+        ["web", "60.00%", "240", "2.40"],
+        ["books", "30.00%", "120", "1.71"],
+        ["code", "10.00%", "40", "2.35"],
+    ]

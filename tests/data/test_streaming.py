@@ -121,7 +121,7 @@ def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "text", TEXTS)
     expected = tokens_of(corpus, tmp_path / "plain")
     for enough in (10, len(expected) // 2):
-        filling = Filling(tmp_path / "stream", Material(corpus, TextEncoder(TOKENIZER, 2)), enough, 1, part_tokens=1)
+        filling = Filling(tmp_path / "stream", Material(corpus, TextEncoder(TOKENIZER, 2)), enough, 1)
         filling.complete()
         store = growing(filling)
         store.arrived(1)
