@@ -35,6 +35,7 @@ def test_a_race_of_all_at_tensor_two(tmp_path: Path) -> None:
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_who_cannot_run_is_named_with_the_reason(tmp_path: Path) -> None:
     status, printed, _ = benchmark(
         "train", "--contenders", "ours,autotp", "--rounds", "1", "--steps", "1", "--output", str(tmp_path), *TINY
@@ -49,6 +50,7 @@ def test_the_loss_alone() -> None:
     assert "64 × 500" in printed
 
 
+@pytest.mark.long
 def test_import_and_export() -> None:
     status, printed, said = benchmark("io", "--max-shard-size", "100KB", *TINY, "parallel.tensor=2")
     assert status == 0, said

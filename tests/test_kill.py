@@ -8,6 +8,7 @@ import pytest
 from kill_saves import kill_saves
 
 
+@pytest.mark.long
 def test_killed(tmp_path: Path) -> None:
     if not Path("/proc/self/task").is_dir():
         pytest.skip("finds the ranks' processes in Linux's /proc")

@@ -93,7 +93,7 @@ def test_half_precision_under_zero_3(crew: Any, tokenizer: str, precision: str) 
 
 def test_a_prompt_without_room_is_one_line_before_anything_starts(tmp_path: Path) -> None:
     long = "Sentence " * 60
-    process = python("train.py", *small(tmp_path), *SAMPLING, f'evaluation.prompts=["{long}"]')
+    process = python("train.py", *small(tmp_path), *SAMPLING, "data.held_out=0", f'evaluation.prompts=["{long}"]')
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert line.startswith("error: evaluation.prompts: 'Sentence ")

@@ -222,7 +222,10 @@ def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: 
         tokens = sum(meta.part.tokens for meta in metas)
         documents = "; ".join(each.corpus.names for each in materials)
         if key == "data.held_out":
-            require(tokens > 0, f"data.held_out={run.data.held_out} of {documents} is not one document: raise it")
+            require(
+                tokens > 0,
+                f"data.held_out={run.data.held_out} of {documents} is not one document: raise it, or set it to 0",
+            )
         require(tokens > 0, f"{key}: there is no text in {documents}: name files that hold some")
         finish_store(folder, materials[0].encoder.columns, metas, tokenizer)
 
