@@ -17,6 +17,7 @@ from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run, bytes_of
 from opt_parallel.curve import draw_confusion
 from opt_parallel.data.batches import Feed, Loader
+from opt_parallel.data.mixture import Mixture
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.tasks import open_mixture, open_validation
@@ -62,7 +63,7 @@ def train(run: Run) -> int:
         feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
         loader = Loader(feed, clock, run.stop, topology.device)
         metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
-        metrics.note(_greeting(run, topology, clock, engine))
+        metrics.note(_greeting(run, topology, clock, engine, mixture))
 
         stopped = False
         try:
@@ -233,16 +234,17 @@ def _claim_folder(run: Run) -> None:
         raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
 
 
-def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine) -> str:
+def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine, mixture: Mixture) -> str:
     fresh = "starting" if run.init_from is None else f"starting from {run.init_from}"
     start = f"continuing at step {clock.step}" if clock.step else fresh
     lora, trained = run.task.lora, ""
     if lora.rank:
         number = sum(math.prod(tensor["shape"]) for tensor in engine.tensors().values())
         trained = f" and {number:,} that LoRA trains (rank {lora.rank} on {', '.join(lora.targets)})"
+    sources = "\n" + mixture.words(run.steps * run.global_batch) if len(mixture.sources) > 1 else ""
     return (
         f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
         f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "
         f"ZeRO-{run.zero.stage}, {run.precision.name.value}, "
-        f"{run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}"
+        f"{run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}{sources}"
     )

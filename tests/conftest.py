@@ -15,6 +15,13 @@ torch.set_num_threads(1)  # as in the crew's workers: sums in another order woul
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-pairs", action="store_true", help="resume from every layout in every layout, not a choice")
+    parser.addoption("--long", action="store_true", help="also what takes half a minute and more, marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = [item for item in items if config.getoption("--long") or item.get_closest_marker("long") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session")

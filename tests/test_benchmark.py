@@ -16,6 +16,7 @@ def benchmark(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, process.stdout, process.stderr
 
 
+@pytest.mark.long
 def test_a_race_of_all_at_tensor_two(tmp_path: Path) -> None:
     """Two rounds of a tiny model: every contender runs, from the same initial loss, ln of the vocabulary."""
     status, printed, said = benchmark(
@@ -56,6 +57,7 @@ def test_import_and_export() -> None:
         assert line.rstrip().endswith("yes")
 
 
+@pytest.mark.long
 def test_saving_and_loading_beside_deepspeed(tmp_path: Path) -> None:
     """The benchmark itself ends with an error where a load does not bring back what was saved."""
     status, printed, said = benchmark("checkpoint", "--rounds", "2", "--output", str(tmp_path), *TINY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from command import python, small, torchrun
 
 
@@ -25,6 +26,7 @@ def test_ranks_end_while_the_first_exports(tmp_path: Path) -> None:
     assert '"torch_dtype": "bfloat16"' in (export / "config.json").read_text()
 
 
+@pytest.mark.long
 def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) -> None:
     arguments = [*small(tmp_path), "steps=2", "export.at_end=true"]
     export, checkpoint = tmp_path / "run" / "export", tmp_path / "run" / "checkpoints" / "step-2"

@@ -128,13 +128,13 @@ def step_and_evaluate(run: Any, folder: str) -> tuple[float, float, float, int]:
     from opt_parallel.data.packing import Examples
     from opt_parallel.data.store import TokenStore
     from opt_parallel.engine import Engine
-    from opt_parallel.evaluate import validation_loss
+    from opt_parallel.evaluate import validate
     from opt_parallel.topology import Topology
 
     rows = Examples(TokenStore(folder), run.data.sequence_length, run.task.packing)
     with Topology.open(run.parallel.tensor) as topology:
         engine = Engine.build(run, topology, random_source(run.seed))
-        before = validation_loss(engine, rows)
+        before = validate(engine, rows, None).loss
         data, micro = topology.data, run.micro_batch
         firsts = range(data.rank * micro, len(rows), data.size * micro)
         batches = [

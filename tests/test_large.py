@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -35,6 +36,7 @@ def build_block() -> tuple[int, int, int, int, float]:
     return before, after, part, largest, float(block.fc1.weight.std())
 
 
+@pytest.mark.long
 def test_a_175b_block_on_eight_processes(crew: Any) -> None:
     slack = 64 * 2**20  # what glibc keeps of freed memory: twice its largest mmap threshold
     whole = 12 * 12288**2 + 13 * 12288

@@ -263,6 +263,7 @@ def test_mistakes_are_one_line(straight: Straight, base: Path, tmp_path: Path) -
         export_adapter(base, tmp_path / "another", ExportDtype.float32)
 
 
+@pytest.mark.long
 def test_train_py_adapts_exports_and_goes_on(tmp_path: Path) -> None:
     """Two processes at tensor 2 under ZeRO-3, then one; the base is read at both starts, and its name is told."""
     folder = write_base(tmp_path / "base", vocab_size=300)

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.encoding import EMPTY, Record, columns_of
-from opt_parallel.data.samples import Sample
-from opt_parallel.data.store import LENGTHS, Column, Encoded, TokenStore, ids_column
+from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import Labels, ProblemType, require
@@ -108,27 +106,6 @@ class LabelledEncoder:
             expected = "a number" if number == 1 else f"{number} numbers"
             raise UserError(f"{where}: the label {value!r:.60} is not {expected}, which regression needs: correct it")
         return measures
-
-
-class Labelled:
-    """The examples of a store, one a sample."""
-
-    def __init__(self, store: TokenStore) -> None:
-        self.store = store
-
-    def __len__(self) -> int:
-        return self.store.documents
-
-    def sample(self, number: int) -> Sample:
-        start, stop = (int(place) for place in self._starts[number : number + 2])
-        label = self.store.of_documents("label", number, number + 1)[0]
-        whole = label.dtype.kind == "i"
-        one = np.array(label, np.int64) if whole else np.atleast_1d(label)
-        return Sample(self.store.of_tokens("ids", start, stop).astype(np.int64), one)
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.store.of_documents("lengths"), dtype=np.int64)])
 
 
 def find_labels(task: TaskConfig, records: Iterable[Record]) -> Labels:

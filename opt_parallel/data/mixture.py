@@ -18,6 +18,7 @@ import numpy as np
 
 from opt_parallel.data.samples import Sample, Samples
 from opt_parallel.errors import UserError
+from opt_parallel.log import aligned
 
 LONGEST_CYCLE = 100_000
 
@@ -75,6 +76,16 @@ class Mixture:
         """How often each source has been gone through before `position` of the run."""
         taken = self.taken(position)
         return {source.name: source.order.epoch_at(taken[source.name]) for source in self.sources}
+
+    def words(self, position: int) -> str:
+        """What the first `position` samples of the run are made of, in a line for each source."""
+        total = sum((source.weight for source in self.sources), Fraction(0))
+        taken, epochs = self.taken(position), self.epochs(position)
+        rows = [["source", "share", "samples", "epochs"]]
+        for source in self.sources:
+            share, passed = float(source.weight / total), epochs[source.name]
+            rows.append([source.name, f"{share:.2%}", f"{taken[source.name]:,}", f"{passed:.2f}" if passed else "?"])
+        return aligned(rows)
 
     @cached_property
     def _cycle(self) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -69,6 +69,27 @@ class Rows:
         return float(-(share * np.log(share)).sum())
 
 
+class Labelled:
+    """A classifier's samples: the examples of a store, one a sample."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return self.store.documents
+
+    def sample(self, number: int) -> Sample:
+        start, stop = (int(place) for place in self._starts[number : number + 2])
+        label = self.store.of_documents("label", number, number + 1)[0]
+        whole = label.dtype.kind == "i"
+        one = np.array(label, np.int64) if whole else np.atleast_1d(label)
+        return Sample(self.store.of_tokens("ids", start, stop).astype(np.int64), one)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.store.of_documents("lengths"), dtype=np.int64)])
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one data-parallel rank, the same on all its tensor ranks.

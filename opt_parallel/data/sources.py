@@ -147,7 +147,7 @@ class Corpus:
                 if left <= 0:
                     break
                 left -= len(json.dumps(dict(record.fields), ensure_ascii=False, default=str)) + 1
-                yield self.text.of(record)
+                yield self.text.of(record).rstrip()
 
     def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Record]]:
         """The records behind the first `taken` of a unit, with the numbers of their units: files first, each whole,

@@ -2,23 +2,21 @@
 
 Which sample stands where follows from the order of the text alone, so how far the store is filled changes nothing but
 waiting. A filler that was stopped goes on behind the last whole part. It fills no more than the run will read.
-
-`python -m opt_parallel.data.streaming` is the filler; what it shall do comes pickled on its standard input, whose end
-tells it that the trainer is gone.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import pickle
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from multiprocessing.process import BaseProcess
 from operator import itemgetter
 from pathlib import Path
 
@@ -49,26 +47,13 @@ class Filling:
     workers: int
     part_tokens: int = PART_TOKENS
 
-    def start(self) -> None:
+    def start(self) -> BaseProcess | None:
         """Start a filler, on this machine's first process; it ends with this one."""
         if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-            return
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(self.threads)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "opt_parallel.data.streaming"],
-            stdin=subprocess.PIPE,
-            env={**os.environ, **variables},
-            start_new_session=True,  # a terminal's Ctrl-C is the trainer's: it saves first
-        )
-        assert process.stdin is not None
-        try:
-            process.stdin.write(pickle.dumps(self))
-            process.stdin.flush()  # and not closed
-        except BrokenPipeError:
-            pass  # it could not begin: waiting for its text will say so
-        FILLERS.append(process)
+            return None
+        filler = multiprocessing.get_context("spawn").Process(target=_fill_beside, args=(self,), daemon=True)
+        filler.start()
+        return filler
 
     @property
     def threads(self) -> int:
@@ -213,22 +198,17 @@ class GrowingStore(TokenStore):
             return True
 
 
-FILLERS: list[subprocess.Popen[bytes]] = []  # kept, so that their standard input stays open as long as this process
-
-
-def main() -> None:
-    filling = pickle.load(sys.stdin.buffer)
+def _fill_beside(filling: Filling) -> None:
+    """What the filler does until it is done, or the trainer is gone."""
+    os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(filling.threads))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the trainer's: it saves first
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
 
     def end_with_the_trainer() -> None:
-        os.read(sys.stdin.fileno(), 1)
+        trainer.join()
         os._exit(0)
 
     threading.Thread(target=end_with_the_trainer, daemon=True).start()
-    try:
+    with suppress(UserError):  # the trainer says it
         filling.complete()
-    except UserError:
-        sys.exit(2)  # the trainer says it
-
-
-if __name__ == "__main__":
-    main()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from opt_parallel.config import Run
-from opt_parallel.data.labelled import Labelled
 from opt_parallel.data.mixture import Mixture, Order, Source
 from opt_parallel.data.order import Shuffled, Streamed
 from opt_parallel.data.packing import Examples
 from opt_parallel.data.prepare import Prepared
-from opt_parallel.data.samples import Rows, Samples
+from opt_parallel.data.samples import Labelled, Rows, Samples
 from opt_parallel.data.store import TokenStore
 from opt_parallel.data.streaming import BLOCK, Filling, GrowingStore, whole_parts
 from opt_parallel.log import say

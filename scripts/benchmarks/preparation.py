@@ -79,19 +79,19 @@ def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int)
         rows += [_row("ours", ours, tokens), _row("datasets.map alone", theirs, tokens)]
         rows.append(["ours ÷ it, in tokens/s", _spread(ratios, "{:.2f}")])
         rows.append(["ours ÷ it with its loading", _spread(with_loading, "{:.2f}")])
-        rows += _killed(here, workers, statistics.median(each.seconds for each in ours))
+        rows += _killed(here, workers)
     widest = max(map(len, rows))
     return [row + [""] * (widest - len(row)) for row in rows]
 
 
-def watched(command: list[str], until: Callable[[float], bool] = lambda _: False) -> Measured:
-    """Run a command to its end, or kill it as soon as `until(seconds)`. Raises: UserError if it fails."""
+def watched(command: list[str], until: Callable[[], bool] = lambda: False) -> Measured:
+    """Run a command to its end, or kill it as soon as `until()`. Raises: UserError if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     begun, parent, together = time.perf_counter(), 0, 0
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         watching = psutil.Process(process.pid)
         while process.poll() is None:
-            if until(time.perf_counter() - begun):
+            if until():
                 process.kill()
                 break
             held = []
@@ -128,14 +128,15 @@ def _store(here: Path) -> TokenStore:
     return TokenStore(next(path for path in (here / "cache").glob("store-*") if path.is_dir()))
 
 
-def _killed(here: Path, workers: int, seconds: float) -> list[list[str]]:
+def _killed(here: Path, workers: int) -> list[list[str]]:
     """Ours without a break, then killed half-way and started again: the same bytes, the finished parts untouched."""
     store = _store(here)
     whole = {path.relative_to(store.folder): path.read_bytes() for path in store.folder.rglob("*.bin")}
     shutil.rmtree(here / "cache")
-    watched(_ours(here, workers), until=lambda passed: passed > seconds / 2)
-    partial = next((here / "cache").glob("store-*.partial"))
-    kept = {path.parent.name: path.stat().st_mtime_ns for path in partial.glob("part-?????/part.json")}
+    made = "store-*.partial/part-?????/part.json"
+    half = len(store.parts) // 2
+    watched(_ours(here, workers), until=lambda: len([*(here / "cache").glob(made)]) >= half)
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in (here / "cache").glob(made)}
     again = watched(_ours(here, workers))
     store = _store(here)
     untouched = all((store.folder / part / "part.json").stat().st_mtime_ns == when for part, when in kept.items())

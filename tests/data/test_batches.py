@@ -138,13 +138,23 @@ def test_a_loader_reads_ahead_and_no_further_than_the_end(tmp_path: Path) -> Non
             return super().sample(number)
 
     feed = feed_of(Watched(rows.store, LENGTH), 7, 2, 1)
-    loader = Loader(feed, Clock(), 3, CPU)
+    loader = Loader(feed, Clock(), 5, CPU)
     for _ in range(4):  # two steps of two samples, before anybody asks
         assert asked.acquire(timeout=30)
-    for _ in range(3):
+    assert not asked.acquire(timeout=0.3)
+    for _ in range(5):
         loader.next()
     loader.close()
-    assert numbers == [sample_at(7, position, 20) for position in range(6)]
+    assert numbers == [sample_at(7, position, 20) for position in range(10)]
+
+
+def test_a_loader_that_is_closed_early_ends_its_thread(tmp_path: Path) -> None:
+    loader = Loader(feed_of(counting_rows(tmp_path, 20, LENGTH), 7, 2, 1), Clock(), 1000, CPU)
+    (thread,) = [each for each in threading.enumerate() if each.name == "loader"]
+    loader.next()
+    loader.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 def test_what_fails_in_the_loader_fails_in_the_loop(tmp_path: Path) -> None:

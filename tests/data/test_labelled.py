@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from opt_parallel.data.batches import validation_batches
 from opt_parallel.data.encoding import Record
-from opt_parallel.data.labelled import Labelled, LabelledEncoder, find_labels
-from opt_parallel.data.samples import collate
+from opt_parallel.data.labelled import LabelledEncoder, find_labels
+from opt_parallel.data.samples import Labelled, collate
 from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
 from opt_parallel.data.tokens import check_padding, save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError

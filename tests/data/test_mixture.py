@@ -30,15 +30,25 @@ def three(folder: Path, seed: int = 3) -> Mixture:
 
 @pytest.mark.parametrize(
     "weights",
-    [["1"], ["1", "1"], ["0.7", "0.2", "0.1"], ["1", "99"], ["5", "3", "3", "2", "1", "1", "1"], ["0.333", "2"]],
+    [
+        ["1"],
+        ["1", "1"],
+        ["0.7", "0.2", "0.1"],
+        ["1", "99"],
+        ["5", "3", "3", "2", "1", "1", "1"],
+        ["0.333", "2"],
+        ["1", "7", "9", "12"],
+        ["11", "11", "3"],
+    ],
 )
 def test_shares_are_exact_to_one_sample_everywhere(weights: list[str]) -> None:
+    """Even to Tijdeman's bound for k sources, 1 − 1 / (2k − 2)."""
     shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
     turns = cycle_of(turns_of([Fraction(weight) for weight in weights]))
-    had = [0] * len(weights)
+    had, most = [0] * len(weights), 1 - Fraction(1, max(2, 2 * len(weights) - 2))
     for position, source in enumerate(turns, start=1):
         had[source] += 1
-        assert all(abs(taken - position * share) < 1 for taken, share in zip(had, shares, strict=True))
+        assert all(abs(taken - position * share) <= most for taken, share in zip(had, shares, strict=True))
     assert had == turns_of([Fraction(weight) for weight in weights])
 
 
@@ -105,3 +115,12 @@ def test_one_source_is_the_plain_order(tmp_path: Path) -> None:
     ids = [int(mixture.sample(position).ids[0]) // LENGTH for position in range(50)]
     assert ids == [order.sample_at(position) for position in range(50)]
     assert torch.tensor(ids[:20]).sort().values.tolist() == list(range(20))
+
+
+def test_what_a_run_is_made_of(tmp_path: Path) -> None:
+    assert [line.split() for line in three(tmp_path).words(400).split("\n")] == [
+        ["source", "share", "samples", "epochs"],
+        ["web", "60.00%", "240", "2.40"],
+        ["books", "30.00%", "120", "1.71"],
+        ["code", "10.00%", "40", "2.35"],
+    ]

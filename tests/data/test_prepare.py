@@ -245,11 +245,11 @@ def test_documents_are_held_out_by_their_text(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_statistics(tmp_path: Path) -> None:
-    train = lines(tmp_path / "train.jsonl", ["aab", "ba", "c" * 8])
+    train = lines(tmp_path / "train.jsonl", ["aab", "ba", "c" * 8, "ba", "ba"])
     known = store_of(prepare(configure(tmp_path, 260, train=str(train)))).manifest["statistics"]
-    assert known["lengths"] == {"min": 3, "median": 4, "mean": 16 / 3, "p95": 9, "max": 9}
-    assert (known["documents"], known["tokens"], known["text_bytes"]) == (3, 16, 13)
-    shares = [3 / 16, 2 / 16, 8 / 16, 3 / 16]  # a, b, c and the ends
+    assert known["lengths"] == {"min": 3, "median": 3, "mean": 22 / 5, "p95": 9, "max": 9}
+    assert (known["documents"], known["tokens"], known["text_bytes"]) == (5, 22, 17)
+    shares = [5 / 22, 4 / 22, 8 / 22, 5 / 22]  # a, b, c and the ends
     assert known["unigram_entropy"] == pytest.approx(-sum(share * math.log(share) for share in shares), rel=1e-12)
     assert known["examples"] == ["aab</s>", "ba</s>", "cccccccc</s>"]
 

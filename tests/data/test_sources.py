@@ -39,7 +39,7 @@ def test_folder_glob_and_list(tmp_path: Path) -> None:
     (tmp_path / "below" / "b.txt").write_text("second")
     (tmp_path / "image.png").write_bytes(b"\xff\xd8")
     (tmp_path / "c.jsonl").write_text('{"text": "third\\n"}\n{"text": "fourth and last"}\n')
-    expected = ["first of all, a page\nof two lines \n\n", "second", "third\n", "fourth and last"]
+    expected = ["first of all, a page\nof two lines", "second", "third", "fourth and last"]
     assert read(tmp_path) == expected
     assert read(f"{tmp_path}/**/*.[mt]*", tmp_path / "c.jsonl") == expected
     assert read(tmp_path / "c.jsonl", f"{tmp_path}/*/b.txt", tmp_path) == expected
@@ -63,7 +63,7 @@ def test_a_dataset_in_a_folder_of_its_form(tmp_path: Path) -> None:
     train, validation = (
         Corpus.find(f"data.{split}", [str(tmp_path)], "body", split=split) for split in ("train", "validation")
     )
-    assert list(train.documents()) == ["one \n", "two"]
+    assert list(train.documents()) == ["one", "two"]
     assert list(validation.documents()) == ["three"]
     assert [record.where for record in validation.records()] == [f"data.validation={tmp_path}, row 0"]
     assert train.identity() != validation.identity()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import threading
 import time
@@ -23,7 +24,7 @@ from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import Encoded, TokenStore
-from opt_parallel.data.streaming import FILLERS, Filling, GrowingStore, whole_parts
+from opt_parallel.data.streaming import Filling, GrowingStore, whole_parts
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import ModelConfig
@@ -48,9 +49,9 @@ def fillers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent, ROOT))))
     yield
-    for filler in FILLERS:
+    for filler in multiprocessing.active_children():
         filler.kill()
-        filler.wait()
+        filler.join()
 
 
 def corpus_of(folder: Path, texts: list[str]) -> Corpus:
@@ -99,13 +100,14 @@ def test_read_while_it_is_filled(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "text", TEXTS)
     expected = tokens_of(corpus, tmp_path / "plain")
     filling = Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1)
-    filling.start()
+    filler = filling.start()
+    assert filler is not None
     store = growing(filling)
     assert store.arrived(3) is None
     assert store.of_tokens("ids", 0, 25).tolist() == expected[:25]
     assert not store.ended
-    FILLERS[-1].kill()
-    FILLERS[-1].wait()
+    filler.kill()
+    filler.join()
     kept = {path.name: path.stat().st_ino for path in (tmp_path / "stream").glob("part-?????")}
     assert kept
     filling.start()
@@ -121,7 +123,7 @@ def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "text", TEXTS)
     expected = tokens_of(corpus, tmp_path / "plain")
     for enough in (10, len(expected) // 2):
-        filling = Filling(tmp_path / "stream", Material(corpus, TextEncoder(TOKENIZER, 2)), enough, 1, part_tokens=1)
+        filling = Filling(tmp_path / "stream", Material(corpus, TextEncoder(TOKENIZER, 2)), enough, 1)
         filling.complete()
         store = growing(filling)
         store.arrived(1)
