@@ -360,6 +360,9 @@ def test_the_scripts(tmp_path: Path) -> None:
     fields = ["--text-field", "body", "--vocab-size", "290"]
     made = python("scripts/train_tokenizer.py", "--input", str(train), *fields, "--output", str(folder))
     assert made.returncode == 0, made.stderr
+    again = python("scripts/train_tokenizer.py", "--input", str(train), *fields, "--output", str(folder))
+    refused = f"error: --output {folder} exists: remove it or choose another folder\n"
+    assert (again.returncode, again.stderr) == (2, refused)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [0, 1, 2, 3]
     arguments = ["model=opt-tiny", "data.text_field=body", f"data.train={train}", f"data.cache={tmp_path / 'cache'}"]
