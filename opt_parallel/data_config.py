@@ -58,6 +58,12 @@ class DataConfig(Section):
         require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be a share: 0 (nothing) or more, below 1")
         require(self.workers >= 0, f"data.workers={self.workers} must not be negative (0: one for each CPU)")
         sources = self.train_sources + self.validation_sources
+        names = [source.name for source in self.train_sources]
+        for number, name in enumerate(names):
+            require(
+                name not in names[:number],
+                f"data.train[{number}] has the name {name!r}, which an earlier source has: give it another, name: …",
+            )
         require(
             not (self.deduplicate and any(source.stream for source in sources)),
             "data.deduplicate=true needs all of the text before the first step, which a stream is not: set one of "
@@ -88,9 +94,12 @@ class DataConfig(Section):
             bool(paths) and all(isinstance(path, str) and path for path in paths),
             f"{key}={paths[0] if len(paths) == 1 else paths} must be a path, a glob or a hub id, or a list of them",
         )
+        for name in ("name", "text_field", "template", "subset", "split"):
+            value = entry.get(name)
+            require(value is None or isinstance(value, str), f"{key}.{name}={value} is no text: put it in quotes")
         weight = str(entry.get("weight", 1))
         require(
-            re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) is not None and float(weight) > 0,
+            re.fullmatch(r"\d*\.?\d+(e[+-]?\d{1,2})?", weight) is not None and float(weight) > 0,
             f"{key}.weight={weight} must be a positive number",
         )
         stream = entry.get("stream", self.stream and split == "train")

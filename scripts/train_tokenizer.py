@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opt_parallel.errors import reporting
+from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries
 
 
@@ -17,13 +17,20 @@ def main() -> None:
     parser.add_argument("--text-field", default="text", help="of a record; default: text")
     arguments = parser.parse_args()
     quiet_libraries()
+    if arguments.output.exists():
+        raise UserError(f"--output {arguments.output} exists: remove it or choose another folder")
     from opt_parallel.data.prepare import in_proportion
     from opt_parallel.data.sources import Corpus
     from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 
     corpus = Corpus.find("--input", arguments.input, arguments.text_field)
     tokenizer = train_tokenizer(in_proportion([corpus]), arguments.vocab_size, "--vocab-size ")
-    save_tokenizer(tokenizer, arguments.output)
+    try:
+        save_tokenizer(tokenizer, arguments.output)
+    except OSError as error:
+        raise UserError(
+            f"--output {arguments.output} cannot be written ({error.strerror}): choose another folder"
+        ) from error
     print(f"{tokenizer.get_vocab_size():,} tokens, trained on {corpus.names}: {arguments.output}")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from opt_parallel.data.tokens import CHAT_TEMPLATE
+from opt_parallel.errors import UserError
 from opt_parallel.shapes import require
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -39,11 +40,14 @@ def chat_template(tokenizer: Tokenizer, end: int) -> str:
 
 
 def brings_another(tokenizer: Path, template: str) -> bool:
-    """Whether the folder of a tokenizer has a chat template, and not this one."""
+    """Whether the folder of a tokenizer has a chat template, and not this one. Raises: UserError if it is damaged."""
     own, settings = tokenizer / CHAT_TEMPLATE, tokenizer / "tokenizer_config.json"
     if own.is_file():
         return own.read_text(encoding="utf-8") != template
-    return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    try:
+        return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"data.tokenizer={tokenizer}: {settings.name} is not JSON ({error}): mend it") from error
 
 
 def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:

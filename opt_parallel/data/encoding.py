@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
-from opt_parallel.errors import UserError
+from opt_parallel.errors import UserError, one_line
 
 PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
 BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
@@ -63,7 +63,11 @@ class Text:
                 values[name] = self._value(record, name)
                 if not isinstance(values[name], (str, int, float)):
                     raise UserError(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
-            text = self.template.format(**values)
+            try:
+                text = self.template.format(**values)
+            except (ValueError, KeyError) as error:  # of a format in it, such as {score:.2f}
+                fix = f"{self._wanted}, in a format that suits it"
+                raise UserError(f"{record.where}: {one_line(error)}: {fix}") from error
         if not text.isascii():
             require_characters(text, record.where)
         return text

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ UNPACKED_SIZE = 4  # times the packed one, about: for the choice of units, and p
 PIECE_BYTES = 1 << 25
 CHUNK = 1 << 20  # characters of a json array read at a time
 ROWS_READ = 256  # of a parquet file at a time
+SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def _parsed(line: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
         raise UserError(f"{where} is not JSON ({reason}): each line must be an object, {{…}}") from error
-    except RecursionError as error:
-        raise UserError(f"{where} is nested too deeply: leave it out") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(f"{where} cannot be read ({one_line(error)}): leave it out") from error
 
 
 def _is_array(path: Path) -> bool:
@@ -173,40 +175,52 @@ def _is_array(path: Path) -> bool:
 
 def _array(piece: Piece, where: str) -> Iterator[Record]:
     """The objects of an array, each parsed as soon as it is there."""
-    decoder, number, buffer = json.JSONDecoder(), 0, ""
+    decoder, number, buffer, place = json.JSONDecoder(), 0, "", 0
     with io.TextIOWrapper(opened(piece.path), encoding="utf-8-sig", newline="") as file:
 
         def more() -> bool:
-            nonlocal buffer
-            try:
-                chunk = file.read(max(CHUNK, len(buffer)))  # doubling, so that a long object is not parsed often
+            nonlocal buffer, place
+            try:  # doubling, so that a long object is not parsed often
+                chunk = file.read(max(CHUNK, len(buffer) - place))
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 after item {number}: convert it or leave it out") from error
-            buffer += chunk
+            buffer, place = buffer[place:] + chunk, 0
             return bool(chunk)
 
-        more()
-        buffer = buffer.lstrip()[1:].lstrip()
-        while True:
-            while not buffer.strip() and more():
-                buffer = buffer.lstrip()
-            if buffer[:1] == "]":
-                require(not (buffer[1:] + file.read()).strip(), f"{where}: something follows the array: remove it")
-                return
+        def mark() -> str:
+            """The next character that is no white space, which `place` is at; "" at the end."""
+            nonlocal place
+            place = _behind_space(buffer, place)
+            while place == len(buffer) and more():
+                place = _behind_space(buffer, place)
+            return buffer[place : place + 1]
+
+        mark()
+        place += 1  # the bracket
+        while mark() != "]":
+            here = f"{where}, item {number + 1}"
             try:
-                row, end = decoder.raw_decode(buffer)
-                whole = buffer[end:].lstrip()[:1] in (",", "]")
+                row, end = decoder.raw_decode(buffer, place)
+                end = _behind_space(buffer, end)
             except json.JSONDecodeError:
-                row, end, whole = None, 0, False
-            if not whole:
-                require(more(), f"{where}, item {number + 1} is not JSON, or the array does not end: mend it")
+                row, end = None, len(buffer)
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+                raise UserError(f"{here} cannot be read ({one_line(error)}): leave it out") from error
+            if buffer[end : end + 1] not in (",", "]"):
+                require(more(), f"{here} is not JSON, or the array does not end: mend it")
                 continue
             number += 1
-            here = f"{where}, item {number}"
             require(isinstance(row, dict), f"{here} is a {type(row).__name__}: each must be an object, {{…}}")
             yield Record(here, row)
-            buffer = buffer[end:].lstrip()
-            buffer = buffer[1:].lstrip() if buffer[0] == "," else buffer
+            place = end + (buffer[end] == ",")
+        place += 1
+        require(mark() == "", f"{where}: something follows the array: remove it")
+
+
+def _behind_space(text: str, place: int) -> int:
+    space = SPACE.match(text, place)
+    assert space is not None
+    return space.end()
 
 
 def _table(piece: Piece, where: str, delimiter: str) -> Iterator[Record]:

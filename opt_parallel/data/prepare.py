@@ -207,6 +207,8 @@ def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
 def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction(1),)) -> Iterator[str]:
     """Text of all corpora in proportion to their weights: as much as there is, `TOKENIZER_BYTES` at most."""
     sizes = [sum(unit.size for unit in corpus.units()) for corpus in corpora]
+    for corpus, size in zip(corpora, sizes, strict=True):
+        require(size > 0, f"{corpus.key}: there is no text in {corpus.names}: name files that hold some")
     most = min(Fraction(size) / weight for size, weight in zip(sizes, weights, strict=True))
     most = min(most, TOKENIZER_BYTES / sum(weights, Fraction(0)))
     for corpus, weight, size in zip(corpora, weights, sizes, strict=True):

@@ -56,7 +56,8 @@ def find_duplicates(digests: list[Path], places: list[Path]) -> None:
     Of the hashes, those are held at a time that begin alike: as many, however many there are."""
     total = sum(path.stat().st_size // DIGEST for path in digests)
     buckets = -(-total // BUCKET) or 1
-    files = [path.open("wb") for path in places]
+    for path in places:
+        path.write_bytes(b"")
     for bucket in range(buckets):
         hashes, owners, numbers = [], [], []
         for which, path in enumerate(digests):
@@ -71,9 +72,8 @@ def find_duplicates(digests: list[Path], places: list[Path]) -> None:
         high, low, owner, number = high[order], low[order], owner[order], number[order]
         again = np.nonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1]))[0] + 1
         for which in np.unique(owner[again]):
-            files[which].write(number[again][owner[again] == which].astype("<i8").tobytes())
-    for file in files:
-        file.close()
+            with places[which].open("ab") as file:  # one at a time: there are more than a process may have open
+                file.write(number[again][owner[again] == which].astype("<i8").tobytes())
 
 
 def identity_of(held_out: HeldOut | None, deduplicate: bool) -> list[Any]:

@@ -100,7 +100,8 @@ class Filling:
                         return
                     maker, begun = PartMaker(self.folder, part_name(len(metas)), encoder), time.monotonic()
         except UserError:
-            maker.finish(position)  # what came before stays
+            if maker.writer.documents:
+                maker.finish(position)  # what came before stays
             raise
         metas.append(maker.finish(position))
         require(

@@ -81,4 +81,5 @@ def _mixture(run: Run, prepared: Prepared) -> tuple[Mixture, list[Filling]]:
 
 def open_validation(run: Run, prepared: Prepared) -> Samples | None:
     """What the run is validated on, if anything. Raises: UserError."""
-    return open_samples(run, prepared.validation, "data.validation") if prepared.validation else None
+    key = "data.held_out" if run.holds_out else "data.validation"
+    return open_samples(run, prepared.validation, key) if prepared.validation else None

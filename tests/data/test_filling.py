@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -178,6 +179,21 @@ def test_duplicates_over_files_and_buckets(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(digests_of(contents).tobytes())
     find_duplicates(digests, places)
     assert [sorted(np.fromfile(path, "<i8").tolist()) for path in places] == [[2], [], [1], [0, 2, 3]]
+
+
+def test_duplicates_in_more_files_than_may_be_open(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as file:
+        limit = file.fileno() + 100  # counts numbers, and those that are taken need not follow each other
+    digests, places = ([tmp_path / f"{kind}-{number}" for number in range(limit)] for kind in ("digests", "places"))
+    for path in digests:
+        path.write_bytes(digests_of([b"the same"]).tobytes())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        find_duplicates(digests, places)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [np.fromfile(path, "<i8").tolist() for path in places] == [[], *([[0]] * (limit - 1))]
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(

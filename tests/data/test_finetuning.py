@@ -78,6 +78,12 @@ def test_answers_are_learnt() -> None:
     ])  # fmt: skip
 
 
+def test_a_tokenizer_with_damaged_settings(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{half")
+    with pytest.raises(UserError, match=r"tokenizer_config.json is not JSON .*: mend it"):
+        brings_another(tmp_path, "")
+
+
 def test_transformers_writes_the_same_chats(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -193,6 +193,20 @@ def test_a_template(tmp_path: Path) -> None:
     fails(configure(tmp_path, train=str(train), template="{headline}"), "line 1 has no field 'headline', only")
     with pytest.raises(UserError, match=r"data.template='\{\}' names no fields"):
         configure(tmp_path, train=str(train), template="{}")
+    fails(configure(tmp_path, train=str(train), template="{title:.2f}"), "line 1: Unknown format .* that suits it")
+    fails(configure(tmp_path, train=str(train), template="{n:{width}}"), "line 1: 'width': .* that suits it")
+
+
+def test_sources_have_names_of_their_own(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    first, second = (lines(tmp_path / folder / "text.jsonl", DOCUMENTS) for folder in ("a", "b"))
+    with pytest.raises(UserError, match=r"data.train\[1\] has the name 'text', which an earlier source has: give it"):
+        configure(tmp_path, train=[{"path": str(first)}, {"path": str(second)}])
+    named = configure(tmp_path, train=[{"path": str(first)}, {"path": str(second), "name": "more"}])
+    assert [source.name for source in prepare(named).train] == ["text", "more"]
+    with pytest.raises(UserError, match=r"data.train\[0\].text_field=3 is no text: put it in quotes"):
+        configure(tmp_path, train=[{"path": str(first), "text_field": 3}])
 
 
 def many(number: int) -> list[str]:
@@ -249,6 +263,10 @@ def fails(run: Run, message: str) -> None:
 def test_sources_with_too_little(tmp_path: Path) -> None:
     fails(configure(tmp_path), "data.train is not set")
     fails(configure(tmp_path, train=str(lines(tmp_path / "a.jsonl", ["", " "]))), "there is no text in .*a.jsonl")
+    (tmp_path / "empty").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "empty" / name).touch()
+    fails(configure(tmp_path, train=str(tmp_path / "empty")), "data.train: there is no text in .*a.txt and 1 more")
 
 
 def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
@@ -342,6 +360,9 @@ def test_the_scripts(tmp_path: Path) -> None:
     fields = ["--text-field", "body", "--vocab-size", "290"]
     made = python("scripts/train_tokenizer.py", "--input", str(train), *fields, "--output", str(folder))
     assert made.returncode == 0, made.stderr
+    again = python("scripts/train_tokenizer.py", "--input", str(train), *fields, "--output", str(folder))
+    refused = f"error: --output {folder} exists: remove it or choose another folder\n"
+    assert (again.returncode, again.stderr) == (2, refused)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [0, 1, 2, 3]
     arguments = ["model=opt-tiny", "data.text_field=body", f"data.train={train}", f"data.cache={tmp_path / 'cache'}"]

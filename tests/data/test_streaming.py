@@ -24,7 +24,7 @@ from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import Encoded, TokenStore
-from opt_parallel.data.streaming import Filling, GrowingStore
+from opt_parallel.data.streaming import Filling, GrowingStore, whole_parts
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import ModelConfig
@@ -154,6 +154,10 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
         each.join(timeout=60)
     assert len(told) == 2
     assert all(f"{path}, line 226 is not JSON" in line for line in told)
+    before = len(whole_parts(filling.folder))
+    with pytest.raises(UserError, match="line 226 is not JSON"):
+        filling.complete()
+    assert len(whole_parts(filling.folder)) == before  # nothing is added where nothing came
     path.write_bytes(whole)  # a line of the hub: the same place, and the rest is there now
     store = growing(filling)  # opened before the filler begins, when the failure is still told
     kept = [part.stat().st_ino for part in sorted((tmp_path / "stream").glob("part-?????"))]
