@@ -18,7 +18,7 @@ FLOORS = [
     ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
     ["data_config", "task_config", "scores"],
     ["config", "hf_config"],
-    ["compose"],
+    ["compose", "sweep"],
     ["topology", "trackers"],
     ["parallel", "data", "metrics"],
     ["model", "optim", "zero"],
