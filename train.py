@@ -8,16 +8,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.compose import command, run_from, start_from_checkpoint
 from opt_parallel.place import take_place, world_size
-from opt_parallel.sweep import folder_name, is_sweep, swept_values
+from opt_parallel.sweep import folder_name, is_sweep, reported, swept_values
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
     take_place()  # a sweep's job may begin here
-    with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
+    with reported():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         if is_sweep():
             with open_dict(config):

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from opt_parallel.compose import explain, said_in_one_line
+from opt_parallel.errors import UserError
+from opt_parallel.log import quiet_libraries
+from opt_parallel.place import world_size
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 LONGEST_NAME = 200  # bytes; file systems end at 255, and some at less
@@ -36,6 +47,31 @@ def is_sweep() -> bool:
 def runs_elsewhere() -> bool:
     """Whether the job runs in a process that the command only waits for, as submitit's do."""
     return is_sweep() and HydraConfig.get().launcher._target_ != BASIC_LAUNCHER
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Around a job: its mistakes are one line and status 2.
+
+    Where the command waits for jobs elsewhere, they are handed to it, and it says them once the other jobs have ended;
+    so is a crash, whose traceback stays in the job's log."""
+    if not runs_elsewhere():
+        with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
+            yield
+        return
+    quiet_libraries()
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None  # theirs hold configurations, which may not travel
+    except UserError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        if world_size() > 1:
+            os._exit(1)  # at once, as in `reporting`: other ranks wait
+        raise
 
 
 def swept_values() -> list[str]:
