@@ -34,7 +34,8 @@ class RememberSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        fixed = [f"'{override.get_key_element()}'" for override in given if not override.is_sweep_override()]
+        swept = {override.get_key_element() for override in given if override.is_sweep_override()}
+        fixed = [f"'{key}'" for key in dict.fromkeys(each.get_key_element() for each in given) if key not in swept]
         # Hydra composes each run from these; the key is Hydra's own, for names that leave something out
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]")
 
@@ -78,7 +79,8 @@ def swept_values() -> list[str]:
     """The overrides that set this run of a sweep apart from its siblings."""
     hydra = HydraConfig.get()
     fixed = hydra.job.config.override_dirname.exclude_keys
-    return [override for override in hydra.overrides.task if override.partition("=")[0] not in fixed]
+    last = {override.partition("=")[0]: override for override in hydra.overrides.task}  # the last one counts
+    return [override for key, override in last.items() if key not in fixed]
 
 
 def folder_name(overrides: Iterable[str]) -> str:
