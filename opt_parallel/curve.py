@@ -102,20 +102,21 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """From the lowest loss to the highest after the first twentieth of each run, where all of them fall fast and no
+    """From the lowest loss up to the highest after a twentieth of a run, before which all of them fall fast and no
     difference is seen; None where no loss is finite. A run that diverges leaves the picture."""
     lowest, highest = [], []
     for curve in curves:
         for steps, losses in (curve.training, curve.validation):
             drawn = smoothed(losses) if len(steps) >= SMOOTH_FROM else losses
-            late = [loss for loss in drawn[len(drawn) // 20 :] if math.isfinite(loss)]
-            if late:
-                lowest.append(min(late))
-                highest.append(max(late[0], late[-1]))
+            finite = [loss for loss in drawn if math.isfinite(loss)]
+            if finite:
+                lowest.append(min(finite))
+                highest.append(min(finite[0], finite[len(finite) // 20]))
     if not lowest:
         return None
-    span = max(max(highest) - min(lowest), 1e-3)
-    return min(lowest) - 0.05 * span, max(highest) + 0.05 * span
+    low, high = min(lowest), max(lowest + highest)
+    margin = 0.05 * max(high - low, 1e-3)
+    return low - margin, high + margin
 
 
 def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.ndarray) -> None:
