@@ -237,7 +237,7 @@ def table(records: Sequence[Record]) -> str:
 def _what_training_is(records: Sequence[Record]) -> str:
     if all(len(record.training[0]) < SMOOTH_FROM for record in records):
         return "the last step's loss"
-    return f"the mean loss of the last fortieth of the steps, of less than {SMOOTH_FROM} steps the last"
+    return f"the mean loss of the last fortieth of the steps, of a run below {SMOOTH_FROM} steps the last"
 
 
 def _figures(record: Record) -> dict[str, float | None]:

@@ -18,7 +18,8 @@ SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
 # the same again in other strokes
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STROKES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
-MARKERS = "osD^vP*X<>hd"
+MARKERS = "osD^v<>phdXP"
+MOST_RAW = 4  # runs whose losses are drawn as they are, too, behind the smoothed
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,34 @@ def draw_curves(path: Path, title: str, curves: Sequence[Curve], axis: str, unit
 def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> Any:
     """The figure: training losses and, where some run has them, validation losses beside them on the same scale."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
 
-    columns = 1 if len(curves) <= 4 else 2 if len(curves) <= 8 else 3
-    while columns > 1 and columns * max(len(curve.label) for curve in curves) > 130:  # so many letters are as wide
-        columns -= 1
     panels = 1 + any(curve.validation[0] for curve in curves)
-    height = 4.4 + 0.2 * -(-len(curves) // columns)
-    figure = Figure(figsize=(6 if panels == 1 else 10, height), dpi=150, layout="constrained")
+    width = 6 if panels == 1 else 10
+    longest = max(len(curve.label) for curve in curves) + 8  # the stroke takes as much as some letters
+    columns = max(1, min(12 * width // longest, 4, (len(curves) + 1) // 2))
+    height = 4.2 + 0.21 * -(-len(curves) // columns)
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     both = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
+    handles = []
     for number, curve in enumerate(curves):
-        color, stroke = COLORS[number % len(COLORS)], STROKES[number // len(COLORS) % len(STROKES)]
+        way = {"color": COLORS[number % len(COLORS)], "linestyle": STROKES[number // len(COLORS) % len(STROKES)]}
         steps, losses = curve.training
         if len(steps) >= SMOOTH_FROM:
-            both[0].plot(steps, losses, color=color, linewidth=0.5, alpha=0.18)
+            if len(curves) <= MOST_RAW:
+                both[0].plot(steps, losses, color=way["color"], linewidth=0.5, alpha=0.15)
             losses = smoothed(losses)
-        both[0].plot(steps, losses, color=color, linestyle=stroke, linewidth=1.6, label=curve.label)
+        both[0].plot(steps, losses, linewidth=1.6, **way)
         if curve.validation[0]:
-            marker = MARKERS[number % len(MARKERS)]
-            both[1].plot(*curve.validation, color=color, linestyle=stroke, linewidth=1.4, marker=marker, markersize=5,
-                         markeredgecolor="white", markeredgewidth=0.6, label=curve.label)  # fmt: skip
+            way |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"}
+            both[1].plot(*curve.validation, linewidth=1.4, **way)
+        handles.append(Line2D([], [], linewidth=1.6, label=curve.label, **way))
     long = any(len(curve.training[0]) >= SMOOTH_FROM for curve in curves)
     for axes, name in zip(both, ("training, smoothed" if long else "training", "validation"), strict=False):
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_xlabel(axis)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5G
         axes.margins(x=0.02)
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -97,7 +103,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
     if limits is not None:
         both[0].set_ylim(*limits)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
     return figure
 
 

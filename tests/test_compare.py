@@ -166,6 +166,8 @@ def test_a_run_that_diverges_does_not_flatten_the_others() -> None:
     steps = list(range(1, 51))
     fine = Curve("fine", (steps, [10.0] + [3 - step / 100 for step in steps[1:]]), ([], []))
     lost = Curve("lost", (steps, [10.0] + [3.0] * 20 + [10.0**power for power in range(28)] + [math.nan]), ([], []))
+    at_once = Curve("at once", (steps, [10.0, 1e3] + [1e9] * 48), ([], []))
+    assert figure_of("all", [fine, lost, at_once], "step", "token").axes[0].get_ylim()[1] < 12
     for curves in ([fine, lost], [lost, fine]):
         low, high = figure_of("two", curves, "step", "token").axes[0].get_ylim()
         assert 0.5 < low < 1.0  # the lost one's 10⁰
