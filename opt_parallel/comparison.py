@@ -120,7 +120,8 @@ def _rows(path: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            _, _, _ = row["kind"], int(row["step"]), row["loss"]
+            # each raises what is caught below where the key is missing or the number is none
+            _ = row["kind"], math.isfinite(row["step"]), row["loss"] is None or math.isfinite(row["loss"])
         except (ValueError, LookupError, TypeError):
             raise UserError(
                 f"{path}, line {number} is no row of metrics: {line[:40].decode(errors='replace')!r}; restore the "

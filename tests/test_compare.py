@@ -221,7 +221,14 @@ def test_mistakes(tmp_path: Path) -> None:
             read_runs(wrong)
     a = train_in(tmp_path / "a")
     lines = (a / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for broken in ('{"kind": "train", "st\n', "[1]\n", '{"kind": "train", "step": 3}\n', "\n", "7\n"):
+    for broken in (
+        '{"kind": "train", "st\n',
+        "[1]\n",
+        '{"kind": "train", "step": 3, "loss": "x"}\n',
+        '{"kind": "train", "step": 3}\n',
+        "\n",
+        "7\n",
+    ):
         (a / "metrics.jsonl").write_text("".join([*lines[:2], broken, *lines[2:]]))
         with pytest.raises(UserError, match="line 3 is no row of metrics"):
             read_runs([a])
