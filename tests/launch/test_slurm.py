@@ -49,14 +49,14 @@ class Site:
         return "".join(path.read_text() for path in (self.run(name) / "logs").glob("slurm-*.out"))
 
     def state(self, name: str) -> str:
-        return (self.run(name) / "state").read_text()
+        return (self.run(name) / "state").read_text().strip()
 
     def steps(self, name: str) -> int:
         """How many rows of steps the run `name` has written."""
         return len(train_rows(self.run(name))) if (self.run(name) / "metrics.jsonl").exists() else 0
 
     def wait_for_steps(self, name: str, steps: int) -> None:
-        until(lambda: self.steps(name) >= steps, 120, lambda: self.output(name))
+        until(lambda: self.steps(name) >= steps, 300, lambda: self.output(name))
 
 
 @pytest.fixture(scope="module")
