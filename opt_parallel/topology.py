@@ -19,7 +19,7 @@ from opt_parallel.config import Precision
 from opt_parallel.errors import Lost, UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of the words between ranks: one may prepare text while the others wait
+PATIENCE = timedelta(days=1)  # of the words between ranks: one may prepare text while the others wait
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Topology:
                 raise
             raise Lost(
                 f"{self.where(self.world.rank)}: another rank is gone, cannot be reached, or did not answer within "
-                f"parallel.timeout={timeout:g} s ({why})"
+                f"parallel.timeout={timeout:g} s ({why}); the same command goes on from the newest checkpoint"
             ) from error
 
     def get_model_parallel_rank(self) -> int:
