@@ -1,0 +1,18 @@
+"""Start a run on a machine or a cluster: `python launch/submit.py launch=slurm launch.nodes=2 model=opt-1.3b …`.
+
+What begins with `launch` chooses among configs/launch/ and sets its keys; all else is train.py's. launch.dry_run=true
+prints what would be started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from opt_parallel.compose import said_in_one_line
+from opt_parallel.launching.submit import submit
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        submit(Path(os.path.abspath(__file__)).parent.parent, sys.argv[1:])

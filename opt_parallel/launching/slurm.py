@@ -1,0 +1,52 @@
+"""The batch script of a run, out of launch/slurm/job.sbatch."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from opt_parallel.errors import UserError
+from opt_parallel.launching.commands import threads, torchrun_environment, torchrun_options
+from opt_parallel.launching.settings import Slurm
+
+TEMPLATE = "launch/slurm/job.sbatch"
+
+
+def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[str]) -> str:
+    """The script for sbatch. `folder` is the run's, `root` this repository's; the nodes must share both.
+
+    Raises: `UserError` for what sbatch itself would replace."""
+    if "%" in str(folder):
+        raise UserError(f"run.dir={folder} holds a %, where Slurm puts words of its own: choose another folder")
+    templates = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    templates.filters["quote"] = lambda value: shlex.quote(str(value))
+    variables = torchrun_environment(launch) | threads(launch.cpus_per_task, launch.processes)
+    agent = [*_container(launch, root), "torchrun", *torchrun_options(launch)]
+    return templates.from_string((root / TEMPLATE).read_text()).render(
+        launch=launch,
+        name=name,
+        logs=folder / "logs",
+        state=folder / "state",
+        venv=None if launch.container else _venv(launch),
+        variables=variables,
+        agent=shlex.join(agent).replace(" --", " \\\n    --"),
+        training=shlex.join([str(root / "train.py"), *overrides]),
+    )
+
+
+def _venv(launch: Slurm) -> Path:
+    """The environment with the package: the one named, or the one that submits."""
+    return Path(launch.venv).absolute() if launch.venv else Path(sys.prefix)
+
+
+def _container(launch: Slurm, root: Path) -> list[str]:
+    """Apptainer's words: it shows the working folder by itself, this repository it is told to show."""
+    if launch.container is None:
+        return []
+    return ["apptainer", "exec", *(["--nv"] if launch.gpus_per_node else []), "--bind", str(root), launch.container]
