@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.compose import explain, register_schema, run_from, start_from_checkpoint
-from opt_parallel.errors import reporting
-from opt_parallel.log import quiet_libraries
-
-said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
+from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.place import take_place, world_size
 
 
 def swept_values() -> str:
@@ -29,13 +22,14 @@ def swept_values() -> str:
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
+    take_place()  # a sweep's job may begin here
     with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             with open_dict(config):
                 config.run.dir = f"{config.run.dir}/{swept_values()}"
         run = run_from(config)
-        run.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+        run.check_world(world_size())
 
         from opt_parallel.loop import train  # only now: torch and DeepSpeed take seconds
 
@@ -45,8 +39,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    register_schema()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
-    with said_in_one_line():
-        main()
+    command(main)

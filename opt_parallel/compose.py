@@ -3,22 +3,77 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from opt_parallel.config import Run
-from opt_parallel.errors import UserError, one_line
+from opt_parallel.errors import UserError, one_line, reporting
 from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
 from opt_parallel.hub import find_checkpoint
+from opt_parallel.log import quiet_libraries
 from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.place import take_place
 from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
 from opt_parallel.task_config import Task
+
+# a key's last part: hf_token, wandb_api_key, db_password, client_secret; not eos_token_id, max_new_tokens
+SECRET = re.compile(r"(\w+_)?token|\w*(api_?key|passw(or)?d|secret)\w*", re.IGNORECASE)
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a Hydra command line, `main` decorated with `hydra.main`: its mistakes are one line and status 2."""
+    take_place()
+    quiet_libraries()
+    register_schema()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
+    with said_in_one_line():
+        refuse_secrets(_keys_given(sys.argv[1:]))  # Hydra itself writes down what a multirun was given
+        main()
+
+
+def refuse_secrets(keys: Iterable[str]) -> None:
+    """Raise UserError at a key that looks like a secret's: a configuration is written beside the run, and sent to
+    trackers. The value is not repeated."""
+    for key in keys:
+        if SECRET.fullmatch(key.rpartition(".")[2]):
+            raise UserError(
+                f"{key} looks like a secret, and a run's configuration is written to files: leave it out, and set it "
+                "in the environment, as HF_TOKEN or WANDB_API_KEY"
+            )
+
+
+def _keys_given(arguments: list[str]) -> Iterator[str]:
+    """The keys of a command line's overrides, and those within their values."""
+    parser = OverridesParser.create()
+    for argument in arguments:
+        key, _, value = argument.lstrip("+~").partition("=")
+        yield key
+        if set(value) & set("{["):
+            with suppress(HydraException):  # of a grammar that Hydra will explain
+                yield from _keys_in(parser.parse_override(argument).value(), f"{key}.")
+
+
+def _keys_in(value: Any, prefix: str = "") -> Iterator[str]:
+    """Every key at any depth, lists looked through."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{prefix}{key}"
+            yield from _keys_in(inner, f"{prefix}{key}.")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _keys_in(inner, prefix)
 
 
 def register_schema() -> None:
@@ -30,7 +85,9 @@ def run_from(config: DictConfig) -> Run:
     """The composed configuration as a checked, sealed `Run`.
 
     Raises: `UserError`, OmegaConf's errors."""
-    plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    values = OmegaConf.to_container(config, resolve=True)
+    refuse_secrets(_keys_in(values))
+    plain = OmegaConf.create(values)
     run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses what `+key=…` added
     assert isinstance(run, Run)
     return run
@@ -180,6 +237,9 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {one_line(cause)}"
     return one_line(error)
+
+
+said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
 
 
 def to_yaml(run: Run) -> str:

@@ -62,10 +62,16 @@ class Wandb(Enum):
 
 @dataclass
 class ParallelConfig(Section):
+    """`allow_cross_node`: a tensor group may lie on several hosts. `timeout`: seconds that a step's collectives wait
+    for a rank before the run fails."""
+
     tensor: int = 1
+    allow_cross_node: bool = False
+    timeout: float = 600.0
 
     def check(self) -> None:
         require(self.tensor >= 1, f"parallel.tensor={self.tensor} must be at least 1")
+        require(self.timeout > 0, f"parallel.timeout={self.timeout} must be positive: seconds to wait for a rank")
 
 
 @dataclass

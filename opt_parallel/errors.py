@@ -6,13 +6,30 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from opt_parallel import place
+
+# How a process ends that a signal asked to: after its step and saved where it was training, at once before that.
+INTERRUPTED = 130  # Ctrl-C, by the shell's convention
+STOPPED = 75  # SIGTERM or SIGUSR1: EX_TEMPFAIL of sysexits.h, start it again
+
 
 class UserError(Exception):
-    """A mistake of the user's. The message is one line that names the value and the way out."""
+    """A mistake of the user's. The message is one line that names the value and the way out.
+
+    `shared`: every rank raises it."""
+
+    def __init__(self, message: str, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
+
+
+class Lost(Exception):
+    """Another rank is gone, or cannot be reached: no mistake, and the newest checkpoint goes on."""
 
 
 def one_line(error: BaseException) -> str:
@@ -22,20 +39,22 @@ def one_line(error: BaseException) -> str:
     return "; ".join(kept) or type(error).__name__
 
 
-def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
+def leave(line: str, status: int = 2, patience: float = 10.0, shared: bool = False) -> NoReturn:
     """End this process with `status`; under a launcher rank 0 alone prints `line`.
 
     A launcher ends every rank as soon as one of them stops. So the others wait to be told, `patience` seconds at most,
-    since rank 0 must get to speak first; and rank 0 stays a moment, for those that are still starting.
+    since rank 0 must get to speak first; and rank 0 stays a moment, for those that are still starting, unless the line
+    is `shared`: then all are here.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
+    if place.is_main():
         print(f"error: {line}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            time.sleep(patience / 2)
+        if place.world_size() > 1 and patience:
+            time.sleep(1.0 if shared else patience / 2)
     elif patience:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
         time.sleep(patience)
-        print(f"error: {line}", file=sys.stderr)  # nobody ended us: the mistake is this rank's alone
+        if not shared:
+            print(f"error: {line}", file=sys.stderr)  # nobody ended us: the mistake is this rank's alone
     sys.stderr.flush()
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
 
@@ -44,7 +63,7 @@ def leave(line: str, status: int = 2, patience: float = 10.0) -> NoReturn:
 def reporting(
     expected: tuple[type[Exception], ...] = (), explain: Callable[[BaseException], str] = str
 ) -> Iterator[None]:
-    """Turn a user's mistake into one line and status 2.
+    """Turn a user's mistake into one line and status 2, the loss of another rank into one line and status 1.
 
     `expected` are the types of a library in front of us (Hydra, OmegaConf) whose errors are the user's too; `explain`
     puts them into words. Everything else is our own fault and keeps its traceback.
@@ -52,10 +71,19 @@ def reporting(
     try:
         yield
     except UserError as error:
-        leave(str(error))
+        leave(str(error), shared=error.shared)
     except expected as error:
         leave(explain(error))
+    except Lost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except BrokenPipeError:  # whoever read our output has had enough, as `head` has
         os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        leave("interrupted", status=130, patience=0.0)
+        leave("interrupted", status=INTERRUPTED, patience=0.0)
+    except Exception:
+        if place.world_size() == 1:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at once: the interpreter would wait for threads that wait for other ranks

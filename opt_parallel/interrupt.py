@@ -1,38 +1,62 @@
-"""Ctrl-C and a launcher's SIGTERM, turned into a question the loop asks between two steps."""
+"""Ctrl-C and a launcher's SIGTERM or SIGUSR1, turned into a question the loop asks between two steps.
+
+The signals are read by a thread, through Python's wake-up descriptor: the main thread may hang in a collective, and a
+second signal must end it all the same.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
-SAME_PRESS = 2.0  # seconds: one Ctrl-C reaches a rank twice, from the terminal and from its launcher
+from opt_parallel.errors import INTERRUPTED, STOPPED, leave
+
+STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED}
+SAME_REQUEST = 5.0  # seconds: one request reaches a rank twice, from a terminal or Slurm and from its launcher
 
 
 class Interrupt:
-    """Whether this process was asked to stop; a second request, a little later, stops it at once."""
+    """Whether this process was asked to stop. `status` is what it should then end with; 0: nobody asked.
+
+    Until `patient` is set, and at a second request some seconds after the first, it ends at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.status = 0
+        self.patient = False
         self._since = 0.0
 
     @classmethod
     @contextmanager
     def watch(cls) -> Iterator[Interrupt]:
-        """Take note of SIGINT and SIGTERM while the context lasts."""
+        """Take note of the signals while the context lasts."""
         interrupt = cls()
-        before = {number: signal.signal(number, interrupt._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = {number: signal.signal(number, lambda *_: None) for number in STATUS}
+        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=interrupt._listen, args=(reader,), daemon=True).start()
         try:
             yield interrupt
         finally:
+            signal.set_wakeup_fd(earlier)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            os.close(writer)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                if number in STATUS:
+                    self._note(STATUS[signal.Signals(number)])
+        os.close(reader)
+
+    def _note(self, status: int) -> None:
         now = time.monotonic()
-        if self.requested and now - self._since > SAME_PRESS:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self._since = True, now
+        if not self.patient or (self.status and now - self._since > SAME_REQUEST):
+            leave("interrupted", status, patience=0.0)
+        if not self.status:
+            self.status, self._since = status, now

@@ -1,25 +1,32 @@
-"""Words to the user: rank 0 speaks, the others are silent; libraries speak only when something is wrong."""
+"""Words to the user: rank 0 speaks, the others are silent; each rank keeps a file; libraries speak only when something
+is wrong, and once."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import time
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from opt_parallel import place
+from opt_parallel.errors import Lost, UserError
 
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
 SAYS_IT_AGAIN = "huggingface_hub.utils._http"  # each retry, of what our own line says at the end
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0, by the launcher's word: known before any process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
+OURS = logging.getLogger("opt_parallel")  # what was said, for the rank's file; the terminal has it from print
 
 
 def say(text: str) -> None:
     """Print one line on rank 0."""
-    if is_main():
+    if place.is_main():
         print(text, file=sys.stdout, flush=True)
+        OURS.info(text)
 
 
 def aligned(lines: list[list[str]]) -> str:
@@ -27,6 +34,15 @@ def aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def bytes_in_words(number: float) -> str:
+    """`812 B`, `12.3 GB`; decimal, as disks are sold."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
 
 
 def quiet_libraries() -> None:
@@ -37,5 +53,98 @@ def quiet_libraries() -> None:
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger(SAYS_IT_AGAIN).setLevel(logging.ERROR)
+    OURS.setLevel(logging.INFO)
+    OURS.propagate = False
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    """A rank's file in a run's folder."""
+    return folder / "logs" / f"rank-{rank:05d}.log"
+
+
+@contextmanager
+def own_file(folder: Path) -> Iterator[None]:
+    """While the context lasts, this rank's words go to its file in the run's `folder`: rank 0's, and the warnings of
+    libraries there, besides the terminal; all that the others print, in whatever way, instead of it.
+
+    A warning is written once. What fails here is named on the terminal, too: by a line, the rest is in the file.
+    Libraries in C++ print past Python: on rank 0 they reach the terminal alone."""
+    path, main = log_of(folder, place.rank()), place.is_main()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", buffering=1) as file:
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}  {place.host()}, process {os.getpid()}", file=file)
+        terminal = None if main else _redirect(file.fileno(), file.fileno())
+        handlers = _collect(file, also_here=main)
+        try:
+            yield
+        except Exception as error:
+            if main:  # else it is printed into the file anyway
+                traceback.print_exc(file=file)
+            elif terminal is not None and _worth_a_line(error):
+                os.write(terminal[1], f"error: {_first_line(error)}; {path} has more\n".encode())
+            raise
+        _collect_no_more(handlers)
+        if terminal is not None:
+            for old in _redirect(*terminal) + terminal:
+                os.close(old)
+
+
+def _redirect(output: int, errors: int) -> tuple[int, int]:
+    """Have standard output and errors go to other descriptors; copies of the earlier ones."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = os.dup(1), os.dup(2)
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    return before
+
+
+def _worth_a_line(error: Exception) -> bool:
+    """A user's mistake rank 0 says; that other ranks are gone, the first on each host."""
+    return not isinstance(error, UserError) and (not isinstance(error, Lost) or place.local_rank() == 0)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, Lost):
+        return str(error)
+    return f"{place.host()}, rank {place.rank()}: {type(error).__name__}: {error}".partition("\n")[0]
+
+
+class _Once(logging.Filter):
+    """Lets what is said again and again pass the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        words = (record.name, record.getMessage())
+        new = words not in self._said
+        self._said.add(words)
+        return new
+
+
+def _collect(file: TextIO, also_here: bool) -> list[logging.Handler]:
+    """Have the libraries' warnings in `file`, and on standard error if `also_here`; and what we say in `file`."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(file)]
+    OURS.addHandler(handlers[0])
+    for stream in [file, sys.stderr] if also_here else [file]:
+        handler = logging.StreamHandler(stream)
+        handlers.append(handler)
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(name)s: %(message)s"))
+        handler.addFilter(_Once())
+        logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    for name in QUIET:  # some print by themselves
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    return handlers
+
+
+def _collect_no_more(handlers: list[logging.Handler]) -> None:
+    logging.captureWarnings(False)
+    for handler in handlers:
+        logging.getLogger().removeHandler(handler)
+        OURS.removeHandler(handler)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from opt_parallel.checkpoint.merged import over
+from opt_parallel.checkpoint.merged import Base, over
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.store import Store
@@ -27,78 +27,122 @@ from opt_parallel.evaluate import Prompts, validate
 from opt_parallel.export import export
 from opt_parallel.hf_config import CONFIG
 from opt_parallel.interrupt import Interrupt
-from opt_parallel.log import is_main, say
+from opt_parallel.log import own_file, say
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import Source, random_source
+from opt_parallel.place import is_main
+from opt_parallel.preflight import check_same, claim_folder, preflight
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
-from opt_parallel.topology import Topology, check_precision, local_device
+from opt_parallel.topology import Topology, check_precision
 from opt_parallel.trackers import check_trackers
 
-INTERRUPTED = 130  # the status of a process that Ctrl-C ended, by the shell's convention
+STATE = "state"  # a file in the run's folder: running, stopped (on request, to be continued) or done
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run needs before there is an engine: weights to start from, text, samples."""
+
+    start: Opened | None
+    base: Base | None
+    data: Prepared
+    mixture: Mixture
+    held_out: Samples | None
+    prompts: Prompts | None
+
+    @classmethod
+    def gather(cls, run: Run) -> Materials:
+        """On every rank, while none waits in a collective: text may take hours to prepare. Raises: UserError."""
+        check_trackers(run)
+        start = _start(run)
+        base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
+        data = _prepare(run, start)
+        mixture, held_out = open_mixture(run, data), open_validation(run, data)
+        prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
+        return cls(start, base, data, mixture, held_out, prompts)
 
 
 def train(run: Run) -> int:
-    """Train until `run.stop`; the process's exit status.
+    """Train until `run.stop`; the process's exit status: 0, or STOPPED or INTERRUPTED where a signal asked to stop and
+    the run is saved.
 
-    Raises: UserError for what the user can mend."""
-    check_precision(run.precision.name, local_device())
+    Raises: UserError for what the user can mend; Lost where another rank is gone."""
+    with (
+        Interrupt.watch() as interrupt,
+        Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology,
+    ):
+        check_same(run, topology)
+        topology.together(lambda: check_precision(run.precision.name, topology.device))
+        if topology.exchange(topology.together(lambda: _nothing_left(run)))[0]:  # rank 0's word: it writes
+            return 0
+        topology.together(lambda: claim_folder(run))
+        with own_file(run.folder), topology.losing(run.parallel.timeout):
+            status = _train(run, topology, interrupt)
+    if status == 0 and newest(run.folder / "checkpoints") == run.folder / "checkpoints" / f"step-{run.steps}":
+        _export_at_end(run, run.folder / "checkpoints" / f"step-{run.steps}")
+    return status
+
+
+def _train(run: Run, topology: Topology, interrupt: Interrupt) -> int:
     _warn_of_another_start(run)
-    if _nothing_left(run):
-        return 0
-    _claim_folder(run)
-    check_trackers(run)
-    start = _start(run)
-    base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
-    data = _prepare(run, start)
-    mixture, held_out = open_mixture(run, data), open_validation(run, data)
-    prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
-    with Topology.open(run.parallel.tensor) as topology, Interrupt.watch() as interrupt:
-        if topology.is_main:
-            (run.folder / "config.yaml").write_text(to_yaml(run))
-        store = Store(run, topology, data.tokenizer, data.labels, base, data.text)
-        engine, clock = _begin(run, topology, store, start, data.labels)
-        place = (topology.data.rank, topology.data.size)
-        feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
-        loader = Loader(feed, clock, run.stop, topology.device)
-        metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
-        metrics.note(_greeting(run, topology, clock, engine, mixture))
+    for line in preflight(run, topology):
+        if topology.world.size > 1:
+            say(line)
+    materials = topology.together(lambda: Materials.gather(run))
+    data, mixture = materials.data, materials.mixture
+    if topology.is_main:
+        (run.folder / "config.yaml").write_text(to_yaml(run))
+        _write_state(run, "running")
+    store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text)
+    engine, clock = _begin(run, topology, store, materials.start, data.labels)
+    place = (topology.data.rank, topology.data.size)
+    feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
+    loader = Loader(feed, clock, run.stop, topology.device)
+    metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
+    metrics.note(_greeting(run, topology, clock, engine, mixture))
+    topology.set_timeout(run.parallel.timeout)
+    interrupt.patient = True
 
-        stopped = False
-        try:
-            while clock.step < run.stop and not stopped:
-                batches = loader.next()
-                result = engine.step(batches, clock.step)
-                clock = clock.after(run.global_batch, result.tokens)
-                metrics.step(
-                    clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,
-                    loader.waited, mixture.epochs(clock.samples),
-                )  # fmt: skip
+    status = 0
+    try:
+        while clock.step < run.stop and not status:
+            result = engine.step(loader.next(), clock.step)
+            clock = clock.after(run.global_batch, result.tokens)
+            metrics.step(
+                clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,
+                loader.waited, mixture.epochs(clock.samples),
+            )  # fmt: skip
 
-                last = clock.step == run.stop
-                stopped = topology.any(interrupt.requested) and not last
-                best = None
-                if not stopped and _due(run.evaluation.every, clock, last):
-                    with metrics.pause():
-                        best = store.if_best(_evaluate(engine, clock, held_out, prompts, data.labels, metrics))
-                if stopped or last or best is not None or _due(run.checkpoint.every, clock, last):
-                    with metrics.pause():
-                        store.save(engine, clock, best)
-        except UserError:
-            metrics.abandon()
-            store.wait()
-            raise
+            last = clock.step == run.stop
+            status = 0 if last else topology.largest(interrupt.status)
+            best = None
+            if not status and _due(run.evaluation.every, clock, last):
+                with metrics.pause():
+                    best = store.if_best(_evaluate(engine, clock, materials, metrics))
+            if status or last or best is not None or _due(run.checkpoint.every, clock, last):
+                with metrics.pause():
+                    store.save(engine, clock, best)
+    except UserError:
+        metrics.abandon()
+        store.wait()
+        raise
 
-        loader.close()
-        store.finish()
-        metrics.close(finished=clock.step == run.steps)
-        engine.close()
-    if clock.step == run.steps:
-        last_saved = newest(run.folder / "checkpoints")
-        assert last_saved is not None
-        _export_at_end(run, last_saved)
-    return INTERRUPTED if stopped else 0
+    loader.close()
+    store.finish()
+    metrics.close(finished=clock.step == run.steps)
+    if topology.is_main:
+        _write_state(run, "stopped" if status else "done")
+    engine.close()
+    return status
+
+
+def _write_state(run: Run, word: str) -> None:
+    """At once or not at all: launchers' scripts read it."""
+    beside = run.folder / f"{STATE}.partial"
+    beside.write_text(word + "\n")
+    os.replace(beside, run.folder / STATE)
 
 
 def _prepare(run: Run, start: Opened | None) -> Prepared:
@@ -120,16 +164,9 @@ def _begin(
     return engine, store.restore(engine, checkpoint) if checkpoint else Clock()
 
 
-def _evaluate(
-    engine: Engine,
-    clock: Clock,
-    held_out: Samples | None,
-    prompts: Prompts | None,
-    labels: Labels | None,
-    metrics: Metrics,
-) -> float | None:
+def _evaluate(engine: Engine, clock: Clock, materials: Materials, metrics: Metrics) -> float | None:
     """The loss on the held-out text, where there is some."""
-    found = None
+    found, held_out, labels = None, materials.held_out, materials.data.labels
     if held_out is not None:
         found = validate(engine, held_out, labels)
         unigrams = held_out.unigram_entropy if isinstance(held_out, Rows) else None
@@ -137,8 +174,8 @@ def _evaluate(
         if labels and found.confusion is not None and engine.topology.is_main:
             title = f"{engine.run.run.name}, step {clock.step}"
             draw_confusion(engine.run.folder / "confusion.png", title, labels.names, found.confusion)
-    if prompts is not None:
-        metrics.samples(clock, prompts.texts(engine, clock.step))
+    if materials.prompts is not None:
+        metrics.samples(clock, materials.prompts.texts(engine, clock.step))
     return None if found is None else found.loss
 
 
@@ -157,6 +194,8 @@ def _nothing_left(run: Run) -> bool:
     else:
         say(f"{run.run.name} is finished: {folder} is at step {step} of {run.steps}; a larger steps continues it")
         _export_at_end(run, folder)
+    if is_main():
+        _write_state(run, "done")
     return True
 
 
@@ -222,16 +261,6 @@ def _warn_of_another_start(run: Run) -> None:
             f"warning: init_from={run.init_from} is not read: {folder} goes on, which began from "
             f"{began or 'random weights'}; choose another run.name or run.dir to start anew"
         )
-
-
-def _claim_folder(run: Run) -> None:
-    """Make the run's folder. Every rank tries, so that all of them learn of a mistake here and not in a collective."""
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(run.folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
-    except OSError as error:
-        raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine, mixture: Mixture) -> str:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
+from opt_parallel import place
 from opt_parallel.config import Precision
-from opt_parallel.errors import UserError
+from opt_parallel.errors import Lost, UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # of the words between ranks: one may prepare text while the others wait
 
 
 @dataclass(frozen=True)
@@ -66,35 +73,38 @@ class Topology:
     For 8 ranks at tensor 2 the grid is ((0, 1), (2, 3), (4, 5), (6, 7)): tensor groups are its rows, {0, 1} {2, 3}
     {4, 5} {6, 7}; data groups its columns, {0, 2, 4, 6} {1, 3, 5, 7}.
 
-    The `get_…` methods are the face that DeepSpeed asks for as `mpu`.
+    `hosts` names each rank's host. `words` is a group on the CPU whose patience does not end, for what ranks tell each
+    other. The `get_…` methods are the face that DeepSpeed asks for as `mpu`.
     """
 
     world: Group
     data: Group
     tensor: Group
     device: torch.device
+    hosts: tuple[str, ...]
+    words: dist.ProcessGroup | None
 
     @classmethod
     @contextmanager
-    def open(cls, tensor: int) -> Iterator[Topology]:
+    def open(cls, tensor: int, allow_cross_node: bool = True) -> Iterator[Topology]:
         """Join the processes that the launcher started, or stand alone; the axes' groups end with the context.
 
         The default group outlives it: one process runs several experiments of a multirun one after the other.
 
-        Raises: UserError if `tensor` does not divide the world size."""
-        device = local_device()
-        _join(device)
+        Raises: UserError, on every rank, if `tensor` does not divide the world size or is not the same everywhere, if
+        a host has too few GPUs, or if a tensor group lies on several hosts and `allow_cross_node` does not."""
+        _join()
         rank, size = dist.get_rank(), dist.get_world_size()
-        if size % tensor:
-            raise UserError(
-                f"tensor degree {tensor} does not divide world size {size}: start a multiple of {tensor} processes "
-                f"(torchrun --nproc-per-node {tensor} …), or choose another tensor degree"
-            )
+        words = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+        told = _exchange((place.host(), tensor), words)  # before the groups: ranks that disagree would make others
+        hosts = tuple(host for host, _ in told)
+        _check_grid([theirs for _, theirs in told], hosts, allow_cross_node)
+        device = _together(_own_device, words, hosts)
         grid = torch.arange(size).view(size // tensor, tensor)
-        made: list[dist.ProcessGroup] = []
+        made = [words] if words else []
         rows = _axis_group(grid, rank, made)
         columns = _axis_group(grid.T, rank, made)
-        yield cls(Group(dist.group.WORLD, rank, size), data=columns, tensor=rows, device=device)
+        yield cls(Group(dist.group.WORLD, rank, size), columns, rows, device, hosts, words)
         for handle in made:  # not after an error: a group would wait for work that its other ranks never do
             dist.destroy_process_group(handle)
 
@@ -105,19 +115,66 @@ class Topology:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank. A small all-reduce on the CPU: no device waits for it."""
-        return bool(self.sum(int(flag), self.world))
+        return bool(self.largest(int(flag)))
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' integers."""
+        return self._reduced(value, self.world, dist.ReduceOp.MAX)
 
     def sum(self, value: int, group: Group) -> int:
         """Sum of a host integer over `group`."""
+        return self._reduced(value, group, dist.ReduceOp.SUM)
+
+    def _reduced(self, value: int, group: Group, operation: Any) -> int:
         total = torch.tensor(value, dtype=torch.int64)
         if group.size > 1:
-            dist.all_reduce(total, group=group.handle)
+            dist.all_reduce(total, operation, group=group.handle)
         return int(total)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world.size > 1:
             dist.all_reduce(torch.zeros(1))
+
+    def exchange(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks; however long the slowest takes."""
+        return _exchange(value, self.words)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns here, once it is done everywhere.
+
+        Raises: UserError, on every rank, if it does on any: with host and rank unless all say the same."""
+        return _together(work, self.words, self.hosts)
+
+    def where(self, rank: int) -> str:
+        """A rank in words: `nodeB, rank 3`."""
+        return f"{self.hosts[rank]}, rank {rank}"
+
+    def ranks_on(self, host: str) -> list[int]:
+        """The ranks of a host."""
+        return [rank for rank, name in enumerate(self.hosts) if name == host]
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a collective of any group made so far, DeepSpeed's too, waits for a rank; not that of `words`.
+
+        For the steps, which the ranks take together: what comes before may take some of them much longer."""
+        for group in distributed_c10d._world.pg_map:
+            if group is not self.words:
+                distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    @contextmanager
+    def losing(self, timeout: float) -> Iterator[None]:
+        """Turn the failure of a collective into a line that says where. Raises: Lost."""
+        try:
+            yield
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            if not (isinstance(error, dist.DistError) or "gloo" in why or "NCCL" in why):
+                raise
+            raise Lost(
+                f"{self.where(self.world.rank)}: another rank is gone, cannot be reached, or did not answer within "
+                f"parallel.timeout={timeout:g} s ({why})"
+            ) from error
 
     def get_model_parallel_rank(self) -> int:
         return self.tensor.rank
@@ -138,18 +195,83 @@ class Topology:
         return self.data.handle
 
 
-def _join(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)  # of an earlier run of a multirun
+def _join() -> None:
     if dist.is_initialized():
         return
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "RANK is set, but not MASTER_ADDR, where the processes meet: hand on the first host's address, as "
+            "mpirun -x MASTER_ADDR=… does"
+        )
+    dist.init_process_group(backend)
+
+
+def _own_device() -> torch.device:
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)  # of an earlier run of a multirun
+    return device
+
+
+def _exchange(value: T, words: dist.ProcessGroup | None) -> list[T]:
+    if words is None:
+        return [value]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value, group=words)
+    return told
+
+
+def _together(work: Callable[[], T], words: dist.ProcessGroup | None, hosts: tuple[str, ...]) -> T:
+    result, mistake = None, None
+    try:
+        result = work()
+    except UserError as error:
+        mistake = error
+    told = _exchange(None if mistake is None else str(mistake), words)
+    mistaken = [rank for rank, line in enumerate(told) if line is not None]
+    if not mistaken:
+        return result  # type: ignore[return-value]
+    first = mistaken[0]
+    line = str(told[first])
+    if told.count(line) < len(told):  # not everybody's
+        line = f"{hosts[first]}, rank {first}: {line}"
+    raise UserError(line, shared=True) from mistake
+
+
+def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: bool) -> None:
+    """Raise UserError, the same on every rank, unless the ranks' tensor degrees are one that makes a grid."""
+    size, degree = len(hosts), tensor[0]
+    for rank, theirs in enumerate(tensor):
+        if theirs != degree:
+            raise UserError(
+                f"{hosts[rank]}, rank {rank} was started with tensor degree {theirs}, {hosts[0]}, rank 0 with "
+                f"{degree}: start every rank with the same command line",
+                shared=True,
+            )
+    if size % degree:
+        raise UserError(
+            f"tensor degree {degree} does not divide world size {size}: start a multiple of {degree} processes "
+            f"(torchrun --nproc-per-node {degree} …), or choose another tensor degree",
+            shared=True,
+        )
+    for first in range(0, size, degree):
+        ranks = range(first, first + degree)
+        apart = sorted({hosts[rank] for rank in ranks})
+        if len(apart) > 1 and not allow_cross_node:
+            placed = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
+            most = min(hosts.count(host) for host in apart)
+            raise UserError(
+                f"parallel.tensor={degree}: a tensor group lies on several hosts ({placed}), and every layer would "
+                f"wait for the network: start a multiple of {degree} processes on each host, lower parallel.tensor (to "
+                f"{most} or a divisor of it), or set parallel.allow_cross_node=true",
+                shared=True,
+            )
 
 
 def _axis_group(grid: torch.Tensor, rank: int, made: list[dist.ProcessGroup]) -> Group:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import aligned, quiet_libraries
+from opt_parallel.log import aligned, bytes_in_words, quiet_libraries
 
 NONE = "—"
 
@@ -47,7 +47,7 @@ def list_run(arguments: argparse.Namespace) -> int:
         losses = [_loss(each.losses[kind]) for kind in ("train", "validation")]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.folder.stat().st_mtime))
         layout = layout_of(known) if known else NONE
-        lines.append([each.folder.name, tokens, _bytes(each.size), layout, *losses, when, each.state])
+        lines.append([each.folder.name, tokens, bytes_in_words(each.size), layout, *losses, when, each.state])
     print(aligned(lines))
     return 0
 
@@ -134,14 +134,6 @@ def _loss(value: float | None) -> str:
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} TB"
 
 
 if __name__ == "__main__":

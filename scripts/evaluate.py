@@ -11,20 +11,12 @@ Task, precision and length are the checkpoint's unless they are given. The resul
 
 from __future__ import annotations
 
-import os
-from functools import partial
-
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.compose import explain, judge_as_trained, register_schema, run_from, start_from_checkpoint
-from opt_parallel.errors import reporting
-from opt_parallel.log import quiet_libraries, say
-
-said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
+from opt_parallel.compose import command, judge_as_trained, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.log import say
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
@@ -40,8 +32,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    register_schema()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
-    with said_in_one_line():
-        main()
+    command(main)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opt_parallel import place
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries, say
 
@@ -51,7 +52,7 @@ def main() -> None:
         texts = write(model, tokenizer, encoded, decoding, arguments.batch)
     if arguments.output is None:
         say("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
-    elif int(os.environ.get("RANK", "0")) == 0:
+    elif place.is_main():
         save(arguments.output, prompts, texts)
 
 
@@ -82,7 +83,7 @@ def check(arguments: argparse.Namespace) -> None:
     for name in ("batch", "tensor"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1")
-    processes, tensor = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor
+    processes, tensor = place.world_size(), arguments.tensor
     if processes != tensor:
         raise UserError(
             f"--tensor {tensor} needs {tensor} processes, {processes} started: "
@@ -153,7 +154,7 @@ def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: D
         nonlocal shown
         piece = "".join(decoder.step(tokenizer, token) or "" for token in tokens)
         shown += piece
-        if int(os.environ.get("RANK", "0")) == 0:
+        if place.is_main():
             print(piece, end="", flush=True)
 
     show(prompt)

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. A module imports from lower floors, or from other modules of its own folder.
 FLOORS = [
-    ["errors", "log"],
+    ["place"],
+    ["errors"],
+    ["log"],
     ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
     ["data_config", "task_config", "scores"],
     ["config", "hf_config"],
@@ -22,7 +24,7 @@ FLOORS = [
     ["model", "optim", "zero"],
     ["engine"],
     ["checkpoint", "evaluate"],
-    ["export", "verify", "judge"],
+    ["export", "verify", "judge", "preflight"],
     ["loop", "pretrained"],
     ["train"],
 ]
@@ -32,9 +34,9 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # who may import what; everybody else may not
 RESERVED = {
     "deepspeed": {"engine"},
-    "torch.distributed": {"topology", "parallel.collectives", "checkpoint"},
+    "torch.distributed": {"topology", "parallel.collectives", "checkpoint", "preflight"},
     "torch": {"topology", "parallel", "data", "metrics", "model", "optim", "zero", "engine", "checkpoint", "evaluate",
-              "export", "verify", "judge", "pretrained", "loop"},
+              "export", "verify", "judge", "preflight", "pretrained", "loop"},
 }  # fmt: skip
 
 

@@ -65,6 +65,13 @@ class Prepared:
         return {source.name: source.store.name for source in self.train}
 
 
+def corpora(run: Run) -> list[Corpus]:
+    """The text that the run reads, of training and then of validation. Raises: `UserError`."""
+    sources = [("data.train", source) for source in run.data.train_sources]
+    sources += [("data.validation", source) for source in run.data.validation_sources]
+    return [_corpus(run, key, source) for key, source in sources]
+
+
 def prepare(run: Run) -> Prepared:
     """The token stores that `run` needs, filled if they are not there; those of streams are filled while it trains.
 

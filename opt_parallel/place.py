@@ -1,0 +1,75 @@
+"""Which process of which run this is, by what its launcher put into the environment: known before any group exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+
+# rank, world size, rank on this host, processes on this host, as the launchers that set no RANK call them
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+SLURM_PORTS = 20_000, 10_000  # a job's own out of this many from here
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0."""
+    return rank() == 0
+
+
+def host() -> str:
+    """This host's name; Slurm's for it where it started us, as its commands and logs say it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def take_place() -> None:
+    """Where the launcher set no RANK, as torchrun, DeepSpeed's and accelerate's do, take it from Slurm's variables (of
+    a step of several tasks) or Open MPI's."""
+    if "RANK" in os.environ:
+        return
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        _set(*_slurm_place())
+        job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        first, number = SLURM_PORTS
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(first + (job * 16 + step) % number))
+    elif OPEN_MPI[0] in os.environ:
+        _set(*(os.environ[name] for name in OPEN_MPI))
+        os.environ.setdefault("MASTER_PORT", "29500")  # it tells no address: mpirun -x MASTER_ADDR=…
+
+
+def _set(rank: str, world_size: str, local_rank: str, local_world_size: str) -> None:
+    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=local_world_size)
+
+
+def _slurm_place() -> tuple[str, str, str, str]:
+    tasks = tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])[int(os.environ["SLURM_NODEID"])]
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    rank, world_size, local_rank = (os.environ[name] for name in names)
+    return rank, world_size, local_rank, str(tasks)
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` as Slurm abbreviates it: 2, 2, 2, 1."""
+    numbers: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        numbers += [int(count)] * int(times or 1)
+    return numbers
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list such as `gpu[007-010,12],cpu1`: gpu007."""
+    match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    assert match is not None
+    return "".join(part or "" for part in match.groups())

@@ -1,0 +1,36 @@
+"""Check hosts, devices, network, disk and data before a long run, with train.py's own keys and launcher.
+
+torchrun --nproc-per-node 8 scripts/preflight.py model=opt-13b parallel.tensor=8 data.train=/data/text
+
+`train.py` does the same before its first step. Nothing is prepared and nothing is loaded: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.log import say
+from opt_parallel.place import world_size
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="config")
+def main(config: DictConfig) -> None:
+    with said_in_one_line():
+        start_from_checkpoint(config, HydraConfig.get().overrides.task)
+        run = run_from(config)
+        run.check_world(world_size())
+        from opt_parallel.preflight import check_same, claim_folder, preflight  # torch takes seconds
+        from opt_parallel.topology import Topology
+
+        with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
+            check_same(run, topology)
+            topology.together(lambda: claim_folder(run))
+            for line in preflight(run, topology):
+                say(line)
+
+
+if __name__ == "__main__":
+    command(main)
