@@ -1,0 +1,137 @@
+"""From one command line to a started run: what `launch.…` says and what train.py is told, composed and checked both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from opt_parallel.compose import register_schema, run_from, start_from_checkpoint
+from opt_parallel.config import Run
+from opt_parallel.errors import UserError, one_line
+from opt_parallel.launching.commands import Command, accelerate, deepspeed, torchrun
+from opt_parallel.launching.kubernetes import manifests, to_yaml
+from opt_parallel.launching.settings import (
+    SECTIONS,
+    Accelerate,
+    DeepSpeed,
+    Kubernetes,
+    Launch,
+    Slurm,
+    System,
+    Torchrun,
+)
+from opt_parallel.launching.slurm import job
+
+
+def submit(root: Path, arguments: Sequence[str]) -> None:
+    """Start train.py of the repository `root` as `arguments` say, or print what would be started.
+
+    A launcher of this machine takes this process's place. Raises: `UserError`, Hydra's and OmegaConf's errors."""
+    ours, theirs = divide(arguments)
+    launch, run = composed(root / "configs", ours, theirs)
+    check(launch, run)
+    started = rendered(launch, run, root, theirs)
+    if launch.dry_run:
+        print(started, end="\n" if isinstance(started, Command) else "")
+    elif isinstance(started, Command):
+        become(started)
+    elif isinstance(launch, Slurm):
+        (run.folder / "logs").mkdir(parents=True, exist_ok=True)  # sbatch loses the output of a job without it
+        feed(["sbatch"], started)
+    else:
+        feed(["kubectl", "apply", "--filename", "-"], started)
+
+
+def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of `launch`, and train.py's."""
+    ours, theirs = [], []
+    for argument in arguments:
+        key = argument.lstrip("+~").partition("=")[0]
+        if key.startswith("-"):
+            raise UserError(
+                f"{argument} is no override, key=value: submit starts one run; several go through train.py's own "
+                "multirun, see launch/slurm/README.md"
+            )
+        (ours if key == "launch" or key.startswith("launch.") else theirs).append(argument)
+    return ours, theirs
+
+
+def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple[Launch, Run]:
+    """Both configurations out of the folder `configs`, checked each for itself."""
+    register_schema()
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        launch = launch_from(compose("launch", list(ours)))
+        config = compose("config", list(theirs), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)  # run.name asks it for the model's name
+        with open_dict(config):
+            del config["hydra"]
+        start_from_checkpoint(config, theirs)
+        return launch, run_from(config)
+
+
+def launch_from(config: DictConfig) -> Launch:
+    """The checked section of the system that `launch.system` names."""
+    names = [system.name for system in System]
+    if config.launch.system not in names:
+        raise UserError(f"launch.system={config.launch.system} does not exist: choose {', '.join(names)}")
+    schema = OmegaConf.create({"launch": OmegaConf.structured(SECTIONS[System[config.launch.system]])})
+    launch = OmegaConf.to_object(OmegaConf.merge(schema, config).launch)
+    assert isinstance(launch, Launch)
+    return launch
+
+
+def check(launch: Launch, run: Run) -> None:
+    """Raise `UserError` unless the run fits the processes that are asked for, however many machines take part."""
+    for nodes in range(launch.fewest, launch.most + 1):
+        run.check_world(nodes * launch.processes)
+
+
+def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> Command | str:
+    """What is started: a command, or the text that a queue takes."""
+    script = root / "train.py"
+    match launch:
+        case Torchrun():
+            return torchrun(launch, run.run.name, script, overrides)
+        case DeepSpeed():
+            return deepspeed(launch, script, overrides)
+        case Accelerate():
+            return accelerate(launch, script, overrides)
+        case Slurm():
+            return job(launch, run.run.name, run.folder.absolute(), root, overrides)
+        case Kubernetes():
+            return to_yaml(manifests(launch, overrides))
+    raise AssertionError(launch)
+
+
+def become(command: Command) -> None:
+    """Put `command` in this process's place: its status and the signals sent to it are then this one's."""
+    beside = str(Path(sys.executable).parent)  # of this Python's environment, activated or not
+    path = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+    for program in [command.words[0], *command.needs]:
+        require_program(program, path)
+    os.execvpe(command.words[0], command.words, {**os.environ, **command.environment, "PATH": path})
+
+
+def feed(words: list[str], text: str) -> None:
+    """Give `text` to a queue's own program, whose words are the user's answer."""
+    require_program(words[0], os.environ.get("PATH", os.defpath))
+    done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{words[0]} did not take it: {one_line(Exception(done.stderr))}")
+    print(done.stdout, end="")
+
+
+def require_program(name: str, path: str) -> None:
+    """Raise `UserError` unless the program is in `path`."""
+    if shutil.which(name, path=path) is None:
+        raise UserError(
+            f"{name} is not installed here, or not in PATH; launch.dry_run=true prints what it would be given"
+        )
