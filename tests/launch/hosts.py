@@ -1,11 +1,11 @@
-"""Two hosts on one machine: network namespaces joined by a cable, each with an address, a host name and processes of its
-own, and the machine's file system for both.
+"""Two hosts on one machine: network namespaces joined by a cable, each with an address, a host name and processes of
+its own, and the machine's file system for both.
 
     with two_hosts() as (first, second):
         launcher = first.start(["torchrun", …], output)     # on nodeA, 10.77.0.1
         second.cut()                                        # the cable is out …
         second.mend()                                       # … and in again
-        second.kill()                                       # a power failure
+        second.fail()                                       # the power is off
 
 Needs Linux, root and iproute2; `why_not` says what is missing.
 """
@@ -63,8 +63,13 @@ class Host:
         """All that runs here, in whatever session: a launcher gives each rank one of its own."""
         return [int(number) for number in _ip("netns", "pids", self.namespace).split()]
 
+    def fail(self) -> None:
+        """Lose power: all that runs here ends, and nobody is told. `mend` brings the host back, empty."""
+        self.cut()  # first: or the system would reset the connections of what is killed
+        self.kill()
+
     def kill(self) -> None:
-        """SIGKILL to all that runs here, and to what it starts meanwhile."""
+        """SIGKILL to all that runs here, and to what it starts meanwhile; the system says so to the other host."""
         while left := self.processes():
             for process in left:
                 with suppress(ProcessLookupError):
@@ -72,7 +77,7 @@ class Host:
             time.sleep(0.05)
 
     def cut(self) -> None:
-        """Take the cable out: nothing comes through, and nobody is told."""
+        """Take the cable out: nothing comes through, in neither direction."""
         _ip("-netns", self.namespace, "link", "set", "cable", "down")
 
     def mend(self) -> None:
