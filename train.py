@@ -6,28 +6,22 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.compose import command, run_from, start_from_checkpoint
 from opt_parallel.place import take_place, world_size
-
-
-def swept_values() -> str:
-    """What sets this run of a multirun apart from its siblings: the overrides that were not given as they stand."""
-    swept = [override for override in HydraConfig.get().overrides.task if override not in sys.argv[1:]]
-    return ",".join(swept).replace("/", "_")
+from opt_parallel.sweep import folder_name, is_sweep, reported, swept_values
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
     take_place()  # a sweep's job may begin here
-    with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
+    with reported():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        if is_sweep():
             with open_dict(config):
-                config.run.dir = f"{config.run.dir}/{swept_values()}"
+                config.run.dir = f"{config.run.dir}/{folder_name(swept_values())}"
         run = run_from(config)
         run.check_world(world_size())
 

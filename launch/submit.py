@@ -8,17 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from opt_parallel.compose import explain
-from opt_parallel.errors import reporting
+from opt_parallel.compose import said_in_one_line
 from opt_parallel.launching.submit import submit
-
-said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
 
 if __name__ == "__main__":
     with said_in_one_line():

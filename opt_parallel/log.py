@@ -85,7 +85,8 @@ def own_file(folder: Path) -> Iterator[None]:
             elif terminal is not None and _worth_a_line(error):
                 os.write(terminal[1], f"error: {_first_line(error)}; {path} has more\n".encode())
             raise
-        _collect_no_more(handlers)
+        finally:
+            _collect_no_more(handlers)  # after an error, too: the next run of a multirun has a file of its own
         if terminal is not None:
             for old in _redirect(*terminal) + terminal:
                 os.close(old)

@@ -235,15 +235,15 @@ def _check_room(run: Run) -> str:
     parameters = sum(map(math.prod, trained_shapes(network(run, labels, ALONE)).values()))
     size = CHECKPOINT_BYTES * parameters
     saves = -(-run.stop // run.checkpoint.every) if run.checkpoint.every else 1
-    there = len(steps_in(run.folder / "checkpoints"))
-    more = max(min(run.checkpoint.keep + 1, saves) - there, 1)
-    free = _said(partial(shutil.disk_usage, run.folder), run).free
+    folder = run.folder / "checkpoints"  # which may be a link to a larger disk
+    more = max(min(run.checkpoint.keep + 1, saves) - len(steps_in(folder)), 1)
+    free = _said(partial(shutil.disk_usage, folder if folder.exists() else run.folder), run).free
     needed = f"{more} checkpoint{'s' * (more > 1)} of {bytes_in_words(size)}"
     if free < more * size:
         raise UserError(
-            f"run.dir={run.run.dir} has {bytes_in_words(free)} free, and {needed} must have room at once "
-            f"(checkpoint.keep={run.checkpoint.keep}, and the one that is written): make room, choose another run.dir, "
-            "or lower checkpoint.keep"
+            f"run.dir={run.run.dir} has {bytes_in_words(free)} free for checkpoints, and {needed} must have room at "
+            f"once (checkpoint.keep={run.checkpoint.keep}, and the one that is written): make room, choose another "
+            "run.dir, or lower checkpoint.keep"
         )
     return f"{bytes_in_words(free)} free for {needed}"
 
@@ -258,7 +258,7 @@ def _check_data(run: Run, topology: Topology) -> None:
         return
     lists = [each or {} for each in topology.exchange(files)]
     for rank in speakers:
-        for path in lists[0].keys() | lists[rank].keys():
+        for path in sorted(lists[0].keys() | lists[rank].keys()):
             here, there = lists[0].get(path), lists[rank].get(path)
             if here != there:
                 what = "has no" if there is None else "has another"
@@ -270,11 +270,14 @@ def _check_data(run: Run, topology: Topology) -> None:
 
 
 def _files(run: Run) -> dict[str, tuple[int, int]]:
-    """Size of each file of the run's text, and the checksum of a few bytes of some."""
+    """Size of each file of the run's text, by its name as seen from here, and the checksum of a few bytes of some."""
     paths = [path for corpus in corpora(run) for path in corpus.files]
-    step = max(1, len(paths) // LOOKED_INTO)
+    step, here = max(1, len(paths) // LOOKED_INTO), Path.cwd()
     return {
-        str(path): (path.stat().st_size, _checksum_of_ends(path) if n % step == 0 else 0)
+        str(path.relative_to(here) if path.is_relative_to(here) else path): (
+            path.stat().st_size,
+            _checksum_of_ends(path) if n % step == 0 else 0,
+        )
         for n, path in enumerate(paths)
     }
 

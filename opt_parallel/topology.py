@@ -19,7 +19,7 @@ from opt_parallel.config import Precision
 from opt_parallel.errors import Lost, UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of the words between ranks: one may prepare text while the others wait
+PATIENCE = timedelta(days=1)  # of the words between ranks: one may prepare text while the others wait
 
 
 @dataclass(frozen=True)

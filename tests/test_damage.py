@@ -184,8 +184,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
-    """One of 1.5 MB fits and a second does not: a warning while the run goes on, and an error at its end."""
-    disk = small_disk("size=2M")
+    """Out of files it may hold, not of bytes, which the run would have asked for before it began. Those of one
+    checkpoint fit and a second's do not: a warning while the run goes on, and an error at its end."""
+    disk = small_disk("nr_inodes=10")
     arguments = [*small(tmp_path), "zero.stage=1", "steps=5", "checkpoint.every=2"]
     process = torchrun(2, "train.py", *arguments)
     assert process.returncode != 0
@@ -196,7 +197,7 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_dis
     ]
     assert names_in(disk) == ["step-2"]
     assert [row["step"] for row in train_rows(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    subprocess.run(["mount", "-o", "remount,size=8M", disk], check=True)
+    subprocess.run(["mount", "-o", "remount,nr_inodes=1000", disk], check=True)
     again = python("train.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert "continuing at step 2:" in again.stdout

@@ -19,7 +19,7 @@ FLOORS = [
     ["data_config", "task_config", "scores"],
     ["config", "hf_config"],
     ["compose"],
-    ["topology", "trackers"],
+    ["topology", "trackers", "sweep", "launching"],
     ["parallel", "data", "metrics"],
     ["model", "optim", "zero"],
     ["engine"],

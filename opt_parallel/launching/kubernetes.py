@@ -48,19 +48,12 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
     if launch.gpus:
         resources["nvidia.com/gpu"] = str(launch.gpus)
     variables = torchrun_environment(launch) | threads(launch.cpus, launch.processes)
-    container = {
+    place = ["--rdzv-endpoint", f"{launch.name}-0.{launch.name}:{PORT}", "--rdzv-id", str(launch.name)]
+    container: dict[str, Any] = {
         "name": "trainer",
         "image": launch.image,
         "command": ["torchrun"],
-        "args": [
-            *torchrun_options(launch),
-            "--rdzv-endpoint",
-            f"{launch.name}-0.{launch.name}:{PORT}",
-            "--rdzv-id",
-            launch.name,
-            f"{launch.code}/train.py",
-            *(literal(override) for override in overrides),
-        ],  # fmt: skip
+        "args": [*torchrun_options(launch), *place, f"{launch.code}/train.py", *map(literal, overrides)],
         "workingDir": launch.mount,
         "env": [{"name": name, "value": value} for name, value in variables.items()],
         "resources": {"requests": resources, "limits": dict(resources)},

@@ -29,6 +29,7 @@ from opt_parallel.launching.settings import (
     Torchrun,
 )
 from opt_parallel.launching.slurm import job
+from opt_parallel.shapes import require
 
 
 def submit(root: Path, arguments: Sequence[str]) -> None:
@@ -52,7 +53,8 @@ def submit(root: Path, arguments: Sequence[str]) -> None:
 
 def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of `launch`, and train.py's."""
-    ours, theirs = [], []
+    ours: list[str] = []
+    theirs: list[str] = []
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key.startswith("-"):
@@ -92,6 +94,12 @@ def check(launch: Launch, run: Run) -> None:
     """Raise `UserError` unless the run fits the processes that are asked for, however many machines take part."""
     for nodes in range(launch.fewest, launch.most + 1):
         run.check_world(nodes * launch.processes)
+    tensor, processes = run.parallel.tensor, launch.processes
+    require(
+        launch.most == 1 or processes % tensor == 0 or run.parallel.allow_cross_node,
+        f"parallel.tensor={tensor} on launch.processes={processes} a machine: a tensor group would lie on two; start a "
+        f"multiple of {tensor} on each, or set parallel.allow_cross_node=true",
+    )
 
 
 def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> Command | str:

@@ -59,7 +59,9 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"not installed: {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge)" if absent else None
+    return (
+        f"not installed: {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge)" if absent else None
+    )
 
 
 @dataclass

@@ -1,0 +1,321 @@
+"""What ranks that do not fit together are told, each by host and rank; the crew's processes, and some as a user starts
+them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import ROOT, environment, small, write_text
+
+from opt_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, Run, RunConfig
+from opt_parallel.data_config import DataConfig
+from opt_parallel.errors import UserError
+from opt_parallel.shapes import ModelConfig
+
+TINY = ModelConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=256)
+
+
+def run_in(folder: Path, **fields: Any) -> Run:
+    write_text(folder)
+    data = DataConfig(train="text.jsonl", cache=str(folder / "cache"), sequence_length=16)
+    return Run(**{"model": TINY, "data": data, "run": RunConfig(dir=str(folder / "run")), **fields})
+
+
+def said(runs: list[Run], hosts: list[str], folders: list[Path]) -> tuple[bool, str, float]:
+    """On the crew: each rank with its own settings, host and folder; whether all were refused, with which words,
+    and after how many seconds."""
+    rank = int(os.environ["RANK"])
+    from opt_parallel.preflight import check_same, claim_folder, preflight
+    from opt_parallel.topology import Topology
+
+    before, began = Path.cwd(), time.monotonic()
+    os.environ["SLURMD_NODENAME"] = hosts[rank]
+    os.chdir(folders[rank])
+    run = runs[rank]
+    try:
+        with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
+            check_same(run, topology)
+            topology.together(lambda: claim_folder(run))
+            return False, "\n".join(preflight(run, topology)), time.monotonic() - began
+    except UserError as error:
+        return error.shared, str(error), time.monotonic() - began
+    finally:
+        os.chdir(before)
+        del os.environ["SLURMD_NODENAME"]
+
+
+def refusal(crew: Any, runs: list[Run], folders: list[Path], hosts: tuple[str, ...] = ("nodeA", "nodeB")) -> str:
+    """The line that all ranks end with, soon."""
+    answers = crew(len(runs))(said, runs, list(hosts), folders)
+    assert all(refused and seconds < 30 for refused, _, seconds in answers), answers
+    lines = {line for _, line, _ in answers}
+    assert len(lines) == 1, lines
+    (line,) = lines
+    assert "\n" not in line
+    return line
+
+
+def test_what_is_said_when_all_is_well(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path, parallel=ParallelConfig(tensor=2), checkpoint=CheckpointConfig(every=10), steps=100)
+    answers = crew(4)(said, [run] * 4, ["nodeA", "nodeA", "nodeB", "nodeB"], [tmp_path] * 4)
+    assert not any(refused for refused, _, _ in answers)
+    summary, *grid = answers[0][1].split("\n")
+    for words in (
+        "4 ranks, 2 hosts",
+        "CPU multiplies right",
+        "tensor ",
+        "data ",
+        " GB/s",
+        "3 checkpoints of 3.17 MB",
+        "clocks",
+    ):
+        assert words in summary
+    assert grid == ["  nodeA  ranks 0–1  data 0  tensor 0–1", "  nodeB  ranks 2–3  data 1  tensor 0–1"]
+    assert not list((tmp_path / "run").glob(".preflight*"))
+
+
+def test_other_settings(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    other = dataclasses.replace(run, optimizer=OptimizerConfig(lr=0.5))
+    line = refusal(crew, [run, other], [tmp_path] * 2)
+    assert line.startswith("nodeB, rank 1 has other settings than nodeA, rank 0: optimizer.lr 0.5 instead of 0.0006; ")
+
+
+def test_another_tensor_degree(crew: Any, tmp_path: Path) -> None:
+    """Before any group is made by it."""
+    run = run_in(tmp_path)
+    line = refusal(crew, [run, dataclasses.replace(run, parallel=ParallelConfig(tensor=2))], [tmp_path] * 2)
+    assert line.startswith("nodeB, rank 1 was started with tensor degree 2, nodeA, rank 0 with 1: ")
+
+
+def with_version(package: str, number: str, folder: Path, *arguments: Any) -> Any:
+    """On the crew: `said`, while rank 1 finds another version of `package` installed."""
+    if int(os.environ["RANK"]) != 1:
+        return said(*arguments)
+    installed = folder / "site" / f"{package}-{number}.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
+    sys.path.insert(0, str(installed.parent))
+    try:
+        return said(*arguments)
+    finally:
+        sys.path.remove(str(installed.parent))
+
+
+def test_another_version_of_a_library(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    answers = crew(2)(
+        with_version, "tokenizers", "9.9.9", tmp_path, [run, run], ["nodeA", "nodeB"], [tmp_path, tmp_path]
+    )
+    assert {refused for refused, _, _ in answers} == {True}
+    assert answers[0][1] == answers[1][1]
+    assert answers[0][1].startswith(
+        "nodeB, rank 1 has other libraries than nodeA, rank 0: tokenizers 9.9.9 instead of "
+    )
+
+
+def with_code(checksum: str, *arguments: Any) -> Any:
+    from opt_parallel import preflight
+
+    before = preflight.code_checksum
+    if int(os.environ["RANK"]) == 1:
+        preflight.code_checksum = lambda: checksum
+    try:
+        return said(*arguments)
+    finally:
+        preflight.code_checksum = before
+
+
+def test_other_code(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    answers = crew(2)(with_code, "0123456789ab", [run, run], ["nodeA", "nodeB"], [tmp_path, tmp_path])
+    assert "nodeB, rank 1 has other code than nodeA, rank 0: opt-parallel 0123456789ab instead of" in answers[0][1]
+
+
+def test_code_checksum_follows_the_code(tmp_path: Path) -> None:
+    from opt_parallel.preflight import code_checksum
+
+    package = tmp_path / "opt_parallel"
+    subprocess.run(["cp", "-r", ROOT / "opt_parallel", package], check=True)
+    command = [sys.executable, "-c", "from opt_parallel.preflight import code_checksum; print(code_checksum())"]
+
+    def checksum() -> str:
+        process = subprocess.run(
+            command, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, check=True
+        )
+        return process.stdout.strip()
+
+    assert checksum() == code_checksum()
+    with (package / "optim.py").open("a") as file:
+        file.write("# another\n")
+    assert checksum() != code_checksum()
+
+
+def test_text_that_one_host_lacks_or_has_otherwise(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    line = refusal(crew, [run, run], [tmp_path, elsewhere])
+    assert line == "nodeB, rank 1: data.train=text.jsonl: no such file or folder; check the path"
+    changed = (tmp_path / "text.jsonl").read_text().replace("Sentence 3 ", "Sentence 8 ")
+    (elsewhere / "text.jsonl").write_text(changed)
+    line = refusal(crew, [run, run], [tmp_path, elsewhere])
+    assert line.startswith("nodeB, rank 1 has another text.jsonl than nodeA, rank 0: bring the same text to every host")
+
+
+def test_the_same_text_at_other_places(crew: Any, tmp_path: Path) -> None:
+    """A copy on each host is as good as a shared folder."""
+    run, elsewhere = run_in(tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_text(elsewhere)
+    answers = crew(2)(said, [run, run], ["nodeA", "nodeB"], [tmp_path, elsewhere])
+    assert [refused for refused, _, _ in answers] == [False, False], answers
+
+
+def test_a_run_folder_that_is_not_shared(crew: Any, tmp_path: Path) -> None:
+    run = dataclasses.replace(run_in(tmp_path), run=RunConfig(dir="run"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_text(elsewhere)
+    line = refusal(crew, [run, run], [tmp_path, elsewhere])
+    assert line.startswith("nodeB, rank 1: run.dir=run is not the folder that nodeA, rank 0 writes to: ")
+
+
+def test_too_little_disk(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path, checkpoint=CheckpointConfig(every=10), steps=100)
+    disk = tmp_path / "run"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", disk], check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        line = refusal(crew, [run, run], [tmp_path] * 2)
+        assert f"run.dir={disk} has 8.39 MB free for checkpoints, and 3 checkpoints of 3.17 MB" in line
+        assert "(checkpoint.keep=2, and the one that is written): make room" in line
+        assert not refused_with(crew, dataclasses.replace(run, checkpoint=CheckpointConfig(every=10, keep=1)), tmp_path)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def refused_with(crew: Any, run: Run, folder: Path) -> bool:
+    return any(refused for refused, _, _ in crew(2)(said, [run, run], ["nodeA", "nodeB"], [folder, folder]))
+
+
+def test_a_tensor_group_across_hosts(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path, parallel=ParallelConfig(tensor=2))
+    line = refusal(crew, [run] * 4, [tmp_path] * 4, ("nodeA", "nodeB", "nodeB", "nodeA"))
+    assert line.startswith(
+        "parallel.tensor=2: a tensor group lies on several hosts (rank 0 on nodeA, rank 1 on nodeB), and every layer "
+    )
+    allowed = dataclasses.replace(run, parallel=ParallelConfig(tensor=2, allow_cross_node=True))
+    answers = crew(4)(said, [allowed] * 4, ["nodeA", "nodeB", "nodeB", "nodeA"], [tmp_path] * 4)
+    assert not any(refused for refused, _, _ in answers), answers
+    assert answers[0][1].split("\n")[1:] == [
+        "  nodeA  ranks 0, 3  data 0–1  tensor 0–1",
+        "  nodeB  ranks 1–2   data 0–1  tensor 0–1",
+    ]
+
+
+def sick(fault: str) -> str:
+    """On the crew: what the check of a device says where a product is wrong, or raises."""
+    import torch
+
+    from opt_parallel import preflight
+
+    class Sick(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            result = super().__torch_function__(function, types, arguments, named or {})
+            if function is torch.Tensor.matmul and result.dtype is torch.float32:
+                if fault == "raises":
+                    raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might …")
+                result[3, 5] += 1
+            return result
+
+    before = torch.arange
+    torch.arange = lambda *sizes: before(*sizes).as_subclass(Sick)
+    try:
+        preflight._check_device(torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    finally:
+        torch.arange = before
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("adds", "the CPU multiplies wrongly: take it out of service"),
+        ("raises", "the CPU does not work (CUDA error: uncorrectable ECC error encountered): take it out of service"),
+    ],
+)
+def test_a_sick_device(fault: str, line: str) -> None:
+    assert sick(fault) == line
+
+
+def one_is_silent(hosts: list[str]) -> str:
+    """On the crew: rank 1 is there, and does not come to where all are awaited."""
+    from opt_parallel import preflight
+    from opt_parallel.topology import Topology
+
+    rank, before = int(os.environ["RANK"]), preflight.PATIENCE
+    os.environ["SLURMD_NODENAME"] = hosts[rank]
+    preflight.PATIENCE = timedelta(seconds=2)
+    try:
+        topology = Topology.open(1).__enter__()  # and no way out, which would take the group from under rank 0
+        if rank == 0:
+            preflight._check_all_answer(topology)
+    except UserError as error:
+        return str(error)
+    finally:
+        preflight.PATIENCE = before
+        del os.environ["SLURMD_NODENAME"]
+    return ""
+
+
+def test_a_rank_that_hangs_is_named(crew: Any) -> None:
+    line, _ = crew(2)(one_is_silent, ["nodeA", "nodeB"])
+    assert line.startswith("nodeB, rank 1 did not answer within 2 s: its device or its host hangs")
+
+
+@pytest.mark.parametrize("wrong", ["settings", "text"])
+def test_started_by_torchrun_all_end_with_one_line(tmp_path: Path, wrong: str) -> None:
+    """Rank 1 has another command line, or stands where the text is not: no rank hangs, and rank 0 alone speaks."""
+    arguments = small(tmp_path)
+    where, also = f"cd {ROOT}", ""
+    if wrong == "settings":
+        also = "optimizer.lr=0.5"
+    else:
+        arguments.append("data.train=text.jsonl")
+        where = f"cd {tmp_path}; [ $RANK = 1 ] && cd /"
+    script = (
+        f"export SLURMD_NODENAME=node$RANK PYTHONPATH={ROOT}; {where}; "
+        f'exec {sys.executable} {ROOT}/train.py "$@" $([ $RANK = 1 ] && echo {also})'
+    )
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
+         "bash", "-c", script, "train", *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, process.stderr
+    assert errors[0].startswith("error: node1, rank 1")
+    assert ("optimizer.lr 0.5" if wrong == "settings" else "data.train=text.jsonl: no such file") in errors[0]
+    assert "opt_parallel/" not in process.stderr, "a rank printed a traceback"
+    assert process.stderr.count("exitcode  : 2") == process.stderr.count("exitcode  :") == 2
+
+
+def test_precision_is_checked_everywhere(crew: Any, tmp_path: Path) -> None:
+    from opt_parallel.config import Precision
+
+    run = run_in(tmp_path)
+    other = dataclasses.replace(run, precision=PrecisionConfig(name=Precision.fp32))
+    assert "precision.name fp32 instead of bf16" in refusal(crew, [run, other], [tmp_path] * 2)
