@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command import environment, python, small, torchrun, train_rows
+from command import python, small, torchrun, train_rows
 from hosts import Host, two_hosts, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -91,6 +91,12 @@ class Nodes:
             said = self.said(host)
             assert len([line for line in said.splitlines() if f"error: {host.name}, rank " in line]) == 1, said
             assert "Traceback" not in said
+
+    def check_grid(self) -> None:
+        """Each tensor group must lie on a host of its own."""
+        said = self.said(self.hosts[0])
+        assert "  nodeA  ranks 0–1  data 0  tensor 0–1" in said
+        assert "  nodeB  ranks 2–3  data 1  tensor 0–1" in said
 
     def losses(self) -> Losses:
         return losses_of(self.run)
@@ -175,9 +181,7 @@ def test_two_hosts_train_as_one(nodes: Nodes, straight: Losses, alone: Losses) -
     assert nodes.wait_for_end(*nodes.hosts) == [0, 0]
     assert nodes.losses() == straight
     assert nodes.losses() == close_to(alone)
-    said = nodes.said(nodes.hosts[0]).splitlines()
-    assert "  nodeA  ranks 0–1  data 0  tensor 0–1" in said
-    assert "  nodeB  ranks 2–3  data 1  tensor 0–1" in said
+    nodes.check_grid()
 
 
 @pytest.mark.long
@@ -243,6 +247,26 @@ def test_a_host_never_comes_back(nodes: Nodes, straight: Losses) -> None:
 
 
 @pytest.mark.long
+def test_a_tensor_group_on_two_hosts_is_refused_unless_allowed(nodes: Nodes, straight: Losses) -> None:
+    first, second = nodes.hosts
+    launch = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "nodeA:29500"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "train.py", *nodes.arguments, "stop_at=3"]
+    for host in nodes.hosts:
+        nodes.start_command(host, command)
+    assert nodes.wait_for_end(first, second) == [1, 1]
+    errors = [line for line in nodes.said(first).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "rank 0 on nodeA, rank 1 on nodeB" in errors[0]
+    assert "parallel.allow_cross_node=true" in errors[0]
+    assert "error: " not in nodes.said(second)
+    assert not nodes.run.exists()
+    for host in nodes.hosts:
+        nodes.start_command(host, [*command, "parallel.allow_cross_node=true"])
+    assert nodes.wait_for_end(first, second) == [0, 0]
+    assert nodes.losses() == close_to(straight[:3])
+
+
+@pytest.mark.long
 def test_accelerate_starts_the_same_run(nodes: Nodes, straight: Losses) -> None:
     nodes.arguments.append("stop_at=6")
     for rank, host in enumerate(nodes.hosts):
@@ -251,6 +275,7 @@ def test_accelerate_starts_the_same_run(nodes: Nodes, straight: Losses) -> None:
             "launch.processes=2", "launch.address=nodeA", f"launch.rank={rank}",
         )  # fmt: skip
     assert nodes.wait_for_end(*nodes.hosts) == [0, 0]
+    nodes.check_grid()
     assert nodes.losses() == straight[:6]
 
 
@@ -268,6 +293,7 @@ def test_deepspeed_starts_the_same_run(nodes: Nodes, straight: Losses) -> None:
         f"launch.address={first.address}", PATH=path,
     )  # fmt: skip
     assert nodes.wait_for_end(first) == [0]
+    nodes.check_grid()
     assert nodes.losses() == straight[:6]
 
 
@@ -277,10 +303,9 @@ def serve_ssh(nodes: Nodes) -> str:
     folder.mkdir()
     key, log = folder / "key", folder / "log.txt"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    handed_on = " ".join(f"{name}={value}" for name, value in environment().items() if name in ("OMP_NUM_THREADS",))
     (folder / "server").write_text(
         f"HostKey {key}\nAuthorizedKeysFile {key}.pub\nPermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile none\n"
-        f'SetEnv {handed_on} CUDA_VISIBLE_DEVICES=""\n'
+        'SetEnv OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=""\n'
     )
     (folder / "client").write_text(
         f"IdentityFile {key}\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
