@@ -220,7 +220,7 @@ def test_a_host_fails_and_is_started_again(nodes: Nodes, straight: Losses, end: 
 def test_the_host_where_they_meet_fails_and_is_started_again(nodes: Nodes, straight: Losses) -> None:
     """torchrun's other agents end with it: each host starts its own anew until the run is done, as a service does."""
     first, second = nodes.hosts
-    again = ["sh", "-c", 'until "$@"; do sleep 1; done', "sh"]
+    again = ["sh", "-c", f'until "$@" || grep -qs stopped {nodes.run}/state; do sleep 1; done', "sh"]
     command = [*again, sys.executable, "launch/submit.py", *TORCHRUN, *nodes.arguments]
     for host in nodes.hosts:
         nodes.start_command(host, command)
