@@ -39,7 +39,7 @@ def command(main: Callable[[], None]) -> None:
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
     with said_in_one_line():
-        refuse_secrets(_keys_given(sys.argv[1:]))  # Hydra itself writes down what a multirun was given
+        refuse_secrets(keys_given(sys.argv[1:]))  # Hydra itself writes down what a multirun was given
         main()
 
 
@@ -54,7 +54,7 @@ def refuse_secrets(keys: Iterable[str]) -> None:
             )
 
 
-def _keys_given(arguments: list[str]) -> Iterator[str]:
+def keys_given(arguments: list[str]) -> Iterator[str]:
     """The keys of a command line's overrides, and those within their values."""
     parser = OverridesParser.create()
     for argument in arguments:

@@ -28,6 +28,7 @@ class Interrupt:
         self.status = 0
         self.patient = False
         self._since = 0.0
+        self._ignored = False
 
     @classmethod
     @contextmanager
@@ -44,8 +45,15 @@ class Interrupt:
         finally:
             signal.set_wakeup_fd(earlier)
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if not interrupt._ignored:
+                    signal.signal(number, handler)
             os.close(writer)
+
+    def ignore(self) -> None:
+        """Let no signal change any more what this process ends with: launchers send one to all as soon as one ends."""
+        self._ignored = True
+        for number in STATUS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _listen(self, reader: int) -> None:
         while numbers := os.read(reader, 64):

@@ -34,7 +34,7 @@ def judge(run: Run) -> dict[str, Any]:
         opened.check_labels(data.labels)
     samples = open_validation(run, data)
     assert samples is not None
-    with Topology.open(run.parallel.tensor) as topology:
+    with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
         model = _model(run, opened, data.labels, topology)
         found = validate(Untrained(run, topology, model), samples, data.labels)
         result = _told(run, data, found)

@@ -39,10 +39,10 @@ def aligned(lines: list[list[str]]) -> str:
 def bytes_in_words(number: float) -> str:
     """`812 B`, `12.3 GB`; decimal, as disks are sold."""
     for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
+        if number < 999.5:
             return f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:,.3g} TB"
+    return f"{number:,.3g} TB" if number < 999.5 else f"{number:,.0f} TB"
 
 
 def quiet_libraries() -> None:
@@ -80,7 +80,7 @@ def own_file(folder: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if main:  # else it is printed into the file anyway
+            if main or isinstance(error, Lost):  # else it is printed into the file anyway
                 traceback.print_exc(file=file)
             elif terminal is not None and _worth_a_line(error):
                 os.write(terminal[1], f"error: {_first_line(error)}; {path} has more\n".encode())

@@ -131,6 +131,9 @@ def _train(run: Run, topology: Topology, interrupt: Interrupt) -> int:
 
     loader.close()
     store.finish()
+    if status:
+        interrupt.ignore()
+        topology.barrier()  # nobody ends before all ignore
     metrics.close(finished=clock.step == run.steps)
     if topology.is_main:
         _write_state(run, "stopped" if status else "done")

@@ -250,7 +250,8 @@ def _check_room(run: Run) -> str:
 
 def _check_data(run: Run, topology: Topology) -> None:
     """The same files on every host: all sizes, and of some the first and last bytes."""
-    files = topology.together(lambda: _files(run) if _speaks_for_host(topology) else None)
+    paths = topology.together(lambda: [path for corpus in corpora(run) for path in corpus.files])
+    files = topology.together(lambda: _files(paths) if _speaks_for_host(topology) else None)
     speakers = [topology.hosts.index(host) for host in dict.fromkeys(topology.hosts)]
     checksum = files and crc32(repr(files).encode())
     told = topology.exchange(checksum)
@@ -269,9 +270,8 @@ def _check_data(run: Run, topology: Topology) -> None:
                 )
 
 
-def _files(run: Run) -> dict[str, tuple[int, int]]:
-    """Size of each file of the run's text, by its name as seen from here, and the checksum of a few bytes of some."""
-    paths = [path for corpus in corpora(run) for path in corpus.files]
+def _files(paths: list[Path]) -> dict[str, tuple[int, int]]:
+    """Size of each file, by its name as seen from here, and the checksum of a few bytes of some."""
     step, here = max(1, len(paths) // LOOKED_INTO), Path.cwd()
     return {
         str(path.relative_to(here) if path.is_relative_to(here) else path): (

@@ -175,7 +175,7 @@ class Topology:
             why = re.sub(r"^\[\S+:\d+\] ", "", why)  # not where in gloo's own sources
             raise Lost(
                 f"{self.where(self.world.rank)}: another rank is gone, cannot be reached, or did not answer within "
-                f"parallel.timeout={timeout:g} s ({why})"
+                f"parallel.timeout={timeout:g} s ({why}); the same command goes on from the newest checkpoint"
             ) from error
 
     def get_model_parallel_rank(self) -> int:

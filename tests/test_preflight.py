@@ -313,6 +313,32 @@ def test_started_by_torchrun_all_end_with_one_line(tmp_path: Path, wrong: str) -
     assert process.stderr.count("exitcode  : 2") == process.stderr.count("exitcode  :") == 2
 
 
+def with_a_clock(ahead: float, *arguments: Any) -> tuple[bool, str, float, str]:
+    """On the crew: `said`, while rank 1's clock is ahead; and what was printed."""
+    import contextlib
+    import io
+
+    before, printed = time.time, io.StringIO()
+    if int(os.environ["RANK"]) == 1:
+        time.time = lambda: before() + ahead
+    try:
+        with contextlib.redirect_stdout(printed):
+            return (*said(*arguments), printed.getvalue())
+    finally:
+        time.time = before
+
+
+def test_a_clock_that_is_wrong(crew: Any, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    arguments = ([run, run], ["nodeA", "nodeB"], [tmp_path, tmp_path])
+    (refused, summary, _, printed), _ = crew(2)(with_a_clock, 100.0, *arguments)
+    assert not refused
+    assert "warning: the clock of nodeB, rank 1 is 100 s ahead of that of nodeA, rank 0: " in printed
+    assert "clocks within 100.0 s" in summary
+    (_, _, _, printed), _ = crew(2)(with_a_clock, 0.0, *arguments)
+    assert "clock" not in printed
+
+
 def test_precision_is_checked_everywhere(crew: Any, tmp_path: Path) -> None:
     from opt_parallel.config import Precision
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
 
+from opt_parallel.errors import Lost, UserError
 from opt_parallel.topology import Topology
 
 
@@ -32,3 +34,72 @@ def test_the_grid_of_four(crew: Any) -> None:
 def test_a_tensor_degree_that_does_not_divide(crew: Any) -> None:
     with pytest.raises(AssertionError, match="UserError: tensor degree 3 does not divide world size 4"):
         crew(4)(grid, 3)
+
+
+def one_stays_away(seconds: float) -> str:
+    """On the crew: what rank 0 says of a collective that rank 1 does not come to; only that group is hurt."""
+    import torch
+    import torch.distributed as dist
+
+    with Topology.open(1) as topology:
+        topology.set_timeout(seconds)
+        topology.exchange(None)  # both have set it
+        line = ""
+        try:
+            with topology.losing(seconds):
+                if topology.is_main:
+                    dist.all_reduce(torch.zeros(3), group=topology.data.handle)
+        except Lost as lost:
+            line = str(lost)
+        topology.set_timeout(60.0)
+        topology.exchange(None)  # whose patience is not changed: rank 1 has waited here
+        return line
+
+
+def test_a_rank_that_does_not_answer_is_given_up(crew: Any) -> None:
+    began = datetime.datetime.now()
+    line, silent = crew(2)(one_stays_away, 1.0)
+    assert "rank 0: another rank is gone, cannot be reached, or did not answer within parallel.timeout=1 s (" in line
+    assert "\n" not in line
+    assert silent == ""
+    assert datetime.datetime.now() - began < datetime.timedelta(seconds=30)  # of the crew's 60
+
+
+def other_errors_stay() -> str:
+    with Topology.open(1) as topology:
+        try:
+            with topology.losing(1.0):
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        except RuntimeError as error:
+            return type(error).__name__
+
+
+def test_a_fault_of_our_own_is_no_lost_rank(crew: Any) -> None:
+    assert crew(2)(other_errors_stay) == ["RuntimeError"] * 2
+
+
+def mistakes(lines: list[str | None]) -> list[str]:
+    """On the crew: what `together` makes of each rank's mistake."""
+    with Topology.open(1) as topology:
+        line = lines[topology.world.rank]
+
+        def work() -> str:
+            if line is not None:
+                raise UserError(line)
+            return "fine"
+
+        try:
+            return [topology.together(work)]
+        except UserError as error:
+            return [str(error), str(error.shared)]
+
+
+def test_a_mistake_of_one_rank_is_everybodys(crew: Any) -> None:
+    assert crew(2)(mistakes, [None, None]) == [["fine"]] * 2
+    assert crew(2)(mistakes, ["wrong", "wrong"]) == [["wrong", "True"]] * 2
+    where, shared = crew(2)(mistakes, [None, "wrong"])[0]
+    assert where.endswith(", rank 1: wrong")
+    assert shared == "True"
+    first = crew(2)(mistakes, ["this", "that"])
+    assert first[0] == first[1]
+    assert first[0][0].endswith(", rank 0: this")

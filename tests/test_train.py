@@ -95,11 +95,14 @@ def test_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
     assert len(folders) == 4
     assert sorted(folder.name.count("model.dropout=0.1") for folder in folders) == [0, 0, 1, 1]
     assert sorted(folder.name.count("other.txt") for folder in folders) == [0, 0, 1, 1]
+    fixed = ("model=", "logging", "steps", "run.dir")  # Hydra writes some of them otherwise than they were given
+    assert not [folder for folder in folders if any(word in folder.name for word in fixed)]
     assert [len(train_rows(folder)) for folder in folders] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, processes: int) -> None:
+    """By Ctrl-C, which a terminal sends to every process; of two ranks by a launcher's signal, to one of them."""
     arguments = [*small(tmp_path), "steps=600", f"parallel.tensor={processes}", "model.layerdrop=0.2"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
     command = [sys.executable, *launcher, "train.py", *arguments]
@@ -108,10 +111,17 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
         metrics, patience = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
         while time.monotonic() < patience and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to every process at once
-        output, _ = process.communicate(timeout=100)
+        if processes == 1:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            header = (tmp_path / "run" / "logs" / "rank-00001.log").read_text().partition("\n")[0]
+            os.kill(int(header.rpartition("process ")[2]), signal.SIGUSR1)
+        output, errors = process.communicate(timeout=100)
     assert "the same command continues it" in output
     assert process.returncode == (130 if processes == 1 else 1)
+    if processes == 2:
+        assert errors.count("exitcode  : 75") == errors.count("exitcode  :") == 2  # torchrun's own is always 1
+    assert (tmp_path / "run" / "state").read_text() == "stopped\n"
     steps = [row["step"] for row in train_rows(tmp_path / "run")]
     assert 3 <= len(steps) < 600
     arguments.append(f"stop_at={steps[-1] + 5}")
@@ -125,6 +135,8 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
     assert [(row["step"], row["loss"]) for row in train_rows(tmp_path / "run")] == [
         (row["step"], row["loss"]) for row in train_rows(tmp_path / "straight")
     ]
+    (tmp_path / "run" / "state").unlink()
     finished = python(*launcher, "train.py", *arguments)
     assert finished.returncode == 0
+    assert (tmp_path / "run" / "state").read_text() == "done\n"
     assert "a later stop_at continues it" in finished.stdout

@@ -77,8 +77,8 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def literal(word: str) -> str:
-    """`word` as a container's argument: Kubernetes would put a variable for $(NAME), and reads $$ as one $."""
-    return word.replace("$(", "$$(")
+    """`word` as a container's argument: Kubernetes puts a variable for $(NAME), and one $ for $$."""
+    return word.replace("$", "$$")
 
 
 def to_yaml(documents: Sequence[dict[str, Any]]) -> str:

@@ -88,6 +88,10 @@ class Torchrun(Elastic):
             self.nodes == "1" or self.endpoint is not None,
             f"launch.nodes={self.nodes} machines must know where to meet: set launch.endpoint=HOST:29500, one of them",
         )
+        require(
+            self.endpoint is None or re.fullmatch(r"[^:\s]+(:\d+)?", self.endpoint) is not None,
+            f"launch.endpoint={self.endpoint} is no place to meet: write HOST or HOST:29500",
+        )
 
 
 @dataclass
@@ -132,8 +136,8 @@ class Slurm(Elastic):
         )
         for option in self.options:
             require(
-                re.fullmatch(r"--?[a-z][^\n]*", option) is not None,
-                f"launch.options={self.options}: {option!r} is no option of sbatch, such as --qos=long",
+                re.fullmatch(r"--[a-z][-a-z]*(=[^\n]+)?", option) is not None,
+                f"launch.options={self.options}: {option!r} is no option of sbatch: write --name or --name=value",
             )
 
 

@@ -42,7 +42,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=10
-KillWait={kill_wait}
+KillWait=30
 JobRequeue=1
 SlurmdParameters=config_overrides
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 State=UNKNOWN
@@ -95,20 +95,19 @@ class Cluster:
         self.start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """What a power cut does to a node: its daemon and every process of every job on it end at once."""
+        """What a power cut does to a node: its daemon and every process of every job on it end at once.
+
+        Those that hold a job's step first: they would tell what became of it."""
         self.daemons.pop(node).kill()
-        while here := self.processes(f"SLURMD_NODENAME={node}") + self.step_daemons(node):
-            for pid in here:
+        while here := self.processes(f"SLURMD_NODENAME={node}"):
+            holders = {parent for pid in here if read(f"/proc/{(parent := parent_of(pid))}/comm") == "slurmstepd\n"}
+            for pid in [*holders, *here]:
                 kill(pid)
 
     def processes(self, variable: str | None = None) -> list[int]:
         """Processes of this cluster's jobs and daemons, by the variables that they were started with."""
         wanted = {f"SLURM_CONF={self.folder / 'slurm.conf'}", *([variable] if variable else [])}
         return [pid for pid, variables in environments() if wanted <= variables]
-
-    def step_daemons(self, node: str) -> list[int]:
-        """Slurm's own processes that hold the steps of a node."""
-        return [pid for pid in self.processes() if f"-N\0{node}\0" in read(f"/proc/{pid}/cmdline")]
 
     def field(self, job: str, name: str) -> str:
         """One of the values that Slurm keeps of a job."""
@@ -122,14 +121,14 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, kill_wait: int = 5) -> Iterator[Cluster]:
+def cluster(folder: Path) -> Iterator[Cluster]:
     """Four nodes of two CPUs, partitions `batch` and `urgent`, which preempts. All of it ends with the context."""
     for name in ("munge", "state", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True, mode=0o755)
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    conf = CONF.format(folder=folder, ports=free_ports(5), nodes=NODES, kill_wait=kill_wait)
+    conf = CONF.format(folder=folder, ports=free_ports(5), nodes=NODES)
     (folder / "slurm.conf").write_text(conf)
     slurm = Cluster(folder)
     try:
@@ -183,6 +182,12 @@ def read(path: str) -> str:
         return Path(path).read_text(errors="replace")
     except OSError:
         return ""
+
+
+def parent_of(pid: int) -> int:
+    """A process's parent; 0 of one that is gone."""
+    fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[1]) if fields else 0
 
 
 def kill(pid: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -49,14 +48,14 @@ class Site:
         return "".join(path.read_text() for path in (self.run(name) / "logs").glob("slurm-*.out"))
 
     def state(self, name: str) -> str:
-        return (self.run(name) / "state").read_text()
+        return (self.run(name) / "state").read_text().strip()
 
     def steps(self, name: str) -> int:
         """How many rows of steps the run `name` has written."""
         return len(train_rows(self.run(name))) if (self.run(name) / "metrics.jsonl").exists() else 0
 
     def wait_for_steps(self, name: str, steps: int) -> None:
-        until(lambda: self.steps(name) >= steps, 120, lambda: self.output(name))
+        until(lambda: self.steps(name) >= steps, 300, lambda: self.output(name))
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +115,11 @@ def test_a_job_trains_over_two_nodes(site: Site) -> None:
 
 
 def test_a_time_limit_saves_requeues_and_resumes(site: Site, straight: Straight) -> None:
-    limit = 120
-    wanted = straight.start + SECONDS / 2  # when to stop it; Slurm looks every 30 seconds, and rather too early
-    job = site.submit("limited", *straight.words, "launch.time=2", f"launch.warning={limit - int(wanted) - 15}")
+    """Two minutes, and the run is told within half a minute around the middle of its steps: Slurm looks that often."""
+    told = straight.start + SECONDS / 2 + 15
+    job = site.submit("limited", *straight.words, "launch.time=2", f"launch.warning={120 - int(told)}")
     until(lambda: site.slurm.field(job, "Restarts") == "1", 180, lambda: site.output("limited"))
+    site.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # a busy machine may not begin in two minutes
     first = site.steps("limited")
     assert 0 < first < straight.steps
     assert site.slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT", timeout=400) == "COMPLETED", site.output("limited")
@@ -186,9 +186,11 @@ def command_of(pid: int) -> str:
 
 
 def test_srun_starts_train_py_without_torchrun(site: Site) -> None:
+    """Its ranks meet at the first node's name, which here is no host's."""
     words = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, str(ROOT / "train.py")]
+    variables = environment(**site.slurm.environment, MASTER_ADDR="127.0.0.1")
     done = subprocess.run(
-        [*words, *site.of("srun")], cwd=ROOT, env=environment(**site.slurm.environment), capture_output=True, text=True,
+        [*words, *site.of("srun")], cwd=ROOT, env=variables, capture_output=True, text=True,
         timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -204,8 +206,8 @@ def test_a_sweep_is_an_array_of_jobs(site: Site) -> None:
     done = python(*words, timeout=200, **site.slurm.environment)
     assert done.returncode == 0, done.stderr
     runs = {path.parent.name: losses_of(path.parent) for path in site.run("sweep").glob("*/metrics.jsonl")}
-    assert set(runs) == {"optimizer.lr=1e-3", "optimizer.lr=2e-3"}
+    assert set(runs) == {"optimizer.lr=0.001", "optimizer.lr=0.002"}
     assert all(len(losses) == 5 for losses in runs.values())
-    assert json.dumps(runs["optimizer.lr=1e-3"]) != json.dumps(runs["optimizer.lr=2e-3"])
-    jobs = {folder.name for folder in (site.folder / "submitit").iterdir()}
-    assert any(re.fullmatch(r"\d+_1", name) for name in jobs), jobs
+    assert runs["optimizer.lr=0.001"] != runs["optimizer.lr=0.002"]
+    tasks = [path.name for path in (site.folder / "submitit").glob("*_log.out")]
+    assert sorted(name.partition("_")[2] for name in tasks) == ["0_0_log.out", "1_0_log.out"]  # of one array

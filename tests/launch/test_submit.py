@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from opt_parallel.launching.commands import SIGNALS, through_pdsh
 from opt_parallel.launching.kubernetes import manifests, to_yaml
-from opt_parallel.launching.settings import Kubernetes, System, seconds_of
+from opt_parallel.launching.settings import Kubernetes, Slurm, System, seconds_of
 from opt_parallel.launching.submit import check, composed, divide, rendered
 
 # values that a shell, sbatch, Kubernetes or pdsh would read otherwise
@@ -127,6 +128,13 @@ def test_slurm_s_script_has_what_was_asked_for() -> None:
     subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
 
 
+def test_a_file_of_one_s_own_sets_what_a_cluster_wants(tmp_path: Path) -> None:
+    configs = shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (configs / "launch" / "ours.yaml").write_text("defaults: [slurm, _self_]\npartition: gpu\ntime: '24:00:00'\n")
+    launch, _ = composed(configs, ["launch=ours", "launch.nodes=4"], ["model=opt-tiny"])
+    assert launch == Slurm(system=System.slurm, nodes="4", partition="gpu", time="24:00:00")
+
+
 def test_slurm_s_container_takes_the_environment_s_place() -> None:
     shown = dry(*VARIOUS["slurm"], "launch.container=/images/opt.sif", "launch.gpus_per_node=2", *RUN)
     words = words_of(shown[shown.index("srun ") : shown.index("status=")])
@@ -216,6 +224,7 @@ def test_a_broken_manifest_is_refused(fault: str) -> None:
         (["launch.processes=many"], "launch.processes: Value 'many'"),
         (["launch.nodes=two"], "launch.nodes=two is no number of machines"),
         (["launch.nodes=2:1"], "launch.nodes=2:1 is no number of machines"),
+        (["launch.nodes=2", "launch.endpoint=:1"], "launch.endpoint=:1 is no place"),
         (["launch.nodes=2"], "set launch.endpoint=HOST:29500"),
         (["launch=slurm", "launch.nodes=1:2"], "launch=torchrun goes on with fewer"),
         (["launch=slurm", "launch.time=soon"], "launch.time=soon is no time limit"),
@@ -223,6 +232,7 @@ def test_a_broken_manifest_is_refused(fault: str) -> None:
         (["launch=slurm", "launch.gpus_per_node=4"], "a process takes one GPU"),
         (["launch=slurm", "launch.container=a", "launch.venv=b"], "two homes of Python"),
         (["launch=slurm", "launch.options=[rm]"], "'rm' is no option of sbatch"),
+        (["launch=slurm", 'launch.options=["--mem 4G"]'], "'--mem 4G' is no option of sbatch"),
         (["launch=slurm", "run.dir=runs/a%j"], "holds a %"),
         (["launch=deepspeed", "launch.nodes=2"], "launch.hostfile=…"),
         (["launch=deepspeed", "launch.nodes=2", "launch.hostfile=absent"], "launch.hostfile=absent does not exist"),

@@ -1,0 +1,85 @@
+"""Signals to a process of its own: noted once it is patient, deadly before that and the second time."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import ROOT, environment
+
+# Says when it is ready for a signal, and then what came of it. `hang`: as in a collective whose other ranks are gone.
+PROGRAM = """
+import sys, time
+from opt_parallel import interrupt as module
+module.SAME_REQUEST = float(sys.argv[1])
+with module.Interrupt.watch() as interrupt:
+    interrupt.patient = sys.argv[2] != "impatient"
+    if sys.argv[2] == "hang":
+        from datetime import timedelta
+        from torch._C._distributed_c10d import HashStore
+        print("ready", flush=True)
+        HashStore().wait(["nothing"], timedelta(seconds=60))
+    print("ready", flush=True)
+    for _ in range(6000):
+        if interrupt.status and interrupt.patient:
+            print("asked", interrupt.status, flush=True)
+            break
+        time.sleep(0.01)
+    sys.stdin.readline()
+print("ended")
+"""
+
+
+def started(how: str, same_request: float = 5.0) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(same_request), how], cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)],
+    ids=str,
+)
+def test_once_is_noted_and_twice_at_the_same_time_is_once(number: int, status: int) -> None:
+    with started("patient") as process:
+        assert process.stdout is not None
+        process.send_signal(number)
+        assert process.stdout.readline() == f"asked {status}\n"
+        process.send_signal(signal.SIGINT)  # from a terminal and from a launcher
+        output, errors = process.communicate("\n", timeout=60)
+    assert (process.returncode, output, errors) == (0, "ended\n", "")
+
+
+def test_a_second_one_ends_it_though_it_hangs() -> None:
+    with started("hang", same_request=0.0) as process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=50)
+    assert (process.returncode, errors) == (75, "error: interrupted\n")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_before_the_first_step_one_is_enough(number: int, status: int) -> None:
+    with started("impatient") as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=50)
+    assert (process.returncode, errors) == (status, "error: interrupted\n")
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    from opt_parallel.interrupt import STATUS, Interrupt
+
+    before = [signal.getsignal(number) for number in STATUS]
+    with Interrupt.watch() as interrupt:
+        interrupt.patient = True
+        signal.raise_signal(signal.SIGUSR1)
+    assert [signal.getsignal(number) for number in STATUS] == before
+    assert signal.set_wakeup_fd(-1) == -1
