@@ -1,7 +1,7 @@
 """What every rank shows before the first step, within seconds: that all run the same, on what works.
 
 A mistake is said in one line that names host and rank, and every rank ends with it; a device or a network that hangs is
-waited for no longer than `PATIENCE`.
+waited for no longer than a minute.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from opt_parallel.model.network import network
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
-from opt_parallel.topology import ALONE, Group, Topology
+from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
 
 PATIENCE = timedelta(seconds=20)
 LIBRARIES = (
@@ -77,8 +77,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
 
     Raises: UserError, on every rank."""
     began = time.perf_counter()
-    topology.together(partial(_check_device, topology.device))
-    _check_all_answer(topology)
+    topology.together(partial(_check_device, topology.device), DEVICE_PATIENCE)
     speeds = [
         f"{name} {_slowest(topology, group)}"
         for name, group in (("tensor", topology.tensor), ("data", topology.data))
@@ -144,22 +143,6 @@ def _check_device(device: torch.device) -> None:
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "the CPU"
-
-
-def _check_all_answer(topology: Topology) -> None:
-    """Raise UserError that names the ranks which do not get here within `PATIENCE`."""
-    if topology.words is None:
-        return
-    try:
-        dist.monitored_barrier(topology.words, PATIENCE, wait_all_ranks=True)
-    except RuntimeError as error:
-        numbers = str(error).partition("Ranks ")[2].partition(" failed")[0]
-        silent = [int(number) for number in numbers.split(",") if number.strip().isdigit()]
-        named = "; ".join(topology.where(rank) for rank in silent) or "a rank"
-        raise UserError(
-            f"{named} did not answer within {PATIENCE.seconds} s: its device or its host hangs, take it out of service",
-            shared=True,
-        ) from error
 
 
 def _slowest(topology: Topology, group: Group) -> str:

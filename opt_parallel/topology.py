@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from opt_parallel.errors import Lost, UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the words between ranks: one may prepare text while the others wait
+DEVICE_PATIENCE = timedelta(seconds=60)  # until a device shows that it is alive; its libraries may come from a slow disk
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Topology:
         told = _exchange((place.host(), tensor), words)  # before the groups: ranks that disagree would make others
         hosts = tuple(host for host, _ in told)
         _check_grid([theirs for _, theirs in told], hosts, allow_cross_node)
-        device = _together(_own_device, words, hosts)
+        device = _together(_own_device, words, hosts, DEVICE_PATIENCE)
         grid = torch.arange(size).view(size // tensor, tensor)
         made = [words] if words else []
         rows = _axis_group(grid, rank, made)
@@ -141,11 +143,11 @@ class Topology:
         """Every rank's value, in the order of the ranks; however long the slowest takes."""
         return _exchange(value, self.words)
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What `work` returns here, once it is done everywhere.
+    def together(self, work: Callable[[], T], within: timedelta | None = None) -> T:
+        """What `work` returns here, once it is done everywhere; ranks that are not `within` a time are named.
 
         Raises: UserError, on every rank, if it does on any: with host and rank unless all say the same."""
-        return _together(work, self.words, self.hosts)
+        return _together(work, self.words, self.hosts, within)
 
     def where(self, rank: int) -> str:
         """A rank in words: `nodeB, rank 3`."""
@@ -229,12 +231,17 @@ def _exchange(value: T, words: dist.ProcessGroup | None) -> list[T]:
     return told
 
 
-def _together(work: Callable[[], T], words: dist.ProcessGroup | None, hosts: tuple[str, ...]) -> T:
+def _together(
+    work: Callable[[], T], words: dist.ProcessGroup | None, hosts: tuple[str, ...], within: timedelta | None = None
+) -> T:
     result, mistake = None, None
+    name = _exchange(f"done-{time.time_ns()}", words)[0] if within else ""
     try:
         result = work()
     except UserError as error:
         mistake = error
+    if within is not None and words is not None:
+        _await_all(name, words, hosts, within)
     told = _exchange(None if mistake is None else str(mistake), words)
     mistaken = [rank for rank, line in enumerate(told) if line is not None]
     if not mistaken:
@@ -244,6 +251,24 @@ def _together(work: Callable[[], T], words: dist.ProcessGroup | None, hosts: tup
     if told.count(line) < len(told):  # not everybody's
         line = f"{hosts[first]}, rank {first}: {line}"
     raise UserError(line, shared=True) from mistake
+
+
+def _await_all(name: str, words: dist.ProcessGroup, hosts: tuple[str, ...], within: timedelta) -> None:
+    """Raise UserError that names the ranks which do not get here `within` a time: by the store, in which each that does
+    leaves a note under `name`."""
+    store = distributed_c10d._get_default_store()
+    store.set(f"{name}-{dist.get_rank()}", "")
+    try:
+        dist.all_reduce(torch.zeros(1), group=words, async_op=True).wait(within)
+    except RuntimeError as error:
+        silent = [rank for rank in range(len(hosts)) if not store.check([f"{name}-{rank}"])]
+        if not silent:
+            raise
+        named = "; ".join(f"{hosts[rank]}, rank {rank}" for rank in silent)
+        raise UserError(
+            f"{named} did not answer within {within.seconds} s: its device or its host hangs, take it out of service",
+            shared=0 not in silent,  # rank 0 says it, where it can
+        ) from error
 
 
 def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: bool) -> None:

@@ -261,29 +261,34 @@ def test_a_sick_device(fault: str, line: str) -> None:
     assert sick(fault) == line
 
 
-def one_is_silent(hosts: list[str]) -> str:
-    """On the crew: rank 1 is there, and does not come to where all are awaited."""
+def with_a_device_that_hangs(sick: int, *arguments: Any) -> tuple[bool, str, float]:
+    """On the crew: `said`, while the device of one rank takes longer than is waited for."""
     from opt_parallel import preflight
-    from opt_parallel.topology import Topology
 
-    rank, before = int(os.environ["RANK"]), preflight.PATIENCE
-    os.environ["SLURMD_NODENAME"] = hosts[rank]
-    preflight.PATIENCE = timedelta(seconds=2)
+    def hang(_: Any) -> None:
+        time.sleep(8)
+        raise TimeoutError  # a rank that came back would wait for the others
+
+    patience, check = preflight.DEVICE_PATIENCE, preflight._check_device
+    preflight.DEVICE_PATIENCE = timedelta(seconds=2)
+    if int(os.environ["RANK"]) == sick:
+        preflight._check_device = hang
     try:
-        topology = Topology.open(1).__enter__()  # and no way out, which would take the group from under rank 0
-        if rank == 0:
-            preflight._check_all_answer(topology)
-    except UserError as error:
-        return str(error)
+        return said(*arguments)
+    except TimeoutError:
+        return False, "", 0.0
     finally:
-        preflight.PATIENCE = before
-        del os.environ["SLURMD_NODENAME"]
-    return ""
+        preflight.DEVICE_PATIENCE, preflight._check_device = patience, check
 
 
-def test_a_rank_that_hangs_is_named(crew: Any) -> None:
-    line, _ = crew(2)(one_is_silent, ["nodeA", "nodeB"])
-    assert line.startswith("nodeB, rank 1 did not answer within 2 s: its device or its host hangs")
+@pytest.mark.parametrize("sick", [0, 1])
+def test_a_device_that_hangs_is_named(crew: Any, tmp_path: Path, sick: int) -> None:
+    run = run_in(tmp_path)
+    answers = crew(2)(with_a_device_that_hangs, sick, [run, run], ["nodeA", "nodeB"], [tmp_path, tmp_path])
+    shared, line, seconds = answers[1 - sick]
+    assert line.startswith(f"node{'AB'[sick]}, rank {sick} did not answer within 2 s: its device or its host hangs")
+    assert shared == (sick == 1)  # rank 0 says it, where it can
+    assert seconds < 7  # it did not wait for the other
 
 
 @pytest.mark.parametrize("wrong", ["settings", "text"])
