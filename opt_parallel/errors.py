@@ -54,7 +54,8 @@ def leave(line: str, status: int = 2, patience: float = 10.0, shared: bool = Fal
         signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
         time.sleep(patience)
         if not shared:
-            print(f"error: {line}", file=sys.stderr)  # nobody ended us: the mistake is this rank's alone
+            # nobody ended us: the mistake is this rank's alone
+            print(f"error: {place.host()}, rank {place.rank()}: {line}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
 

@@ -80,10 +80,12 @@ def own_file(folder: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if main or isinstance(error, Lost):  # else it is printed into the file anyway
+            if main or isinstance(error, (UserError, Lost)):  # else it is printed into the file anyway
                 traceback.print_exc(file=file)
             if terminal is not None and _worth_a_line(error):
                 os.write(terminal[1], f"error: {_first_line(error)}; {path} has more\n".encode())
+            if terminal is not None and isinstance(error, UserError):
+                _redirect(*terminal)  # if rank 0 does not say it, this rank will
             raise
         finally:
             _collect_no_more(handlers)  # after an error, too: the next run of a multirun has a file of its own
