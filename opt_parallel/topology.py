@@ -22,7 +22,8 @@ from opt_parallel.errors import Lost, UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the words between ranks: one may prepare text while the others wait
-DEVICE_PATIENCE = timedelta(seconds=60)  # until a device shows that it is alive; its libraries may come from a slow disk
+UNHURRIED = "unhurried"  # the description of a group that keeps the patience it was made with
+DEVICE_PATIENCE = timedelta(seconds=60)  # until a device shows that it is alive; its libraries may lie on a slow disk
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Topology:
         a host has too few GPUs, or if a tensor group lies on several hosts and `allow_cross_node` does not."""
         _join()
         rank, size = dist.get_rank(), dist.get_world_size()
-        words = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+        words = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc=UNHURRIED) if size > 1 else None
         told = _exchange((place.host(), tensor), words)  # before the groups: ranks that disagree would make others
         hosts = tuple(host for host, _ in told)
         _check_grid([theirs for _, theirs in told], hosts, allow_cross_node)
@@ -158,11 +159,12 @@ class Topology:
         return [rank for rank, name in enumerate(self.hosts) if name == host]
 
     def set_timeout(self, seconds: float) -> None:
-        """How long a collective of any group made so far, DeepSpeed's too, waits for a rank; not that of `words`.
+        """How long a collective of any group made so far, DeepSpeed's too, waits for a rank; not those of `words` and
+        of checkpoints being written.
 
         For the steps, which the ranks take together: what comes before may take some of them much longer."""
         for group in distributed_c10d._world.pg_map:
-            if group is not self.words:
+            if group.group_desc != UNHURRIED:
                 distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     @contextmanager
@@ -207,10 +209,11 @@ def _join() -> None:
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return
-    if "MASTER_ADDR" not in os.environ:
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
         raise UserError(
-            "RANK is set, but not MASTER_ADDR, where the processes meet: hand on the first host's address, as "
-            "mpirun -x MASTER_ADDR=… does"
+            f"RANK is set, but not {' and '.join(missing)}: start by torchrun, or hand on how many processes there are "
+            "and where they meet, as mpirun -x MASTER_ADDR=… does"
         )
     dist.init_process_group(backend)
 

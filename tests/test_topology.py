@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +65,33 @@ def test_a_rank_that_does_not_answer_is_given_up(crew: Any) -> None:
     assert "\n" not in line
     assert silent == ""
     assert datetime.datetime.now() - began < datetime.timedelta(seconds=30)  # of the crew's 60
+
+
+def one_writes_longer(folder: Path, seconds: float) -> str | None:
+    """On the crew: why a checkpoint failed of which rank 1 writes its file longer than a step may take."""
+    from opt_parallel.checkpoint.saving import Saver
+
+    with Topology.open(1) as topology:
+        saver = Saver(topology)
+        topology.set_timeout(seconds)
+        write = saver._write_file
+
+        def slowly(*arguments: Any) -> None:
+            if not topology.is_main:
+                time.sleep(3 * seconds)
+            write(*arguments)
+
+        saver._write_file = slowly  # type: ignore[method-assign]
+        saver.start([], folder, lambda: None)
+        failure = saver.wait()
+        topology.set_timeout(60.0)
+        topology.exchange(None)
+        saver.close()
+        return failure
+
+
+def test_a_checkpoint_may_take_longer_than_a_step(crew: Any, tmp_path: Path) -> None:
+    assert crew(2)(one_writes_longer, tmp_path, 1.0) == [None, None]
 
 
 def other_errors_stay() -> str:

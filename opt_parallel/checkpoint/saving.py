@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from opt_parallel.checkpoint.writing import safetensors_header
-from opt_parallel.topology import Topology
+from opt_parallel.topology import UNHURRIED, Topology
 from opt_parallel.zero import Fragment
 
 CHUNK = 2**20  # bytes written and summed up at a time: few enough to be in the cache the second time
@@ -39,7 +39,8 @@ class Saver:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         several = topology.world.size > 1
-        self.group = dist.new_group(backend="gloo") if several else None  # threads must not meet the loop's collectives
+        # threads must not meet the loop's collectives; and one rank may write much longer than a step may take
+        self.group = dist.new_group(backend="gloo", group_desc=UNHURRIED) if several else None
         self.buffer = torch.empty(0)
         self.thread: threading.Thread | None = None
         self.failure: str | None = None
