@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from opt_parallel import place
@@ -56,8 +56,15 @@ def leave(line: str, status: int = 2, patience: float = 10.0, shared: bool = Fal
         if not shared:
             # nobody ended us: the mistake is this rank's alone
             print(f"error: {place.host()}, rank {place.rank()}: {line}", file=sys.stderr)
-    sys.stderr.flush()
+    _flush()
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
+
+
+def _flush() -> None:
+    """What was printed and is not written yet, as to a pipe: `os._exit` would lose it."""
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+    sys.stderr.flush()
 
 
 @contextmanager
@@ -86,5 +93,5 @@ def reporting(
         if place.world_size() == 1:
             raise
         traceback.print_exc()
-        sys.stderr.flush()
+        _flush()
         os._exit(1)  # at once: the interpreter would wait for threads that wait for other ranks

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import ROOT, python
 
 from opt_parallel.log import bytes_in_words
 
@@ -69,6 +70,25 @@ def test_a_failure_is_a_line_on_the_terminal_and_the_rest_in_the_file(crew: Any,
         assert f"{tmp_path}/logs/rank-00001.log has more" in silent
     else:
         assert silent == ""  # rank 0 says a mistake, and the first on a host that others are gone
+
+
+def lonely(folder: Path) -> None:
+    """A rank of its own that alone makes a mistake, of which rank 0 knows nothing."""
+    from opt_parallel import errors, log
+
+    os.environ.update(RANK="1", WORLD_SIZE="2")
+    errors.time.sleep = lambda _: None  # type: ignore[attr-defined]
+    with errors.reporting(), log.own_file(folder):
+        raise errors.UserError("this rank cannot read part 7")
+
+
+def test_a_mistake_that_only_one_rank_makes_is_said_by_it(tmp_path: Path) -> None:
+    program = "import sys, pathlib, test_log; test_log.lonely(pathlib.Path(sys.argv[1]))"
+    process = python("-c", program, str(tmp_path), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert process.stderr.endswith(", rank 1: this rank cannot read part 7\n")
+    assert "UserError: this rank cannot read part 7" in (tmp_path / "logs" / "rank-00001.log").read_text()
 
 
 def test_a_second_start_is_added(crew: Any, tmp_path: Path) -> None:
