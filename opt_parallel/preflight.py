@@ -35,7 +35,7 @@ from opt_parallel.model.network import network
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
-from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
+from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology, check_precision
 
 PATIENCE = timedelta(seconds=20)
 LIBRARIES = (
@@ -77,6 +77,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
 
     Raises: UserError, on every rank."""
     began = time.perf_counter()
+    topology.together(partial(check_precision, run.precision.name, topology.device))
     topology.together(partial(_check_device, topology.device), DEVICE_PATIENCE)
     speeds = [
         f"{name} {_slowest(topology, group)}"
@@ -266,10 +267,13 @@ def _files(paths: list[Path]) -> dict[str, tuple[int, int]]:
 
 
 def _checksum_of_ends(path: Path) -> int:
-    with path.open("rb") as file:
-        first = file.read(ENDS)
-        file.seek(max(0, path.stat().st_size - ENDS))
-        return crc32(first + file.read(ENDS))
+    try:
+        with path.open("rb") as file:
+            first = file.read(ENDS)
+            file.seek(max(0, path.stat().st_size - ENDS))
+            return crc32(first + file.read(ENDS))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): bring a good copy or leave it out") from error
 
 
 def _warn_of_clocks(topology: Topology) -> float:
