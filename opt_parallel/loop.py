@@ -35,7 +35,7 @@ from opt_parallel.place import is_main
 from opt_parallel.preflight import check_same, claim_folder, preflight
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
-from opt_parallel.topology import Topology, check_precision
+from opt_parallel.topology import Topology
 from opt_parallel.trackers import check_trackers
 
 STATE = "state"  # a file in the run's folder: running, stopped (on request, to be continued) or done
@@ -74,7 +74,6 @@ def train(run: Run) -> int:
         Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology,
     ):
         check_same(run, topology)
-        topology.together(lambda: check_precision(run.precision.name, topology.device))
         if topology.exchange(topology.together(lambda: _nothing_left(run)))[0]:  # rank 0's word: it writes
             return 0
         topology.together(lambda: claim_folder(run))
@@ -131,21 +130,23 @@ def _train(run: Run, topology: Topology, interrupt: Interrupt) -> int:
 
     loader.close()
     store.finish()
-    if status:
-        interrupt.ignore()
-        topology.barrier()  # nobody ends before all ignore
     metrics.close(finished=clock.step == run.steps)
     if topology.is_main:
         _write_state(run, "stopped" if status else "done")
+    if status:
+        interrupt.ignore()
+        topology.exchange(None)  # nobody ends before all ignore, and the state is written: launchers kill the rest
     engine.close()
     return status
 
 
 def _write_state(run: Run, word: str) -> None:
     """At once or not at all: launchers' scripts read it."""
-    beside = run.folder / f"{STATE}.partial"
+    path, beside = run.folder / STATE, run.folder / f"{STATE}.partial"
+    if path.exists() and path.read_text() == word + "\n":
+        return  # a finished run may lie where nothing can be written any more
     beside.write_text(word + "\n")
-    os.replace(beside, run.folder / STATE)
+    os.replace(beside, path)
 
 
 def _prepare(run: Run, start: Opened | None) -> Prepared:
