@@ -81,7 +81,7 @@ def one_writes_longer(folder: Path, seconds: float) -> str | None:
                 time.sleep(3 * seconds)
             write(*arguments)
 
-        saver._write_file = slowly  # type: ignore[method-assign]
+        saver._write_file = slowly  # type: ignore[method-assign, assignment]
         saver.start([], folder, lambda: None)
         failure = saver.wait()
         topology.set_timeout(60.0)
