@@ -34,19 +34,19 @@ def host() -> str:
 
 
 def take_place() -> None:
-    """Where the launcher set no RANK, as torchrun, DeepSpeed's and accelerate's do, take it from Slurm's variables (of
-    a step of several tasks) or Open MPI's."""
+    """Where the launcher set no RANK, as torchrun, DeepSpeed's and accelerate's do, take it from Open MPI's variables
+    or Slurm's (of a step of several tasks)."""
     if "RANK" in os.environ:
         return
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if OPEN_MPI[0] in os.environ:  # before Slurm's: mpirun within a job starts its daemons by srun
+        _set(*(os.environ[name] for name in OPEN_MPI))
+        os.environ.setdefault("MASTER_PORT", "29500")  # it tells no address: mpirun -x MASTER_ADDR=…
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         _set(*_slurm_place())
         job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         first, number = SLURM_PORTS
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(first + (job * 16 + step) % number))
-    elif OPEN_MPI[0] in os.environ:
-        _set(*(os.environ[name] for name in OPEN_MPI))
-        os.environ.setdefault("MASTER_PORT", "29500")  # it tells no address: mpirun -x MASTER_ADDR=…
 
 
 def _set(rank: str, world_size: str, local_rank: str, local_world_size: str) -> None:

@@ -57,6 +57,12 @@ def test_a_process_of_mpirun() -> None:
     assert place_with(OPEN_MPI) == ["3", "4", "1", "2", "10.0.0.1", "29500"]
 
 
+def test_mpirun_within_a_job_of_slurm() -> None:
+    """Its processes inherit the variables of the daemon that srun started on their node."""
+    assert place_with({**SLURM, **OPEN_MPI})[:4] == ["3", "4", "1", "2"]
+    assert os.environ["MASTER_PORT"] == "29500"
+
+
 def test_a_launcher_that_says_it_itself_is_believed() -> None:
     """torchrun within srun."""
     told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
