@@ -58,7 +58,7 @@ def keys_given(arguments: Sequence[str]) -> Iterator[str]:
     """The keys of a command line's overrides, and those within their values."""
     parser = OverridesParser.create()
     for argument in arguments:
-        key, _, value = argument.lstrip("+~").partition("=")
+        key, _, value = argument.lstrip("+~-").partition("=")
         yield key
         if set(value) & set("{["):
             with suppress(HydraException):  # of a grammar that Hydra will explain

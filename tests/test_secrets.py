@@ -22,6 +22,7 @@ CANARY = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00"  # as wandb's keys look
         f"+wandb_api_key={CANARY}",
         f"+logging.wandb.apikey={CANARY}",
         f"++run.password={CANARY}",
+        f"--hf_token={CANARY}",
         f"data.train=[{{path: text.jsonl, hf_token: {CANARY}}}]",
         f"+hydra.job.env_set.HF_TOKEN={CANARY}",
     ],
