@@ -37,8 +37,8 @@ class Interrupt:
         interrupt = cls()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
+        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first: no signal is lost in between
         before = {number: signal.signal(number, lambda *_: None) for number in STATUS}
-        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=interrupt._listen, args=(reader,), daemon=True).start()
         try:
             yield interrupt
