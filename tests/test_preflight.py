@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from command import ROOT, environment, small, write_text
 
-from opt_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, Run, RunConfig
+from opt_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, Run, RunConfig
 from opt_parallel.data_config import DataConfig
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import ModelConfig
@@ -342,11 +342,3 @@ def test_a_clock_that_is_wrong(crew: Any, tmp_path: Path) -> None:
     assert "clocks within 100.0 s" in summary
     (_, _, _, printed), _ = crew(2)(with_a_clock, 0.0, *arguments)
     assert "clock" not in printed
-
-
-def test_precision_is_checked_everywhere(crew: Any, tmp_path: Path) -> None:
-    from opt_parallel.config import Precision
-
-    run = run_in(tmp_path)
-    other = dataclasses.replace(run, precision=PrecisionConfig(name=Precision.fp32))
-    assert "precision.name fp32 instead of bf16" in refusal(crew, [run, other], [tmp_path] * 2)
