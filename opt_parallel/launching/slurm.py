@@ -35,7 +35,7 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
         state=folder / "state",
         venv=None if launch.container else _venv(launch),
         variables=variables,
-        agent=shlex.join(agent).replace(" --", " \\\n    --"),
+        agent=_an_option_a_line(agent),
         training=shlex.join([str(root / "train.py"), *overrides]),
     )
 
@@ -49,11 +49,10 @@ def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
     """Apptainer's words: home and working folder it shows by itself, the run's and this repository it is told to."""
     if launch.container is None:
         return []
-    return [
-        "apptainer",
-        "exec",
-        *(["--nv"] if launch.gpus_per_node else []),
-        "--bind",
-        f"{root},{folder}",
-        launch.container,
-    ]
+    gpus = ["--nv"] if launch.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, "--bind", f"{root},{folder}", launch.container]
+
+
+def _an_option_a_line(words: Sequence[str]) -> str:
+    """A command for a script, quoted and readable."""
+    return "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in map(shlex.quote, words))
