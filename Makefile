@@ -1,4 +1,5 @@
 # make demo: train a small OPT, export it, write a sample.   make test: the tests.   make check: ruff, mypy, the house.
+# make test-slurm, make test-nodes: a Slurm of four nodes, and two hosts, made on this machine; both need root.
 # make test-interop: TensorFlow's and Flax's OPT and ours, in an environment of its own.
 # make bench: our speed and the others', in one run.
 PYTHON ?= python3
@@ -18,7 +19,7 @@ SMALL := model=opt-125m model.num_hidden_layers=4 precision=bf16 data.sequence_l
 LARGE := model=opt-1.3b precision=bf16 data.sequence_length=2048 batch.micro=4
 NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
-.PHONY: demo test test-interop check bench clean
+.PHONY: demo test test-slurm test-nodes test-interop check bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +39,12 @@ endif
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-slurm: .venv/installed
+	$(BIN)/python -m pytest --long tests/launch/test_slurm.py
+
+test-nodes: .venv/installed
+	$(BIN)/python -m pytest --long tests/launch/test_nodes.py
 
 .venv-interop/installed: tests/interop/requirements.txt
 	$(PYTHON) -m venv .venv-interop

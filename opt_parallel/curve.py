@@ -1,10 +1,11 @@
-"""The pictures of a run: its losses, and what a classifier confuses."""
+"""The pictures of runs: the losses of one, or of several, and what a classifier confuses."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,21 @@ import numpy as np
 Row = dict[str, Any]  # a line of metrics.jsonl
 MOST_NAMED = 40  # labels of a confusion matrix; the names of more overlap
 SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
+# Seven that differ for the colour-blind, too, and on paper (Okabe & Ito 2008, without the yellow, weak on white), then
+# the same again in other strokes
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STROKES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+MARKERS = "osD^v<>phdXP"
+MOST_RAW = 4  # runs whose losses are drawn as they are, too, behind the smoothed
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's losses among others': where on the axis, and how much."""
+
+    label: str
+    training: tuple[list[int], list[float]]
+    validation: tuple[list[int], list[float]]
 
 
 def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None, unit: str = "token") -> None:
@@ -29,7 +45,7 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
         axes.plot(steps, losses, color="#1f5f99", linewidth=1.4, label="training")
     else:
         axes.plot(steps, losses, color="#a9c8e4", linewidth=0.8, label="training")
-        axes.plot(steps, _smoothed(losses), color="#1f5f99", linewidth=1.8, label="training, smoothed")
+        axes.plot(steps, smoothed(losses), color="#1f5f99", linewidth=1.8, label="training, smoothed")
     if any(row["kind"] == "validation" for row in rows):
         axes.plot(*losses_of(rows, "validation"), "o-", color="#d1600f", markeredgecolor="white", label="validation")
     if unigram_entropy is not None:
@@ -41,6 +57,72 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def draw_curves(path: Path, title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> None:
+    """Write the picture of several runs' losses over `axis` (steps, tokens); `unit` as for `draw`, None for several."""
+    figure_of(title, curves, axis, unit).savefig(path)
+
+
+def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> Any:
+    """The figure: training losses and, where some run has them, validation losses beside them on the same scale."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+
+    panels = 1 + any(curve.validation[0] for curve in curves)
+    width = 6 if panels == 1 else 10
+    longest = max(len(curve.label) for curve in curves) + 8  # the stroke takes as much as some letters
+    columns = max(1, min(12 * width // longest, 4, (len(curves) + 1) // 2))
+    height = 4.2 + 0.21 * -(-len(curves) // columns)
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    both = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
+    handles = []
+    for number, curve in enumerate(curves):
+        way = {"color": COLORS[number % len(COLORS)], "linestyle": STROKES[number // len(COLORS) % len(STROKES)]}
+        steps, losses = curve.training
+        if len(steps) >= SMOOTH_FROM:
+            if len(curves) <= MOST_RAW:
+                both[0].plot(steps, losses, color=way["color"], linewidth=0.5, alpha=0.15)
+            losses = smoothed(losses)
+        both[0].plot(steps, losses, linewidth=1.6, **way)
+        if curve.validation[0]:
+            way |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"}
+            both[1].plot(*curve.validation, linewidth=1.4, **way)
+        handles.append(Line2D([], [], linewidth=1.6, label=curve.label, **way))
+    long = any(len(curve.training[0]) >= SMOOTH_FROM for curve in curves)
+    for axes, name in zip(both, ("training, smoothed" if long else "training", "validation"), strict=False):
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel(axis)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5G
+        axes.margins(x=0.02)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].set_ylabel({"token": "loss (nats per token)", None: "loss"}.get(unit, f"loss per {unit}"))
+    limits = _limits(curves)
+    if limits is not None:
+        both[0].set_ylim(*limits)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
+    return figure
+
+
+def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """From the lowest loss up to the highest after a twentieth of a run, before which all of them fall fast and no
+    difference is seen; None where no loss is finite. A run that diverges leaves the picture."""
+    lowest, highest = [], []
+    for curve in curves:
+        for steps, losses in (curve.training, curve.validation):
+            drawn = smoothed(losses) if len(steps) >= SMOOTH_FROM else losses
+            finite = [loss for loss in drawn if math.isfinite(loss)]
+            if finite:
+                lowest.append(min(finite))
+                highest.append(min(finite[0], finite[len(finite) // 20]))
+    if not lowest:
+        return None
+    low, high = min(lowest), max(lowest + highest)
+    margin = 0.05 * max(high - low, 1e-3)
+    return low - margin, high + margin
 
 
 def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.ndarray) -> None:
@@ -76,7 +158,7 @@ def losses_of(rows: list[Row], kind: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in chosen], [math.nan if row["loss"] is None else row["loss"] for row in chosen]
 
 
-def _smoothed(losses: list[float]) -> list[float]:
+def smoothed(losses: list[float]) -> list[float]:
     """Means over a twentieth of the curve, centred so that the line does not lag; narrower at the steep beginning,
     one-sided at the flat end."""
     reaches = [min(i, len(losses) // 40) for i in range(len(losses))]

@@ -82,7 +82,7 @@ def own_file(folder: Path) -> Iterator[None]:
         except Exception as error:
             if main or isinstance(error, Lost):  # else it is printed into the file anyway
                 traceback.print_exc(file=file)
-            elif terminal is not None and _worth_a_line(error):
+            if terminal is not None and _worth_a_line(error):
                 os.write(terminal[1], f"error: {_first_line(error)}; {path} has more\n".encode())
             raise
         finally:

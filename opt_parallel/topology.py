@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,6 +172,7 @@ class Topology:
             why = str(error).partition("\n")[0]
             if not (isinstance(error, dist.DistError) or "gloo" in why or "NCCL" in why):
                 raise
+            why = re.sub(r"^\[\S+:\d+\] ", "", why)  # not where in gloo's own sources
             raise Lost(
                 f"{self.where(self.world.rank)}: another rank is gone, cannot be reached, or did not answer within "
                 f"parallel.timeout={timeout:g} s ({why}); the same command goes on from the newest checkpoint"

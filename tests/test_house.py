@@ -16,7 +16,7 @@ FLOORS = [
     ["errors"],
     ["log"],
     ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
-    ["data_config", "task_config", "scores"],
+    ["data_config", "task_config", "scores", "comparison"],
     ["config", "hf_config"],
     ["compose"],
     ["topology", "trackers", "sweep", "launching"],

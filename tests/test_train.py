@@ -95,6 +95,8 @@ def test_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
     assert len(folders) == 4
     assert sorted(folder.name.count("model.dropout=0.1") for folder in folders) == [0, 0, 1, 1]
     assert sorted(folder.name.count("other.txt") for folder in folders) == [0, 0, 1, 1]
+    fixed = ("model=", "logging", "steps", "run.dir")  # Hydra writes some of them otherwise than they were given
+    assert not [folder for folder in folders if any(word in folder.name for word in fixed)]
     assert [len(train_rows(folder)) for folder in folders] == [2, 2, 2, 2]
 
 

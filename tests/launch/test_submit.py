@@ -105,8 +105,9 @@ def test_torchrun_on_one_machine_and_on_many() -> None:
 def test_torchrun_is_started_in_this_process_s_place(tmp_path: Path) -> None:
     """A real torchrun, whose script says a mistake of its own: everything on the way there works."""
     done = submit(
-        "launch.processes=2", "model=opt-tiny", "batch.global=2", f"run.dir={tmp_path}", "data.train=absent.txt"
-    )
+        "launch.processes=2", "launch.restarts=0", "model=opt-tiny", "batch.global=2", f"run.dir={tmp_path}",
+        "data.train=absent.txt",
+    )  # fmt: skip
     assert "absent.txt" in done.stderr
     assert done.returncode == 1  # torchrun's
     assert "train.py FAILED" in done.stderr

@@ -1,0 +1,37 @@
+"""Compare runs: their loss curves in one picture, and a table of losses and of the settings that differ.
+
+python scripts/compare.py runs/a runs/b                    # two runs
+python scripts/compare.py runs/opt-tiny                    # all runs of a sweep, and of whatever lies below
+python scripts/compare.py runs/a runs/b --over tokens --output a-and-b.pdf
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from opt_parallel.comparison import AXES, draw, read_runs, table
+from opt_parallel.errors import reporting
+from opt_parallel.log import quiet_libraries
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run's folder, or one that holds runs")
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default compare.png)")
+    parser.add_argument("--over", choices=AXES, default="step", help="what the losses are drawn over (default step)")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    records, empty = read_runs(arguments.runs)
+    draw(arguments.output, records, arguments.over)
+    print(table(records))
+    for folder in empty:
+        print(f"left out: {folder} has no rows yet")
+    print(f"\n{arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    with reporting():
+        sys.exit(main())
