@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from opt_parallel.curve import SMOOTH_FROM, Curve, Row, draw_curves, losses_of, smoothed
 from opt_parallel.errors import UserError, one_line

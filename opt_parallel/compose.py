@@ -54,7 +54,7 @@ def refuse_secrets(keys: Iterable[str]) -> None:
             )
 
 
-def keys_given(arguments: list[str]) -> Iterator[str]:
+def keys_given(arguments: Sequence[str]) -> Iterator[str]:
     """The keys of a command line's overrides, and those within their values."""
     parser = OverridesParser.create()
     for argument in arguments:

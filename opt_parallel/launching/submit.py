@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opt_parallel.compose import register_schema, run_from, start_from_checkpoint
+from opt_parallel.compose import keys_given, refuse_secrets, register_schema, run_from, start_from_checkpoint
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.launching.commands import Command, accelerate, deepspeed, torchrun
@@ -37,6 +37,7 @@ def submit(root: Path, arguments: Sequence[str]) -> None:
 
     A launcher of this machine takes this process's place. Raises: `UserError`, Hydra's and OmegaConf's errors."""
     ours, theirs = divide(arguments)
+    refuse_secrets(keys_given(theirs))
     launch, run = composed(root / "configs", ours, theirs)
     check(launch, run)
     started = rendered(launch, run, root, theirs)
