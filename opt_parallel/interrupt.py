@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from opt_parallel.errors import INTERRUPTED, STOPPED, leave
@@ -22,11 +22,12 @@ SAME_REQUEST = 5.0  # seconds: one request reaches a rank twice, from a terminal
 class Interrupt:
     """Whether this process was asked to stop. `status` is what it should then end with; 0: nobody asked.
 
-    Until `patient` is set, and at a second request some seconds after the first, it ends at once."""
+    Until `patient` is set, and at a second request some seconds after the first, it ends at once, with `last_words`."""
 
     def __init__(self) -> None:
         self.status = 0
         self.patient = False
+        self.last_words: Callable[[], None] = lambda: None
         self._since = 0.0
         self._ignored = False
 
@@ -65,6 +66,7 @@ class Interrupt:
     def _note(self, status: int) -> None:
         now = time.monotonic()
         if not self.patient or (self.status and now - self._since > SAME_REQUEST):
+            self.last_words()
             leave("interrupted", status, patience=0.0)
         if not self.status:
             self.status, self._since = status, now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from opt_parallel.checkpoint.merged import Base, over
@@ -77,6 +78,8 @@ def train(run: Run) -> int:
         if topology.exchange(topology.together(lambda: _nothing_left(run)))[0]:  # rank 0's word: it writes
             return 0
         topology.together(lambda: claim_folder(run))
+        if topology.is_main:
+            interrupt.last_words = partial(_write_state, run, "stopped")
         with own_file(run.folder), topology.losing(run.parallel.timeout):
             status = _train(run, topology, interrupt)
     if status == 0 and newest(run.folder / "checkpoints") == run.folder / "checkpoints" / f"step-{run.steps}":

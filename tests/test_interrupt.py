@@ -17,6 +17,7 @@ from opt_parallel import interrupt as module
 module.SAME_REQUEST = float(sys.argv[1])
 with module.Interrupt.watch() as interrupt:
     interrupt.patient = sys.argv[2] != "impatient"
+    interrupt.last_words = lambda: print("last words", flush=True)
     if sys.argv[2] == "hang":
         from datetime import timedelta
         from torch._C._distributed_c10d import HashStore
@@ -62,16 +63,16 @@ def test_a_second_one_ends_it_though_it_hangs() -> None:
     with started("hang", same_request=0.0) as process:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGUSR1)
-        _, errors = process.communicate(timeout=50)
-    assert (process.returncode, errors) == (75, "error: interrupted\n")
+        output, errors = process.communicate(timeout=50)
+    assert (process.returncode, output, errors) == (75, "last words\n", "error: interrupted\n")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_before_the_first_step_one_is_enough(number: int, status: int) -> None:
     with started("impatient") as process:
         process.send_signal(number)
-        _, errors = process.communicate(timeout=50)
-    assert (process.returncode, errors) == (status, "error: interrupted\n")
+        output, errors = process.communicate(timeout=50)
+    assert (process.returncode, output, errors) == (status, "last words\n", "error: interrupted\n")
 
 
 def test_handlers_are_put_back(tmp_path: Path) -> None:

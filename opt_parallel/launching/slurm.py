@@ -27,7 +27,7 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
     )
     templates.filters["quote"] = lambda value: shlex.quote(str(value))
     variables = torchrun_environment(launch) | threads(launch.cpus_per_task, launch.processes)
-    agent = [*_container(launch, root), "torchrun", *torchrun_options(launch)]
+    agent = [*_container(launch, folder, root), "torchrun", *torchrun_options(launch)]
     return templates.from_string((root / TEMPLATE).read_text()).render(
         launch=launch,
         name=name,
@@ -35,7 +35,7 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
         state=folder / "state",
         venv=None if launch.container else _venv(launch),
         variables=variables,
-        agent=shlex.join(agent).replace(" --", " \\\n    --"),
+        agent=_an_option_a_line(agent),
         training=shlex.join([str(root / "train.py"), *overrides]),
     )
 
@@ -45,8 +45,14 @@ def _venv(launch: Slurm) -> Path:
     return Path(launch.venv).absolute() if launch.venv else Path(sys.prefix)
 
 
-def _container(launch: Slurm, root: Path) -> list[str]:
-    """Apptainer's words: it shows the working folder by itself, this repository it is told to show."""
+def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
+    """Apptainer's words: home and working folder it shows by itself, the run's and this repository it is told to."""
     if launch.container is None:
         return []
-    return ["apptainer", "exec", *(["--nv"] if launch.gpus_per_node else []), "--bind", str(root), launch.container]
+    gpus = ["--nv"] if launch.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, "--bind", f"{root},{folder}", launch.container]
+
+
+def _an_option_a_line(words: Sequence[str]) -> str:
+    """A command for a script, quoted and readable."""
+    return "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in map(shlex.quote, words))
