@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from opt_parallel.errors import INTERRUPTED, STOPPED, leave
 
@@ -22,7 +22,8 @@ SAME_REQUEST = 5.0  # seconds: one request reaches a rank twice, from a terminal
 class Interrupt:
     """Whether this process was asked to stop. `status` is what it should then end with; 0: nobody asked.
 
-    Until `patient` is set, and at a second request some seconds after the first, it ends at once, with `last_words`."""
+    Until `patient` is set, and at a second request some seconds after the first, it ends at once; upon SIGUSR1 with
+    `last_words`, for that is surely a request: SIGTERM is what a launcher sends where another rank has crashed, too."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -60,13 +61,15 @@ class Interrupt:
         while numbers := os.read(reader, 64):
             for number in numbers:
                 if number in STATUS:
-                    self._note(STATUS[signal.Signals(number)])
+                    self._note(signal.Signals(number))
         os.close(reader)
 
-    def _note(self, status: int) -> None:
-        now = time.monotonic()
+    def _note(self, number: signal.Signals) -> None:
+        status, now = STATUS[number], time.monotonic()
         if not self.patient or (self.status and now - self._since > SAME_REQUEST):
-            self.last_words()
+            if number == signal.SIGUSR1:
+                with suppress(OSError):  # this thread must live
+                    self.last_words()
             leave("interrupted", status, patience=0.0)
         if not self.status:
             self.status, self._since = status, now

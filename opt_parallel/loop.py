@@ -54,12 +54,15 @@ class Materials:
     prompts: Prompts | None
 
     @classmethod
-    def gather(cls, run: Run) -> Materials:
-        """On every rank, while none waits in a collective: text may take hours to prepare. Raises: UserError."""
+    def gather(cls, run: Run, begun: Path | None) -> Materials:
+        """On every rank, while none waits in a collective: text may take hours to prepare. `begun`: the checkpoint that
+        the run goes on from. Raises: UserError."""
         check_trackers(run)
-        start = _start(run)
+        start = _start(run, begun)
         base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
-        data = _prepare(run, start)
+        data = prepare(run)
+        if start and data.labels and begun is None:
+            start.check_labels(data.labels)
         mixture, held_out = open_mixture(run, data), open_validation(run, data)
         prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
         return cls(start, base, data, mixture, held_out, prompts)
@@ -88,11 +91,12 @@ def train(run: Run) -> int:
 
 
 def _train(run: Run, topology: Topology, interrupt: Interrupt) -> int:
-    _warn_of_another_start(run)
+    begun = topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
+    _warn_of_another_start(run, begun)
     for line in preflight(run, topology):
         if topology.world.size > 1:
             say(line)
-    materials = topology.together(lambda: Materials.gather(run))
+    materials = topology.together(lambda: Materials.gather(run, begun))
     data, mixture = materials.data, materials.mixture
     if topology.is_main:
         (run.folder / "config.yaml").write_text(to_yaml(run))
@@ -150,14 +154,6 @@ def _write_state(run: Run, word: str) -> None:
         return  # a finished run may lie where nothing can be written any more
     beside.write_text(word + "\n")
     os.replace(beside, path)
-
-
-def _prepare(run: Run, start: Opened | None) -> Prepared:
-    """The run's data, whose labels must fit the classifier that it starts from."""
-    data = prepare(run)
-    if start and data.labels and choose(run) is None:
-        start.check_labels(data.labels)
-    return data
 
 
 def _begin(
@@ -230,12 +226,12 @@ def _younger(path: Path, other: Path) -> bool:
     return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
 
 
-def _start(run: Run) -> Opened | None:
+def _start(run: Run, begun: Path | None) -> Opened | None:
     """The checkpoint whose weights the run begins with, None where it draws or resumes its own. Those that LoRA leaves
     alone are read at each start.
 
     Its tensors are checked on every rank, before any of them waits for another."""
-    if run.init_from is None or (choose(run) is not None and run.task.lora.rank == 0):
+    if run.init_from is None or (begun is not None and run.task.lora.rank == 0):
         return None
     opened = open_checkpoint(run.init_from, "init_from=")
     if run.task.name is Task.classify:
@@ -254,18 +250,17 @@ def _weights(run: Run, start: Opened | None, checkpoint: CheckpointReader | None
     return over(checkpoint.holds, checkpoint, source) if checkpoint else source
 
 
-def _warn_of_another_start(run: Run) -> None:
+def _warn_of_another_start(run: Run, begun: Path | None) -> None:
     """Say that `init_from` is not read where the run goes on from a checkpoint that began elsewhere."""
-    folder = choose(run)
-    if run.init_from is None or folder is None or run.task.lora.rank > 0:
+    if run.init_from is None or begun is None or run.task.lora.rank > 0:
         return
     try:
-        began = read_manifest(folder)["config"].get("init_from")
+        began = read_manifest(begun)["config"].get("init_from")
     except UserError:
         return  # it is damaged, and will be set aside
     if began != run.init_from:
         say(
-            f"warning: init_from={run.init_from} is not read: {folder} goes on, which began from "
+            f"warning: init_from={run.init_from} is not read: {begun} goes on, which began from "
             f"{began or 'random weights'}; choose another run.name or run.dir to start anew"
         )
 

@@ -67,12 +67,16 @@ def test_a_second_one_ends_it_though_it_hangs() -> None:
     assert (process.returncode, output, errors) == (75, "last words\n", "error: interrupted\n")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_before_the_first_step_one_is_enough(number: int, status: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGINT, 130, ""), (signal.SIGTERM, 75, ""), (signal.SIGUSR1, 75, "last words\n")],
+)
+def test_before_the_first_step_one_is_enough(number: int, status: int, words: str) -> None:
+    """And only the signal that is surely a request says that the run is to be continued."""
     with started("impatient") as process:
         process.send_signal(number)
         output, errors = process.communicate(timeout=50)
-    assert (process.returncode, output, errors) == (status, "last words\n", "error: interrupted\n")
+    assert (process.returncode, output, errors) == (status, words, "error: interrupted\n")
 
 
 def test_handlers_are_put_back(tmp_path: Path) -> None:
