@@ -78,21 +78,21 @@ def train(run: Run) -> int:
         Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology,
     ):
         check_same(run, topology)
-        if topology.exchange(topology.together(lambda: _nothing_left(run)))[0]:  # rank 0's word: it writes
+        begun = topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
+        _warn_of_another_start(run, begun)
+        if topology.exchange(topology.together(lambda: _nothing_left(run, begun)))[0]:  # likewise
             return 0
         topology.together(lambda: claim_folder(run))
         if topology.is_main:
             interrupt.last_words = partial(_write_state, run, "stopped")
         with own_file(run.folder), topology.losing(run.parallel.timeout):
-            status = _train(run, topology, interrupt)
+            status = _train(run, begun, topology, interrupt)
     if status == 0 and newest(run.folder / "checkpoints") == run.folder / "checkpoints" / f"step-{run.steps}":
         _export_at_end(run, run.folder / "checkpoints" / f"step-{run.steps}")
     return status
 
 
-def _train(run: Run, topology: Topology, interrupt: Interrupt) -> int:
-    begun = topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
-    _warn_of_another_start(run, begun)
+def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrupt) -> int:
     for line in preflight(run, topology):
         if topology.world.size > 1:
             say(line)
@@ -187,16 +187,15 @@ def _due(every: int, clock: Clock, last: bool) -> bool:
     return every > 0 and (last or clock.step % every == 0)
 
 
-def _nothing_left(run: Run) -> bool:
-    folder = choose(run)
-    step = None if folder is None else step_of(folder)
-    if folder is None or step is None or step < run.stop:
+def _nothing_left(run: Run, begun: Path | None) -> bool:
+    step = None if begun is None else step_of(begun)
+    if begun is None or step is None or step < run.stop:
         return False
     if step < run.steps:
-        say(f"{run.run.name} is at stop_at={run.stop_at}: {folder}; a later stop_at continues it")
+        say(f"{run.run.name} is at stop_at={run.stop_at}: {begun}; a later stop_at continues it")
     else:
-        say(f"{run.run.name} is finished: {folder} is at step {step} of {run.steps}; a larger steps continues it")
-        _export_at_end(run, folder)
+        say(f"{run.run.name} is finished: {begun} is at step {step} of {run.steps}; a larger steps continues it")
+        _export_at_end(run, begun)
     if is_main():
         _write_state(run, "done")
     return True

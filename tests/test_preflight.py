@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -140,23 +141,16 @@ def test_other_code(crew: Any, tmp_path: Path) -> None:
     assert "nodeB, rank 1 has other code than nodeA, rank 0: opt-parallel 0123456789ab instead of" in answers[0][1]
 
 
-def test_code_checksum_follows_the_code(tmp_path: Path) -> None:
-    from opt_parallel.preflight import code_checksum
+def test_code_checksum_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opt_parallel import preflight
 
-    package = tmp_path / "opt_parallel"
-    subprocess.run(["cp", "-r", ROOT / "opt_parallel", package], check=True)
-    command = [sys.executable, "-c", "from opt_parallel.preflight import code_checksum; print(code_checksum())"]
-
-    def checksum() -> str:
-        process = subprocess.run(
-            command, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, check=True
-        )
-        return process.stdout.strip()
-
-    assert checksum() == code_checksum()
+    before, package = preflight.code_checksum(), tmp_path / "opt_parallel"
+    shutil.copytree(ROOT / "opt_parallel", package)
+    monkeypatch.setattr(preflight, "__file__", str(package / "preflight.py"))
+    assert preflight.code_checksum() == before
     with (package / "optim.py").open("a") as file:
         file.write("# another\n")
-    assert checksum() != code_checksum()
+    assert preflight.code_checksum() != before
 
 
 def test_text_that_one_host_lacks_or_has_otherwise(crew: Any, tmp_path: Path) -> None:
@@ -291,7 +285,7 @@ def test_a_device_that_hangs_is_named(crew: Any, tmp_path: Path, sick: int) -> N
     assert seconds < 7  # it did not wait for the other
 
 
-@pytest.mark.parametrize("wrong", ["settings", "text"])
+@pytest.mark.parametrize("wrong", [pytest.param("settings", marks=pytest.mark.long), "text"])
 def test_started_by_torchrun_all_end_with_one_line(tmp_path: Path, wrong: str) -> None:
     """Rank 1 has another command line, or stands where the text is not: no rank hangs, and rank 0 alone speaks."""
     arguments = small(tmp_path)

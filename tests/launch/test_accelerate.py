@@ -39,6 +39,7 @@ def test_accelerate_refuses_a_file_with_an_unknown_key(tmp_path: Path) -> None:
         understood(broken)
 
 
+@pytest.mark.long
 def test_two_machines_by_accelerate_are_one_world(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -102,6 +102,7 @@ def test_torchrun_on_one_machine_and_on_many() -> None:
         assert variable in shlex.split(line)
 
 
+@pytest.mark.long
 def test_torchrun_is_started_in_this_process_s_place(tmp_path: Path) -> None:
     """A real torchrun, whose script says a mistake of its own: everything on the way there works."""
     done = submit(
