@@ -14,6 +14,7 @@ def steps_of(export: Path) -> str:
     return next(line for line in lines if line.startswith("| steps |"))
 
 
+@pytest.mark.long
 def test_ranks_end_while_the_first_exports(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     arguments = [*small(tmp_path), "parallel.tensor=2", "steps=2", f"data.validation={text}", "evaluation.every=1"]

@@ -22,6 +22,7 @@ def samples_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_under_zero_3_writes_its_samples(tmp_path: Path) -> None:
     """With validation, and gathering every weight anew."""
     zero = ["zero.stage=3", "zero.persistence_threshold=0", "zero.prefetch_bucket_size=10000"]
