@@ -102,12 +102,13 @@ def preflight(run: Run, topology: Topology) -> list[str]:
 
 def claim_folder(run: Run) -> None:
     """Make the run's folder. Raises: UserError if it cannot be written."""
-    try:
+
+    def claim() -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(run.folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
-    except OSError as error:
-        raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
+
+    _said(claim, run)
 
 
 def code_checksum() -> str:
@@ -207,6 +208,7 @@ def _check_shared_folder(run: Run, topology: Topology) -> None:
 
 
 def _said(work: Callable[[], Any], run: Run) -> Any:
+    """What `work` in the run's folder returns; the system's refusal as a mistake's line."""
     try:
         return work()
     except OSError as error:
