@@ -11,7 +11,7 @@ PROMPT ?= The function returns
 # two processes, that is tensor parallelism, on CPUs or on two GPUs; a single GPU takes one process
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PROCESSES := $(if $(filter 1,$(GPUS)),1,2)
-export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(max(1, os.cpu_count() // 2))")
+export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "from opt_parallel.machine import cpus; print(max(1, cpus() // 2))")
 
 # what make bench trains: on a CPU a four-layer 125m, and with two threads the whole one
 BENCH := $(BIN)/python scripts/benchmark.py

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from opt_parallel import place
+from opt_parallel import machine, place
 from opt_parallel.errors import Lost, UserError
 
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
@@ -46,7 +46,10 @@ def bytes_in_words(number: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """Hold back the libraries' chatter below a warning; must run before they are imported."""
+    """Hold back the libraries' chatter below a warning, and their threads beyond the CPUs that there are.
+
+    Must run before they are imported."""
+    machine.limit_threads()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     said_by_us = ("real_accelerator.py", "loss_scaler.py")  # that there is no GPU, that gradients are not finite
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename not in said_by_us)

@@ -23,6 +23,7 @@ from pathlib import Path
 from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run, bytes_of
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import aligned, quiet_libraries
+from opt_parallel.machine import cpus
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
 
@@ -59,7 +60,7 @@ def main() -> None:
     generate.add_argument("--batch", type=_positive, action="append", help="prompts at a time; default: 1, then 8")
     generate.add_argument("--prompt", type=_positive, default=16, help="tokens of a prompt")
     generate.add_argument("--new", type=_positive, default=128, help="tokens that follow it")
-    generate.add_argument("--threads", type=_positive, default=os.cpu_count() or 1)
+    generate.add_argument("--threads", type=_positive, default=cpus())
     generate.add_argument("--rounds", type=_positive, default=7)
     generate.add_argument("overrides", nargs="*", metavar="key=value")
     prepare = verbs.add_parser("prepare", help="text to tokens, beside datasets.map; and killed half-way")
@@ -94,7 +95,7 @@ def _names(text: str) -> list[str]:
 
 
 def run_race(arguments: argparse.Namespace) -> None:
-    world, threads = arguments.processes, arguments.threads or max(1, (os.cpu_count() or 1) // arguments.processes)
+    world, threads = arguments.processes, arguments.threads or max(1, cpus() // arguments.processes)
     run = compared_run(arguments.overrides, arguments.accumulation)
     check_setting(arguments, run)
     os.environ["LOCAL_WORLD_SIZE"] = str(world)

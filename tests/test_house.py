@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. A module imports from lower floors, or from other modules of its own folder.
 FLOORS = [
-    ["place"],
+    ["place", "machine"],
     ["errors"],
     ["log"],
     ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],

@@ -30,8 +30,9 @@ from opt_parallel.data.selection import (
 )
 from opt_parallel.data.sources import Corpus, Unit
 from opt_parallel.data.store import Encoded, Part, PartWriter
-from opt_parallel.data.workers import Report, cpus, progress, run_jobs
+from opt_parallel.data.workers import Report, progress, run_jobs
 from opt_parallel.errors import UserError
+from opt_parallel.machine import cpus
 from opt_parallel.shapes import require
 
 META = "part.json"

@@ -27,8 +27,8 @@ from opt_parallel.data.filling import META, Material, PartMaker, PartMeta, part_
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
-from opt_parallel.data.workers import cpus
 from opt_parallel.errors import UserError
+from opt_parallel.machine import cpus
 from opt_parallel.shapes import require
 
 PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends with the first of them

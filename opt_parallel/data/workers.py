@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from opt_parallel.errors import UserError
+from opt_parallel.machine import cpus  # noqa: F401 (whoever sizes `run_jobs` finds it here, too)
 
 Report = Callable[[int], None]
 Job = Callable[[Any, Report], None]
@@ -22,11 +23,6 @@ SPOKEN = 30.0  # seconds between two lines where there is no bar
 
 class Unfinished(UserError):
     """What stopped the work is no fault of the data: starting again goes on from there."""
-
-
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(jobs: Iterable[Job], shared: Any, workers: int, report: Report) -> None:
