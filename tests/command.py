@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from fork_server import Forked, ForkServer
 
 ROOT = Path(__file__).parent.parent
 # a run of seconds: opt-tiny on a made-up text, nothing sent anywhere
@@ -38,6 +45,14 @@ def small(folder: Path) -> list[str]:
 
 
 def python(*arguments: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a Python command did: a file in a fork of the fork server; anything else, or with an environment of its own,
+    in an interpreter of its own."""
+    if arguments[0].endswith(".py") and not env:
+        return launch(1, *arguments, timeout=timeout)
+    return cold_python(*arguments, timeout=timeout, **env)
+
+
+def cold_python(*arguments: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout,
         check=False,
@@ -46,7 +61,56 @@ def python(*arguments: str, timeout: float = 240, **env: str) -> subprocess.Comp
 
 def torchrun(processes: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return python(*module, *arguments, timeout=timeout)
+    return cold_python(*module, *arguments, timeout=timeout)
+
+
+def launch(processes: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Forked ranks with the variables that a launcher sets. As a launcher does, end all with SIGTERM once one failed;
+    the status is then that rank's."""
+    server = _fork_server()
+    with socket.socket() as free, TemporaryFile() as out, TemporaryFile() as err:
+        free.bind(("127.0.0.1", 0))
+        common = environment()
+        if processes > 1:
+            common |= {
+                "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
+            }  # fmt: skip
+        free.close()
+        ranks = [
+            server.start(
+                list(arguments), ROOT, common | ({"RANK": str(i), "LOCAL_RANK": str(i)} if processes > 1 else {}),
+                out.fileno(), err.fileno(),
+            )
+            for i in range(processes)
+        ]  # fmt: skip
+        status = _wait_for_all(ranks, timeout, [sys.executable, *arguments])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess([sys.executable, *arguments], status, *texts)
+
+
+def _wait_for_all(ranks: list[Forked], timeout: float, command: list[str]) -> int:
+    waiting, status, deadline = list(ranks), 0, time.monotonic() + timeout
+    while waiting:
+        if time.monotonic() > deadline:
+            for rank in waiting:
+                rank.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        for rank in [rank for rank in waiting if rank.ended_within(0.02)]:
+            waiting.remove(rank)
+            if rank.status and not status:
+                status = rank.status
+                for other in waiting:
+                    os.kill(other.pid, signal.SIGTERM)
+    return status
+
+
+@functools.cache
+def _fork_server() -> ForkServer:
+    return ForkServer(environment())
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:
