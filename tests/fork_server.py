@@ -114,8 +114,8 @@ def become(request: dict[str, Any]) -> None:
     for descriptor, target in zip(request["descriptors"], (1, 2), strict=True):
         os.dup2(descriptor, target)
         os.close(descriptor)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
