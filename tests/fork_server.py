@@ -21,10 +21,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 REQUEST_BYTES = 1 << 20
+PRELOADED = (
+    "torch", "torch._inductor.compile_fx", "deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure",
+    "opt_parallel.compose", "opt_parallel.loop", "opt_parallel.verify", "opt_parallel.judge",
+)  # fmt: skip
 
 
 class ForkServer:
@@ -130,16 +135,8 @@ def preload() -> None:
     from opt_parallel.log import quiet_libraries
 
     quiet_libraries()
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-
-    import opt_parallel.compose
-    import opt_parallel.export
-    import opt_parallel.judge
-    import opt_parallel.loop
-    import opt_parallel.verify  # noqa: F401
-
+    for module in PRELOADED:
+        import_module(module)
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads are alive after the imports"
     gc.freeze()
