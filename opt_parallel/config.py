@@ -297,9 +297,9 @@ class Run(Section):
             "keep: use zero.stage=1, 2 or 3, or precision=fp32",
         )
         require(
-            self.warmup_steps <= self.steps,
-            f"the warm-up takes {self.warmup_steps} steps but steps={self.steps}: shorten "
-            "schedule.warmup_steps or schedule.warmup_tokens, or train longer",
+            (self.schedule.warmup_steps or 0) <= self.steps,
+            f"the warm-up takes {self.schedule.warmup_steps} steps but steps={self.steps}: shorten "
+            "schedule.warmup_steps, or train longer",
         )
 
     def _check_model_fits(self) -> None:
@@ -308,6 +308,15 @@ class Run(Section):
             self.data.sequence_length <= self.model.max_position_embeddings,
             f"data.sequence_length={self.data.sequence_length} > model.max_position_embeddings="
             f"{self.model.max_position_embeddings}: shorten the sequence or lengthen the position table",
+        )
+
+    def check_warmup(self, step: int = 0, tokens: int = 0) -> None:
+        """Raise `UserError` if a warm-up in tokens would outlast a run that is at `step` and has seen `tokens`."""
+        wanted, left = self.schedule.warmup_tokens or 0, self.steps - step
+        require(
+            wanted <= tokens + left * self.batch_tokens,
+            f"schedule.warmup_tokens={wanted:,} is more than the run will have seen at steps={self.steps}: "
+            f"{tokens:,} tokens at step {step}, and {self.batch_tokens:,} a step; shorten the warm-up or train longer",
         )
 
     def check_world(self, world_size: int) -> None:
@@ -347,7 +356,7 @@ class Run(Section):
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up, tokens rounded up to whole steps."""
+        """Steps of warm-up, tokens rounded up to whole steps of today's batch."""
         if self.schedule.warmup_tokens is not None:
             return -(-self.schedule.warmup_tokens // self.batch_tokens)
         return self.schedule.warmup_steps or 0

@@ -13,6 +13,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import Offload, Precision, Run
 from opt_parallel.data.samples import Batch
 from opt_parallel.errors import UserError
@@ -94,19 +95,19 @@ class Engine:
             )
         return cls(run, topology, wrapped)
 
-    def step(self, batches: list[Batch], step: int) -> StepResult:
-        """Optimizer step number `step`, counted from 0, on this data rank's micro-batches.
+    def step(self, batches: list[Batch], clock: Clock) -> StepResult:
+        """The optimizer step that follows `clock`, on this data rank's micro-batches.
 
         The loss is the mean over all targets of the global batch, wherever they are: their number N is known before
         the first forward, and each micro-batch's sum enters as sum / N. DeepSpeed averages gradients over the data
         ranks, hence the factor; gradients that are reduced here are summed.
         """
-        data = self.topology.data
+        data, step = self.topology.data, clock.step
         targets = self.topology.sum(sum(batch.targets for batch in batches), data)
         tokens = self.topology.sum(sum(batch.tokens for batch in batches), data)
         if targets == 0:
             raise UserError(f"step {step + 1}: no label in the whole batch of {self.run.global_batch} samples counts")
-        lr = learning_rate(self.run, step)
+        lr = learning_rate(self.run, clock.after(self.run.global_batch, tokens))
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
         if self.scaler is not None:

@@ -79,6 +79,8 @@ def train(run: Run) -> int:
     ):
         check_same(run, topology)
         begun = topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
+        if begun is None:
+            run.check_warmup()
         _warn_of_another_start(run, begun)
         if topology.exchange(topology.together(lambda: _nothing_left(run, begun)))[0]:  # likewise
             return 0
@@ -103,6 +105,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
         _write_state(run, "running")
     store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text)
     engine, clock = _begin(run, topology, store, materials.start, data.labels)
+    run.check_warmup(clock.step, clock.tokens)
     place = (topology.data.rank, topology.data.size)
     feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
     loader = Loader(feed, clock, run.stop, topology.device)
@@ -114,7 +117,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     status = 0
     try:
         while clock.step < run.stop and not status:
-            result = engine.step(loader.next(), clock.step)
+            result = engine.step(loader.next(), clock)
             clock = clock.after(run.global_batch, result.tokens)
             metrics.step(
                 clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,

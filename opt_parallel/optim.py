@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import OptimizerConfig, PrecisionConfig, Run, Scaler, ScheduleName
 from opt_parallel.errors import UserError
 from opt_parallel.parallel.collectives import all_reduce
@@ -29,22 +30,33 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(run: Run, step: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0: a pure function, so a resume needs no state.
+def learning_rate(run: Run, clock: Clock) -> float:
+    """The learning rate of the optimizer step that leads to `clock`: a pure function, so a resume needs no state.
 
-    Linear warm-up that reaches the peak at its last step, then linear (Zhang et al. 2022, section 2.2), cosine
+    Linear warm-up that reaches the peak at its end, then linear (Zhang et al. 2022, section 2.2), cosine
     (Loshchilov & Hutter 2017) or constant; linear and cosine reach `final_ratio` of the peak at the run's last step.
+    docs/resuming.md has the formula.
     """
-    peak, ratio, warmup = run.optimizer.lr, run.schedule.final_ratio, run.warmup_steps
-    done = step + 1
-    if done <= warmup:
-        return peak * done / warmup
+    peak, ratio, warmup = run.optimizer.lr, run.schedule.final_ratio, warmup_steps(run, clock)
+    if clock.step <= warmup:
+        return peak * clock.step / warmup
     if run.schedule.name is ScheduleName.constant:
         return peak
-    progress = min(1.0, (done - warmup) / max(1, run.steps - warmup))
+    progress = min(1.0, (clock.step - warmup) / max(1, run.steps - warmup))
     if run.schedule.name is ScheduleName.linear:
         return peak * (1.0 - (1.0 - ratio) * progress)
     return peak * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def warmup_steps(run: Run, clock: Clock) -> float:
+    """How many steps the warm-up takes, at the tokens that the run's steps had on average until `clock`.
+
+    So `clock.step` of them are the share clock.tokens / warmup_tokens, and no change of the batch makes either the
+    warm-up or what follows it jump. Where every step had the tokens of today's batch, these are whole steps."""
+    tokens = run.schedule.warmup_tokens
+    if tokens is None or clock.tokens == clock.step * run.batch_tokens:
+        return run.warmup_steps
+    return tokens * clock.step / clock.tokens
 
 
 def gradient_norm(model: nn.Module, group: Group) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from layouts import Layout, run_for, weights_of
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import OptimizerConfig, Run
 from opt_parallel.data.batches import Feed
 from opt_parallel.data.mixture import Mixture, Source
@@ -77,7 +78,7 @@ def train(run: Run, problem: str, folder: str | None) -> tuple[list[float], Any,
         source = open_checkpoint(folder).weights if folder else random_source(run.seed)
         engine = Engine.build(run, topology, source, labels)
         feed = feed_for(run, problem, topology.data.rank, topology.data.size)
-        losses = [float(engine.step(feed.at(step * run.global_batch), step).loss) for step in range(run.steps)]
+        losses = [float(engine.step(feed.at(step * run.global_batch), Clock(step)).loss) for step in range(run.steps)]
         found = validate(engine, Examples(problem, HELD_OUT, 100), labels)
         weights = weights_of(engine)
         engine.close()
@@ -114,7 +115,7 @@ def train_theirs(model: Any, run: Run, problem: str) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, step)
+            group["lr"] = learning_rate(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -55,7 +55,7 @@ def _save(folder: str, variant: str) -> None:
         engine, clock = Engine.build(run, topology, random_source(run.seed)), Clock()
         for step in range(run.steps):
             batches = micro_batches(run, step, topology.data.rank, topology.data.size)
-            result = engine.step(batches, step)
+            result = engine.step(batches, clock)
             clock = clock.after(run.global_batch, result.tokens)
         if topology.is_main:
             texts = [f"Sentence {number} of a made-up text." for number in range(50)]

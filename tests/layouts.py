@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import (
     ActivationCheckpointing,
     Offload,
@@ -112,7 +113,7 @@ def train(run: Run, pretend_fp16: bool = False) -> tuple[list[float], list[float
         engine = Engine.build(run, topology, random_source(run.seed))
         losses, norms = [], []
         for step in range(run.steps):
-            result = engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), step)
+            result = engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), Clock(step))
             losses.append(float(result.loss))
             norms.append(float(result.grad_norm))
         weights = weights_of(engine)
@@ -154,7 +155,7 @@ def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, step)
+            group["lr"] = learning_rate(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -11,6 +11,7 @@ from hugging_face import VARIANTS, random_model
 from layouts import Layout, micro_batches, run_for
 from torch import Tensor
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import Run, RunConfig
 from opt_parallel.task_config import LORA_TARGETS, LoraConfig, Task, TaskConfig
 
@@ -49,7 +50,6 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
 
     from opt_parallel.checkpoint.reading import open_checkpoint
     from opt_parallel.checkpoint.store import Store
-    from opt_parallel.clock import Clock
     from opt_parallel.engine import Engine
     from opt_parallel.loop import _weights
     from opt_parallel.topology import Topology
@@ -68,7 +68,7 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
                 store.save(engine, clock)
             if clock.step == last:
                 break
-            result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock.step)
+            result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock)
             clock = clock.after(run.global_batch, result.tokens)
             losses.append(float(result.loss))
             norms.append(float(result.grad_norm))
@@ -118,7 +118,7 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, step)
+            group["lr"] = learning_rate(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -144,7 +144,7 @@ def go_with_peft(run: Run, model: Any) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tensors, settings.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, step)
+            group["lr"] = learning_rate(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -155,7 +155,6 @@ def random_adapter(run: Run, number_of_labels: int) -> None:
     """On the crew: a checkpoint of step 0 whose trained tensors are random, B and a classifier's score included."""
     from opt_parallel.checkpoint.reading import open_checkpoint
     from opt_parallel.checkpoint.store import Store
-    from opt_parallel.clock import Clock
     from opt_parallel.engine import Engine
     from opt_parallel.loop import _weights
     from opt_parallel.shapes import Labels

@@ -95,3 +95,13 @@ def test_survives_the_way_to_yaml_and_back() -> None:
 def test_warmup_in_tokens_is_rounded_up_to_whole_steps() -> None:
     run = Run(schedule=ScheduleConfig(warmup_tokens=8 * 2048 * 3 + 1))
     assert run.warmup_steps == 4
+
+
+def test_a_warmup_in_tokens_must_end_within_what_is_left() -> None:
+    """Which depends on the batches so far: a run that goes on with a small batch may have it behind it."""
+    run = Run(steps=10, schedule=ScheduleConfig(warmup_tokens=8 * 2048 * 12))
+    with pytest.raises(UserError, match=r"schedule.warmup_tokens=196,608 .* steps=10: .* 16,384 a step; shorten"):
+        run.check_warmup()
+    run.check_warmup(step=4, tokens=8 * 2048 * 6)
+    with pytest.raises(UserError, match="98,303 tokens at step 4"):
+        run.check_warmup(step=4, tokens=8 * 2048 * 6 - 1)

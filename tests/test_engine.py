@@ -12,6 +12,7 @@ import pytest
 import torch
 from layouts import STYLE_350M, Layout, assemble, micro_batches, run_for, train, train_plainly
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import Scaler
 
 # float32 sums in another order, carried through five Adam steps
@@ -129,7 +130,7 @@ def diverge(run: Any) -> str:
         engine = Engine.build(run, topology, source)
         batches = micro_batches(run, 0, topology.data.rank, topology.data.size)
         try:
-            engine.step(batches, 0)
+            engine.step(batches, Clock())
         except UserError as error:
             return str(error)
         finally:

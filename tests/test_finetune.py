@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opt_parallel.checkpoint.reading import open_checkpoint
+from opt_parallel.clock import Clock
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data.chat import chat_template
 from opt_parallel.data.prepare import prepare
@@ -141,7 +142,7 @@ def step_and_evaluate(run: Any, folder: str) -> tuple[float, float, float, int]:
             collate([rows.sample(n) for n in range(first, first + micro)], range(first, first + micro), PAD)
             for first in firsts
         ]
-        result = engine.step(batches, 0)
+        result = engine.step(batches, Clock())
         engine.close()
     return float(result.loss), float(result.grad_norm), before, sum(batch.targets for batch in batches)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from layouts import Layout, run_for
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import OptimizerConfig, PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
 from opt_parallel.errors import UserError
 from opt_parallel.model.heads import CausalLM
@@ -20,7 +21,7 @@ from opt_parallel.topology import ALONE
 def rates(name: str, steps: int = 10, warmup: int = 4) -> list[float]:
     schedule = ScheduleConfig(name=ScheduleName(name), warmup_steps=warmup, final_ratio=0.1)
     run = dataclasses.replace(run_for(Layout(), lr=1.0), steps=steps, schedule=schedule)
-    return [learning_rate(run, step) for step in range(steps)]
+    return [learning_rate(run, Clock(step + 1)) for step in range(steps)]
 
 
 def test_schedules() -> None:

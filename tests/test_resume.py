@@ -75,7 +75,7 @@ def go(run: Run, first: int, last: int, saves: tuple[int, ...] = ()) -> dict[str
                 weights = weights_of(engine)
             if clock.step == last:
                 break
-            result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock.step)
+            result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock)
             clock = clock.after(run.global_batch, result.tokens)
             losses.append(float(result.loss))
             skipped.append(result.skipped)

@@ -36,7 +36,7 @@ def seen(run: Run, folder: str, last: int) -> list[list[tuple[int, int]]]:
         steps = []
         while clock.step < last:
             batches = feed.at(clock.samples)
-            result = engine.step(batches, clock.step)
+            result = engine.step(batches, clock)
             clock = clock.after(run.global_batch, result.tokens)
             pairs = [
                 zip(batch.samples.tolist(), (batch.ids[:, 0] // LENGTH).tolist(), strict=True) for batch in batches

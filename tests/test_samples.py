@@ -52,7 +52,7 @@ def sampled_while_training(run: Run, folder: str) -> tuple[list[str], list[float
         engine = Engine.build(run, topology, random_source(run.seed))
         texts, losses = prompts.texts(engine, 0), []
         for step in range(2):
-            result = engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), step)
+            result = engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), Clock(step))
             losses.append(float(result.loss))
             texts += prompts.texts(engine, step + 1)
         engine.close()

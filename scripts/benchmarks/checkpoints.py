@@ -68,7 +68,7 @@ def _work(run: Run, rank: int, world: int, folder: Path, rounds: int) -> Rounds:
         )
         engine = Engine.build(run, topology, random_source(run.seed))
         words = torch.arange(4, 4 + WORDS).unsqueeze(0)
-        engine.step([Batch(words, words, None, None, torch.tensor([topology.data.rank]))], 0)
+        engine.step([Batch(words, words, None, None, torch.tensor([topology.data.rank]))], Clock())
         bench = Bench(run, topology, engine, Store(run, topology, tokenizer), folder)
         measured: Rounds = {}
         for turn in range(rounds):
