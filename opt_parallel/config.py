@@ -6,7 +6,6 @@ Hydra composes YAML and command line into these types (`compose.py`), so an unkn
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,8 +13,7 @@ from pathlib import Path
 from opt_parallel.data_config import DataConfig
 from opt_parallel.shapes import ModelConfig, Section, require
 from opt_parallel.task_config import Task, TaskConfig
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from opt_parallel.units import bytes_of
 
 
 class Offload(Enum):
@@ -369,14 +367,6 @@ class Run(Section):
     @property
     def folder(self) -> Path:
         return Path(self.run.dir)
-
-
-def bytes_of(size: str, key: str) -> int:
-    """Bytes of a size such as `5GB` (decimal, as Hugging Face counts); `key` is what the user set it by."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", size.strip().upper())
-    number = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
-    require(number >= 1, f"{key}{size} is no size: write a number and KB, MB, GB or TB, such as 5GB")
-    return number
 
 
 def _nearest_multiple(value: int, stride: int) -> str:

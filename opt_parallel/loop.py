@@ -15,7 +15,7 @@ from opt_parallel.checkpoint.store import Store
 from opt_parallel.checkpoint.whole import choose, newest, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
-from opt_parallel.config import Run, bytes_of
+from opt_parallel.config import Run
 from opt_parallel.curve import draw_confusion
 from opt_parallel.data.batches import Feed, Loader
 from opt_parallel.data.mixture import Mixture
@@ -38,6 +38,7 @@ from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology
 from opt_parallel.trackers import check_trackers
+from opt_parallel.units import bytes_of
 
 STATE = "state"  # a file in the run's folder: running, stopped (on request, to be continued) or done
 

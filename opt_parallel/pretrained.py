@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.writing import write_folder
-from opt_parallel.config import bytes_of
 from opt_parallel.errors import UserError
 from opt_parallel.model.cache import Cache, positions_held
 from opt_parallel.model.decoding import Decoding
@@ -43,6 +42,7 @@ from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import marked, whole
 from opt_parallel.shapes import IGNORED, Labels, ProblemType
 from opt_parallel.topology import ALONE, Group
+from opt_parallel.units import bytes_of
 
 Output = TypeVar("Output", bound=ModelOutput)
 
@@ -79,7 +79,7 @@ class _Pretrained(nn.Module):
         Raises: UserError if it cannot be read or is no OPT."""
         return cls(open_checkpoint(name).model(group, torch.device(device), dtype), group).eval()
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
+    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
         """Write what `from_pretrained` reads, here and in transformers, in the weights' own dtype: whole or absent.
 
         Every rank of the group takes part; the first writes, one tensor at a time. Where several tensor groups hold the

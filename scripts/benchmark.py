@@ -20,10 +20,11 @@ import statistics
 import time
 from pathlib import Path
 
-from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run, bytes_of
+from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import aligned, quiet_libraries
 from opt_parallel.machine import cpus
+from opt_parallel.units import bytes_of
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opt_parallel.config import ExportDtype, bytes_of
+from opt_parallel.config import ExportDtype
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
+from opt_parallel.units import bytes_of
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file, such as 5GB (default)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file: 5GB (default), 500MB, 5GiB")
     parser.add_argument("--dtype", default="float32", choices=list(ExportDtype.__members__))
     parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained alone, as `peft` loads it")
     arguments = parser.parse_args()

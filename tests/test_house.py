@@ -15,7 +15,7 @@ FLOORS = [
     ["place", "machine"],
     ["errors"],
     ["log"],
-    ["shapes", "clock", "interrupt", "curve", "hub", "manifest"],
+    ["shapes", "units", "clock", "interrupt", "curve", "hub", "manifest"],
     ["data_config", "task_config", "scores", "comparison"],
     ["config", "hf_config"],
     ["compose"],

@@ -9,6 +9,7 @@ import yaml
 
 from opt_parallel.launching.commands import PORT, threads, torchrun_environment, torchrun_options
 from opt_parallel.launching.settings import Kubernetes
+from opt_parallel.units import quantity_of
 
 LABEL = "batch.kubernetes.io/job-name"  # which the Job controller gives to its pods
 
@@ -44,7 +45,7 @@ def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, An
 
 
 def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
-    resources = {"cpu": str(launch.cpus), "memory": launch.memory}
+    resources = {"cpu": str(launch.cpus), "memory": quantity_of(launch.memory, "launch.memory=")}
     if launch.gpus:
         resources["nvidia.com/gpu"] = str(launch.gpus)
     variables = torchrun_environment(launch) | threads(launch.cpus, launch.processes)

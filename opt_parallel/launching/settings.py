@@ -8,6 +8,7 @@ from enum import Enum
 
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import Section, require
+from opt_parallel.units import bytes_of
 
 UNITS_OF_TIME = {  # Slurm's ways to write a time, as its manual lists them
     r"(?P<m>\d+)(:(?P<s>\d+))?": "minutes or minutes:seconds",
@@ -218,6 +219,7 @@ class Kubernetes(Elastic):
             "the same number, or 0 GPUs to train on CPUs",
         )
         require(self.cpus >= 1, f"launch.cpus={self.cpus} must be at least 1")
+        bytes_of(self.memory, "launch.memory=")
         require(
             self.grace > self.shutdown_timeout,
             f"launch.grace={self.grace} ends a pod before launch.shutdown_timeout={self.shutdown_timeout} has let it "
