@@ -67,7 +67,7 @@ def torchrun(processes: int, *arguments: str, timeout: float = 240) -> subproces
 def launch(processes: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Forked ranks with the variables that a launcher sets. As a launcher does, end all with SIGTERM once one failed;
     the status is then that rank's."""
-    server = _fork_server()
+    server = fork_server()
     with socket.socket() as free, TemporaryFile() as out, TemporaryFile() as err:
         free.bind(("127.0.0.1", 0))
         common = environment()
@@ -109,7 +109,7 @@ def _wait_for_all(ranks: list[Forked], timeout: float, command: list[str]) -> in
 
 
 @functools.cache
-def _fork_server() -> ForkServer:
+def fork_server() -> ForkServer:
     return ForkServer(environment())
 
 

@@ -7,28 +7,33 @@ traceback; assertions stand in the parent. The processes meet through a file, so
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing import current_process
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 240.0  # seconds for one function; DeepSpeed's first use compiles nothing but imports much
+from command import ROOT, environment, fork_server
+
+PATIENCE = 240.0  # seconds for one function
 
 
 class Crew:
     """`size` processes of one thread each, joined in a gloo group."""
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
         self.size, self.members = size, []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, size, folder / f"crew-{size}", theirs), daemon=True)
-            process.start()
-            self.members.append((process, ours))
+        with Listener(str(folder / f"crew-{size}.socket")) as listener:
+            for rank in range(size):
+                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+                arguments = [__file__, listener.address, str(folder / f"crew-{size}")]
+                process = fork_server().start(arguments, ROOT, environment(**ranks), 1, 2)
+                pipe = listener.accept()
+                pipe.send((sys.path, bytes(current_process().authkey)))  # tensors come through sockets that ask for it
+                self.members.append((process, pipe))
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
         """What `function` returned on each rank.
@@ -51,20 +56,25 @@ class Crew:
             process.kill()
 
 
-def _work(rank: int, size: int, meeting_point: Path, pipe: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    from opt_parallel.log import quiet_libraries
-
-    quiet_libraries()
+def _work(pipe: Connection, meeting_point: str) -> None:
+    sys.path[:], current_process().authkey = pipe.recv()
     import torch
     import torch.distributed as dist
 
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    store = dist.FileStore(str(meeting_point), size)
+    store = dist.FileStore(meeting_point, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
     while True:
-        function, arguments, named = pipe.recv()
+        try:
+            function, arguments, named = pipe.recv()
+        except EOFError:  # the session is over
+            os._exit(0)
         try:
             pipe.send((True, function(*arguments, **named)))
         except BaseException:
             pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+
+
+if __name__ == "__main__":
+    _work(Client(sys.argv[1]), sys.argv[2])
