@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from opt_parallel.storage.atomic import new_file
+
 Row = dict[str, Any]  # a line of metrics.jsonl
 MOST_NAMED = 40  # labels of a confusion matrix; the names of more overlap
 SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
@@ -56,12 +58,12 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_curves(path: Path, title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> None:
     """Write the picture of several runs' losses over `axis` (steps, tokens); `unit` as for `draw`, None for several."""
-    figure_of(title, curves, axis, unit).savefig(path)
+    save_figure(figure_of(title, curves, axis, unit), path)
 
 
 def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> Any:
@@ -144,7 +146,13 @@ def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=color, fontsize=8)
     axes.set_title(title, loc="left", fontweight="bold")
-    figure.savefig(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture in the format that the ending says. Raises: OSError; ValueError for an ending that is none."""
+    with new_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png")
 
 
 def perplexity_of(loss: float) -> float:

@@ -15,6 +15,7 @@ from opt_parallel.data.tasks import open_validation
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import Untrained, Validation, validate
 from opt_parallel.shapes import Labels, ProblemType, require
+from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
 from opt_parallel.topology import DTYPES, Topology, check_precision, local_device
 
@@ -76,7 +77,7 @@ def _write(run: Run, result: dict[str, Any], labels: Labels | None, found: Valid
         result = {**result, "labels": labels.names, "confusion": found.confusion.astype(int).tolist()}
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(run.folder / RESULT, json.dumps(result, indent=1) + "\n")
         if labels is not None and found.confusion is not None:
             draw_confusion(run.folder / "confusion.png", str(run.init_from), labels.names, found.confusion)
     except OSError as error:

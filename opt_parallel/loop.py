@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.place import is_main
 from opt_parallel.preflight import check_same, claim_folder, preflight
 from opt_parallel.shapes import Labels
+from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology
 from opt_parallel.trackers import check_trackers
@@ -102,7 +102,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     materials = topology.together(lambda: Materials.gather(run, begun))
     data, mixture = materials.data, materials.mixture
     if topology.is_main:
-        (run.folder / "config.yaml").write_text(to_yaml(run))
+        write_text(run.folder / "config.yaml", to_yaml(run))
         _write_state(run, "running")
     store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text)
     engine, clock = _begin(run, topology, store, materials.start, data.labels)
@@ -153,11 +153,10 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
 
 def _write_state(run: Run, word: str) -> None:
     """At once or not at all: launchers' scripts read it."""
-    path, beside = run.folder / STATE, run.folder / f"{STATE}.partial"
+    path = run.folder / STATE
     if path.exists() and path.read_text() == word + "\n":
         return  # a finished run may lie where nothing can be written any more
-    beside.write_text(word + "\n")
-    os.replace(beside, path)
+    write_text(path, word + "\n")
 
 
 def _begin(

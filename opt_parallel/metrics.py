@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import resource
 import statistics
@@ -30,6 +29,7 @@ from opt_parallel.clock import Clock
 from opt_parallel.config import ActivationCheckpointing, Precision, Run
 from opt_parallel.curve import draw, losses_of, perplexity_of
 from opt_parallel.log import say
+from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
 from opt_parallel.trackers import open_trackers
 
@@ -367,9 +367,7 @@ def _keep_rows(path: Path, last_step: int) -> None:
     lines = _whole_lines(path) if last_step > 0 and path.exists() else []
     kept = [line + "\n" for line in lines if json.loads(line)["step"] <= last_step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:

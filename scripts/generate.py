@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from opt_parallel import place
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries, say
+from opt_parallel.storage.atomic import write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -183,12 +184,11 @@ def write(model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], decod
 def save(path: Path, prompts: list[str], texts: list[str]) -> None:
     """Write prompts and texts, the whole file at once or none."""
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), replace=False)
+    except FileExistsError as error:
+        raise UserError(f"--output {path} exists by now: remove it or choose another file") from error
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(
             f"--output {path} cannot be written ({error.strerror}): make room, or choose another"
         ) from error

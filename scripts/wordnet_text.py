@@ -22,6 +22,7 @@ from typing import Any
 from opt_parallel.data.python_text import split
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.shapes import require
+from opt_parallel.storage.atomic import new_file
 
 SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 # the numbers of lexnames(5WN), that part of WordNet's manual
@@ -106,8 +107,8 @@ def read_synset(line: str, speech: str) -> Synset:
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with new_file(path) as file:
+            file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
     except OSError as error:
         raise UserError(f"--output {path.parent} cannot be written ({error}): choose another folder") from error
 

@@ -15,6 +15,7 @@ FLOORS = [
     ["place", "machine"],
     ["errors"],
     ["log"],
+    ["storage"],
     ["shapes", "units", "clock", "interrupt", "curve", "hub", "manifest"],
     ["data_config", "task_config", "scores", "comparison"],
     ["config", "hf_config"],

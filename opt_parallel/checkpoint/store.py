@@ -8,7 +8,6 @@ from __future__ import annotations
 import filecmp
 import json
 import math
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -50,6 +49,7 @@ from opt_parallel.model.network import network
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.shapes import MAY_DIFFER, Labels
+from opt_parallel.storage.atomic import publish
 from opt_parallel.topology import ALONE, Topology
 
 TOKENIZER = "tokenizer.json"
@@ -173,15 +173,8 @@ class Store:
         for path in sorted((beside / "tokenizer").iterdir()):
             written = {"bytes": path.stat().st_size, "crc32": checksum_of(path), "fragments": []}
             manifest["files"][f"tokenizer/{path.name}"] = written
-            _settle(path)
-        with open(beside / MANIFEST, "w") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for folder in (beside / "tokenizer", beside):
-            _settle(folder)
-        os.replace(beside, final)
-        _settle(self.root)
+        (beside / MANIFEST).write_text(json.dumps(manifest))
+        publish(beside, final)
         if best is not None:
             write_best(self.root, manifest["clock"]["step"], best)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
@@ -311,10 +304,3 @@ def _as_words(labels: dict[str, Any] | None) -> str:
         return "a language model"
     names = labels["names"]
     return f"a classifier of {', '.join(names[:5])}{', …' if len(names) > 5 else ''} ({labels['problem_type']})"
-
-
-def _settle(path: Path) -> None:
-    """Have the disk confirm a file's bytes, or the names in a folder."""
-    number = os.open(path, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)

@@ -12,6 +12,7 @@ from typing import Any
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.storage.atomic import write_text
 
 BEST = "best.json"
 CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
@@ -110,9 +111,7 @@ def best_in(checkpoints: Path) -> dict[str, Any] | None:
 
 def write_best(checkpoints: Path, step: int, loss: float) -> None:
     """Name the checkpoint with the lowest validation loss, at once or not at all."""
-    beside = checkpoints / f"{BEST}.partial"
-    beside.write_text(json.dumps({"step": step, "loss": loss}) + "\n")
-    os.replace(beside, checkpoints / BEST)
+    write_text(checkpoints / BEST, json.dumps({"step": step, "loss": loss}) + "\n")
 
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:

@@ -6,10 +6,10 @@ tensors' bytes end to end (huggingface.co/docs/safetensors), so here each tensor
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +26,7 @@ from opt_parallel.model.hf import INDEX, WEIGHTS, to_hf
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import Shard, Source
 from opt_parallel.shapes import ModelConfig
+from opt_parallel.storage.atomic import new_folder
 from opt_parallel.topology import ALONE, Group
 
 CHECKSUMS, GENERATION_CONFIG = "checksums.json", "generation_config.json"
@@ -66,20 +67,17 @@ def write_folder(
     tensors = _tensors(parameters, source, to_theirs)
     failure: Exception | None = None
     if group.rank == 0:
-        partial = output.with_name(output.name + ".partial")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            shards = _plan(parameters, to_theirs, dtype, max_shard_size)
-            _write_weights(partial, shards, tensors, dtype, names[0])
-            for name, data in (files or {}).items():
-                _write(partial / name, data)
-            _write(partial / names[1], as_json(content))
-            _put_in_place(partial, output, replace)
+            if os.path.lexists(output) and replace and not (output / CHECKSUMS).is_file():
+                raise UserError(f"{output} exists and is no export of ours: move it away, or choose another run.dir")
+            with new_folder(output, replace) as partial:
+                shards = _plan(parameters, to_theirs, dtype, max_shard_size)
+                _write_weights(partial, shards, tensors, dtype, names[0])
+                for name, data in (files or {}).items():
+                    (partial / name).write_bytes(data)
+                (partial / names[1]).write_bytes(as_json(content))
         except (OSError, UserError) as error:
             failure = error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     if group.size > 1:
         for _ in tensors:  # what is left of it: everything on the ranks that do not write, which gather all the same
             pass
@@ -106,6 +104,8 @@ def _explained(output: Path, failure: Exception | None) -> UserError:
         return failure
     if isinstance(failure, OSError):
         why = failure.strerror or str(failure)
+        if failure.errno in (errno.EEXIST, errno.ENOTEMPTY) and output.exists():
+            return UserError(f"{output} exists by now, and was not touched: remove it or choose another folder")
         return UserError(f"{output} cannot be written ({why}), and nothing of it is left: make room, or choose another")
     return UserError(f"{output} was not written: rank 0 could not")
 
@@ -151,11 +151,10 @@ def _write_weights(
             file.write(safetensors_header(shapes, dtype))
             for name in shapes:
                 checksums[name] = _write_tensor(file, name, next(tensors), dtype)
-            _settle(file)
     if len(shards) > 1:
         total = sum(math.prod(shape) * dtype.itemsize for shapes in shards for shape in shapes.values())
-        _write(folder / INDEX, as_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    _write(folder / CHECKSUMS, as_json(checksums))
+        (folder / INDEX).write_bytes(as_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / CHECKSUMS).write_bytes(as_json(checksums))
 
 
 def safetensors_header(shapes: Shapes, dtype: torch.dtype) -> bytes:
@@ -190,27 +189,3 @@ def _write_tensor(file: BinaryIO, name: str, tensor: tuple[str, Tensor], dtype: 
 
 def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        _settle(file)
-
-
-def _settle(file: BinaryIO) -> None:
-    """Have the disk say that it holds the file: a rename must not overtake what it names."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _put_in_place(partial: Path, output: Path, replace: bool) -> None:
-    """Give the whole folder its name; of an older one of that name nothing stays."""
-    aside = output.with_name(output.name + ".replaced")
-    if replace and output.is_dir():
-        if not (output / CHECKSUMS).is_file():
-            raise UserError(f"{output} exists and is no export of ours: move it away, or choose another run.dir")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(output, aside)
-    os.replace(partial, output)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 from filelock import FileLock
 
 from opt_parallel.config import Run
-from opt_parallel.data.filling import flush
+from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
 from opt_parallel.data.workers import Unfinished
 from opt_parallel.errors import UserError
+from opt_parallel.storage.atomic import PARTIAL, publish, remove
 
 FORMAT = 4  # of what is in them: a change of what is written makes all older ones unfindable
 
@@ -38,25 +38,25 @@ def whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     Raises: `UserError`; a rank that waited for another's failure raises that one's, not hours later its own."""
     if folder.exists():  # without the lock: a cache that is already filled may be read-only
         return folder
-    failure, partial = Path(f"{folder}.failed"), Path(f"{folder}.partial")
+    partial = Path(f"{folder}{PARTIAL}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        before = failure.stat().st_mtime_ns if failure.exists() else None
+        before = failure_of(folder)
         with FileLock(f"{folder}.lock"):
             if folder.exists():
                 return folder
-            if failure.exists() and failure.stat().st_mtime_ns != before:
-                raise UserError(failure.read_text(encoding="utf-8"))
+            failure = failure_of(folder)
+            if failure and failure != before:
+                raise UserError(failure.words)
             partial.mkdir(exist_ok=True)
             try:
                 fill(partial)
-                flush(partial)
-                partial.rename(folder)
-                failure.unlink(missing_ok=True)
+                publish(partial, folder)
+                forget_failure(folder)
             except UserError as error:
-                failure.write_text(str(error), encoding="utf-8")
+                tell_failure(folder, str(error))
                 if not isinstance(error, Unfinished):
-                    shutil.rmtree(partial)
+                    remove(partial)
                 raise
     except OSError as error:  # the sources' own are UserErrors
         raise UserError(f"data.cache={folder.parent} cannot be written ({error}): choose another data.cache") from error

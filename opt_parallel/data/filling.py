@@ -7,8 +7,6 @@ the parts that are missing.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +32,7 @@ from opt_parallel.data.workers import Report, progress, run_jobs
 from opt_parallel.errors import UserError
 from opt_parallel.machine import cpus
 from opt_parallel.shapes import require
+from opt_parallel.storage.atomic import PARTIAL, beside, publish, remove
 
 META = "part.json"
 WORDS = "words.npy"  # how often each id stands in a part
@@ -80,8 +79,8 @@ def fill(folder: Path, materials: list[Material], workers: int) -> list[PartMeta
 
     Raises: UserError, also if the text changed meanwhile; Unfinished."""
     before = [material.corpus.identity() for material in materials]
-    for leftover in folder.glob("*.partial"):
-        shutil.rmtree(leftover)
+    for leftover in folder.glob(f"*{PARTIAL}"):
+        remove(leftover)
     every = [(owner, unit) for owner, each in enumerate(materials) for unit in each.corpus.units()]
     places = [Place(number, owner, unit) for number, (owner, unit) in enumerate(every)]
 
@@ -97,7 +96,7 @@ def fill(folder: Path, materials: list[Material], workers: int) -> list[PartMeta
         find_duplicates(digests, [_duplicates(folder, place) for place in places])
     run("encoding", _encode, [each for each in places if not (folder / part_name(each.number) / META).exists()])
     for path in (*folder.glob("digests-*"), *folder.glob("duplicates-*")):
-        path.unlink()
+        remove(path)
     for material, was in zip(materials, before, strict=True):
         require(
             material.corpus.identity() == was,
@@ -122,8 +121,7 @@ class PartMaker:
 
     def __init__(self, folder: Path, name: str, encoder: Encoder) -> None:
         self.target = folder / name
-        self.temporary = folder / f"{name}.{os.getpid()}.partial"
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary = beside(self.target)
         self.writer = PartWriter(self.temporary, encoder.columns)
         self.lengths: Counter[int] = Counter()
         self.words = np.zeros(0, np.int64)
@@ -144,8 +142,7 @@ class PartMaker:
         )
         np.save(self.temporary / WORDS, self.words.astype(np.uint32))
         (self.temporary / META).write_text(json.dumps(asdict(meta)), encoding="utf-8")
-        flush(self.temporary)
-        self.temporary.rename(self.target)
+        publish(self.temporary, self.target)
         return meta
 
 
@@ -158,15 +155,6 @@ def add_counts(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return total
 
 
-def flush(folder: Path) -> None:
-    """Have every file on the disk before a rename says so."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
 def _duplicates(folder: Path, place: Place) -> Path:
     return folder / f"duplicates-{place.number:05d}"
 
@@ -174,7 +162,7 @@ def _duplicates(folder: Path, place: Place) -> Path:
 def _hash(folder: Path, place: Place, materials: list[Material], report: Report) -> None:
     """Write the hashes of a unit's documents."""
     material, target = materials[place.owner], folder / f"digests-{place.number:05d}"
-    temporary = folder / f"{target.name}.{os.getpid()}"
+    temporary = beside(target)
 
     def write(count_lines: bool) -> None:
         with temporary.open("wb") as file:
@@ -182,7 +170,7 @@ def _hash(folder: Path, place: Place, materials: list[Material], report: Report)
                 file.write(digests_of(content_of(record, material.same) for record in records).tobytes())
 
     _with_lines(write, place.unit)
-    temporary.rename(target)
+    publish(temporary, target)
     report(place.unit.size)
 
 

@@ -11,6 +11,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from opt_parallel.storage.atomic import new_file
+
 LEAST_CHARACTERS = 2000  # docstrings of one module are gathered into documents of at least this many, where they last
 VALIDATION_PERCENT = 5
 SHINGLE_WORDS = 8
@@ -88,10 +90,8 @@ def _shingles(document: str) -> set[int]:
 
 
 def write_split(folder: Path, train: list[str], validation: list[str]) -> None:
-    """Write train.jsonl and validation.jsonl, each under a temporary name first: whole or absent."""
+    """Write train.jsonl and validation.jsonl, each complete or absent."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, documents in (("train", train), ("validation", validation)):
-        partial = folder / f"{name}.jsonl.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-        os.replace(partial, folder / f"{name}.jsonl")
+        with new_file(folder / f"{name}.jsonl") as file:
+            file.writelines((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode() for text in documents)

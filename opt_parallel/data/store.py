@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from opt_parallel.errors import UserError
+from opt_parallel.storage.atomic import write_text
 
 MANIFEST = "store.json"
 FORMAT = 1
@@ -108,7 +109,7 @@ def write_manifest(
         "counts": dict(counts),
         **more,
     }
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 class TokenStore:

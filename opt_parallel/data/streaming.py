@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from opt_parallel.data.encoding import Record, batches_of
+from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
 from opt_parallel.data.filling import META, Material, PartMaker, PartMeta, part_name, read_meta
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
@@ -30,6 +30,7 @@ from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
 from opt_parallel.errors import UserError
 from opt_parallel.machine import cpus
 from opt_parallel.shapes import require
+from opt_parallel.storage.atomic import PARTIAL, remove
 
 PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends with the first of them
 BLOCK = 4096  # samples that are shuffled together
@@ -62,16 +63,15 @@ class Filling:
 
     def complete(self) -> None:
         """Fill here and now, unless another does: then wait for it. Raises: UserError."""
-        failure = failure_of(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(lock_of(self.folder)):
-                failure.unlink(missing_ok=True)
+                forget_failure(self.folder)
                 try:
                     if not (self.folder / MANIFEST).exists():
                         self._fill()
                 except UserError as error:
-                    failure.write_text(str(error), encoding="utf-8")
+                    tell_failure(self.folder, str(error))
                     raise
         except OSError as error:  # the sources' own are UserErrors
             line = f"data.cache={self.folder.parent} cannot be written ({error}): choose another data.cache"
@@ -80,8 +80,8 @@ class Filling:
     def _fill(self) -> None:
         """Go on behind the last whole part."""
         corpus, encoder = self.material.corpus, self.material.encoder
-        for leftover in self.folder.glob("*.partial"):
-            shutil.rmtree(leftover)
+        for leftover in self.folder.glob(f"*{PARTIAL}"):
+            remove(leftover)
         metas, before = whole_parts(self.folder), corpus.identity()
         done = sum(meta.part.tokens for meta in metas)
         position = (metas[-1].position[0], metas[-1].position[1]) if metas else (0, 0)
@@ -128,10 +128,6 @@ def whole_parts(folder: Path) -> list[PartMeta]:
     return metas
 
 
-def failure_of(folder: Path) -> Path:
-    return Path(f"{folder}.failed")
-
-
 def lock_of(folder: Path) -> str:
     return f"{folder}.lock"
 
@@ -145,7 +141,7 @@ class GrowingStore(TokenStore):
         self.parts: list[Part] = []
         self._first_token, self._first_document = [0], [0]
         self.ended, self.looking = False, threading.Lock()
-        self.old_failure = self._failed()
+        self.old_failure = failure_of(folder)
 
     def arrived(self, rows: int) -> int | None:
         """Wait until `rows` rows are there, or all there will be: how many, once that is known.
@@ -153,12 +149,12 @@ class GrowingStore(TokenStore):
         Raises: UserError if they will not come."""
         seen = time.monotonic()
         while not self._look(rows * self.length + 1):
-            failed = self._failed()
+            failed = failure_of(self.folder)
             if self._being_filled():
                 seen = time.monotonic()
             lost = time.monotonic() - seen > LOST
             if failed and (lost or failed != self.old_failure):
-                raise UserError(failure_of(self.folder).read_text(encoding="utf-8"))
+                raise UserError(failed.words)
             require(not lost, f"no process fills {self.folder} any more: start again, it goes on from there")
             time.sleep(LOOK)
         if not self.ended:
@@ -184,11 +180,6 @@ class GrowingStore(TokenStore):
                 self.parts.append(part)
             self.ended = ended
             return ended or self.tokens >= tokens
-
-    def _failed(self) -> int | None:
-        """When a filler failed last."""
-        failure = failure_of(self.folder)
-        return failure.stat().st_mtime_ns if failure.exists() else None
 
     def _being_filled(self) -> bool:
         try:

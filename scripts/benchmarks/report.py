@@ -10,7 +10,9 @@ from typing import Any
 
 from benchmarks.race import Race, Result
 from opt_parallel.config import Run
+from opt_parallel.curve import save_figure
 from opt_parallel.log import aligned
+from opt_parallel.storage.atomic import write_text
 
 Row = dict[str, Any]
 
@@ -60,7 +62,7 @@ def table(rows: list[Row]) -> str:
 def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) -> list[Path]:
     """`name`.json and `name`.png in `folder`."""
     data, picture = folder / f"{name}.json", folder / f"{name}.png"
-    data.write_text(json.dumps({"setting": setting, "results": rows}, indent=1) + "\n", encoding="utf-8")
+    write_text(data, json.dumps({"setting": setting, "results": rows}, indent=1) + "\n")
     draw(picture, f"{title}\n{setting['machine']}", [row for row in rows if not row["failure"]])
     return [data, picture]
 
@@ -87,4 +89,4 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -1,0 +1,42 @@
+"""A file system that refuses, played by a small library in front of the C library's calls.
+
+    python("train.py", …, **faults("write ENOSPC */metrics.jsonl", "fsync EINVAL */", when=folder / "now"))
+
+Each rule is a call, an error and a pattern (fnmatch) of absolute paths; a folder's ends with a slash. `when`: rules
+hold while that file exists. Calls: open (to write), write, fsync, rename, link, mkdir, remove (of files and folders),
+flock. Needs gcc and Linux; `why_not` says what is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def why_not() -> str | None:
+    """What this machine lacks, None where it lacks nothing."""
+    return None if sys.platform == "linux" and shutil.which("gcc") else "a played file system needs Linux and gcc"
+
+
+def faults(*rules: str, when: Path | None = None) -> dict[str, str]:
+    """The environment of a process for which the rules hold."""
+    numbered = []
+    for rule in rules:
+        call, name, pattern = rule.split(" ", 2)
+        numbered.append(f"{call} {getattr(errno, name)} {pattern}")
+    found = {"LD_PRELOAD": str(_library()), "FAULTS": "\n".join(numbered)}
+    return found if when is None else {**found, "FAULTS_WHEN": str(when)}
+
+
+@functools.cache
+def _library() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    source = Path(__file__).with_suffix(".c")
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-o", folder / "faults.so", source, "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "faults.so"
