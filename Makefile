@@ -38,7 +38,7 @@ endif
 	$(BIN)/python scripts/generate.py --checkpoint $(DEMO)/export --prompt "$(PROMPT)" --temperature 0.7 --top-p 0.9
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slurm: .venv/installed
 	$(BIN)/python -m pytest --long tests/launch/test_slurm.py

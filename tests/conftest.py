@@ -1,16 +1,35 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the crew is of CPUs; tests marked gpu start their own processes
-
 import torch
 from crew import Crew
+from fork_server import Forked
 
-torch.set_num_threads(1)  # as in the crew's workers: sums in another order would differ in the last digits
+# What a developer's shell or a batch system may have set, and what would change what commands do and print.
+FOREIGN = re.compile(
+    r"(HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|WANDB|TORCH|TORCHELASTIC|NCCL|GLOO|DS|OMP|MKL|SLURM|OMPI|PMIX?|HYDRA|MPL"
+    r"|MASTER|LC)_.*|PYTHON(IOENCODING|UTF8|OPTIMIZE|WARNINGS|UNBUFFERED|FAULTHANDLER)|MPLBACKEND|LANG|LANGUAGE"
+    r"|(HTTP|HTTPS|ALL|NO|FTP)_PROXY|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|COLUMNS|LINES|NO_COLOR|FORCE_COLOR",
+    re.IGNORECASE,
+)
+for name in [name for name in os.environ if FOREIGN.fullmatch(name)]:
+    del os.environ[name]
+os.environ |= {
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",  # sums in another order would differ in the last digits
+    "CUDA_VISIBLE_DEVICES": "",  # the crew is of CPUs; tests marked gpu start their own processes
+}
+torch.set_num_threads(1)
+
+
+# CPU seconds of a test that is not marked long: all its processes together. Wall time would go by the machine's load.
+BUDGET = 15.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +41,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if config.getoption("--long") or item.get_closest_marker("long") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    before = _cpu_seconds()
+    yield
+    seconds = _cpu_seconds() - before
+    if seconds > BUDGET and item.get_closest_marker("long") is None:
+        pytest.fail(f"took {seconds:.0f} s of CPU time, over {BUDGET:.0f}: make it smaller or mark it long")
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime + Forked.all_seconds + Crew.all_seconds
 
 
 @pytest.fixture(scope="session")

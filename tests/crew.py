@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import current_process
@@ -22,7 +23,9 @@ PATIENCE = 240.0  # seconds for one function
 
 
 class Crew:
-    """`size` processes of one thread each, joined in a gloo group."""
+    """`size` processes of one thread each, joined in a gloo group. `all_seconds`: CPU seconds of all crews so far."""
+
+    all_seconds = 0.0
 
     def __init__(self, size: int, folder: Path) -> None:
         self.size, self.members = size, []
@@ -46,7 +49,8 @@ class Crew:
             if not pipe.poll(PATIENCE):
                 failures.append(f"rank {rank} did not answer within {PATIENCE} s")
                 continue
-            succeeded, answer = pipe.recv()
+            succeeded, answer, seconds = pipe.recv()
+            Crew.all_seconds += seconds
             (answers if succeeded else failures).append(answer)
         assert not failures, "\n".join(failures)
         return answers
@@ -70,10 +74,12 @@ def _work(pipe: Connection, meeting_point: str) -> None:
             function, arguments, named = pipe.recv()
         except EOFError:  # the session is over
             os._exit(0)
+        before = time.process_time()
         try:
-            pipe.send((True, function(*arguments, **named)))
+            succeeded, answer = True, function(*arguments, **named)
         except BaseException:
-            pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+            succeeded, answer = False, f"rank {rank}:\n{traceback.format_exc()}"
+        pipe.send((succeeded, answer, time.process_time() - before))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ A cold start of train.py spends two thirds of its time on imports. A forked comm
 arguments, environment, folder and streams, and ends as an interpreter of its own does.
 
 Protocol: one connection to a Unix socket a command. The client sends a JSON request together with the descriptors of
-stdout and stderr; the server answers with the exit status. A client that hangs up has its command killed.
+stdout and stderr; the server answers with the process's id, and at its end with the exit status and its CPU seconds. A
+client that hangs up has its command killed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ class ForkServer:
 
 
 class Forked:
-    """A command that runs in a fork of the server. `status`: as subprocess gives it, once it has ended."""
+    """A command that runs in a fork of the server. `status`: as subprocess gives it, once it has ended.
+
+    `all_seconds`: CPU seconds of all commands that have ended."""
+
+    all_seconds = 0.0
 
     def __init__(self, connection: socket.socket) -> None:
         self.answers = connection.makefile("rb")
@@ -67,7 +72,9 @@ class Forked:
     def ended_within(self, seconds: float) -> bool:
         if not select.select([self.connection], [], [], seconds)[0]:
             return False
-        self.status = int(self.answers.readline())
+        status, seconds = self.answers.readline().split()
+        self.status = int(status)
+        Forked.all_seconds += float(seconds)
         return True
 
     def kill(self) -> None:
@@ -102,10 +109,12 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                 pid, connection = running.pop(key.fileobj)
                 selector.unregister(key.fileobj)
                 os.close(key.fileobj)
-                _, status = os.waitpid(pid, 0)
+                _, status, usage = os.wait4(pid, 0)
                 if connection.fileno() in selector.get_map():
                     selector.unregister(connection)
-                    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    connection.sendall(
+                        f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode()
+                    )
                     connection.close()
             else:  # the client hung up
                 selector.unregister(key.fileobj)
