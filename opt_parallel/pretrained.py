@@ -31,13 +31,13 @@ from opt_parallel.model.heads import (
     problem_type_of,
 )
 from opt_parallel.model.hf import config_for_hf, labels_for_hf, to_hf
-from opt_parallel.model.opt import Trace
 from opt_parallel.model.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     ModelOutput,
     SequenceClassifierOutputWithPast,
 )
+from opt_parallel.model.tracing import Trace, traced
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import marked, whole
 from opt_parallel.shapes import IGNORED, Labels, ProblemType
@@ -133,9 +133,10 @@ class _Pretrained(nn.Module):
         trace = Trace([] if output_hidden_states else None, [] if output_attentions else None)
         segments = None if attention_mask is None else attention_mask.long()
         draw = self._draw(batch, device) if self.training else None
-        hidden = self.model.decoder(
-            input_ids, position_ids, segments, draw, past_key_values, inputs_embeds, head_mask, trace
-        )
+        decoder = self.model.decoder
+        embeddings = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        with traced(decoder, trace, head_mask):
+            hidden = decoder.decode(embeddings, position_ids, segments, draw, past_key_values)
         return BaseModelOutputWithPast(
             hidden,
             past_key_values if use_cache else None,

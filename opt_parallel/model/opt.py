@@ -6,7 +6,7 @@ Shapes: B sequences, S positions, H hidden, A attention heads of which this rank
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from opt_parallel.config import ActivationCheckpointing
 from opt_parallel.model.cache import Cache, positions_held
-from opt_parallel.parallel.collectives import gather, scatter
 from opt_parallel.parallel.linear import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Normal, replicated
@@ -33,27 +32,16 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass
-class Trace:
-    """What a forward leaves behind for those who ask: hidden states (B, S, H) before each layer, and each layer's
-    attention weights (B, A, S, K) of all heads; None where nobody asked."""
-
-    hidden_states: list[Tensor] | None = None
-    attentions: list[Tensor] | None = None
-
-
-@dataclass
 class Context:
     """What the layers of one forward share.
 
     `mask` (B, 1, S, K) is true where a query may look, None: causal. `draw`: where a training forward stands in the
-    run, None: evaluation. `head_mask` (layers, A) scales what each head contributes.
+    run, None: evaluation.
     """
 
     mask: Tensor | None = None
     draw: Draw | None = None
     cache: Cache | None = None
-    head_mask: Tensor | None = None
-    trace: Trace = field(default_factory=Trace)
 
 
 class Attention(nn.Module):
@@ -81,17 +69,13 @@ class Attention(nn.Module):
         if context.draw is not None and self.dropout > 0.0:
             dropout = self.dropout
             context.draw.seed_attention(self.layer, self.group)
-        causal = context.mask is None and length > 1
-        if context.trace.attentions is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, context.mask, dropout, causal)
-        else:
-            weights = F.dropout(attention_weights(query, key, context.mask, causal), dropout)
-            context.trace.attentions.append(gather(weights.movedim(1, -1), self.group).movedim(-1, 1))
-            mixed = weights @ value
-        mixed = mixed.transpose(1, 2)
-        if context.head_mask is not None:
-            mixed = mixed * scatter(context.head_mask[self.layer], self.group).unsqueeze(-1).to(mixed.dtype)
-        return self.out_proj(mixed.reshape(batch, length, -1))
+        mixed = self.attend(query, key, value, context.mask, dropout)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """Each head's weighted sums of values (B, A/t, S, D), of queries (B, A/t, S, D) over keys (B, A/t, K, D)."""
+        causal = mask is None and query.size(2) > 1
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
 
 
 class Block(nn.Module):
@@ -156,14 +140,11 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        ids: Tensor | None,
+        ids: Tensor,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         draw: Draw | None = None,
         cache: Cache | None = None,
-        embeddings: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        trace: Trace | None = None,
     ) -> Tensor:
         """Hidden states (B, S, E) of `ids` (B, S), E the embedding's width.
 
@@ -173,12 +154,19 @@ class Decoder(nn.Module):
                 0 marks padding. None: one sequence, nothing padded.
             draw: where this training forward stands in the run; None: evaluation, no dropout of any kind.
             cache: keys and values of earlier positions, extended by these.
-            embeddings: (B, S, E) instead of `ids`, which then are None.
-            head_mask: (layers, A), a factor for each head's output.
-            trace: collects hidden states and attention weights; attention then takes the slow way that has weights.
         """
-        past = positions_held(cache)
-        hidden = self.embed_tokens(ids) if embeddings is None else embeddings
+        return self.decode(self.embed_tokens(ids), positions, segments, draw, cache)
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        draw: Draw | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """`forward` from the tokens' `embeddings` (B, S, E) on."""
+        past, hidden = positions_held(cache), embeddings
         batch, length, _ = hidden.shape
         if positions is None:
             positions = count_positions(segments, past, batch, length, hidden.device)
@@ -186,11 +174,10 @@ class Decoder(nn.Module):
             hidden = self.project_in(hidden)
         hidden = hidden + self.embed_positions(positions)
         mask = attention_mask(segments, past, length, hidden.device)
-        context = Context(mask, draw, cache, head_mask, trace or Trace())
+        context = Context(mask, draw, cache)
         for block in self.layers:
-            if context.trace.hidden_states is not None:
-                context.trace.hidden_states.append(hidden)
-            hidden = self._through(block, hidden, context)
+            assert isinstance(block, Block)
+            hidden = self.run_block(block, hidden, context)
         if cache is not None:
             cache.length += length
         if self.final_layer_norm is not None:
@@ -204,14 +191,17 @@ class Decoder(nn.Module):
         heads, head_dim = first.self_attn.heads, first.self_attn.head_dim
         return Cache(len(self.layers), batch, heads, room, head_dim, like=self.embed_tokens.weight)
 
-    def _through(self, block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
-        assert isinstance(block, Block)
-        draw = context.draw
-        if draw is not None and draw.drops_layer(self.config.layerdrop, block.layer):
+    def drops(self, block: Block, draw: Draw | None) -> bool:
+        """Whether LayerDrop skips `block` in this forward."""
+        return draw is not None and draw.drops_layer(self.config.layerdrop, block.layer)
+
+    def run_block(self, block: Block, hidden: Tensor, context: Context) -> Tensor:
+        """(B, S, H) → (B, S, H)."""
+        if self.drops(block, context.draw):
             # A layer that does not run keeps its last gradient under ZeRO-3 and under CPU offload, silently.
             # One token, times zero, costs next to nothing and makes the gradient a true zero.
             return hidden + (0.0 * block(hidden[:1, :1], Context())).sum()
-        if draw is not None and self.recompute is ActivationCheckpointing.full:
+        if context.draw is not None and self.recompute is ActivationCheckpointing.full:
             recomputed = checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(recomputed, Tensor)
             return recomputed
@@ -233,19 +223,6 @@ class PositionEmbedding(nn.Module):
 def residual_std(config: ModelConfig) -> float:
     """Initial standard deviation of the products that end in the residual stream."""
     return config.std / (2 * config.num_hidden_layers) ** 0.5 if config.init is Init.paper else config.std
-
-
-def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Softmax of the scaled products of `query` (B, A, S, D) and `key` (B, A, K, D), in float32 at least: (B, A, S, K).
-
-    What torch's fused attention computes without ever holding it (Vaswani et al. 2017, section 3.2.1).
-    """
-    scores = (query * query.size(-1) ** -0.5) @ key.mT
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
 
 
 def count_positions(segments: Tensor | None, past: int, batch: int, length: int, device: torch.device) -> Tensor:

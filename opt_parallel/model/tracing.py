@@ -1,0 +1,94 @@
+"""What Hugging Face documents beyond what training needs: hidden states, attention weights and a factor for each head.
+
+The training forward knows nothing of this: `traced` replaces two methods of a decoder for the time of a `with` block.
+Shapes as in `model.opt`, and K keys, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opt_parallel.model.opt import Attention, Block, Context, Decoder
+from opt_parallel.parallel.collectives import gather, scatter
+
+
+@dataclass
+class Trace:
+    """What a forward leaves behind: hidden states (B, S, H) before each layer, and the attention weights (B, A, S, K)
+    of each layer that ran, all heads of all ranks; None where nobody asked."""
+
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+
+
+@contextmanager
+def traced(decoder: Decoder, trace: Trace, head_mask: Tensor | None) -> Iterator[None]:
+    """Let the forwards within fill `trace`, and scale each head's output by `head_mask` (L, A).
+
+    Attention weights and head masks take the place of the fused attention, which has neither.
+    """
+    attentions = []
+    if trace.attentions is not None or head_mask is not None:
+        attentions = [block.self_attn for block in decoder.layers if isinstance(block, Block)]
+    for layer, attention in enumerate(attentions):
+        factors = None if head_mask is None else head_mask[layer]
+        attention.attend = partial(_attend, attention, trace, factors)  # type: ignore[method-assign]
+    decoder.run_block = partial(_run_block, decoder, trace)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del decoder.run_block
+        for attention in attentions:
+            del attention.attend
+
+
+def _run_block(decoder: Decoder, trace: Trace, block: Block, hidden: Tensor, context: Context) -> Tensor:
+    if trace.hidden_states is not None:
+        trace.hidden_states.append(hidden)
+    output = Decoder.run_block(decoder, block, hidden, context)
+    if trace.attentions is not None and decoder.drops(block, context.draw):
+        trace.attentions.pop()  # a dropped layer sees one token, for its gradient alone
+    return output
+
+
+def _attend(
+    attention: Attention,
+    trace: Trace,
+    factors: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """`Attention.attend` with its weights at hand. `factors` (A,) scale the heads."""
+    if trace.attentions is None:
+        mixed = Attention.attend(attention, query, key, value, mask, dropout)
+    else:
+        weights = F.dropout(attention_weights(query, key, mask), dropout)
+        trace.attentions.append(gather(weights.movedim(1, -1), attention.group).movedim(-1, 1))
+        mixed = weights @ value
+    if factors is not None:
+        mixed = mixed * scatter(factors, attention.group)[:, None, None].to(mixed.dtype)
+    return mixed
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of the scaled products of `query` (B, A, S, D) and `key` (B, A, K, D), in float32 at least: (B, A, S, K).
+
+    What torch's fused attention computes without ever holding it (Vaswani et al. 2017, section 3.2.1). `mask` None:
+    causal.
+    """
+    scores = (query * query.size(-1) ** -0.5) @ key.mT
+    if mask is None and query.size(2) > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
