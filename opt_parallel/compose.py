@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from opt_parallel.errors import UserError, one_line, reporting
 from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import quiet_libraries
-from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.manifest import MANIFEST, Damaged, read_manifest
 from opt_parallel.place import take_place
 from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
 from opt_parallel.task_config import Task
@@ -98,10 +99,7 @@ def model_at(folder: Path, key: str) -> ModelConfig:
 
     Raises: UserError, which begins with `key`, as `init_from=`, if `folder` is neither."""
     if (folder / MANIFEST).is_file():
-        saved = read_manifest(folder)["config"]["model"]
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), saved))
-        assert isinstance(model, ModelConfig)
-        return model
+        return _model_of(folder, read_manifest(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{key}{folder} is a PEFT adapter, which is no network: name the LoRA run's own checkpoint, or merge the "
@@ -115,11 +113,24 @@ def model_at(folder: Path, key: str) -> ModelConfig:
     )
 
 
+def _model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
+    try:
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), manifest["config"]["model"]))
+    except (OmegaConfBaseException, UserError) as error:
+        raise Damaged(folder, f"{MANIFEST} describes no network ({one_line(error)})") from error
+    assert isinstance(model, ModelConfig)
+    held = sum(math.prod(tensor["shape"]) for tensor in manifest["tensors"].values())
+    if not manifest.get("base") and model.parameters() > held:  # before anything is made of that size
+        raise Damaged(folder, f"{MANIFEST} describes {model.parameters():,} parameters and lists {held:,}")
+    return model
+
+
 def labels_at(folder: Path) -> Labels | None:
     """What the classifier of such a folder tells apart; None of a language model. Raises: `UserError`."""
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder).get("labels")
-        return saved and Labels(tuple(saved["names"]), ProblemType(saved["problem_type"]))
+        problem = saved and saved["problem_type"]
+        return saved and Labels(tuple(saved["names"]), problem and ProblemType(problem))
     return read_labels(folder) if is_classifier(folder) else None
 
 

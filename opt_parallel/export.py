@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from opt_parallel.checkpoint.card import metrics_of, model_card
+from opt_parallel.checkpoint.damage import read_whole
 from opt_parallel.checkpoint.merged import lora_of
 from opt_parallel.checkpoint.reading import SCORE, Opened, open_checkpoint
-from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, generation_config, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
@@ -37,7 +37,7 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     A tied head is not written twice, vocabulary padding not at all. Raises: UserError."""
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, checksums=True)
     stored = getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
     model: CausalLM | SequenceClassifier
@@ -62,7 +62,7 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     if not (checkpoint / MANIFEST).is_file():
         raise UserError(f"--adapter --checkpoint {checkpoint} is no training checkpoint (…/checkpoints/step-<N>)")
-    trained = CheckpointReader(checkpoint)
+    trained = read_whole(checkpoint)
     lora = lora_of(trained.manifest)
     if lora.rank == 0:
         raise UserError(f"--adapter: {checkpoint} trained every parameter, not LoRA: export it without --adapter")

@@ -28,7 +28,7 @@ def judge(run: Run) -> dict[str, Any]:
     `run.init_from` is judged on `run.data.validation`, in the run's precision. Raises: UserError."""
     require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
     check_precision(run.precision.name, local_device())
-    opened = open_checkpoint(str(run.init_from), "init_from=")
+    opened = open_checkpoint(str(run.init_from), "init_from=", checksums=True)
     _check(run, opened)
     data = prepare_validation(run)
     if data.labels:

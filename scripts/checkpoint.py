@@ -88,8 +88,11 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from opt_parallel.checkpoint.inspect import damage_in
+    from opt_parallel.checkpoint.damage import damage_in
+    from opt_parallel.manifest import MANIFEST
 
+    if not (arguments.folder / MANIFEST).exists():
+        raise UserError(f"{arguments.folder} has no {MANIFEST}: name a checkpoint, …/checkpoints/step-<N>")
     wrong = damage_in(arguments.folder)
     for each in wrong:
         print(f"{arguments.folder}: {each}")
@@ -99,6 +102,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def diff(arguments: argparse.Namespace) -> int:
+    from opt_parallel.checkpoint.damage import check_sizes
     from opt_parallel.checkpoint.inspect import KINDS, differences, only_in_one
     from opt_parallel.checkpoint.reshard import CheckpointReader
     from opt_parallel.manifest import changes
@@ -106,6 +110,8 @@ def diff(arguments: argparse.Namespace) -> int:
     if arguments.most < 1:
         raise UserError(f"--most {arguments.most} must be at least 1")
     a, b = CheckpointReader(arguments.a), CheckpointReader(arguments.b)
+    for reader in (a, b):
+        check_sizes(reader)
     sections = ("clock", "updates", "loss_scale", "layout", "versions", "config")
     before, after = ({name: each.manifest[name] for name in sections} for each in (a, b))
     rows = changes(before, after)

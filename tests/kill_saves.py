@@ -22,7 +22,8 @@ from pathlib import Path
 
 from command import ROOT, environment, small, train_rows
 
-from opt_parallel.checkpoint.whole import damages_in, steps_in
+from opt_parallel.checkpoint.damage import damage_in
+from opt_parallel.checkpoint.whole import steps_in
 
 PATIENCE = 240.0  # seconds for one start
 # 116 MB a checkpoint: its saving takes as long as a few steps, and most moments of the run are moments of a save
@@ -128,9 +129,8 @@ def strike(start: Start, checkpoints: Path, draw: random.Random, tally: Tally) -
 def whole_steps(checkpoints: Path) -> list[int]:
     """The steps that have a checkpoint, each of which must be whole to the last bit."""
     for step in steps_in(checkpoints):
-        damages = damages_in(checkpoints / f"step-{step}")
-        assert damages is not None
-        assert not any(damages.values()), f"step-{step}: {damages}"
+        damage = damage_in(checkpoints / f"step-{step}")
+        assert not damage, f"step-{step}: {damage}"
         assert not (checkpoints / f"step-{step}" / STALE).exists()
     return steps_in(checkpoints)
 

@@ -15,6 +15,7 @@ from command import python, small, torchrun
 from hugging_face import some_ids
 from layouts import Layout
 from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, write_base
+from tampering import edit
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.compose import model_at
@@ -241,9 +242,7 @@ def test_another_base_is_noticed(crew: Any, straight: Straight, tmp_path: Path) 
     run = run_on(other, tmp_path / "run", Layout(), STEPS)
     assert crew(1)(go, run, STEPS)[0]["moved"] == []  # a copy is the same base
 
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["base"]["checkpoint"] = str(other)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit(folder, lambda manifest: manifest["base"].update(checkpoint=str(other)))
     open_checkpoint(folder)
     shutil.rmtree(other)
     with pytest.raises(UserError, match=r"is of a LoRA run and stands on its base: .* does not exist"):

@@ -50,11 +50,6 @@ def boxes_of(shard: Shard, start: int, count: int) -> list[Box]:
     return boxes
 
 
-def count_within(shape: tuple[int, ...], ranges: Ranges) -> int:
-    """How many elements of `ranges` a logical tensor of `shape` has; the others are padding."""
-    return math.prod(max(0, min(part.stop, size) - part.start) for part, size in zip(ranges, shape, strict=True))
-
-
 @dataclass(frozen=True)
 class Shared:
     """What two pieces of one logical tensor have in common: a box of each, and where in it."""

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_parallel.checkpoint.boxes import count_within
 from opt_parallel.checkpoint.card import metrics_of
+from opt_parallel.checkpoint.damage import wrong_size
 from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.checkpoint.whole import BEST, DAMAGE, best_in, damages_in, steps_in, write_best
+from opt_parallel.checkpoint.whole import BEST, best_in, steps_in, write_best
 from opt_parallel.errors import UserError
-from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.manifest import MANIFEST, STEP, Damaged, read_manifest
 from opt_parallel.zero import MOMENTS
 
 KINDS = ("weights", *MOMENTS)
-NAME = re.compile(r"step-(\d+)(?:\.([a-z]+)\d*)?")  # step-300, step-300.abandoned, step-300.abandoned1
+NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # step-300, step-300.abandoned, step-300.abandoned1
 LEFT = {  # what the second part of a name says
     "partial": "not finished: being written, or left by a run that was killed",
     "damaged": "set aside as damaged",
@@ -63,21 +63,11 @@ def _listed(folder: Path, step: int, aside: str | None) -> Listed:
     if (folder / MANIFEST).is_file():
         try:
             manifest = read_manifest(folder)
-            state = _missing(folder, manifest) or "whole"
-        except UserError:
-            state = f"{MANIFEST} cannot be read"
+            wrong = (wrong_size(folder, name, written) for name, written in manifest["files"].items())
+            state = next(filter(None, wrong), "whole")
+        except Damaged as error:
+            state = error.what
     return Listed(folder, step, size, LEFT.get(aside or "", state), manifest, losses_at(folder, step))
-
-
-def _missing(folder: Path, manifest: dict[str, Any]) -> str:
-    """The first file that is not there or has another size; "" if all are as they were written."""
-    for name, written in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} {DAMAGE[1]}"
-        if path.stat().st_size != written["bytes"]:
-            return f"{name} {DAMAGE[2]}"
-    return ""
 
 
 def losses_at(folder: Path, step: int) -> dict[str, float | None]:
@@ -130,24 +120,6 @@ def groups_of(manifest: dict[str, Any]) -> list[Like]:
         alike = (re.sub(r"\.\d+\.", ".*.", name), tuple(tensor["shape"]), split)
         numbers[alike] = numbers.get(alike, 0) + 1
     return [Like(*alike, number) for alike, number in numbers.items()]
-
-
-def damage_in(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint, each in a few words, after reading all of it.
-
-    Raises: UserError if `folder` is no checkpoint of ours."""
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no whole checkpoint: it has no {MANIFEST}; name a folder …/checkpoints/step-<N>")
-    damages = damages_in(folder)
-    if damages is None:
-        return [f"{MANIFEST} cannot be read"]
-    reader = CheckpointReader(folder)
-    wrong = [f"{name} {DAMAGE[number]}" for name, number in damages.items() if number]
-    for name, shape in reader.shapes.items():
-        held = sum(count_within(shape, box.ranges) for piece in reader.pieces[name] for box in piece.boxes)
-        if held != math.prod(shape):
-            wrong.append(f"{name} has {math.prod(shape):,} elements, of which {MANIFEST} finds {held:,} in the files")
-    return wrong
 
 
 @dataclass(frozen=True)

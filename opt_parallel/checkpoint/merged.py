@@ -108,4 +108,5 @@ def over(holds: Callable[[str], bool], weights: Source, below: Source) -> Source
 
 def lora_of(manifest: dict[str, Any]) -> LoraConfig:
     """The low-rank terms that a checkpoint's run trained; of rank 0 where it trained everything."""
-    return LoraConfig(**manifest["config"].get("task", {}).get("lora", {}))
+    saved = manifest["config"].get("task", {}).get("lora", {})
+    return LoraConfig(**{name: saved[name] for name in ("rank", "alpha", "targets") if name in saved})

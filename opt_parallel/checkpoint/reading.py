@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opt_parallel.checkpoint.damage import check_sizes, read_whole
 from opt_parallel.checkpoint.merged import Base, Merged, Weights, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.compose import labels_at, model_at
@@ -16,7 +17,7 @@ from opt_parallel.errors import UserError
 from opt_parallel.hf_config import read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import say
-from opt_parallel.manifest import MANIFEST
+from opt_parallel.manifest import MANIFEST, Damaged
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.hf import HuggingFaceWeights
 from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
@@ -152,25 +153,32 @@ def with_new_head(weights: Source, seed: int) -> Source:
     return source
 
 
-def open_checkpoint(checkpoint: str | Path, key: str = "--checkpoint ") -> Opened:
+def open_checkpoint(
+    checkpoint: str | Path, key: str = "--checkpoint ", checksums: bool = False, above: tuple[Path, ...] = ()
+) -> Opened:
     """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
-    One of a LoRA run is opened with its base, and gives the merged weights.
+    One of a LoRA run is opened with its base, and gives the merged weights. `checksums`: read every file of ours first,
+    each process a share, where damage must not go on into other files. `above`: the LoRA checkpoints that stand on it.
 
-    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, or lacks a file; or if a
-    base is not where it was, or another."""
+    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, lacks a file or is damaged;
+    or if a base is not where it was, or another."""
     folder = find_checkpoint(checkpoint, key)
     config = model_at(folder, key)
-    if (folder / MANIFEST).is_file():
-        reader = CheckpointReader(folder)
-        stored = _on_its_base(reader) if reader.manifest.get("base") else reader
-        return Opened(config, stored, folder / "tokenizer", folder)
-    return Opened(config, HuggingFaceWeights(folder), folder, folder)
+    if not (folder / MANIFEST).is_file():
+        return Opened(config, HuggingFaceWeights(folder), folder, folder)
+    reader = read_whole(folder) if checksums else CheckpointReader(folder)
+    check_sizes(reader)
+    stored = _on_its_base(reader, checksums, above) if reader.manifest.get("base") else reader
+    return Opened(config, stored, folder / "tokenizer", folder)
 
 
-def _on_its_base(reader: CheckpointReader) -> Merged:
-    saved = Base(**reader.manifest["base"])
-    opened = open_checkpoint(saved.checkpoint, f"{reader.folder} is of a LoRA run and stands on its base: ")
+def _on_its_base(reader: CheckpointReader, checksums: bool, above: tuple[Path, ...]) -> Merged:
+    saved, here = Base(**reader.manifest["base"]), reader.folder.resolve()
+    if here in above:
+        raise Damaged(reader.folder, f"{MANIFEST} says that it stands on itself")
+    key = f"{reader.folder} is of a LoRA run and stands on its base: "
+    opened = open_checkpoint(saved.checkpoint, key, checksums, (*above, here))
     found = opened.as_base(saved.checkpoint)
     if found.checksum != saved.checksum:
         raise UserError(

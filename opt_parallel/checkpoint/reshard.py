@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opt_parallel.checkpoint.boxes import Box, Ranges, Shared, boxes_of, count_within, shared_by
+from opt_parallel.checkpoint.boxes import Box, Ranges, Shared, boxes_of, shared_by
+from opt_parallel.checkpoint.coverage import fault_of, shard_of_part
 from opt_parallel.checkpoint.stored import StoredFile
-from opt_parallel.errors import UserError
-from opt_parallel.manifest import MANIFEST, read_manifest
-from opt_parallel.parallel.shard import Constant, Shard, require_same_tensors
+from opt_parallel.manifest import MANIFEST, Damaged, file_in, read_manifest
+from opt_parallel.parallel.shard import Shard, require_same_tensors
 from opt_parallel.zero import Fragment
 
 AT_ONCE = 2**22  # elements read at a time where they have to be rearranged
@@ -32,16 +32,18 @@ class CheckpointReader:
     optimizer goes on with."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: UserError if `folder` is no checkpoint of ours."""
+        """Raises: Damaged unless `folder` is a checkpoint of ours whose fragments hold each element exactly once."""
         self.folder, self.manifest = folder, read_manifest(folder)
+        fault = fault_of(self.manifest)
+        if fault is not None:
+            raise Damaged(folder, f"{MANIFEST} is not what was written ({fault})")
         self.files: dict[str, StoredFile] = {}  # those opened so far
         self.shapes = {name: tuple(saved["shape"]) for name, saved in self.manifest["tensors"].items()}
         self.pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
         for file, content in self.manifest["files"].items():
             for fragment in content["fragments"]:
                 name = fragment["name"]
-                saved = self.manifest["tensors"][name]
-                written = Shard(self.shapes[name], saved["dim"], fragment["part"], saved["parts"], Constant(0), False)
+                written = shard_of_part(self.manifest["tensors"][name], fragment["part"])
                 boxes = boxes_of(written, fragment["start"], fragment["count"])
                 self.pieces[name].append(Piece(file, fragment["kinds"], boxes))
 
@@ -79,18 +81,14 @@ class CheckpointReader:
             self._copy(kind, fragment.name, values, boxes)
 
     def _copy(self, kind: str, name: str, values: Tensor, boxes: list[Box]) -> None:
-        missing = sum(count_within(self.shapes[name], box.ranges) for box in boxes)
         for piece in self.pieces[name]:
             shared = list(shared_by(boxes, piece.boxes))
             if not shared or kind not in piece.kinds:
                 continue
             if piece.file not in self.files:
-                self.files[piece.file] = StoredFile(self.folder / piece.file)
+                self.files[piece.file] = StoredFile(file_in(self.folder, piece.file))
             for each in shared:
                 _read(self.files[piece.file], f"{kind}/{name}", each, each.mine.of(values)[each.into])
-                missing -= count_within(self.shapes[name], each.ranges)
-        if missing and kind == "weights":
-            raise UserError(f"{self.folder} holds only a part of {name}: its {MANIFEST} is not what was written")
 
 
 def _read(file: StoredFile, key: str, shared: Shared, into: Tensor) -> None:

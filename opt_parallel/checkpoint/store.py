@@ -17,19 +17,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from opt_parallel.checkpoint.damage import checksum_of, read_share
 from opt_parallel.checkpoint.inspect import find_best
 from opt_parallel.checkpoint.merged import Base, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
 from opt_parallel.checkpoint.whole import (
-    DAMAGE,
     best_in,
-    checksum_of,
     choose,
-    damages_in,
     forget_old,
+    misnamed_in,
     newest,
     partial_of,
     set_aside,
@@ -46,10 +43,10 @@ from opt_parallel.errors import UserError
 from opt_parallel.log import aligned, say
 from opt_parallel.manifest import FORMAT, MANIFEST, changes
 from opt_parallel.model.network import network
-from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.shapes import MAY_DIFFER, Labels
 from opt_parallel.storage.atomic import publish
+from opt_parallel.storage.checked import dump_checked
 from opt_parallel.topology import ALONE, Topology
 
 TOKENIZER = "tokenizer.json"
@@ -84,11 +81,14 @@ class Store:
         if self.topology.is_main:
             for torn in torn_in(self.root):  # it would be in the way of a save
                 say(f"warning: {torn} has no {MANIFEST}; it is set aside as {set_aside(torn, 'damaged').name}")
+            for path in misnamed_in(self.root):
+                say(f"warning: {path} is not the name of a checkpoint (step-<N>, such as step-2); it is left alone")
         folder = self._first_ranks(choose(self.run))
         while folder is not None:
-            damage = self._damage(folder)
-            if damage is None:
-                return CheckpointReader(folder)
+            found = self._open(folder)
+            if isinstance(found, CheckpointReader):
+                return found
+            damage = found
             if self.run.resume != "auto":
                 raise UserError(f"resume={folder}: {damage}; choose an earlier checkpoint")
             self.topology.barrier()  # everybody has looked
@@ -173,7 +173,7 @@ class Store:
         for path in sorted((beside / "tokenizer").iterdir()):
             written = {"bytes": path.stat().st_size, "crc32": checksum_of(path), "fragments": []}
             manifest["files"][f"tokenizer/{path.name}"] = written
-        (beside / MANIFEST).write_text(json.dumps(manifest))
+        (beside / MANIFEST).write_text(dump_checked(manifest))
         publish(beside, final)
         if best is not None:
             write_best(self.root, manifest["clock"]["step"], best)
@@ -213,22 +213,18 @@ class Store:
             manifest["labels"] = _labels_as_json(self.labels)
         return manifest
 
-    def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, None if nothing: each rank checks a share of the files.
+    def _open(self, folder: Path) -> CheckpointReader | str:
+        """A checkpoint, or what is wrong with it: each rank checks a share of the files.
 
         Raises: UserError if it is whole, but of another network or tokenizer than this run's."""
-        damages = damages_in(folder, self.topology.world.rank, self.topology.world.size)
-        if self.topology.any(damages is None):
-            return f"its {MANIFEST} cannot be read"
-        assert damages is not None
-        found = all_reduce(torch.tensor(list(damages.values())), self.topology.world)
-        for name, number in zip(damages, found.tolist(), strict=True):
-            if number:
-                return f"{name} {DAMAGE[number]}"
-        reader = CheckpointReader(folder)
+        reader, wrong = read_share(folder, self.topology.world.rank, self.topology.world.size)
+        for found in self.topology.exchange(wrong):
+            if found:
+                return found[0]
+        assert reader is not None
         self._check_fits(folder, reader.manifest)
         wanted = trained_shapes(network(self.run, self.labels, ALONE))
-        return None if reader.shapes == wanted else f"its {MANIFEST} tells of tensors of another shape"
+        return reader if reader.shapes == wanted else f"{MANIFEST} lists tensors of other shapes than the network's"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise UserError unless this run's network and tokenizer are the checkpoint's."""

@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opt_parallel.errors import UserError
+from opt_parallel.manifest import Damaged
 
 
 class StoredFile:
     """The one-dimensional float32 tensors of a file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: UserError if it is no safetensors file."""
+        """Raises: Damaged if it is not a safetensors file."""
         self.path = path
         try:
             with safe_open(path, framework="pt"):  # which checks the header
@@ -30,17 +30,22 @@ class StoredFile:
                 begin = 8 + int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(begin - 8))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+            raise Damaged(path.parent, f"{path.name} cannot be read ({error})") from error
         self.places = {  # in bytes: where each begins and ends
             key: tuple(begin + offset for offset in entry["data_offsets"])
             for key, entry in header.items()
             if entry.get("dtype") == "F32"
         }
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor."""
+        return {key: end - begin for key, (begin, end) in self.places.items()}
+
     def read(self, key: str, first: int, into: Tensor) -> None:
         """Elements of `key` from number `first` on, as many as `into` has: a contiguous tensor, on the CPU.
 
-        Raises: UserError if they are not there."""
+        Raises: Damaged if they are not there."""
         start, end = self.places.get(key, (0, 0))
         offset, left = start + 4 * first, memoryview(into.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
         try:
@@ -53,7 +58,7 @@ class StoredFile:
                         raise OSError("it ends early")
                     offset, left = offset + count, left[count:]
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error}") from error
+            raise Damaged(self.path.parent, f"{self.path.name} cannot be read ({error})") from error
 
     def new(self, key: str, first: int, shape: tuple[int, ...]) -> Tensor:
         """The same as a new tensor of `shape`."""

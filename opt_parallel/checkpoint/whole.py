@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 import os
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError
-from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.manifest import MANIFEST, STEP
 from opt_parallel.storage.atomic import write_text
+from opt_parallel.storage.checked import dump_checked, read_checked
 
 BEST = "best.json"
-CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
-DAMAGE = ("is whole", "is missing", "has another size than was written", "differs from its checksum")
 
 
 def step_of(folder: Path) -> int | None:
     """The step of a checkpoint's folder, None if its name or content says that it is none (or not whole)."""
-    prefix, _, number = folder.name.partition("-")
-    complete = prefix == "step" and number.isdigit() and (folder / MANIFEST).is_file()
-    return int(number) if complete else None
+    named = STEP.fullmatch(folder.name)
+    return int(named[1]) if named and (folder / MANIFEST).is_file() else None
 
 
 def steps_in(checkpoints: Path) -> list[int]:
@@ -33,8 +31,14 @@ def steps_in(checkpoints: Path) -> list[int]:
 
 def torn_in(checkpoints: Path) -> list[Path]:
     """Folders named as complete checkpoints that have lost their manifest: no save or deletion of ours leaves one."""
-    named = [folder for folder in checkpoints.glob("step-*") if folder.name.removeprefix("step-").isdigit()]
+    named = [folder for folder in checkpoints.glob("step-*") if STEP.fullmatch(folder.name)]
     return sorted(folder for folder in named if step_of(folder) is None)
+
+
+def misnamed_in(checkpoints: Path) -> list[Path]:
+    """Checkpoints whose names no save gives, such as `step-02`."""
+    named = [path for path in checkpoints.glob("step-*") if (path / MANIFEST).is_file() and "." not in path.name]
+    return sorted(path for path in named if not STEP.fullmatch(path.name))
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -63,38 +67,10 @@ def choose(run: Run) -> Path | None:
     return chosen
 
 
-def checksum_of(path: Path) -> str:
-    """CRC-32 of a file in hexadecimal."""
-    checksum, buffer = 0, bytearray(CHUNK)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
-    return f"{checksum:08x}"
-
-
-def damage_of(path: Path, written: dict[str, Any]) -> int:
-    """What is wrong with a checkpoint's file, as its number in `DAMAGE`; `written` is what the manifest says of it."""
-    try:
-        if path.stat().st_size != written["bytes"]:
-            return 2
-        return 0 if checksum_of(path) == written["crc32"] else 3
-    except OSError:
-        return 1
-
-
-def damages_in(folder: Path, share: int = 0, of: int = 1) -> dict[str, int] | None:
-    """The damage of each file that share number `share` of `of` has to check; None if the manifest cannot be read."""
-    try:
-        files = read_manifest(folder)["files"]
-    except UserError:
-        return None
-    return {name: damage_of(folder / name, files[name]) if n % of == share else 0 for n, name in enumerate(files)}
-
-
 def set_aside(folder: Path, why: str) -> Path:
     """Rename a checkpoint so that nothing takes it for one of the run's; its new name."""
-    taken = len(list(folder.parent.glob(f"{folder.name}.{why}*")))
-    aside = folder.with_name(f"{folder.name}.{why}{taken or ''}")
+    names = (folder.with_name(f"{folder.name}.{why}{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
     os.replace(folder, aside)
     return aside
 
@@ -102,16 +78,17 @@ def set_aside(folder: Path, why: str) -> Path:
 def best_in(checkpoints: Path) -> dict[str, Any] | None:
     """`step` and validation `loss` of the checkpoint with the lowest loss, where best.json names one that is there."""
     try:
-        best = json.loads((checkpoints / BEST).read_text())
-        known = {"step": int(best["step"]), "loss": float(best["loss"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        best = read_checked(checkpoints / BEST)
+    except (OSError, ValueError):
         return None
-    return known if step_of(checkpoints / f"step-{known['step']}") is not None else None
+    step, loss = best.get("step"), best.get("loss")
+    right = type(step) is int and isinstance(loss, float) and math.isfinite(loss)
+    return best if right and step_of(checkpoints / f"step-{step}") is not None else None
 
 
 def write_best(checkpoints: Path, step: int, loss: float) -> None:
     """Name the checkpoint with the lowest validation loss, at once or not at all."""
-    write_text(checkpoints / BEST, json.dumps({"step": step, "loss": loss}) + "\n")
+    write_text(checkpoints / BEST, dump_checked({"step": step, "loss": loss}) + "\n")
 
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:

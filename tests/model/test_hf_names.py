@@ -213,4 +213,6 @@ def test_numbers_that_are_no_weights(folder: Path, dtype: str) -> None:
 @pytest.mark.parametrize("content", ["[]", '{"name": "of a web page"}'])
 def test_a_manifest_that_is_not_ours(folder: Path, content: str) -> None:
     (folder / "manifest.json").write_text(content)
-    assert "manifest.json is not of format 1" in error_of(lambda: open_checkpoint(folder))
+    line = error_of(lambda: open_checkpoint(folder))
+    assert str(folder) in line
+    assert "remove manifest.json" in line

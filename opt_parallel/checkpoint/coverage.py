@@ -1,0 +1,77 @@
+"""Whether a manifest's fragments hold each element of each tensor exactly once, its moments too."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from opt_parallel.parallel.shard import Constant, Shard
+from opt_parallel.zero import MOMENTS
+
+VALUE = 4  # bytes, of a float32
+
+
+def fault_of(manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the fragments of a manifest whose values have the right types; None if nothing.
+
+    A file's size bounds what it can hold, so that no tensor is larger than what is on the disk."""
+    kinds = {"weights", *MOMENTS} if manifest["updates"] else {"weights"}
+    pieces: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+    for name, tensor in manifest["tensors"].items():
+        if tensor["dim"] >= len(tensor["shape"]):
+            return f"{name} has no dim {tensor['dim']}"
+    for file, written in manifest["files"].items():
+        held = {fragment["name"] for fragment in written["fragments"]}
+        if len(held) < len(written["fragments"]):
+            return f"{file} has two fragments of a tensor"
+        for fragment in written["fragments"]:
+            wrong = _fault_of_fragment(fragment, manifest["tensors"].get(fragment["name"]), kinds)
+            if wrong:
+                return f"{file} has a fragment of {fragment['name']} that {wrong}"
+            pieces[fragment["name"], fragment["part"]].append((fragment["start"], fragment["count"]))
+        if VALUE * len(kinds) * sum(fragment["count"] for fragment in written["fragments"]) > written["bytes"]:
+            return f"{file} is smaller than its fragments"
+    return _fault_of_pieces(manifest["tensors"], pieces)
+
+
+def shard_of_part(tensor: dict[str, Any], part: int) -> Shard:
+    """How part number `part` lies in the tensor that a manifest describes."""
+    return Shard(tuple(tensor["shape"]), tensor["dim"], part, tensor["parts"], Constant(0), False)
+
+
+def _fault_of_fragment(fragment: dict[str, Any], tensor: dict[str, Any] | None, kinds: set[str]) -> str | None:
+    if tensor is None:
+        return "is not among the tensors"
+    if fragment["parts"] != tensor["parts"] or fragment["part"] >= tensor["parts"]:
+        return f"is of part {fragment['part']} of {fragment['parts']}, not of {tensor['parts']}"
+    numel = math.prod(shard_of_part(tensor, fragment["part"]).local_shape)
+    if fragment["start"] + fragment["count"] > numel:
+        return f"ends beyond its part, which has {numel:,} elements"
+    if sorted(fragment["kinds"]) != sorted(kinds):
+        return f"has {', '.join(fragment['kinds']) or 'nothing'}, not {', '.join(sorted(kinds))}"
+    return None
+
+
+def _fault_of_pieces(tensors: dict[str, Any], pieces: dict[tuple[str, int], list[tuple[int, int]]]) -> str | None:
+    """Padding may be there or not; so real elements are counted, where no two pieces overlap."""
+    found = dict.fromkeys(tensors, 0)
+    for (name, part), spans in pieces.items():
+        shard, end = shard_of_part(tensors[name], part), 0
+        for start, count in sorted(spans):
+            if start < end:
+                return f"{name} has elements that are there twice"
+            end = start + count
+            found[name] += _real_before(shard, end) - _real_before(shard, start)
+    for name, tensor in tensors.items():
+        if found[name] != math.prod(tensor["shape"]):
+            return f"{name} has {math.prod(tensor['shape']):,} elements, of which {found[name]:,} are in the files"
+    return None
+
+
+def _real_before(shard: Shard, end: int) -> int:
+    """How many of the first `end` elements of a flattened part are not padding."""
+    real = shard.range[shard.dim]
+    inner = math.prod(shard.shape[shard.dim + 1 :])
+    padded_row, row = shard.local_shape[shard.dim] * inner, (real.stop - real.start) * inner
+    return end // padded_row * row + min(end % padded_row, row)

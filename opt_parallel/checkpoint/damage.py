@@ -1,0 +1,87 @@
+"""What is wrong with a checkpoint: its manifest, its files, and whether they hold what the manifest says."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+from opt_parallel import place
+from opt_parallel.checkpoint.coverage import VALUE
+from opt_parallel.checkpoint.reshard import CheckpointReader
+from opt_parallel.checkpoint.stored import StoredFile
+from opt_parallel.manifest import MANIFEST, STEP, Damaged, file_in
+
+CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | None, list[str]]:
+    """A checkpoint, None if its manifest is damaged; and everything that is wrong with it, each in a few words that
+    begin with a file's name. Of the files, share number `share` of `of` is read."""
+    try:
+        reader = CheckpointReader(folder)
+        file_in(folder, TOKENIZER)
+    except Damaged as error:
+        return None, [error.what]
+    step, named = reader.manifest["clock"]["step"], STEP.fullmatch(folder.name)
+    wrong = [f"{MANIFEST} is of step {step}"] if named and int(named[1]) != step else []
+    files = list(reader.manifest["files"].items())[share::of]
+    return reader, wrong + [what for name, written in files if (what := _damage_of(folder, name, written))]
+
+
+def read_whole(folder: Path) -> CheckpointReader:
+    """A checkpoint of which this process has read its share of the files. Raises: Damaged."""
+    reader, wrong = read_share(folder, place.rank(), place.world_size())
+    if reader is None or wrong:
+        raise Damaged(folder, wrong[0])
+    return reader
+
+
+def damage_in(folder: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint, after reading all of it."""
+    return read_share(folder, 0, 1)[1]
+
+
+def check_sizes(reader: CheckpointReader) -> None:
+    """Raise Damaged unless every file is there and has its size, without reading any."""
+    file_in(reader.folder, TOKENIZER)
+    for name, written in reader.manifest["files"].items():
+        wrong = wrong_size(reader.folder, name, written)
+        if wrong is not None:
+            raise Damaged(reader.folder, wrong)
+
+
+def wrong_size(folder: Path, name: str, written: dict[str, Any]) -> str | None:
+    """What is wrong with a checkpoint's file as far as can be said without reading it; `written` is what the manifest
+    says of it."""
+    try:
+        size = file_in(folder, name).stat().st_size
+    except Damaged as error:
+        return error.what
+    return None if size == written["bytes"] else f"{name} has another size than was written"
+
+
+def checksum_of(path: Path) -> str:
+    """CRC-32 of a file in hexadecimal."""
+    checksum, buffer = 0, bytearray(CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
+    return f"{checksum:08x}"
+
+
+def _damage_of(folder: Path, name: str, written: dict[str, Any]) -> str | None:
+    wrong = wrong_size(folder, name, written)
+    if wrong:
+        return wrong
+    try:
+        if checksum_of(folder / name) != written["crc32"]:
+            return f"{name} differs from its checksum"
+        held = StoredFile(folder / name).sizes if written["fragments"] else {}
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    except Damaged as error:
+        return error.what
+    told = {f"{kind}/{each['name']}": VALUE * each["count"] for each in written["fragments"] for kind in each["kinds"]}
+    return None if held == told else f"{name} does not hold the fragments that {MANIFEST} lists"

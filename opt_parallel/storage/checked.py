@@ -1,0 +1,74 @@
+"""JSON objects that carry a checksum of themselves as their last key: one changed bit of a file is seen.
+
+What is read may come from anywhere: only regular files are opened, and nothing is read beyond a size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import zlib
+from pathlib import Path
+from typing import Any
+
+CHECKSUM = "checksum"
+END = re.compile(rb', "checksum": "([0-9a-f]{8})"\}\n?\Z')
+LONGEST_END = 40  # bytes, more than END ever matches
+DEEPEST = 32  # levels of lists and objects; what walks through them must not run out of stack
+MOST = 2**16  # bytes of a file, unless the reader expects more
+
+
+def dump_checked(values: dict[str, Any], ascii_only: bool = True) -> str:
+    """`values` as one line of JSON, and `checksum`: CRC-32 of all bytes before it, in eight hexadecimal digits."""
+    text = json.dumps(values, ensure_ascii=ascii_only).removesuffix("}")
+    return f'{text}, "{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}'
+
+
+def parse_checked(text: bytes) -> dict[str, Any]:
+    """The object that `dump_checked` wrote, its checksum included; or one without a checksum, as earlier versions wrote.
+
+    Raises: ValueError, with the reason, if it is anything else."""
+    try:
+        values = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    if CHECKSUM in values:
+        end = END.search(text[-LONGEST_END:])
+        before = text[: len(text) - len(end[0])] if end else b""
+        if end is None or zlib.crc32(before) != int(end[1], 16):
+            raise ValueError("it differs from its checksum")
+    return values
+
+
+def read_checked(path: Path, most: int = MOST) -> dict[str, Any]:
+    """The object in a file. Raises: OSError if it cannot be read; ValueError, with the reason, if it is none."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would never end
+        raise ValueError("it is not a regular file")
+    with open(path, "rb") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return parse_checked(text)
+
+
+def is_deep(values: Any) -> bool:
+    """Whether lists and objects lie more than `DEEPEST` levels deep in each other."""
+    level = [values]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):  # readers in other languages may take the first of two
+        raise ValueError("a key is there twice")
+    return values
