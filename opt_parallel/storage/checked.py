@@ -26,7 +26,7 @@ def dump_checked(values: dict[str, Any], ascii_only: bool = True) -> str:
 
 
 def parse_checked(text: bytes) -> dict[str, Any]:
-    """The object that `dump_checked` wrote, its checksum included; or one without a checksum, as earlier versions wrote.
+    """The object that `dump_checked` wrote, with its checksum; or one without a checksum, as earlier versions wrote.
 
     Raises: ValueError, with the reason, if it is anything else."""
     try:
