@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from opt_parallel.clock import Clock
 from opt_parallel.data_config import DataConfig
 from opt_parallel.shapes import ModelConfig, Section, require
 from opt_parallel.task_config import Task, TaskConfig
@@ -308,13 +309,14 @@ class Run(Section):
             f"{self.model.max_position_embeddings}: shorten the sequence or lengthen the position table",
         )
 
-    def check_warmup(self, step: int = 0, tokens: int = 0) -> None:
-        """Raise `UserError` if a warm-up in tokens would outlast a run that is at `step` and has seen `tokens`."""
-        wanted, left = self.schedule.warmup_tokens or 0, self.steps - step
+    def check_warmup(self, clock: Clock) -> None:
+        """Raise `UserError` if a warm-up in tokens would outlast the run, which stands at `clock`."""
+        wanted, left = self.schedule.warmup_tokens or 0, self.steps - clock.step
         require(
-            wanted <= tokens + left * self.batch_tokens,
+            wanted <= clock.tokens + left * self.batch_tokens,
             f"schedule.warmup_tokens={wanted:,} is more than the run will have seen at steps={self.steps}: "
-            f"{tokens:,} tokens at step {step}, and {self.batch_tokens:,} a step; shorten the warm-up or train longer",
+            f"{clock.tokens:,} tokens at step {clock.step}, and {self.batch_tokens:,} a step; shorten the warm-up or "
+            "train longer",
         )
 
     def check_world(self, world_size: int) -> None:
@@ -351,6 +353,10 @@ class Run(Section):
     def batch_tokens(self) -> int:
         """Tokens of one optimizer step."""
         return self.global_batch * self.data.sequence_length
+
+    def samples_at_end(self, clock: Clock) -> int:
+        """Samples that the run, which stands at `clock`, will have consumed at its last step."""
+        return clock.samples + (self.steps - clock.step) * self.global_batch
 
     @property
     def warmup_steps(self) -> int:

@@ -19,6 +19,7 @@ from opt_parallel.curve import draw_confusion
 from opt_parallel.data.batches import Feed, Loader
 from opt_parallel.data.mixture import Mixture
 from opt_parallel.data.prepare import Prepared, prepare
+from opt_parallel.data.resuming import go_on
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
@@ -33,7 +34,6 @@ from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.place import is_main
 from opt_parallel.preflight import check_same, claim_folder, preflight
-from opt_parallel.shapes import Labels
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology
@@ -45,12 +45,11 @@ STATE = "state"  # a file in the run's folder: running, stopped (on request, to 
 
 @dataclass(frozen=True)
 class Materials:
-    """What a run needs before there is an engine: weights to start from, text, samples."""
+    """What a run needs before there is an engine: weights to start from, text."""
 
     start: Opened | None
     base: Base | None
     data: Prepared
-    mixture: Mixture
     held_out: Samples | None
     prompts: Prompts | None
 
@@ -64,9 +63,8 @@ class Materials:
         data = prepare(run)
         if start and data.labels and begun is None:
             start.check_labels(data.labels)
-        mixture, held_out = open_mixture(run, data), open_validation(run, data)
         prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
-        return cls(start, base, data, mixture, held_out, prompts)
+        return cls(start, base, data, open_validation(run, data), prompts)
 
 
 def train(run: Run) -> int:
@@ -81,7 +79,7 @@ def train(run: Run) -> int:
         check_same(run, topology)
         begun = topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
         if begun is None:
-            run.check_warmup()
+            run.check_warmup(Clock())
         _warn_of_another_start(run, begun)
         if topology.exchange(topology.together(lambda: _nothing_left(run, begun)))[0]:  # likewise
             return 0
@@ -100,13 +98,12 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
         if topology.world.size > 1:
             say(line)
     materials = topology.together(lambda: Materials.gather(run, begun))
-    data, mixture = materials.data, materials.mixture
+    data = materials.data
     if topology.is_main:
         write_text(run.folder / "config.yaml", to_yaml(run))
         _write_state(run, "running")
     store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text)
-    engine, clock = _begin(run, topology, store, materials.start, data.labels)
-    run.check_warmup(clock.step, clock.tokens)
+    engine, clock, mixture = _begin(run, topology, store, materials)
     place = (topology.data.rank, topology.data.size)
     feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
     loader = Loader(feed, clock, run.stop, topology.device)
@@ -159,15 +156,18 @@ def _write_state(run: Run, word: str) -> None:
     write_text(path, word + "\n")
 
 
-def _begin(
-    run: Run, topology: Topology, store: Store, start: Opened | None, labels: Labels | None
-) -> tuple[Engine, Clock]:
-    """The run's network, and where it stands: as its checkpoint left both, else with its first weights."""
-    checkpoint = store.find()
-    engine = Engine.build(run, topology, _weights(run, start, checkpoint), labels)
+def _begin(run: Run, topology: Topology, store: Store, materials: Materials) -> tuple[Engine, Clock, Mixture]:
+    """The run's network, where it stands, and its samples: as its checkpoint left them, else from the start."""
+    checkpoint, data, start = store.find(), materials.data, materials.start
+    clock = go_on(run, data.train, checkpoint.manifest) if checkpoint else Clock()
+    run.check_warmup(clock)
+    mixture = topology.together(lambda: open_mixture(run, data, clock))
+    engine = Engine.build(run, topology, _weights(run, start, checkpoint), data.labels)
     if start:
         start.warn_of_not_finite(topology.tensor)
-    return engine, store.restore(engine, checkpoint) if checkpoint else Clock()
+    if checkpoint:
+        store.restore(engine, checkpoint)
+    return engine, clock, mixture
 
 
 def _evaluate(engine: Engine, clock: Clock, materials: Materials, metrics: Metrics) -> float | None:
@@ -274,7 +274,7 @@ def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine, mixtur
     if lora.rank:
         number = sum(math.prod(tensor["shape"]) for tensor in engine.tensors().values())
         trained = f" and {number:,} that LoRA trains (rank {lora.rank} on {', '.join(lora.targets)})"
-    sources = "\n" + mixture.words(run.steps * run.global_batch) if len(mixture.sources) > 1 else ""
+    sources = "\n" + mixture.words(run.samples_at_end(clock)) if len(mixture.sources) > 1 else ""
     return (
         f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
         f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "

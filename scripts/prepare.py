@@ -10,8 +10,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from opt_parallel.clock import Clock
 from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
 from opt_parallel.log import aligned
+from opt_parallel.manifest import read_manifest
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
@@ -25,9 +27,13 @@ def main(config: DictConfig) -> None:
 
         prepared = prepare(run)
         if any(source.stream for source in prepared.train):
+            from opt_parallel.checkpoint.whole import choose
+            from opt_parallel.data.resuming import go_on
             from opt_parallel.data.tasks import fill_streams  # torch comes with it
 
-            fill_streams(run, prepared)
+            begun = choose(run)
+            clock = go_on(run, prepared.train, read_manifest(begun)) if begun else Clock()
+            fill_streams(run, prepared, clock)
         stores = {f"data.train ({each.name})": each.store for each in prepared.train if each.stream is None}
         if prepared.validation is not None:
             stores["validation"] = prepared.validation

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from opt_parallel.clock import Clock
 from opt_parallel.compose import run_from, to_dict, to_yaml
 from opt_parallel.config import (
     DataConfig,
@@ -101,7 +102,7 @@ def test_a_warmup_in_tokens_must_end_within_what_is_left() -> None:
     """Which depends on the batches so far: a run that goes on with a small batch may have it behind it."""
     run = Run(steps=10, schedule=ScheduleConfig(warmup_tokens=8 * 2048 * 12))
     with pytest.raises(UserError, match=r"schedule.warmup_tokens=196,608 .* steps=10: .* 16,384 a step; shorten"):
-        run.check_warmup()
-    run.check_warmup(step=4, tokens=8 * 2048 * 6)
+        run.check_warmup(Clock())
+    run.check_warmup(Clock(4, 48, 8 * 2048 * 6))
     with pytest.raises(UserError, match="98,303 tokens at step 4"):
-        run.check_warmup(step=4, tokens=8 * 2048 * 6 - 1)
+        run.check_warmup(Clock(4, 48, 8 * 2048 * 6 - 1))

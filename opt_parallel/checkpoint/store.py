@@ -279,8 +279,6 @@ class Store:
         """A table of settings and libraries that differ from the checkpoint's."""
         then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
         now = to_dict(self.run) | self._versions() | {"text": self.text}
-        if then["text"] != now["text"]:
-            say("warning: the training text is not what the checkpoint was trained on; samples are now of the new")
         rows = [row for row in changes(then, now) if row[0] not in NOT_TOLD]
         if rows:
             say("changed since the checkpoint:")

@@ -36,27 +36,59 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """Whose turn it is among sources of these weights, over and over."""
+
+    weights: tuple[Fraction, ...]
+
+    def place(self, turn: int) -> tuple[int, int]:
+        """The number of the source whose turn it is, and how many turns it had before."""
+        turns, before, counts = self._laid_out
+        cycle, place = divmod(turn, len(turns))
+        number = int(turns[place])
+        return number, cycle * counts[number] + int(before[place])
+
+    def taken(self, turns: int) -> list[int]:
+        """Of each source, its turns among the first `turns`."""
+        order, _, counts = self._laid_out
+        cycles, rest = divmod(turns, len(order))
+        begun = np.bincount(order[:rest], minlength=len(counts)).tolist()
+        return [cycles * count + more for count, more in zip(counts, begun, strict=True)]
+
+    @cached_property
+    def _laid_out(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Whose turn it is at each place of the cycle, how often it was its turn before, and how often in all."""
+        counts = turns_of(self.weights)
+        turns = np.array(cycle_of(counts), np.int32)
+        before = np.empty(len(turns), np.int64)
+        for number, count in enumerate(counts):
+            before[turns == number] = np.arange(count)
+        return turns, before, counts
+
+
+@dataclass(frozen=True)
 class Source:
-    """A part of the training data. Its samples come in `order`; `weight` is its share among the sources."""
+    """A part of the training data. Its samples come in `order`; `weight` is its share among the sources. `taken`: the
+    samples that it gave before the mixture began."""
 
     name: str
     weight: Fraction
     samples: Samples
     order: Order
+    taken: int = 0
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """All sources, as one endless stream of samples."""
+    """All sources, as one endless stream of samples, from the run's sample `begins` on."""
 
     sources: Sequence[Source]
+    begins: int = 0
 
     def place(self, position: int) -> tuple[int, int]:
         """The number of the source whose turn it is at `position`, and how many of its samples came before."""
-        turns, before, counts = self._cycle
-        cycle, place = divmod(position, len(turns))
-        number = int(turns[place])
-        return number, cycle * counts[number] + int(before[place])
+        number, own = self._cycle.place(position - self.begins)
+        return number, self.sources[number].taken + own
 
     def sample(self, position: int) -> Sample:
         """The sample at `position` of the run."""
@@ -66,11 +98,8 @@ class Mixture:
 
     def taken(self, position: int) -> dict[str, int]:
         """Of each source, the samples among the first `position` of the run."""
-        turns, _, counts = self._cycle
-        cycles, rest = divmod(position, len(turns))
-        begun = np.bincount(turns[:rest], minlength=len(self.sources))
-        names = (source.name for source in self.sources)
-        return {name: cycles * count + int(more) for name, count, more in zip(names, counts, begun, strict=True)}
+        turns = self._cycle.taken(position - self.begins)
+        return {source.name: source.taken + own for source, own in zip(self.sources, turns, strict=True)}
 
     def epochs(self, position: int) -> dict[str, float]:
         """How often each source has been gone through before `position` of the run."""
@@ -88,14 +117,8 @@ class Mixture:
         return aligned(rows)
 
     @cached_property
-    def _cycle(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Whose turn it is at each place of the cycle, how often it was its turn before, and how often in all."""
-        counts = turns_of([source.weight for source in self.sources])
-        turns = np.array(cycle_of(counts), np.int32)
-        before = np.empty(len(turns), np.int64)
-        for number, count in enumerate(counts):
-            before[turns == number] = np.arange(count)
-        return turns, before, counts
+    def _cycle(self) -> Cycle:
+        return Cycle(tuple(source.weight for source in self.sources))
 
 
 def turns_of(weights: Sequence[Fraction]) -> list[int]:

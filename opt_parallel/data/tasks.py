@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import Run
 from opt_parallel.data.mixture import Mixture, Order, Source
 from opt_parallel.data.order import Shuffled, Streamed
 from opt_parallel.data.packing import Examples
 from opt_parallel.data.prepare import Prepared
+from opt_parallel.data.resuming import order_of
 from opt_parallel.data.samples import Labelled, Rows, Samples
 from opt_parallel.data.store import TokenStore
 from opt_parallel.data.streaming import BLOCK, Filling, GrowingStore, whole_parts
@@ -35,42 +37,43 @@ def open_samples(run: Run, folder: Path, key: str) -> Samples:
     return samples
 
 
-def open_mixture(run: Run, prepared: Prepared) -> Mixture:
-    """The training sources, each in a seeded order of its own; streams are being filled from now on, and have their
-    first samples. Raises: UserError."""
-    mixture, fillings = _mixture(run, prepared)
+def open_mixture(run: Run, prepared: Prepared, clock: Clock) -> Mixture:
+    """The training sources, each in a seeded order of its own, for a run that stands at `clock`; streams are being
+    filled from now on, and have their first samples. Raises: UserError."""
+    mixture, fillings = _mixture(run, prepared, clock)
     for filling in fillings:
         filling.start()
     for source in mixture.sources:
-        source.order.sample_at(0)  # so that a stream that gives nothing is known of before any process group
+        source.order.sample_at(0)  # so that a stream that gives nothing is known of before any rank waits for it
     return mixture
 
 
-def fill_streams(run: Run, prepared: Prepared) -> None:
-    """Fill the stores of streams as far as the run reads them. Raises: UserError."""
-    for filling in _mixture(run, prepared)[1]:
+def fill_streams(run: Run, prepared: Prepared, clock: Clock) -> None:
+    """Fill the stores of streams as far as a run that stands at `clock` reads them. Raises: UserError."""
+    for filling in _mixture(run, prepared, clock)[1]:
         filling.complete()
         metas = whole_parts(filling.folder)
         documents, tokens = (sum(getattr(meta.part, name) for meta in metas) for name in ("documents", "tokens"))
         say(f"{filling.material.corpus.key}: {documents:,} documents, {tokens:,} tokens; in {filling.folder}")
 
 
-def _mixture(run: Run, prepared: Prepared) -> tuple[Mixture, list[Filling]]:
+def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[Filling]]:
     sources: list[Source] = []
     length = run.data.sequence_length
     for source in prepared.train:
-        seed = run.seed if len(prepared.train) == 1 else f"{run.seed} {source.name}"
+        order = order_of(clock, source.name, alone=len(prepared.train) == 1)
+        seed = f"{run.seed} {order}" if order else run.seed
         samples: Samples
-        order: Order
+        ordered: Order
         if source.stream is not None:
             store = GrowingStore(source.store, source.stream.encoder.columns, length)
-            samples, order = Rows(store, length), Streamed(seed, BLOCK, store.arrived)
+            samples, ordered = Rows(store, length), Streamed(seed, BLOCK, store.arrived)
         else:
             samples = open_samples(run, source.store, "data.train")
-            order = Shuffled(seed, len(samples))
-        sources.append(Source(source.name, source.weight, samples, order))
-    mixture = Mixture(sources)
-    taken = mixture.taken(run.steps * run.global_batch)
+            ordered = Shuffled(seed, len(samples))
+        sources.append(Source(source.name, source.weight, samples, ordered, clock.taken.get(source.name, 0)))
+    mixture = Mixture(sources, clock.mixed)
+    taken = mixture.taken(run.samples_at_end(clock))
     fillings = [
         Filling(each.store, each.stream, -(-taken[each.name] // BLOCK) * BLOCK * length + 1, run.data.workers)
         for each in prepared.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import pytest
 from command import ROOT, SMALL, python
 from test_mixture import ids_of
 
+from opt_parallel.clock import Clock
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import streaming, tasks
 from opt_parallel.data.encoding import Record, TextEncoder
@@ -205,20 +207,37 @@ def test_a_mixture_with_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sources = [{"path": str(tmp_path / "a.jsonl"), "weight": 1}, {"path": str(tmp_path / "b.jsonl"), "stream": True}]
     run = configure(tmp_path, sources)
     prepared: Prepared = prepare(run)
-    fresh = tasks.open_mixture(run, prepared)
+    fresh = tasks.open_mixture(run, prepared, Clock())
     samples = [fresh.sample(position).ids.tolist() for position in range(400)]
-    again = tasks.open_mixture(run, prepared)
+    again = tasks.open_mixture(run, prepared, Clock())
     assert [again.sample(position).ids.tolist() for position in (399, 0, 200)] == [
         samples[place] for place in (399, 0, 200)
     ]
     for data in (1, 2, 4):
         for micro in (1, 2, 4):
-            assert ids_of(tasks.open_mixture(run, prepared), data, micro, 0, 400) == dict(enumerate(samples))
+            assert ids_of(tasks.open_mixture(run, prepared, Clock()), data, micro, 0, 400) == dict(enumerate(samples))
     stream = TokenStore(prepared.train[1].store)
     plain = prepare(configure(tmp_path, sources[1]["path"], tokenizer=str(prepared.tokenizer)))
     known = TokenStore(plain.train[0].store)
     assert stream.of_tokens("ids", 0, stream.tokens).tolist() == known.of_tokens("ids", 0, known.tokens).tolist()
     assert fresh.epochs(400)["b"] > 1
+
+
+@pytest.mark.parametrize("batch", [2, 8, 32])
+def test_what_is_filled_follows_from_the_clock(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on with a smaller batch has more samples behind it than steps times the batch, and waits for no
+    block that nobody makes."""
+    monkeypatch.setattr(tasks, "BLOCK", BLOCK)
+    monkeypatch.setattr(streaming, "LOST", 5.0)
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{text} {n}"}) + "\n" for n in range(9) for text in TEXTS))
+    save_tokenizer(TOKENIZER, tmp_path / "tokenizer")
+    run = configure(tmp_path, str(path), stream=True, tokenizer=str(tmp_path / "tokenizer"))
+    run = dataclasses.replace(run, batch={"global": batch, "micro": 1}, steps=50)
+    clock = Clock(step=40, samples=40 * 32)
+    mixture = tasks.open_mixture(run, prepare(run), clock)
+    for position in range(clock.samples, clock.samples + 10 * batch):
+        mixture.sample(position)
 
 
 def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
