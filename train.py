@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from opt_parallel.compose import command, run_from, start_from_checkpoint
+from opt_parallel.compose import command, run_from, start_from_checkpoint, take
 from opt_parallel.place import take_place, world_size
 from opt_parallel.sweep import folder_name, is_sweep, reported, swept_values
 
@@ -21,7 +21,7 @@ def main(config: DictConfig) -> None:
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         if is_sweep():
             with open_dict(config):
-                config.run.dir = f"{config.run.dir}/{folder_name(swept_values())}"
+                take(config, "run.dir", f"{config.run.dir}/{folder_name(swept_values())}")
         run = run_from(config)
         run.check_world(world_size())
 

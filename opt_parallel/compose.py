@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line, reporting
@@ -25,12 +29,15 @@ from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_c
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import quiet_libraries
 from opt_parallel.manifest import MANIFEST, Damaged, read_manifest
+from opt_parallel.overrides import check_values, checked
+from opt_parallel.paths import absolute, change_paths, local, refuse_breaks, text_keys
 from opt_parallel.place import take_place
+from opt_parallel.secrets import looks_secret, masked, refuse_secret_value
 from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
-from opt_parallel.task_config import Task
+from opt_parallel.task_config import Task, name_of
 
-# a key's last part: hf_token, wandb_api_key, db_password, client_secret; not eos_token_id, max_new_tokens
-SECRET = re.compile(r"(\w+_)?token|\w*(api_?key|passw(or)?d|secret)\w*", re.IGNORECASE)
+PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 
 
 def command(main: Callable[[], None]) -> None:
@@ -40,41 +47,53 @@ def command(main: Callable[[], None]) -> None:
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
     with said_in_one_line():
-        refuse_secrets(keys_given(sys.argv[1:]))  # Hydra itself writes down what a multirun was given
+        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # Hydra itself writes down what a multirun was given
         main()
 
 
-def refuse_secrets(keys: Iterable[str]) -> None:
-    """Raise UserError at a key that looks like a secret's: a configuration is written beside the run, and sent to
-    trackers. The value is not repeated."""
-    for key in keys:
-        if SECRET.fullmatch(key.rpartition(".")[2]):
-            raise UserError(
-                f"{key} looks like a secret, and a run's configuration is written to files: leave it out, and set it "
-                "in the environment, as HF_TOKEN or WANDB_API_KEY"
-            )
+class CheckConfig(Callback):
+    """Checks what Hydra composed before Hydra makes its folders and writes the configuration of a multirun."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        with said_in_one_line():  # Hydra would turn an exception into a warning
+            check_values(OmegaConf.to_container(config))
+            HydraConfig.instance().set_config(copy.deepcopy(config))  # run.name asks it for the model's name
+            for key in PATHS_OF_HYDRA:
+                name = str(OmegaConf.select(config, key))
+                if (whole := local(f"{key}=", name)) != name:
+                    raise UserError(f"{key}={name}: Hydra knows no ~: write {key}={whole}")
+
+    on_multirun_start = on_run_start
 
 
-def keys_given(arguments: Sequence[str]) -> Iterator[str]:
-    """The keys of a command line's overrides, and those within their values."""
-    parser = OverridesParser.create()
-    for argument in arguments:
-        key, _, value = argument.lstrip("+~-").partition("=")
-        yield key
-        if set(value) & set("{["):
-            with suppress(HydraException):  # of a grammar that Hydra will explain
-                yield from _keys_in(parser.parse_override(argument).value(), f"{key}.")
+def _from_environment(name: str, *default: Any) -> Any:
+    """`${oc.env:NAME}`, but of no secret: a configuration is written beside the run, and sent to trackers."""
+    if looks_secret(name):
+        raise UserError(
+            f"${{oc.env:{name}}} looks like a secret, and a run's configuration is written to files: leave it out; "
+            "what needs it reads the environment itself"
+        )
+    value = oc.env(name, *default)
+    refuse_secret_value(f"${{oc.env:{name}}}", str(value))
+    return value
 
 
-def _keys_in(value: Any, prefix: str = "") -> Iterator[str]:
-    """Every key at any depth, lists looked through."""
+OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
+
+
+def verbatim(value: Any) -> Any:
+    """Plain values with all text escaped, so that OmegaConf gives it back as it stands and interpolates nothing."""
     if isinstance(value, dict):
-        for key, inner in value.items():
-            yield f"{prefix}{key}"
-            yield from _keys_in(inner, f"{prefix}{key}.")
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _keys_in(inner, prefix)
+        return {key: verbatim(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [verbatim(inner) for inner in value]
+    return re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", value) if isinstance(value, str) else value
+
+
+def take(config: DictConfig, key: str, value: Any) -> None:
+    """Set a key to what a file or a folder's name says. The only way for text into a configuration that the user did
+    not type into it."""
+    OmegaConf.update(config, key, verbatim(value))
 
 
 def register_schema() -> None:
@@ -86,9 +105,11 @@ def run_from(config: DictConfig) -> Run:
     """The composed configuration as a checked, sealed `Run`.
 
     Raises: `UserError`, OmegaConf's errors."""
-    values = OmegaConf.to_container(config, resolve=True)
-    refuse_secrets(_keys_in(values))
-    plain = OmegaConf.create(values)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    check_values(values)
+    refuse_breaks("run.name=", str(values["run"]["name"]))
+    change_paths(values, Run, local)
+    plain = OmegaConf.create(verbatim(values))
     run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses what `+key=…` added
     assert isinstance(run, Run)
     return run
@@ -115,7 +136,8 @@ def model_at(folder: Path, key: str) -> ModelConfig:
 
 def _model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
     try:
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), manifest["config"]["model"]))
+        saved = verbatim(manifest["config"]["model"])
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), saved))
     except (OmegaConfBaseException, UserError) as error:
         raise Damaged(folder, f"{MANIFEST} describes no network ({one_line(error)})") from error
     assert isinstance(model, ModelConfig)
@@ -138,12 +160,12 @@ def _take_labels(config: DictConfig, labels: Labels) -> None:
     """The classifier's labels, where the run leaves them open; those that it names must be the classifier's."""
     task = config.task
     if task.problem_type is None and labels.problem_type is not None:
-        task.problem_type = labels.problem_type
+        take(config, "task.problem_type", labels.problem_type)
     if labels == Labels.numbered(len(labels.names), labels.problem_type):
         return  # no names: whatever the data calls them
     if task.labels is None:
-        task.labels = list(labels.names)
-    elif tuple(task.labels) != labels.names:
+        take(config, "task.labels", labels.names)
+    elif tuple(map(name_of, task.labels)) != labels.names:
         raise UserError(
             f"task.labels={list(task.labels)}, but the classifier of init_from={config.init_from} has "
             f"{list(labels.names)}: leave task.labels to it, or start from a language model"
@@ -164,16 +186,16 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
     for name in model:
         if name in MAY_DIFFER:
             if not whole and f"model.{name}" not in given:
-                config.model[name] = model[name]
+                take(config, f"model.{name}", model[name])
         elif whole or f"model.{name}" in given:
             _require_same(config, str(name), model[name])
         else:
-            config.model[name] = model[name]
+            take(config, f"model.{name}", model[name])
     labels = labels_at(folder)
     if config.task.name is Task.classify and labels is not None:
         _take_labels(config, labels)
     if config.data.tokenizer is None:
-        config.data.tokenizer = str(_tokenizer_of(folder, config.init_from))
+        take(config, "data.tokenizer", str(_tokenizer_of(folder, config.init_from)))
     if not {"run.name", "experiment"} & given:
         ours = folder.parent.name == "checkpoints"  # runs/<name>/checkpoints/step-<N>
         base = (
@@ -181,7 +203,8 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
             if ours
             else Path(config.init_from).name.strip(".") or folder.resolve().name
         )
-        config.run.name = f"from-{base}"  # not the network's own name: a run of that name may have begun without these
+        # not the network's own name: a run of that name may exist that started without these
+        take(config, "run.name", f"from-{base}")
 
 
 def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -208,7 +231,7 @@ def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
             taken["task.name"] = Task.classify.name
     for key, value in taken.items():
         if key not in given:
-            OmegaConf.update(config, key, value)
+            take(config, key, value)
 
 
 def _require_same(config: DictConfig, name: str, theirs: Any) -> None:
@@ -234,10 +257,18 @@ def _tokenizer_of(folder: Path, name: str) -> Path:
 
 
 def explain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's errors in one line that names the key and the way out."""
+    """Hydra's and OmegaConf's errors in one line that names the key and the way out, and repeats no secret."""
+    return masked(_explained(error))
+
+
+def _explained(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice} does not exist: choose {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        why = one_line(Exception(str(error.__cause__ or error).partition("See https")[0]))
+        example = '\'key=["a=b", "größe"]\''
+        return f"{error.override} is not of Hydra's grammar ({why}): put quotes around each text within it, {example}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
         siblings = [str(key) for key in cause.parent_node]
@@ -245,21 +276,42 @@ def explain(error: BaseException) -> str:
         close = difflib.get_close_matches(str(cause.key), siblings, n=1)
         meant = f"did you mean {full_key.removesuffix(str(cause.key))}{close[0]}?" if close else ""
         return f"{full_key} does not exist: {meant or 'there are ' + ', '.join(siblings)}"
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {one_line(cause)}"
-    return one_line(error)
+    key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
+    return f"{key}{_of_ours(error) or one_line(cause)}"
+
+
+def _of_ours(error: BaseException | None) -> UserError | None:
+    """The mistake that a resolver of ours named, which OmegaConf wraps."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
 
 
 def to_yaml(run: Run) -> str:
-    """The resolved configuration, as it is written beside the run."""
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
+    """What `recorded` says as YAML for Hydra, which reads the same values again: text is escaped."""
+    return OmegaConf.to_yaml(OmegaConf.create(verbatim(recorded(run))))
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    """The configuration as it is written beside the run: as `to_dict`, with paths from / on."""
+    values = to_dict(run)
+    change_paths(values, Run, absolute)
+    return values
 
 
 def to_dict(run: Run) -> dict[str, Any]:
     """The resolved configuration in plain values (enums by name)."""
-    plain = OmegaConf.to_container(OmegaConf.structured(run), resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return {each.name: _plain(getattr(run, each.name)) for each in fields(run)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opt_parallel.clock import Clock
 from opt_parallel.data_config import DataConfig
+from opt_parallel.paths import PATH
 from opt_parallel.shapes import ModelConfig, Section, require
 from opt_parallel.task_config import Task, TaskConfig
 from opt_parallel.units import bytes_of
@@ -221,7 +222,7 @@ class LoggingConfig(Section):
 @dataclass
 class RunConfig(Section):
     name: str = "run"
-    dir: str = "runs/run"
+    dir: str = field(default="runs/run", metadata=PATH)
 
 
 @dataclass
@@ -247,8 +248,8 @@ class Run(Section):
     steps: int = 1000
     stop_at: int | None = None
     seed: int = 1
-    init_from: str | None = None
-    resume: str = "auto"
+    init_from: str | None = field(default=None, metadata=PATH)
+    resume: str = field(default="auto", metadata={"path": ("auto", "never")})
 
     def check(self) -> None:
         require(

@@ -35,10 +35,9 @@ class Curve:
 
 def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None, unit: str = "token") -> None:
     """Write the picture of the losses over the steps; `unit` is what a loss is of."""
-    from matplotlib.figure import Figure  # no pyplot: no display asked for, no figure left behind
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    figure = _figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot(
         xlabel="step", ylabel=f"loss (nats per {unit})" if unit == "token" else f"loss per {unit}"
     )
@@ -68,7 +67,6 @@ def draw_curves(path: Path, title: str, curves: Sequence[Curve], axis: str, unit
 
 def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> Any:
     """The figure: training losses and, where some run has them, validation losses beside them on the same scale."""
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
@@ -77,7 +75,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
     longest = max(len(curve.label) for curve in curves) + 8  # the stroke takes as much as some letters
     columns = max(1, min(12 * width // longest, 4, (len(curves) + 1) // 2))
     height = 4.2 + 0.21 * -(-len(curves) // columns)
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = _figure(figsize=(width, height), dpi=150, layout="constrained")
     both = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
     handles = []
     for number, curve in enumerate(curves):
@@ -130,11 +128,9 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
 def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.ndarray) -> None:
     """Write the picture of a confusion matrix (N, N): the share of each true label, a row, that each decision got, and
     the number of examples where there is room for it."""
-    from matplotlib.figure import Figure
-
     number = len(labels)
     size = min(16.0, 3.2 + 0.5 * number)
-    figure = Figure(figsize=(size + 1, size), dpi=150, layout="constrained")
+    figure = _figure(figsize=(size + 1, size), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="decided", ylabel="true")
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -153,6 +149,15 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a picture in the format that the ending says. Raises: OSError; ValueError for an ending that is none."""
     with new_file(path) as file:
         figure.savefig(file, format=path.suffix[1:] or "png")
+
+
+def _figure(**size: Any) -> Any:
+    """A figure without pyplot: no display is asked for, no figure left behind."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # names of runs and labels are text, whatever signs they hold
+    return Figure(**size)
 
 
 def perplexity_of(loss: float) -> float:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opt_parallel.paths import PATH
 from opt_parallel.shapes import Section, require
 
 KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # of a source
+PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # of what every Python carries
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class DataConfig(Section):
     once. `held_out`: the share of the training documents to validate on where `validation` is null. `workers`:
     processes that prepare; 0: as many as there are CPUs for this one."""
 
-    train: Any = None
-    validation: Any = None
-    tokenizer: str | None = None
+    train: Any = field(default=None, metadata=PYTHON_TEXT)
+    validation: Any = field(default=None, metadata=PYTHON_TEXT)
+    tokenizer: str | None = field(default=None, metadata=PATH)
     sequence_length: int = 2048
     text_field: str = "text"
     template: str | None = None
@@ -51,7 +53,7 @@ class DataConfig(Section):
     deduplicate: bool = False
     held_out: float = 0.005
     workers: int = 0
-    cache: str = "cache"
+    cache: str = field(default="cache", metadata=PATH)
 
     def check(self) -> None:
         require(self.sequence_length >= 1, f"data.sequence_length={self.sequence_length} must be at least 1")

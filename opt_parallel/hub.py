@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, snapshot_download
 
 from opt_parallel.errors import UserError, one_line
+from opt_parallel.paths import reach
+from opt_parallel.secrets import refuse_secret_value
 
 # whole weights in one file, in the order of preference; each may be split instead, with its name + INDEX_SUFFIX
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")
@@ -20,8 +22,9 @@ def find_checkpoint(name: str | Path, key: str) -> Path:
     """The folder `name`, or the snapshot of the hub id `name`: config, tokenizer and one format of weights.
 
     With HF_HUB_OFFLINE=1 what was fetched before. Raises: UserError, which begins with `key`, as `init_from=`."""
-    if Path(name).expanduser().exists():
-        return Path(name).expanduser()
+    refuse_secret_value(key.rstrip("= "), str(name))
+    if folder := reach(key, name):
+        return folder
     if not HUB_ID.fullmatch(str(name)):
         raise UserError(f"{key}{name} does not exist: name a checkpoint's folder, or a hub id")
     try:

@@ -32,6 +32,7 @@ from opt_parallel.log import own_file, say
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import Source, random_source
+from opt_parallel.paths import absolute
 from opt_parallel.place import is_main
 from opt_parallel.preflight import check_same, claim_folder, preflight
 from opt_parallel.storage.atomic import write_text
@@ -260,7 +261,7 @@ def _warn_of_another_start(run: Run, begun: Path | None) -> None:
         began = read_manifest(begun)["config"].get("init_from")
     except UserError:
         return  # it is damaged, and will be set aside
-    if began != run.init_from:
+    if began is None or absolute("", began) != absolute("", run.init_from):
         say(
             f"warning: init_from={run.init_from} is not read: {begun} goes on, which began from "
             f"{began or 'random weights'}; choose another run.name or run.dir to start anew"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from opt_parallel.shapes import ProblemType, Section, require
 
@@ -66,12 +67,24 @@ class TaskConfig(Section):
     truncation: Truncation = Truncation.keep_end
     pair_field: str | None = None
     label_field: str = "label"
-    labels: list[str] | None = None
+    labels: list[Any] | None = None  # of texts once made; typed so that true is not yet True
     problem_type: ProblemType | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        for label in self.labels or []:
+            fits = isinstance(label, (str, bool, int, float))
+            require(fits, f"task.labels={self.labels}: {label} is no name of a label: put it in quotes")
+        self.labels = None if self.labels is None else [name_of(label) for label in self.labels]
+        super().__post_init__()
 
     def check(self) -> None:
         require(
             self.labels is None or len(set(self.labels)) == len(self.labels) > 0,
             f"task.labels={self.labels and list(self.labels)} must name each label once",
         )
+
+
+def name_of(label: Any) -> str:
+    """A label as it is named; true and false as JSON writes them."""
+    return str(label).lower() if isinstance(label, bool) else str(label)

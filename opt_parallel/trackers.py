@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from opt_parallel.clock import Clock
-from opt_parallel.compose import to_dict
+from opt_parallel.compose import recorded
 from opt_parallel.config import Run, Wandb
 from opt_parallel.errors import UserError, one_line
 
@@ -47,7 +47,7 @@ def open_trackers(run: Run, clock: Clock) -> list[Tracker]:
         tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
         tensorboard.start()
         trackers.append(tensorboard)
-    settings = _flat(to_dict(run))
+    settings = _flat(recorded(run))
     for tracker in trackers:
         tracker.store_init_configuration(settings)
     return trackers

@@ -14,11 +14,12 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["place", "machine"],
     ["errors"],
-    ["log"],
+    ["log", "paths", "secrets"],
     ["storage"],
     ["shapes", "units", "clock", "interrupt", "curve", "hub", "manifest"],
     ["data_config", "task_config", "scores", "comparison"],
     ["config", "hf_config"],
+    ["overrides"],
     ["compose"],
     ["topology", "trackers", "sweep", "launching"],
     ["parallel", "data", "metrics"],

@@ -9,9 +9,11 @@ import pytest
 from command import python, small
 from omegaconf import OmegaConf
 
-from opt_parallel.compose import SECRET, keys_given, refuse_secrets, run_from, to_dict
+from opt_parallel.compose import TEXTS, run_from, to_dict
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError
+from opt_parallel.overrides import checked
+from opt_parallel.secrets import looks_secret
 
 CANARY = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00"  # as wandb's keys look
 
@@ -29,7 +31,7 @@ CANARY = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00"  # as wandb's keys look
 )
 def test_a_key_that_looks_like_a_secret_is_refused(argument: str) -> None:
     with pytest.raises(UserError, match="looks like a secret") as caught:
-        refuse_secrets(keys_given(["model=opt-tiny", argument]))
+        checked(["model=opt-tiny", argument], TEXTS)
     assert "set it in the environment" in str(caught.value)
     assert CANARY not in str(caught.value)
 
@@ -45,8 +47,8 @@ def test_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_text_that_speaks_of_passwords_is_text() -> None:
-    argument = 'evaluation.prompts=["The password: a token=1", "{secret: 2}"]'
-    assert list(keys_given([argument])) == ["evaluation.prompts"]
+    argument = 'evaluation.prompts=["The password: a token=1", "{secret: 2}", "https://host:80/a@b"]'
+    assert checked([argument], TEXTS) == [argument]
 
 
 def test_in_a_file_of_the_users_too() -> None:
@@ -63,9 +65,10 @@ def test_no_key_of_ours_looks_like_one() -> None:
 
     ours = keys(to_dict(Run()))
     assert {"eos_token_id", "max_new_tokens", "warmup_tokens", "tokenizer"} <= set(ours)
-    refuse_secrets(ours)
+    assert not [key for key in ours if looks_secret(key)]
     assert all(
-        SECRET.fullmatch(key) for key in ("token", "HF_TOKEN", "db_password", "passwd", "apikey", "client_secret")
+        looks_secret(key)
+        for key in ("token", "HF_TOKEN", "db_password", "passwd", "apikey", "client_secret", "SSH_KEY")
     )
 
 

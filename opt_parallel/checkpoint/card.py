@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from opt_parallel.shapes import Labels, ModelConfig
 
@@ -48,7 +48,8 @@ def model_card(
     if manifest is not None:
         unit = "nats a token" if labels is None else "mean of the examples"
         parts += ["## Training\n", _table(_training(manifest, rows, unit))]
-        parts += ["## Configuration\n", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(manifest['config']))}```\n"]
+        configuration = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True)
+        parts += ["## Configuration\n", f"```yaml\n{configuration}```\n"]
     return "\n".join(parts).encode()
 
 

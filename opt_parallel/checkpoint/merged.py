@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from opt_parallel.model.heads import CausalLM
 from opt_parallel.model.lora import qkv_blocks, terms_of
 from opt_parallel.parallel.lora import merge
 from opt_parallel.parallel.shard import Constant, Shard, Source, logical_shapes, require_same_tensors
+from opt_parallel.paths import absolute
 from opt_parallel.shapes import ModelConfig
 from opt_parallel.task_config import LoraConfig
 from opt_parallel.topology import ALONE
@@ -52,7 +52,7 @@ class Base:
         for tensor, shape in sorted(shapes.items()):
             corner = weights(tensor, _Corner(shape, 0, 0, 1, Constant(0), False)).float().contiguous()
             checksum = zlib.crc32(corner.numpy().tobytes(), checksum)
-        return cls(str(Path(name).absolute()) if Path(name).exists() else name, f"{checksum:08x}")
+        return cls(absolute("", name), f"{checksum:08x}")
 
 
 class _Corner(Shard):

@@ -36,7 +36,7 @@ from opt_parallel.checkpoint.whole import (
     write_best,
 )
 from opt_parallel.clock import Clock
-from opt_parallel.compose import to_dict
+from opt_parallel.compose import recorded, to_dict
 from opt_parallel.config import Run
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
@@ -44,6 +44,7 @@ from opt_parallel.log import aligned, say
 from opt_parallel.manifest import FORMAT, MANIFEST, changes
 from opt_parallel.model.network import network
 from opt_parallel.parallel.shard import trained_shapes
+from opt_parallel.paths import absolute, change_paths
 from opt_parallel.shapes import MAY_DIFFER, Labels
 from opt_parallel.storage.atomic import publish
 from opt_parallel.storage.checked import dump_checked
@@ -203,7 +204,7 @@ class Store:
                 "precision": self.run.precision.name.value,
             },
             "versions": self._versions(),
-            "config": to_dict(self.run),
+            "config": recorded(self.run),
             "text": self.text,
             "base": None if self.base is None else asdict(self.base),
             "tensors": engine.tensors(),
@@ -277,8 +278,9 @@ class Store:
 
     def _tell_changes(self, manifest: dict[str, Any]) -> None:
         """A table of settings and libraries that differ from the checkpoint's."""
+        change_paths(manifest["config"], Run, absolute)  # older ones have them as they were typed
         then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
-        now = to_dict(self.run) | self._versions() | {"text": self.text}
+        now = recorded(self.run) | self._versions() | {"text": self.text}
         rows = [row for row in changes(then, now) if row[0] not in NOT_TOLD]
         if rows:
             say("changed since the checkpoint:")

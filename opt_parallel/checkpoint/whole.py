@@ -12,6 +12,7 @@ from typing import Any
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, STEP
+from opt_parallel.paths import reach
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
@@ -61,8 +62,8 @@ def choose(run: Run) -> Path | None:
                 "choose another run.dir or remove the folder"
             )
         return None
-    chosen = Path(run.resume)
-    if step_of(chosen) is None:
+    chosen = reach("resume=", run.resume)
+    if chosen is None or step_of(chosen) is None:
         raise UserError(f"resume={run.resume} is no whole checkpoint: choose auto, never or a folder …/step-<N>")
     return chosen
 

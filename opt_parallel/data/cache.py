@@ -26,7 +26,7 @@ FORMAT = 4  # of what is in them: a change of what is written makes all older on
 def cached(run: Run, kind: str, made_from: list[Any]) -> Path:
     """The folder of `kind` by a fingerprint of what it is made from."""
     fingerprint = hashlib.sha256(json.dumps([FORMAT, *made_from]).encode()).hexdigest()[:16]
-    return Path(run.data.cache).expanduser() / f"{kind}-{fingerprint}"
+    return Path(run.data.cache) / f"{kind}-{fingerprint}"
 
 
 def whole(folder: Path, fill: Callable[[Path], None]) -> Path:

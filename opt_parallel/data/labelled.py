@@ -19,7 +19,7 @@ from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
 from opt_parallel.errors import UserError
 from opt_parallel.shapes import Labels, ProblemType, require
-from opt_parallel.task_config import TaskConfig, Truncation
+from opt_parallel.task_config import TaskConfig, Truncation, name_of
 
 MOST_LABELS = 10_000  # different ones: more are no labels but texts, and would not fit in memory
 SINGLE, MULTI = ProblemType.single_label_classification, ProblemType.multi_label_classification
@@ -150,11 +150,6 @@ def label_of(record: Record, label_field: str) -> Any:
             f"{record.where} has {has} field {label_field!r} among {list(record.fields)}: set task.label_field"
         )
     return record.fields[label_field]
-
-
-def name_of(value: Any) -> str:
-    """A label as it is named; true and false as JSON writes them."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _kind(value: Any, where: str) -> str:

@@ -25,6 +25,7 @@ from opt_parallel.data.files import (
     records_of,
 )
 from opt_parallel.errors import UserError, one_line
+from opt_parallel.paths import reach
 from opt_parallel.shapes import require
 
 ROWS_APART = 4096  # of a dataset: a piece is a multiple of so many
@@ -79,6 +80,7 @@ class Corpus:
         files: set[Path] = set()
         hub: set[str] = set()
         for entry in entries:
+            reach(f"{key}=", entry)
             found = [] if subset or split else sorted(path.absolute() for path in _find_files(key, entry))
             for path in found:
                 readable = os.access(path, os.R_OK)
@@ -218,10 +220,10 @@ def _rows(piece: Slice, where: str) -> Iterator[Record]:
 
 def _find_files(key: str, entry: str) -> list[Path]:
     """The files of one entry; none if it can only be a hub id. Raises: `UserError`."""
-    path = Path(entry).expanduser()
-    if path.is_file():
+    there, path = reach(f"{key}=", entry), Path(os.path.expanduser(entry))
+    if there and path.is_file():
         return [path]
-    if path.exists():
+    if there:
         found = [file for file in path.rglob("*") if _is_text(file, path)]
         require(bool(found), f"{key}={entry} holds no text: a folder is searched for {', '.join(ENDINGS)}")
         return found

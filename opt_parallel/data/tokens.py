@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from opt_parallel.errors import UserError, one_line
+from opt_parallel.paths import reach
 from opt_parallel.shapes import ModelConfig, require
 
 START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
@@ -27,7 +28,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     merges.txt) or of a hub id.
 
     Raises: `UserError`."""
-    folder = Path(name) if Path(name).exists() else _download(name)
+    folder = reach("data.tokenizer=", name) or _download(name)
     try:
         file = folder if folder.is_file() else folder / "tokenizer.json"
         if file.is_file():

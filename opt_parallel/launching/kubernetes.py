@@ -54,9 +54,9 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
         "name": "trainer",
         "image": launch.image,
         "command": ["torchrun"],
-        "args": [*torchrun_options(launch), *place, f"{launch.code}/train.py", *map(literal, overrides)],
+        "args": [*map(literal, [*torchrun_options(launch), *place, f"{launch.code}/train.py", *overrides])],
         "workingDir": launch.mount,
-        "env": [{"name": name, "value": value} for name, value in variables.items()],
+        "env": [{"name": name, "value": literal(value)} for name, value in variables.items()],
         "resources": {"requests": resources, "limits": dict(resources)},
         "volumeMounts": [
             {"name": "shared", "mountPath": launch.mount},

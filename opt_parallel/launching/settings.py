@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from opt_parallel.errors import UserError
+from opt_parallel.paths import PATH
 from opt_parallel.shapes import Section, require
 from opt_parallel.units import bytes_of
 
@@ -107,7 +108,7 @@ class Slurm(Elastic):
     partition: str | None = None
     time: str | None = None
     warning: int = 600
-    venv: str | None = None
+    venv: str | None = field(default=None, metadata=PATH)
     container: str | None = None
     options: list[str] = field(default_factory=list)
 
@@ -147,7 +148,7 @@ class DeepSpeed(Launch):
     """`hostfile`: `HOST slots=N` a line; None: this machine alone. `address`: of the first machine, None: DeepSpeed
     asks it."""
 
-    hostfile: str | None = None
+    hostfile: str | None = field(default=None, metadata=PATH)
     address: str | None = None
     port: int = 29500
 
@@ -164,7 +165,7 @@ class Accelerate(Launch):
     """`config`: a file of accelerate's own; `rank`: this machine's number; `address`: of machine 0;
     `shutdown_timeout`: seconds that the processes have to save after a signal."""
 
-    config: str | None = None
+    config: str | None = field(default=None, metadata=PATH)
     shutdown_timeout: int = 600
     rank: int = 0
     address: str | None = None

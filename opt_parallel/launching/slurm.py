@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
     """The script for sbatch. `folder` is the run's, `root` this repository's; the nodes must share both.
 
     Raises: `UserError` for what sbatch itself would replace."""
-    if "%" in str(folder):
-        raise UserError(f"run.dir={folder} holds a %, where Slurm puts words of its own: choose another folder")
+    for sign in "%\\":
+        if sign in str(folder):
+            raise UserError(f"run.dir={folder} holds a {sign}, which Slurm takes for a sign of its own: choose another")
     templates = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -50,7 +52,7 @@ def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
     if launch.container is None:
         return []
     gpus = ["--nv"] if launch.gpus_per_node else []
-    return ["apptainer", "exec", *gpus, "--bind", f"{root},{folder}", launch.container]
+    return ["apptainer", "exec", *gpus, "--bind", f"{root},{folder}", os.path.expanduser(launch.container)]
 
 
 def _an_option_a_line(words: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opt_parallel.compose import keys_given, refuse_secrets, register_schema, run_from, start_from_checkpoint
+from opt_parallel.compose import TEXTS, register_schema, run_from, start_from_checkpoint, verbatim
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.launching.commands import Command, accelerate, deepspeed, torchrun
@@ -29,15 +29,18 @@ from opt_parallel.launching.settings import (
     Torchrun,
 )
 from opt_parallel.launching.slurm import job
+from opt_parallel.overrides import check_values, checked
+from opt_parallel.paths import change_paths, local, refuse_breaks, text_keys
 from opt_parallel.shapes import require
+
+LAUNCH_TEXTS = {key for section in SECTIONS.values() for key in text_keys(section, "launch.")}
 
 
 def submit(root: Path, arguments: Sequence[str]) -> None:
     """Start train.py of the repository `root` as `arguments` say, or print what would be started.
 
     A launcher of this machine takes this process's place. Raises: `UserError`, Hydra's and OmegaConf's errors."""
-    ours, theirs = divide(arguments)
-    refuse_secrets(keys_given(theirs))
+    ours, theirs = divide(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(root / "configs", ours, theirs)
     check(launch, run)
     started = rendered(launch, run, root, theirs)
@@ -76,6 +79,7 @@ def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple
         HydraConfig.instance().set_config(config)  # run.name asks it for the model's name
         with open_dict(config):
             del config["hydra"]
+        check_values(OmegaConf.to_container(config))  # before a message about one of them
         start_from_checkpoint(config, theirs)
         return launch, run_from(config)
 
@@ -85,8 +89,16 @@ def launch_from(config: DictConfig) -> Launch:
     names = [system.name for system in System]
     if config.launch.system not in names:
         raise UserError(f"launch.system={config.launch.system} does not exist: choose {', '.join(names)}")
-    schema = OmegaConf.create({"launch": OmegaConf.structured(SECTIONS[System[config.launch.system]])})
-    launch = OmegaConf.to_object(OmegaConf.merge(schema, config).launch)
+    section = SECTIONS[System[config.launch.system]]
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    for key, value in values["launch"].items():
+        check_values(value, f"launch.{key}")
+        for text in value if isinstance(value, list) else [value]:
+            refuse_breaks(f"launch.{key}=", str(text))  # it would end a directive of a batch script
+    change_paths(values["launch"], section, local, "launch.")
+    schema = OmegaConf.create({"launch": OmegaConf.structured(section)})
+    launch = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(verbatim(values))).launch)
     assert isinstance(launch, Launch)
     return launch
 

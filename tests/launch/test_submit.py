@@ -15,12 +15,13 @@ import kubernetes_validate
 import pytest
 import yaml
 from command import ROOT, python
+from composing import dry
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from opt_parallel.launching.commands import SIGNALS, through_pdsh
 from opt_parallel.launching.kubernetes import manifests, to_yaml
 from opt_parallel.launching.settings import Kubernetes, Slurm, System, seconds_of
-from opt_parallel.launching.submit import check, composed, divide, rendered
+from opt_parallel.launching.submit import composed
 
 # values that a shell, sbatch, Kubernetes or pdsh would read otherwise
 AWKWARD = [
@@ -47,14 +48,6 @@ VARIOUS = {
 
 def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
     return python("launch/submit.py", *arguments)
-
-
-def dry(*arguments: str) -> str:
-    """What would be started."""
-    ours, theirs = divide(arguments)
-    launch, run = composed(ROOT / "configs", ours, theirs)
-    check(launch, run)
-    return str(rendered(launch, run, ROOT, theirs))
 
 
 def words_of(shell: str) -> list[str]:
