@@ -13,10 +13,10 @@ GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PROCESSES := $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "from opt_parallel.machine import cpus; print(max(1, cpus() // 2))")
 
-# what make bench trains: on a CPU a four-layer 125m, and with two threads the whole one
+# what make bench trains, in bf16 where the device multiplies it, else in fp32: on a CPU a four-layer 125m, and with two threads the whole one
 BENCH := $(BIN)/python scripts/benchmark.py
-SMALL := model=opt-125m model.num_hidden_layers=4 precision=bf16 data.sequence_length=512 batch.micro=2
-LARGE := model=opt-1.3b precision=bf16 data.sequence_length=2048 batch.micro=4
+SMALL := model=opt-125m model.num_hidden_layers=4 data.sequence_length=512 batch.micro=2
+LARGE := model=opt-1.3b data.sequence_length=2048 batch.micro=4
 NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
 .PHONY: demo test test-slurm test-nodes test-interop check bench clean

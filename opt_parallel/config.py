@@ -24,6 +24,9 @@ class Offload(Enum):
 
 
 class Precision(Enum):
+    """`auto`: bf16 where the device multiplies it, else fp32; `precision.settle` makes it one of the others."""
+
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
@@ -102,7 +105,7 @@ class ZeroConfig(Section):
 class PrecisionConfig(Section):
     """Training dtype, and for fp16 the loss scale: where it starts, after how many good steps it doubles, its floor."""
 
-    name: Precision = Precision.bf16
+    name: Precision = Precision.auto
     scaler: Scaler = Scaler.paper
     initial_scale: float = 4.0
     window: int = 256
@@ -292,7 +295,7 @@ class Run(Section):
             "checkpoint, or task.lora.rank=0 to train every parameter",
         )
         require(
-            self.zero.stage > 0 or self.precision.name is Precision.fp32,
+            self.zero.stage > 0 or self.precision.name in (Precision.fp32, Precision.auto),
             f"precision={self.precision.name.value} needs ZeRO's fp32 master weights, which zero.stage=0 does not "
             "keep: use zero.stage=1, 2 or 3, or precision=fp32",
         )

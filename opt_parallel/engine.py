@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
@@ -73,6 +74,8 @@ class Engine:
         settings = deepspeed_settings(run, topology)
         # DeepSpeed would compile a CPU collective that only its inference uses, and fail where there is no compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # and refuse fp16 on a CPU without instructions for it, where torch computes it all the same, slowly
+        get_accelerator().is_fp16_supported = lambda: True
 
         def split_at_once(module: nn.Module) -> None:
             deepspeed.zero.Init(

@@ -14,10 +14,11 @@ from opt_parallel.data.prepare import Prepared, prepare_validation
 from opt_parallel.data.tasks import open_validation
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import Untrained, Validation, validate
+from opt_parallel.precision import settle
 from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
-from opt_parallel.topology import DTYPES, Topology, check_precision, local_device
+from opt_parallel.topology import DTYPES, Topology
 
 RESULT = "evaluation.json"
 
@@ -27,7 +28,6 @@ def judge(run: Run) -> dict[str, Any]:
 
     `run.init_from` is judged on `run.data.validation`, in the run's precision. Raises: UserError."""
     require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
-    check_precision(run.precision.name, local_device())
     opened = open_checkpoint(str(run.init_from), "init_from=", checksums=True)
     _check(run, opened)
     data = prepare_validation(run)
@@ -36,6 +36,7 @@ def judge(run: Run) -> dict[str, Any]:
     samples = open_validation(run, data)
     assert samples is not None
     with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
+        run, _ = settle(run, topology)
         model = _model(run, opened, data.labels, topology)
         found = validate(Untrained(run, topology, model), samples, data.labels)
         result = _told(run, data, found)

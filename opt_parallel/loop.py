@@ -11,7 +11,7 @@ from opt_parallel.checkpoint.merged import Base, over
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.store import Store
-from opt_parallel.checkpoint.whole import choose, newest, step_of
+from opt_parallel.checkpoint.whole import choose, newest, precision_of, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run
@@ -34,6 +34,7 @@ from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.paths import absolute
 from opt_parallel.place import is_main
+from opt_parallel.precision import settle
 from opt_parallel.preflight import check_same, claim_folder, preflight
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
@@ -95,6 +96,7 @@ def train(run: Run) -> int:
 
 
 def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrupt) -> int:
+    run, why = settle(run, topology, precision_of(begun))
     for line in preflight(run, topology):
         if topology.world.size > 1:
             say(line)
@@ -109,7 +111,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
     loader = Loader(feed, clock, run.stop, topology.device)
     metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
-    metrics.note(_greeting(run, topology, clock, engine, mixture))
+    metrics.note(_greeting(run, why, topology, clock, engine, mixture))
     topology.set_timeout(run.parallel.timeout)
     interrupt.patient = True
 
@@ -268,7 +270,7 @@ def _warn_of_another_start(run: Run, begun: Path | None) -> None:
         )
 
 
-def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine, mixture: Mixture) -> str:
+def _greeting(run: Run, why: str, topology: Topology, clock: Clock, engine: Engine, mixture: Mixture) -> str:
     fresh = "starting" if run.init_from is None else f"starting from {run.init_from}"
     start = f"continuing at step {clock.step}" if clock.step else fresh
     lora, trained = run.task.lora, ""
@@ -279,6 +281,6 @@ def _greeting(run: Run, topology: Topology, clock: Clock, engine: Engine, mixtur
     return (
         f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
         f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "
-        f"ZeRO-{run.zero.stage}, {run.precision.name.value}, "
+        f"ZeRO-{run.zero.stage}, {run.precision.name.value}{f' (precision=auto: {why})' if why else ''}, "
         f"{run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}{sources}"
     )

@@ -35,7 +35,7 @@ from opt_parallel.model.network import network
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
-from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology, check_precision
+from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
 
 PATIENCE = timedelta(seconds=20)
 LIBRARIES = (
@@ -77,7 +77,6 @@ def preflight(run: Run, topology: Topology) -> list[str]:
 
     Raises: UserError, on every rank."""
     began = time.perf_counter()
-    topology.together(partial(check_precision, run.precision.name, topology.device))
     topology.together(partial(_check_device, topology.device), DEVICE_PATIENCE)
     speeds = [
         f"{name} {_slowest(topology, group)}"

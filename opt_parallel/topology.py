@@ -57,19 +57,6 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def check_precision(precision: Precision, device: torch.device) -> None:
-    """Raise UserError if `device` cannot train in `precision`."""
-    if precision is Precision.fp16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise UserError("precision=fp16 is not supported by this CPU: use precision=bf16 or precision=fp32")
-    if (
-        precision is Precision.bf16
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"precision=bf16 is not supported by {name}: use precision=fp16 or precision=fp32")
-
-
 @dataclass(frozen=True)
 class Topology:
     """World size = data × tensor; neighbouring ranks share a tensor group, which talks most.

@@ -20,13 +20,14 @@ import statistics
 import time
 from pathlib import Path
 
-from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Run
+from opt_parallel.config import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import aligned, quiet_libraries
 from opt_parallel.machine import cpus
 from opt_parallel.units import bytes_of
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
+AUTO = "auto (default): bf16 if this device multiplies it, else fp32"
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     loss.add_argument("--tokens", type=_positive, nargs="+", default=[1024])
     loss.add_argument("--width", type=_positive, default=768)
     loss.add_argument("--words", type=_positive, nargs="+", default=[50272])
-    loss.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    loss.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=AUTO)
     loss.add_argument("--threads", type=_positive, default=1)
     loss.add_argument("--rounds", type=_positive, default=7)
     io = verbs.add_parser("io", help="memory and time of a checkpoint's import and export")
@@ -97,7 +98,7 @@ def _names(text: str) -> list[str]:
 
 def run_race(arguments: argparse.Namespace) -> None:
     world, threads = arguments.processes, arguments.threads or max(1, cpus() // arguments.processes)
-    run = compared_run(arguments.overrides, arguments.accumulation)
+    run = settled(compared_run(arguments.overrides, arguments.accumulation))
     check_setting(arguments, run)
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
 
@@ -105,10 +106,9 @@ def run_race(arguments: argparse.Namespace) -> None:
     from benchmarks.race import race
     from benchmarks.report import rows_of, table, write
 
-    from opt_parallel.topology import check_precision, local_device
+    from opt_parallel.topology import local_device
 
     device = local_device()
-    check_precision(run.precision.name, device)
     done = race(arguments.contenders, run, world, threads, arguments.steps, arguments.rounds)
     if all(result.failure for result in done.results):
         raise UserError("; ".join(f"{result.title} {result.failure}" for result in done.results))
@@ -172,12 +172,25 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
     return dataclasses.replace(run, batch={"global": run.micro_batch * accumulation, "micro": run.micro_batch})
 
 
+def settled(run: Run) -> Run:
+    """`run` in a precision by name: a race in bf16 that this device emulates would compare emulations."""
+    from opt_parallel.precision import settle_alone
+
+    run, why = settle_alone(run)
+    if why:
+        print(f"precision={run.precision.name.value}: {why}")
+    return run
+
+
 def run_loss(arguments: argparse.Namespace) -> None:
     import torch
     from benchmarks.loss import measure, row
 
+    from opt_parallel.topology import DTYPES
+
     torch.set_num_threads(arguments.threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision]
+    precision = settled(Run(precision=PrecisionConfig(Precision(arguments.precision)))).precision.name
+    dtype = DTYPES[precision]
     lines = [
         ["tokens × words", "fused (range)", "plain (range)", "plain ÷ fused (range)", "fused memory", "plain memory"]
     ]
@@ -185,12 +198,12 @@ def run_loss(arguments: argparse.Namespace) -> None:
         for words in arguments.words:
             measured = measure(tokens, arguments.width, words, dtype, arguments.rounds)
             lines.append(row(tokens, words, measured))
-    print(f"\n{arguments.precision}, width {arguments.width}, {arguments.threads} threads\n")
+    print(f"\n{precision.value}, width {arguments.width}, {arguments.threads} threads\n")
     print(aligned(lines))
 
 
 def run_io(arguments: argparse.Namespace) -> None:
-    run = compared_run(arguments.overrides, accumulation=1)
+    run = settled(compared_run(arguments.overrides, accumulation=1))
     from benchmarks.files import table_of
 
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
@@ -203,7 +216,7 @@ def run_io(arguments: argparse.Namespace) -> None:
 
 
 def run_checkpoint(arguments: argparse.Namespace) -> None:
-    run = compared_run(["parallel.tensor=2", *arguments.overrides], accumulation=1)
+    run = settled(compared_run(["parallel.tensor=2", *arguments.overrides], accumulation=1))
     check_setting(arguments, run)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started there
     from benchmarks.checkpoints import measure, table

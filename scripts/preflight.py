@@ -22,12 +22,16 @@ def main(config: DictConfig) -> None:
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         run = run_from(config)
         run.check_world(world_size())
+        from opt_parallel.checkpoint.whole import choose, precision_of
+        from opt_parallel.precision import settle
         from opt_parallel.preflight import check_same, claim_folder, preflight  # torch takes seconds
         from opt_parallel.topology import Topology
 
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)
             topology.together(lambda: claim_folder(run))
+            run, why = settle(run, topology, topology.together(lambda: precision_of(choose(run))))
+            say(f"precision={run.precision.name.value}" + (f" ({why})" if why else ""))
             for line in preflight(run, topology):
                 say(line)
 

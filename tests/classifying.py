@@ -64,15 +64,12 @@ def feed_for(run: Run, problem: str, data_rank: int = 0, data_size: int = 1) -> 
 def train(run: Run, problem: str, folder: str | None) -> tuple[list[float], Any, dict[str, Any]]:
     """On the crew, from the weights in `folder` or drawn ones: losses, the validation, this rank's part of every
     weight."""
-    from deepspeed.accelerator import get_accelerator
-
     from opt_parallel.checkpoint.reading import open_checkpoint
     from opt_parallel.engine import Engine
     from opt_parallel.evaluate import validate
     from opt_parallel.parallel.shard import random_source
     from opt_parallel.topology import Topology
 
-    get_accelerator().is_fp16_supported = lambda: True  # as in layouts.train
     labels = PROBLEMS[problem]
     with Topology.open(run.parallel.tensor) as topology:
         source = open_checkpoint(folder).weights if folder else random_source(run.seed)

@@ -99,16 +99,12 @@ def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> list[B
     return [batch_of(run, range(first, first + micro)) for first in firsts]
 
 
-def train(run: Run, pretend_fp16: bool = False) -> tuple[list[float], list[float], dict[str, Any]]:
+def train(run: Run) -> tuple[list[float], list[float], dict[str, Any]]:
     """On the crew: losses, gradient norms, and this rank's part of every weight (range, values)."""
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
     from opt_parallel.topology import Topology
 
-    if pretend_fp16:  # torch computes fp16 on any CPU, only slowly; DeepSpeed asks the chip first
-        from deepspeed.accelerator import get_accelerator
-
-        get_accelerator().is_fp16_supported = lambda: True
     with Topology.open(run.parallel.tensor) as topology:
         engine = Engine.build(run, topology, random_source(run.seed))
         losses, norms = [], []

@@ -46,15 +46,12 @@ def run_on(
 def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
     """On the crew: the run from where it stands to step `last`, saved after the steps `saves`: the losses and norms,
     and the frozen parameters that are not bit by bit the base's any more."""
-    from deepspeed.accelerator import get_accelerator
-
     from opt_parallel.checkpoint.reading import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.engine import Engine
     from opt_parallel.loop import _weights
     from opt_parallel.topology import Topology
 
-    get_accelerator().is_fp16_supported = lambda: True  # as in layouts.train
     losses, norms = [], []
     start = open_checkpoint(str(run.init_from))
     with Topology.open(run.parallel.tensor) as topology:

@@ -38,7 +38,10 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: Run(model=ModelConfig(vocab_size=5), parallel=ParallelConfig(tensor=4)), ["vocab_size=5", "tensor=4"]),
     (lambda: ZeroConfig(stage=0, offload=Offload.cpu), ["zero.offload=cpu", "zero.stage=0"]),
     (lambda: ZeroConfig(stage=4), ["zero.stage=4"]),
-    (lambda: Run(zero=ZeroConfig(stage=0)), ["precision=bf16", "zero.stage=0"]),
+    (
+        lambda: Run(zero=ZeroConfig(stage=0), precision=PrecisionConfig(Precision.bf16)),
+        ["precision=bf16", "zero.stage=0"],
+    ),
     (lambda: Run(batch={"global": 0, "micro": 1}), ["batch.global=0"]),
     (lambda: Run(batch={"global": 8, "micro": 1, "nano": 2}), ["global, micro, nano"]),
     (lambda: Run(batch={"global": 8}), ["batch has global"]),

@@ -100,7 +100,7 @@ REDUCED = [
 
 @pytest.mark.parametrize("layout", REDUCED, ids=str)
 def test_reduced_precision_follows_fp32(crew: Any, layout: Layout) -> None:
-    answers = crew(layout.world)(train, run_for(layout, steps=20), pretend_fp16=True)
+    answers = crew(layout.world)(train, run_for(layout, steps=20))
     losses, norms, _ = long_truth()
     for rank_losses, rank_norms, _ in answers:
         assert rank_losses == pytest.approx(losses, abs=FOLLOWS[layout.precision])
@@ -154,7 +154,7 @@ def test_a_growing_loss_scale_changes_nothing(crew: Any, stage: int) -> None:
     steady = run_for(Layout(2, 1, stage, 2, precision="fp16"), steps=6)
     window = dataclasses.replace(steady.precision, window=1, scaler=Scaler.standard, initial_scale=1.0)
     growing = dataclasses.replace(steady, precision=window)
-    constant = crew(2)(train, steady, pretend_fp16=True)[0]
-    found = crew(2)(train, growing, pretend_fp16=True)[0]
+    constant = crew(2)(train, steady)[0]
+    found = crew(2)(train, growing)[0]
     assert found[0] == pytest.approx(constant[0], rel=1e-3)
     assert found[1] == pytest.approx(constant[1], rel=1e-2)

@@ -69,12 +69,6 @@ def test_an_unwritable_run_folder(tmp_path: Path) -> None:
     assert f"run.dir={blocked}" in said(python("train.py", *small(tmp_path), f"run.dir={blocked}"))
 
 
-def test_fp16_on_a_device_without_it(tmp_path: Path) -> None:
-    """oneDNN held to AVX2, which has no fp16 arithmetic, on whatever CPU this is."""
-    line = said(python("train.py", *small(tmp_path), "precision=fp16", ONEDNN_MAX_CPU_ISA="AVX2"))
-    assert "precision=fp16" in line
-
-
 @pytest.mark.parametrize("mistake", ["unknown key", "missing file"])
 def test_under_a_launcher_one_rank_speaks_and_all_end_with_2(tmp_path: Path, mistake: str) -> None:
     arguments, words = MISTAKES[mistake]

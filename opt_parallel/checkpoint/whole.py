@@ -6,12 +6,13 @@ import itertools
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.config import Run
+from opt_parallel.config import Precision, Run
 from opt_parallel.errors import UserError
-from opt_parallel.manifest import MANIFEST, STEP
+from opt_parallel.manifest import MANIFEST, STEP, read_manifest
 from opt_parallel.paths import reach
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
@@ -66,6 +67,17 @@ def choose(run: Run) -> Path | None:
     if chosen is None or step_of(chosen) is None:
         raise UserError(f"resume={run.resume} is no whole checkpoint: choose auto, never or a folder …/step-<N>")
     return chosen
+
+
+def precision_of(folder: Path | None) -> Precision | None:
+    """The precision in which the checkpoint `folder` was trained; if its manifest is damaged, that of the one before
+    it, from which the run then goes on. None if there is none."""
+    if folder is None:
+        return None
+    for step in reversed([step for step in steps_in(folder.parent) if step <= (step_of(folder) or 0)]):
+        with suppress(UserError, ValueError):  # a damaged manifest
+            return Precision(read_manifest(folder.parent / f"step-{step}")["layout"]["precision"])
+    return None
 
 
 def set_aside(folder: Path, why: str) -> Path:
