@@ -40,6 +40,12 @@ class Scaler(Enum):
     standard = "standard"
 
 
+class OptimizerName(Enum):
+    """The keys of `optim.OPTIMIZERS`."""
+
+    adamw = "adamw"
+
+
 class ScheduleName(Enum):
     linear = "linear"
     cosine = "cosine"
@@ -122,8 +128,9 @@ class PrecisionConfig(Section):
 
 @dataclass
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019) and gradient clipping; `clip=0` does not clip."""
+    """The optimizer and gradient clipping; `clip=0` does not clip."""
 
+    name: OptimizerName = OptimizerName.adamw
     lr: float = 6e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8

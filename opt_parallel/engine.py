@@ -20,8 +20,9 @@ from opt_parallel.data.samples import Batch
 from opt_parallel.errors import UserError
 from opt_parallel.model.network import network
 from opt_parallel.optim import (
+    OPTIMIZERS,
     LossScaler,
-    build_adamw,
+    build_optimizer,
     clip_gradients,
     gradient_norm,
     learning_rate,
@@ -31,7 +32,14 @@ from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Source, fill, trained
 from opt_parallel.shapes import Labels
 from opt_parallel.topology import DTYPES, Topology
-from opt_parallel.zero import Fragment, begin_moments, held_fragments, owned_fragments, updates_made
+from opt_parallel.zero import (
+    Fragment,
+    held_fragments,
+    owned_fragments,
+    refresh_working_weights,
+    reset_moments,
+    updates_made,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Engine:
     """A model under ZeRO: steps, evaluates, gives and takes back its state."""
 
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
-        self.run, self.topology = run, topology
+        self.run, self.topology, self.moments = run, topology, OPTIMIZERS[run.optimizer.name].moments
         self.wrapped = wrapped  # deepspeed.DeepSpeedEngine
         # ZeRO-1 in bf16 keeps all fp32 gradients in flat buffers. DeepSpeed would copy them into another, round that to
         # bf16, reduce it and copy it back, a third of a small model's step; here they are reduced where they lie.
@@ -91,7 +99,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory, from every rank
             wrapped, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=build_adamw(model, run.optimizer),
+                optimizer=build_optimizer(model, run.optimizer),
                 config=settings,
                 mpu=topology,
                 dist_init_required=False,
@@ -174,7 +182,7 @@ class Engine:
 
     def owned(self) -> Iterator[Fragment]:
         """What this rank saves of the training state; live, and each element on one rank alone."""
-        return owned_fragments(self.wrapped, self.run.zero.stage, self.topology)
+        return owned_fragments(self.wrapped, self.run.zero.stage, self.topology, self.moments)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Each trained parameter's logical shape, the dim it is split along, and into how many parts."""
@@ -187,11 +195,13 @@ class Engine:
         return updates_made(self.wrapped, self.run.zero.stage)
 
     def restore(self, read: Callable[[Fragment], None], updates: int, loss_scale: dict[str, Any] | None) -> None:
-        """Go on from a saved state: `read` writes into each fragment of this rank's weights and moments."""
-        if updates:
-            begin_moments(self.wrapped, self.run.zero.stage, updates)
-        for fragment in held_fragments(self.wrapped, self.run.zero.stage, self.topology.data.rank):
+        """Go on from a saved state, at the start or in mid-run: `read` writes into each fragment of this rank's weights
+        and moments."""
+        stage = self.run.zero.stage
+        reset_moments(self.wrapped, stage, self.moments, updates)
+        for fragment in held_fragments(self.wrapped, stage, self.topology.data.rank, self.moments):
             read(fragment)
+        refresh_working_weights(self.wrapped, stage)
         if self.scaler is not None and loss_scale is not None:
             self.scaler.continue_from(loss_scale)
 

@@ -1,33 +1,59 @@
-"""What moves the weights: AdamW's parameter groups, the schedule, the gradient norm, the loss scale."""
+"""The optimizers by name, the learning rate's schedule, the gradient norm, the loss scale."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opt_parallel.clock import Clock
-from opt_parallel.config import OptimizerConfig, PrecisionConfig, Run, Scaler, ScheduleName
+from opt_parallel.config import OptimizerConfig, OptimizerName, PrecisionConfig, Run, Scaler, ScheduleName
 from opt_parallel.errors import UserError
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import marked, trained
 from opt_parallel.topology import Group
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW of what is trained, with a group that decays (matrices) and one that does not (biases, LayerNorms), fused
-    kernels. A group of nothing is left out: DeepSpeed would make a flat tensor of it."""
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer, and its state beside the fp32 weights.
+
+    `moments`: torch's names of the state tensors, each fp32 and as large as its parameter; checkpoints store them under
+    these names. Under ZeRO 1–3 DeepSpeed steps flat one-dimensional partitions of the parameters, so an optimizer must
+    work element by element: one that looks at whole matrices (Adafactor, Muon) needs them gathered first.
+    """
+
+    build: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
+    moments: tuple[str, ...]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a trained parameter in a checkpoint: its weight and its moments."""
+        return 4 * (1 + len(self.moments))
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Loshchilov & Hutter 2019, with torch's fused kernels."""
+    first, second = config.betas
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
+
+
+OPTIMIZERS = {OptimizerName.adamw: Optimizer(_adamw, ("exp_avg", "exp_avg_sq"))}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer of what is trained, with a group that decays (matrices) and one that does not (biases,
+    LayerNorms). A group of nothing is left out: DeepSpeed would make a flat tensor of it."""
     decaying: list[Tensor] = []
     steady: list[Tensor] = []
     for _, tensor, shard in trained(model):
         (decaying if shard.decay else steady).append(tensor)
-    first, second = config.betas
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": steady, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=(first, second), eps=config.eps, fused=True
-    )
+    return OPTIMIZERS[config.name].build([group for group in groups if group["params"]], config)
 
 
 def learning_rate(run: Run, clock: Clock) -> float:
@@ -87,8 +113,8 @@ class LossScaler:
     divides its gradients by the scale that they were made with.
 
     As in metaseq, `scale` multiplies the sum of the tokens' losses: fp16 gradients of their mean would underflow, the
-    more the larger the batch. The loss that arrives is a mean already, so `of_sum` turns it back: the number that it
-    was divided by.
+    more the larger the batch. The loss that arrives is a mean already, over `targets` tokens, so it is multiplied by
+    their number first.
     """
 
     dynamic = True
@@ -96,12 +122,12 @@ class LossScaler:
     def __init__(self, config: PrecisionConfig) -> None:
         self.scale, self.window, self.good_steps = config.initial_scale, config.window, 0
         self.floor, self.moving_window = config.floor, config.scaler is Scaler.paper
-        self.of_sum = 1.0
+        self.targets = 1.0
 
     @property
     def cur_scale(self) -> float:
         """What DeepSpeed multiplies the mean loss by, and divides gradients by."""
-        return self.scale * self.of_sum
+        return self.scale * self.targets
 
     @property
     def loss_scale(self) -> float:
@@ -110,9 +136,9 @@ class LossScaler:
     def scale_loss(self, loss: Tensor) -> Tensor:
         return loss * self.cur_scale
 
-    def begin_step(self, of_sum: float) -> None:
-        """Before a step's first forward: grow if it is time; the mean that will arrive is a sum divided by `of_sum`."""
-        self.of_sum = of_sum
+    def begin_step(self, targets: float) -> None:
+        """Before a step's first forward: grow if it is time. The loss that will arrive is a sum over `targets`."""
+        self.targets = targets
         if self.good_steps >= self.window:
             self._rescale(2.0)
 
@@ -138,8 +164,8 @@ class LossScaler:
 
     def state(self) -> dict[str, Any]:
         """Where it stands, for `continue_from`."""
-        moved = self.window if self.moving_window else None
-        return {"scale": self.scale, "good_steps": self.good_steps, "moved_window": moved}
+        window = self.window if self.moving_window else None
+        return {"scale": self.scale, "good_steps": self.good_steps, "moved_window": window}
 
     def continue_from(self, saved: dict[str, Any]) -> None:
         """Take over where another scaler stood; floor, kind and a fixed window stay as configured."""

@@ -32,6 +32,7 @@ from opt_parallel.errors import UserError
 from opt_parallel.log import aligned, bytes_in_words, say
 from opt_parallel.manifest import changes
 from opt_parallel.model.network import network
+from opt_parallel.optim import OPTIMIZERS
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
@@ -44,7 +45,6 @@ LIBRARIES = (
 )  # fmt: skip
 PRODUCT = 512  # the matrices multiplied to see whether a device is alive
 ALL_REDUCE_BYTES = 8_000_000
-CHECKPOINT_BYTES = 12  # of a trained parameter: fp32 weight and two moments
 SKEW = 5.0  # seconds between two hosts' clocks that are worth a warning
 LOOKED_INTO, ENDS = 200, 2**16  # files whose first and last bytes are compared; of all others the size
 
@@ -218,7 +218,7 @@ def _check_room(run: Run) -> str:
     """Whether the checkpoints that will be there at once have room."""
     labels = Labels.numbered(2) if run.task.name is Task.classify else None
     parameters = sum(map(math.prod, trained_shapes(network(run, labels, ALONE)).values()))
-    size = CHECKPOINT_BYTES * parameters
+    size = OPTIMIZERS[run.optimizer.name].checkpoint_bytes * parameters
     saves = -(-run.stop // run.checkpoint.every) if run.checkpoint.every else 1
     folder = run.folder / "checkpoints"  # which may be a link to a larger disk
     more = max(min(run.checkpoint.keep + 1, saves) - len(steps_in(folder)), 1)

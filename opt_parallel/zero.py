@@ -1,4 +1,4 @@
-"""Where a rank's training state lies under each ZeRO stage: fp32 weights and Adam's moments, as live views.
+"""Where a rank's training state lies under each ZeRO stage: fp32 weights and the optimizer's moments, as live views.
 
 Nothing is copied here: what is written into a fragment is what the optimizer goes on with.
 """
@@ -15,14 +15,12 @@ from torch import Tensor
 from opt_parallel.parallel.shard import Shard, trained
 from opt_parallel.topology import Topology
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names for Adam's m and v
-
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements `start` to `start` + n of a parameter's flattened tensor-parallel part, padding included.
 
-    `weights` (n,) fp32; `moments`: each of `MOMENTS` (n,), or none before the first optimizer step."""
+    `weights` (n,) fp32; `moments`: each of the optimizer's (n,), or none before the first optimizer step."""
 
     name: str
     shard: Shard
@@ -41,8 +39,9 @@ class Fragment:
         return Fragment(self.name, self.shard, self.start + first, self.weights[first:last], moments)
 
 
-def held_fragments(wrapped: Any, stage: int, data_rank: int) -> Iterator[Fragment]:
-    """All that this rank holds of what is trained, at most one fragment of each parameter."""
+def held_fragments(wrapped: Any, stage: int, data_rank: int, moments: tuple[str, ...]) -> Iterator[Fragment]:
+    """All that this rank holds of what is trained, at most one fragment of each parameter. `moments` names the
+    optimizer's, as `optim.Optimizer` does."""
     base = base_optimizer(wrapped)
     for name, tensor, shard in trained(wrapped.module):
         place = _place(wrapped, stage, data_rank, tensor)
@@ -50,15 +49,15 @@ def held_fragments(wrapped: Any, stage: int, data_rank: int) -> Iterator[Fragmen
             continue
         flat, start, offset, count = place
         state = base.state.get(flat, {})
-        moments = {kind: state[kind].view(-1)[offset : offset + count] for kind in MOMENTS if kind in state}
-        yield Fragment(name, shard, start, flat.detach().view(-1)[offset : offset + count], moments)
+        parts = {kind: state[kind].view(-1)[offset : offset + count] for kind in moments if kind in state}
+        yield Fragment(name, shard, start, flat.detach().view(-1)[offset : offset + count], parts)
 
 
-def owned_fragments(wrapped: Any, stage: int, topology: Topology) -> Iterator[Fragment]:
+def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple[str, ...]) -> Iterator[Fragment]:
     """What this rank saves: of everything that several ranks hold, one of them a part.
 
     Whole parameters are the first tensor rank's; at stage 0, where all data ranks hold all, each has a share."""
-    for fragment in held_fragments(wrapped, stage, topology.data.rank):
+    for fragment in held_fragments(wrapped, stage, topology.data.rank, moments):
         if fragment.shard.count < topology.tensor.size and topology.tensor.rank > 0:
             continue
         owned = fragment
@@ -69,14 +68,31 @@ def owned_fragments(wrapped: Any, stage: int, topology: Topology) -> Iterator[Fr
             yield owned
 
 
-def begin_moments(wrapped: Any, stage: int, updates: int) -> None:
-    """Give the optimizer moments of zero, to be filled, and its count of `updates`, as after that many steps."""
+def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: int) -> None:
+    """Set the optimizer's count of `updates`, and its moments to zero; before the first update it has none."""
     base = base_optimizer(wrapped)
     for flat in _flat_weights(wrapped, stage):
+        if updates == 0:
+            base.state.pop(flat, None)
+            continue
         base.state[flat] = {
             "step": torch.full((), float(updates), device=flat.device),
-            **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+            **{kind: torch.zeros_like(flat) for kind in moments},
         }
+
+
+def refresh_working_weights(wrapped: Any, stage: int) -> None:
+    """Round the fp32 weights to those that the network computes with, as DeepSpeed does at the end of a step.
+
+    Stage 0 computes with the fp32 weights themselves."""
+    optimizer = wrapped.optimizer
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer.checkpoint_event_prologue()  # splits the small parameters that stay gathered
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()  # gathers these again
 
 
 def updates_made(wrapped: Any, stage: int) -> int:

@@ -134,7 +134,7 @@ def weights_of(engine: Any) -> dict[str, Any]:
 def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """The same run on one process without DeepSpeed: the truth that every layout is held to."""
     from opt_parallel.model.heads import CausalLM
-    from opt_parallel.optim import build_adamw, learning_rate
+    from opt_parallel.optim import build_optimizer, learning_rate
     from opt_parallel.parallel.random import Draw
     from opt_parallel.parallel.shard import fill, random_source
     from opt_parallel.topology import ALONE
@@ -142,7 +142,7 @@ def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]
     with torch.device("meta"):
         model = CausalLM(run.model, ALONE)
     fill(model, random_source(run.seed), torch.device("cpu"), torch.float32)
-    optimizer = build_adamw(model, run.optimizer)
+    optimizer = build_optimizer(model, run.optimizer)
     losses, norms = [], []
     for step in range(run.steps):
         batch = batch_of(run, range(step * run.global_batch, (step + 1) * run.global_batch))

@@ -99,14 +99,14 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
     from opt_parallel.checkpoint.reading import open_checkpoint
     from opt_parallel.loop import _weights
     from opt_parallel.model.network import network
-    from opt_parallel.optim import build_adamw, learning_rate
+    from opt_parallel.optim import build_optimizer, learning_rate
     from opt_parallel.parallel.random import Draw
     from opt_parallel.parallel.shard import fill
     from opt_parallel.topology import ALONE
 
     model = network(run, None, ALONE)
     fill(model, _weights(run, open_checkpoint(str(run.init_from)), None), torch.device("cpu"), torch.float32)
-    optimizer = build_adamw(model, run.optimizer)
+    optimizer = build_optimizer(model, run.optimizer)
     losses, norms = [], []
     for step in range(run.steps):
         batch = batch_of(run, range(step * run.global_batch, (step + 1) * run.global_batch))

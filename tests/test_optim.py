@@ -13,7 +13,7 @@ from opt_parallel.clock import Clock
 from opt_parallel.config import OptimizerConfig, PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
 from opt_parallel.errors import UserError
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.optim import LossScaler, build_adamw, clip_gradients, gradient_norm, learning_rate
+from opt_parallel.optim import LossScaler, build_optimizer, clip_gradients, gradient_norm, learning_rate
 from opt_parallel.parallel.shard import fill, random_source
 from opt_parallel.topology import ALONE
 
@@ -43,7 +43,7 @@ def small_model() -> CausalLM:
 
 def test_biases_and_layer_norms_do_not_decay() -> None:
     model = small_model()
-    optimizer = build_adamw(model, OptimizerConfig(weight_decay=0.3, betas=[0.8, 0.9]))
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3, betas=[0.8, 0.9]))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, tensor in model.named_parameters():
         steady = name.endswith("bias") or "layer_norm" in name

@@ -18,9 +18,9 @@ from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.whole import BEST, best_in, steps_in, write_best
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, STEP, Damaged, read_manifest
-from opt_parallel.zero import MOMENTS
+from opt_parallel.optim import OPTIMIZERS
 
-KINDS = ("weights", *MOMENTS)
+KINDS = ("weights", *dict.fromkeys(moment for optimizer in OPTIMIZERS.values() for moment in optimizer.moments))
 NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # step-300, step-300.abandoned, step-300.abandoned1
 LEFT = {  # what the second part of a name says
     "partial": "not finished: being written, or left by a run that was killed",

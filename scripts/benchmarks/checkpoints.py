@@ -164,7 +164,8 @@ class Bench:
         return held + [tensor.detach() for _, tensor, _ in marked(self.engine.wrapped.module)]
 
     def _held(self) -> list[Fragment]:
-        return list(held_fragments(self.engine.wrapped, self.run.zero.stage, self.topology.data.rank))
+        data_rank, moments = self.topology.data.rank, self.engine.moments
+        return list(held_fragments(self.engine.wrapped, self.run.zero.stage, data_rank, moments))
 
     def _forget(self) -> list[float]:
         """Zero weights and no moments, as little as a run that begins has; the sums of what there was."""
