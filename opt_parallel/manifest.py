@@ -74,6 +74,10 @@ class Named(TypedDict):
     name: str
 
 
+class Optimizer(TypedDict):
+    name: NotRequired[Literal["adamw"]]
+
+
 class Config(TypedDict):
     """Of the run's configuration what is read without its types."""
 
@@ -81,6 +85,7 @@ class Config(TypedDict):
     data: Data
     run: Named
     steps: Size
+    optimizer: NotRequired[Optimizer]
     task: NotRequired[Task]
     precision: NotRequired[dict[str, Any]]
     init_from: NotRequired[str | None]

@@ -45,6 +45,11 @@ def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim
 OPTIMIZERS = {OptimizerName.adamw: Optimizer(_adamw, ("exp_avg", "exp_avg_sq"))}
 
 
+def saved_moments(config: dict[str, Any]) -> tuple[str, ...]:
+    """The moments of the optimizer that a manifest's configuration names; before it had a name it was AdamW."""
+    return OPTIMIZERS[OptimizerName(config.get("optimizer", {}).get("name", "adamw"))].moments
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The configured optimizer of what is trained, with a group that decays (matrices) and one that does not (biases,
     LayerNorms). A group of nothing is left out: DeepSpeed would make a flat tensor of it."""

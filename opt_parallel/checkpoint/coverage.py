@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from typing import Any
 
+from opt_parallel.optim import saved_moments
 from opt_parallel.parallel.shard import Constant, Shard
-from opt_parallel.zero import MOMENTS
 
 VALUE = 4  # bytes, of a float32
 
@@ -16,7 +16,7 @@ def fault_of(manifest: dict[str, Any]) -> str | None:
     """What is wrong with the fragments of a manifest whose values have the right types; None if nothing.
 
     A file's size bounds what it can hold, so that no tensor is larger than what is on the disk."""
-    kinds = {"weights", *MOMENTS} if manifest["updates"] else {"weights"}
+    kinds = {"weights", *saved_moments(manifest["config"])} if manifest["updates"] else {"weights"}
     pieces: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for name, tensor in manifest["tensors"].items():
         if tensor["dim"] >= len(tensor["shape"]):
