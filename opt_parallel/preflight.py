@@ -28,6 +28,7 @@ from opt_parallel.checkpoint.whole import steps_in
 from opt_parallel.compose import to_dict
 from opt_parallel.config import Run
 from opt_parallel.data.prepare import corpora
+from opt_parallel.data.sameness import ends_of
 from opt_parallel.errors import UserError
 from opt_parallel.log import aligned, bytes_in_words, say
 from opt_parallel.manifest import changes
@@ -46,7 +47,6 @@ LIBRARIES = (
 PRODUCT = 512  # the matrices multiplied to see whether a device is alive
 ALL_REDUCE_BYTES = 8_000_000
 SKEW = 5.0  # seconds between two hosts' clocks that are worth a warning
-LOOKED_INTO, ENDS = 200, 2**16  # files whose first and last bytes are compared; of all others the size
 
 
 def check_same(run: Run, topology: Topology) -> None:
@@ -257,24 +257,14 @@ def _check_data(run: Run, topology: Topology) -> None:
 
 def _files(paths: list[Path]) -> dict[str, tuple[int, int]]:
     """Size of each file, by its name as seen from here, and the checksum of a few bytes of some."""
-    step, here = max(1, len(paths) // LOOKED_INTO), Path.cwd()
-    return {
-        str(path.relative_to(here) if path.is_relative_to(here) else path): (
-            path.stat().st_size,
-            _checksum_of_ends(path) if n % step == 0 else 0,
-        )
-        for n, path in enumerate(paths)
-    }
-
-
-def _checksum_of_ends(path: Path) -> int:
+    here = Path.cwd()
+    names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
     try:
-        with path.open("rb") as file:
-            first = file.read(ENDS)
-            file.seek(max(0, path.stat().st_size - ENDS))
-            return crc32(first + file.read(ENDS))
+        return dict(zip(names, ends_of(paths), strict=True))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): bring a good copy or leave it out") from error
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): bring a good copy or leave it out"
+        ) from error
 
 
 def _warn_of_clocks(topology: Topology) -> float:

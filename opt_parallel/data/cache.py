@@ -23,10 +23,16 @@ from opt_parallel.storage.atomic import PARTIAL, publish, remove
 FORMAT = 4  # of what is in them: a change of what is written makes all older ones unfindable
 
 
-def cached(run: Run, kind: str, made_from: list[Any]) -> Path:
-    """The folder of `kind` by a fingerprint of what it is made from."""
-    fingerprint = hashlib.sha256(json.dumps([FORMAT, *made_from]).encode()).hexdigest()[:16]
-    return Path(run.data.cache) / f"{kind}-{fingerprint}"
+def cached(run: Run, kind: str, made_from: list[Any], formerly: list[Any] | None = None) -> Path:
+    """The folder of `kind` by a fingerprint of what it is made from; that of `formerly`, by which earlier versions
+    called it, if there is that one alone."""
+    folder, former = (Path(run.data.cache) / f"{kind}-{fingerprint(each)}" for each in (made_from, formerly or []))
+    return former if formerly and former.exists() and not folder.exists() else folder
+
+
+def fingerprint(made_from: list[Any]) -> str:
+    """Of what a folder is made from, for its name."""
+    return hashlib.sha256(json.dumps([FORMAT, *made_from]).encode()).hexdigest()[:16]
 
 
 def whole(folder: Path, fill: Callable[[Path], None]) -> Path:

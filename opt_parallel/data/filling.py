@@ -49,9 +49,16 @@ class Material:
     held_out: HeldOut | None = None
     deduplicate: bool = False
 
+    def made_from(self) -> list[Any]:
+        """What changes when the parts do, wherever the text lies."""
+        return [self.corpus.made_from(), *self._made_by()]
+
     def identity(self) -> list[Any]:
-        selection = identity_of(self.held_out, self.deduplicate)
-        return [self.corpus.identity(), self.encoder.identity(), selection]
+        """What changes when a file of the text does, or the parts: earlier versions named stores by it."""
+        return [self.corpus.identity(), *self._made_by()]
+
+    def _made_by(self) -> list[Any]:
+        return [self.encoder.identity(), identity_of(self.held_out, self.deduplicate)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
-from opt_parallel.data.cache import cached, whole
+from opt_parallel.data.cache import cached, fingerprint, whole
 from opt_parallel.data.chat import brings_another, chat_template
 from opt_parallel.data.encoding import Encoder, Text, TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.labelled import LabelledEncoder, find_labels
 from opt_parallel.data.python_text import python_documents, split, write_split
+from opt_parallel.data.sameness import content_of
 from opt_parallel.data.selection import HeldOut
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store, line_of
@@ -42,11 +43,13 @@ TOKENIZER_BYTES = 10**9  # of text that a tokenizer is trained on
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source of the training data and its store; of a stream also what goes into it."""
+    """One source of the training data and its store; of a stream also what goes into it. `known_as`: what checkpoints
+    call its text: by its content, and as earlier versions did, by its files."""
 
     name: str
     weight: Fraction
     store: Path
+    known_as: tuple[str, ...]
     stream: Material | None = None
 
 
@@ -61,8 +64,8 @@ class Prepared:
 
     @property
     def text(self) -> dict[str, str]:
-        """Each source's store by its name, which changes when the text does."""
-        return {source.name: source.store.name for source in self.train}
+        """By the name of each source what its text is called, which changes when the text or its tokens do."""
+        return {source.name: source.known_as[0] for source in self.train}
 
 
 def corpora(run: Run) -> list[Corpus]:
@@ -77,8 +80,8 @@ def prepare(run: Run) -> Prepared:
 
     Raises: `UserError`, on every rank alike."""
     require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
-    train = [_corpus(run, "data.train", source) for source in run.data.train_sources]
-    validation = [_corpus(run, "data.validation", source) for source in run.data.validation_sources]
+    train = [_known(run, "data.train", source) for source in run.data.train_sources]
+    validation = [_known(run, "data.validation", source) for source in run.data.validation_sources]
     shared = {path for corpus in train for path in corpus.files} & {path for each in validation for path in each.files}
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
@@ -86,12 +89,15 @@ def prepare(run: Run) -> Prepared:
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
     stores = []
     for source, corpus in zip(run.data.train_sources, train, strict=True):
-        material = _material(run, corpus, tokenizer, labels, chosen=False)
+        material, weight = _material(run, corpus, tokenizer, labels, chosen=False), Fraction(source.weight)
+        made_from = (material.made_from(), material.identity())
         if source.stream:
-            store, stream = cached(run, "stream", material.identity()), material
+            known_as = tuple(f"stream-{fingerprint(each)}" for each in made_from)
+            stores.append(PreparedSource(source.name, weight, cached(run, "stream", *made_from), known_as, material))
         else:
-            store, stream = prepare_materials(run, "data.train", [material], tokenizer), None
-        stores.append(PreparedSource(source.name, Fraction(source.weight), store, stream))
+            known_as = tuple(f"store-{fingerprint([each])}" for each in made_from)
+            store = prepare_materials(run, "data.train", [material], tokenizer)
+            stores.append(PreparedSource(source.name, weight, store, known_as))
     apart = train if run.holds_out else validation
     held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in apart]
     key = "data.held_out" if run.holds_out else "data.validation"
@@ -108,7 +114,7 @@ def prepare_validation(run: Run) -> Prepared:
 
     Raises: `UserError`, on every rank alike."""
     require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
-    corpora = [_corpus(run, "data.validation", source) for source in run.data.validation_sources]
+    corpora = [_known(run, "data.validation", source) for source in run.data.validation_sources]
     folder = prepare_tokenizer(run, corpora)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
     materials = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
@@ -149,7 +155,9 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
         (folder / LABELS).write_text(json.dumps(content), encoding="utf-8")
 
     asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
-    folder = whole(cached(run, "labels", [[corpus.identity() for corpus in corpora], asked]), fill_in)
+    made_from = [corpus.made_from() for corpus in corpora]
+    formerly = [corpus.identity() for corpus in corpora]
+    folder = whole(cached(run, "labels", [made_from, asked], [formerly, asked]), fill_in)
     found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
     return Labels(tuple(found["names"]), ProblemType(found["problem_type"]))
 
@@ -157,6 +165,12 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
     paths = _with_python_text(run, list(source.path))
     return Corpus.find(key, paths, source.text_field, source.template, source.subset, source.split)
+
+
+def _known(run: Run, key: str, source: SourceConfig) -> Corpus:
+    """A corpus that has been looked into."""
+    corpus = _corpus(run, key, source)
+    return replace(corpus, content=content_of(run, corpus, source.stream))
 
 
 def _with_python_text(run: Run, entries: list[str]) -> list[str]:
@@ -204,9 +218,15 @@ def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
     def fill_in(folder: Path) -> None:
         save_tokenizer(train_tokenizer(in_proportion(train, weights), run.model.vocab_size), folder)
 
-    identity = [[corpus.identity(), corpus.text.template] for corpus in train]
-    made_from = [identity, [str(weight) for weight in weights], run.model.vocab_size]
-    folder = whole(cached(run, "tokenizer", made_from), fill_in)
+    made_from, formerly = (
+        [
+            [[text, corpus.text.template] for text, corpus in zip(texts, train, strict=True)],
+            [str(weight) for weight in weights],
+            run.model.vocab_size,
+        ]
+        for texts in ([corpus.made_from() for corpus in train], [corpus.identity() for corpus in train])
+    )
+    folder = whole(cached(run, "tokenizer", made_from, formerly), fill_in)
     check_tokenizer(load_tokenizer(str(folder)), "null (trained on data.train)", run.model)
     return folder
 
@@ -238,7 +258,8 @@ def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: 
         require(tokens > 0, f"{key}: there is no text in {documents}: name files that hold some")
         finish_store(folder, materials[0].encoder.columns, metas, tokenizer)
 
-    folder = whole(cached(run, "store", [material.identity() for material in materials]), fill_in)
+    made_from, formerly = [each.made_from() for each in materials], [each.identity() for each in materials]
+    folder = whole(cached(run, "store", made_from, formerly), fill_in)
     say(line_of(key, TokenStore(folder)))
     return folder
 

@@ -79,7 +79,7 @@ def _former(
 
 def _is_text(source: PreparedSource, text: str | None) -> bool:
     """Whether a checkpoint's word for a text, None in an old one, means that of `source`."""
-    return text is None or text == source.store.name
+    return text is None or text in source.known_as
 
 
 def _warn(run: Run, sources: Sequence[PreparedSource], former: dict[str, str | None], manifest: dict[str, Any]) -> None:

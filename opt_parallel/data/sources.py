@@ -64,6 +64,7 @@ class Corpus:
     text: Text
     subset: str | None = None
     split: str = "train"
+    content: tuple[str, ...] = ()  # of its files, where it was looked into: data/sameness.py
 
     @classmethod
     def find(
@@ -92,9 +93,19 @@ class Corpus:
         default = "validation" if key.startswith("data.validation") else "train"
         return cls(key, tuple(sorted(files)), tuple(sorted(hub)), Text(text_field, template), subset, split or default)
 
+    def made_from(self) -> list[Any]:
+        """What changes when the text does, and not where it lies."""
+        hub = [[None if Path(name).is_dir() else name, self.subset, self.split] for name in self.hub]
+        return [list(self.content), hub, self.text.field]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of data sets in the hub's form that lie here."""
+        return [Path(name) for name in self.hub if Path(name).is_dir()]
+
     def identity(self) -> list[Any]:
-        """What changes when the text does, read from the file system alone. Raises: UserError if a file is gone."""
-        below = [path for name in self.hub for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        """What changes when a file does, read from the file system alone. Raises: UserError if a file is gone."""
+        below = [path for folder in self.folders for path in sorted(folder.rglob("*")) if path.is_file()]
         try:
             status = [(path, path.stat()) for path in (*self.files, *below)]
         except OSError as error:

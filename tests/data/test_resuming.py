@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -40,7 +41,7 @@ class Trained:
         """Stop, and go on with these settings."""
         manifest: Any = {
             "clock": json.loads(json.dumps(asdict(self.clock))),
-            "text": {source.name: source.store.name for source in self.prepared.train},
+            "text": self.prepared.text,
             "config": {
                 "seed": self.seed,
                 "data": {"train": self.run.data.train, "sequence_length": self.length},
@@ -66,7 +67,7 @@ class Trained:
             text = name.split("_is_")[-1]
             if not (store := self.folder / f"store-{text}").exists():
                 counting_rows(store, SIZES[text], LENGTH)
-            sources.append(PreparedSource(name, Fraction(weight), store))
+            sources.append(PreparedSource(name, Fraction(weight), store, (store.name,)))
         return Prepared(sources, None, self.folder)
 
     @property
@@ -161,7 +162,7 @@ def test_what_cannot_go_on_exactly_is_said(tmp_path: Path, capsys: pytest.Captur
     manifest_text.rename(tmp_path / "store-gone")
     counting_rows(tmp_path / "store-other", 90, LENGTH)
     SIZES["other"] = 90
-    sources = [PreparedSource("web", Fraction(1), tmp_path / "store-other"), *run.prepared.train[1:]]
+    sources = [PreparedSource("web", Fraction(1), tmp_path / "store-other", ("store-other",)), *run.prepared.train[1:]]
     manifest = {
         "clock": asdict(run.clock), "text": {"web": "store-web", "books": "store-books"},
         "config": {"seed": 4, "data": {"train": run.run.data.train, "sequence_length": LENGTH}},
@@ -210,10 +211,13 @@ def test_train_py_with_other_sources(tmp_path: Path) -> None:
         return done.stdout
 
     go(20, 1)
+    os.utime(paths[0].rename(tmp_path / "elsewhere.jsonl"))  # the same text
+    paths[0] = tmp_path / "elsewhere.jsonl"
     tokenizer = tmp_path / "run" / "checkpoints" / "step-20" / "tokenizer"
     arguments.append(f"data.tokenizer={tokenizer}")  # it was trained on the one text
     said = go(40, 1, 3)
     assert "data.train is mixed anew from sample 80 of the run on: a goes on behind 80, b begins" in said
+    assert "warning" not in said
     go(60, 1, 3)
     epochs = [row["epochs"] for row in train_rows(tmp_path / "run")]
     assert all(one["a"] <= other["a"] for one, other in pairwise(epochs))
