@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, python, small, torchrun, train_rows
+from command import ROOT, launch, python, small, torchrun, train_rows
 from layouts import Layout, run_for
 from tampering import edit
 
@@ -35,7 +35,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run of two ranks, stopped and saved at each of steps 1 to 7, and its arguments."""
     folder = tmp_path_factory.mktemp("stopped")
     arguments = [*small(folder), "parallel.tensor=2", "zero.stage=1", "steps=9"]
-    process = torchrun(2, "train.py", *arguments, "checkpoint.every=1", "checkpoint.keep=9", "stop_at=7")
+    process = launch(2, "train.py", *arguments, "checkpoint.every=1", "checkpoint.keep=9", "stop_at=7")
     assert process.returncode == 0, process.stderr
     return folder, arguments
 
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_dis
     checkpoint fit and a second's do not: a warning while the run goes on, and an error at its end."""
     disk = small_disk("nr_inodes=10")
     arguments = [*small(tmp_path), "zero.stage=1", "steps=5", "checkpoint.every=2"]
-    process = torchrun(2, "train.py", *arguments)
+    process = launch(2, "train.py", *arguments)
     assert process.returncode != 0
     why = "could not be written (No space left on device)"
     assert warnings_of(process) == [f"warning: {disk}/step-4 {why}, and nothing of it is left"]
