@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import os
 import pickle
 import shutil
@@ -88,19 +90,9 @@ def damaged(stopped: tuple[Path, list[str]], tmp_path: Path) -> tuple[Path, list
     return checkpoints, [*arguments, f"run.dir={tmp_path / 'run'}"], wrong
 
 
-def test_damaged_ones_are_named_and_the_one_before_is_taken(damaged: Any) -> None:
-    checkpoints, arguments, wrong = damaged
-    process = torchrun(2, "train.py", *arguments, "checkpoint.keep=9")
-    assert process.returncode == 0, process.stderr
-    for warning, (step, what) in zip(warnings_of(process), wrong.items(), strict=True):
-        assert warning.startswith(f"warning: {checkpoints}/step-{step}: {what}")
-        assert warning.endswith(f"set aside as step-{step}.damaged")
-    assert "continuing at step 1:" in process.stdout
-    assert names_in(checkpoints) == ["step-1", *(f"step-{step}.damaged" for step in range(2, 8)), "step-9"]
-
-
-def find(run_dir: str, resume: str, model: ModelConfig) -> str:
-    """On the crew: the mistake that looking for a checkpoint ends with."""
+def find(run_dir: str, resume: str, tokenizer: str, model: ModelConfig) -> tuple[str, str]:
+    """On the crew: the name of the checkpoint that is found, or the mistake that looking for one ends with; and what is
+    said on the way."""
     import dataclasses
 
     from opt_parallel.checkpoint.store import Store
@@ -109,20 +101,30 @@ def find(run_dir: str, resume: str, model: ModelConfig) -> str:
     from opt_parallel.topology import Topology
 
     run = dataclasses.replace(
-        run_for(Layout(tensor=2, stage=1)),
-        model=model,
-        run=RunConfig("test", run_dir),
-        resume=resume,
+        run_for(Layout(tensor=2, stage=1)), model=model, run=RunConfig("test", run_dir), resume=resume
     )
-    with Topology.open(2) as topology:
-        store = Store(run, topology, Path(resume) / "tokenizer")
+    said = io.StringIO()
+    with Topology.open(2) as topology, contextlib.redirect_stdout(said):
+        store = Store(run, topology, Path(tokenizer))
         try:
-            store.find()
+            found = store.find()
         except UserError as error:
-            return str(error)
+            return str(error), said.getvalue()
         finally:
             store.finish()
-    return "found"
+    assert found is not None
+    return found.folder.name, said.getvalue()
+
+
+def test_damaged_ones_are_named_and_the_one_before_is_taken(crew: Any, damaged: Any) -> None:
+    checkpoints, _, wrong = damaged
+    step = checkpoints / "step-1"
+    answers = crew(2)(find, str(checkpoints.parent), "auto", str(step / "tokenizer"), model_at(step, "resume="))
+    assert [found for found, _ in answers] == ["step-1"] * 2
+    for warning, (step, what) in zip(answers[0][1].splitlines(), wrong.items(), strict=True):
+        assert warning.startswith(f"warning: {checkpoints}/step-{step}: {what}")
+        assert warning.endswith(f"set aside as step-{step}.damaged")
+    assert names_in(checkpoints) == ["step-1", *(f"step-{step}.damaged" for step in range(2, 8))]
 
 
 def test_a_damaged_one_that_is_asked_for_is_refused(crew: Any, stopped: Any, damaged: Any) -> None:
@@ -130,7 +132,7 @@ def test_a_damaged_one_that_is_asked_for_is_refused(crew: Any, stopped: Any, dam
     model = model_at(stopped[0] / "run" / "checkpoints" / "step-1", "resume=")
     for step, what in wrong.items():
         chosen = f"{checkpoints}/step-{step}"
-        first, second = crew(2)(find, str(checkpoints.parent), chosen, model)
+        (first, _), (second, _) = crew(2)(find, str(checkpoints.parent), chosen, f"{chosen}/tokenizer", model)
         assert first == second
         assert first.startswith(f"resume={chosen}: {what}")
         assert "choose an earlier checkpoint" in first
