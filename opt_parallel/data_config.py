@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from opt_parallel.shapes import Section, require
 
 KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # of a source
 PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # of what every Python carries
+
+
+class BadRecordsPolicy(Enum):
+    """What becomes of a record that cannot be read or lacks what the task needs: `error` names the first and says how
+    many there are; `skip` leaves them out, counts them and lists the first."""
+
+    error = "error"
+    skip = "skip"
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,9 @@ class DataConfig(Section):
     tokenizer.json or its folder, a hub id, or null: `init_from`'s own, and without `init_from` one of
     `model.vocab_size` tokens that is trained on the training text. `text_field`: the field of a record that is its
     text; `template`: a text made of several, such as "{title}: {body}". `deduplicate`: each text of a source counts
-    once. `held_out`: the share of the training documents to validate on where `validation` is null. `workers`:
-    processes that prepare; 0: as many as there are CPUs for this one."""
+    once. `held_out`: the share of the training documents to validate on where `validation` is null. `bad_records`:
+    what becomes of records that cannot be used. `workers`: processes that prepare; 0: as many as there are CPUs for
+    this one."""
 
     train: Any = field(default=None, metadata=PYTHON_TEXT)
     validation: Any = field(default=None, metadata=PYTHON_TEXT)
@@ -52,6 +62,7 @@ class DataConfig(Section):
     stream: bool = False
     deduplicate: bool = False
     held_out: float = 0.005
+    bad_records: BadRecordsPolicy = BadRecordsPolicy.error
     workers: int = 0
     cache: str = field(default="cache", metadata=PATH)
 

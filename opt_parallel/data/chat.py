@@ -17,9 +17,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from opt_parallel.data.records import require_good
 from opt_parallel.data.tokens import CHAT_TEMPLATE
 from opt_parallel.errors import UserError
-from opt_parallel.shapes import require
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
@@ -65,22 +65,22 @@ def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]]
 
 
 def read_messages(value: Any, where: str) -> list[tuple[str, Any]]:
-    """Role and content of each message. Raises: UserError that begins with `where`."""
-    require(isinstance(value, list) and bool(value), f"{where} is {value!r:.40}: it must be a list of messages")
+    """Role and content of each message. Raises: BadRecord that begins with `where`."""
+    require_good(isinstance(value, list) and bool(value), f"{where} is {value!r:.40}: it must be a list of messages")
     messages = []
     for number, message in enumerate(value, start=1):
-        require(
+        require_good(
             isinstance(message, dict) and {"role", "content"} <= set(message),
             f'{where}: message {number} is {message!r:.60}: it must be an object such as {{"role": "user", '
             '"content": "…"}',
         )
         role = message["role"]
-        require(
+        require_good(
             isinstance(role, str) and role in ROLES,
             f"{where}: message {number} is of role {role!r:.40}: roles are {', '.join(ROLES)}",
         )
         messages.append((role, message["content"]))
-    require(
+    require_good(
         any(role == "assistant" for role, _ in messages),
         f"{where} has no message of the assistant, so nothing to learn: add one, or leave the record out",
     )

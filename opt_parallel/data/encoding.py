@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -13,21 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
+from opt_parallel.data.records import BadRecord, Item, Record
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
-from opt_parallel.errors import UserError, one_line
+from opt_parallel.errors import one_line
 
 PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
 BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
 EMPTY = "empty documents left out"
-
-
-@dataclass(frozen=True)
-class Record:
-    """A row of the user's data, or a whole file of text as `{"text": …}`; `where` it stands, for messages."""
-
-    where: str
-    fields: Mapping[str, Any]
 
 
 class Encoder(Protocol):
@@ -38,8 +31,12 @@ class Encoder(Protocol):
 
     def identity(self) -> list[Any]: ...
 
+    def check(self, record: Record) -> Any:
+        """Raise BadRecord, which begins with its `where`, if a record is not as the task needs it."""
+        ...
+
     def encode(self, records: list[Record]) -> Encoded:
-        """Raises: UserError that begins with a record's `where`."""
+        """Raises: BadRecord."""
         ...
 
 
@@ -51,30 +48,30 @@ class Text:
     template: str | None = None
 
     def of(self, record: Record) -> str:
-        """The text of `record`. Raises: UserError that begins with its `where`."""
+        """The text of `record`. Raises: BadRecord."""
         if self.template is None:
             value = self._value(record, self.field)
             if not isinstance(value, str):
-                raise UserError(f"{record.where}: {self.field!r} is {value!r:.40}, not a string: {self._wanted}")
+                raise BadRecord(f"{record.where}: {self.field!r} is {value!r:.40}, not a string: {self._wanted}")
             text = value
         else:
             values = {}
             for name in self._names:
                 values[name] = self._value(record, name)
                 if not isinstance(values[name], (str, int, float)):
-                    raise UserError(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
+                    raise BadRecord(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
             try:
                 text = self.template.format(**values)
-            except (ValueError, KeyError) as error:  # of a format in it, such as {score:.2f}
+            except (ValueError, KeyError, OverflowError) as error:  # of a format in it, such as {score:.2f}
                 fix = f"{self._wanted}, in a format that suits it"
-                raise UserError(f"{record.where}: {one_line(error)}: {fix}") from error
+                raise BadRecord(f"{record.where}: {one_line(error)}: {fix}") from error
         if not text.isascii():
             require_characters(text, record.where)
         return text
 
     def _value(self, record: Record, name: str) -> Any:
         if name not in record.fields:
-            raise UserError(f"{record.where} has no field {name!r}, only {list(record.fields)}: {self._wanted}")
+            raise BadRecord(f"{record.where} has no field {name!r}, only {record.names}: {self._wanted}")
         return record.fields[name]
 
     @property
@@ -89,11 +86,11 @@ class Text:
 
 
 def require_characters(text: str, where: str) -> None:
-    """Raise UserError, which begins with `where`, if there is half of a character in `text`: JSON can say it."""
+    """Raise BadRecord, which begins with `where`, if there is half of a character in `text`: JSON can say it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
+        raise BadRecord(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
 
 
 class TextEncoder:
@@ -105,6 +102,9 @@ class TextEncoder:
 
     def identity(self) -> list[Any]:
         return ["text", self.tokenizer.to_str(), self.end, self.text.field, self.text.template]
+
+    def check(self, record: Record) -> None:
+        self.text.of(record)
 
     def encode(self, records: list[Record]) -> Encoded:
         texts = [text for record in records if (text := self.text.of(record).rstrip())]
@@ -151,13 +151,14 @@ def _parts(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def batches_of(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records in batches to encode, of about `BATCH_CHARACTERS`."""
-    batch: list[Record] = []
+def batches_of(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Records in batches to encode, of about `BATCH_CHARACTERS`, with the bad ones among them."""
+    batch: list[Item] = []
     characters = 0
-    for record in records:
-        batch.append(record)
-        characters += 1 + sum(len(value if isinstance(value, str) else str(value)) for value in record.fields.values())
+    for item in items:
+        batch.append(item)
+        values = item.fields.values() if isinstance(item, Record) else ()
+        characters += 1 + sum(len(value if isinstance(value, str) else str(value)) for value in values)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -1,40 +1,41 @@
 """Records out of files: what they are by their endings, compressed or not, in pieces that are read apart.
 
 A piece of lines owns the lines that begin in it, a piece of a parquet file some of its row groups; any other file is a
-piece. So several processes read one file, and none holds more of it than a record or a page.
+piece. So several processes read one file, and none holds more of it than a record or a page. Readers yield a BadRecord
+for what cannot be read and go on behind it; what is wrong with a file as a whole they raise.
 """
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from opt_parallel.data.encoding import Record
+from opt_parallel.data.parquet import parquet_records, row_groups
+from opt_parallel.data.records import BadRecord, Item, Record
+from opt_parallel.data.tables import csv_records, tsv_records
+from opt_parallel.data.unpacking import DAMAGES, PACKED, UNPACKED_SIZE, damaged, ending_of, opened
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.shapes import require
 
-PLAIN = (".md", ".py", ".rst", ".txt")  # a file is a document, as any file whose ending is not known
-LINES = (".jsonl", ".json")
-TABLES = {".csv": ",", ".tsv": "\t"}
+PLAIN = (".md", ".py", ".rst", ".txt")  # a file is a document
+LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+TABLES = {".csv": csv_records, ".tsv": tsv_records}
 PARQUET = ".parquet"
 ENDINGS = (*PLAIN, *LINES, *TABLES, PARQUET)
-PACKED = (".gz", ".bz2", ".xz", ".zst")
-UNPACKED_SIZE = 4  # times the packed one, about: for the choice of units, and progress
+READ = f"{', '.join(ENDINGS)}, and packed {', '.join(PACKED)}"
 PIECE_BYTES = 1 << 25
 CHUNK = 1 << 20  # characters of a json array read at a time
-ROWS_READ = 256  # of a parquet file at a time
+LONGEST_LINE = 1 << 28  # bytes of a line or of an array's item, so that none fills the memory
+LONGEST_DOCUMENT = 1 << 31  # bytes of a file that is one document
+DEEPEST = 100  # brackets within brackets: thousands make json, and whoever walks through a record, fail
 SPACE = re.compile(r"\s*")
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # what Git LFS leaves instead of a file
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,34 @@ class Piece:
     first_line: int = 1
 
 
-def ending_of(path: Path) -> tuple[str, str]:
-    """The ending that says what `path` holds, and that of its compression or ""."""
-    packed = path.suffix if path.suffix in PACKED else ""
-    return (Path(path.stem).suffix if packed else path.suffix), packed
+def shown(path: Path) -> str:
+    """A path in one line: line breaks and bytes that are no UTF-8 as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
 def pieces_of(path: Path, key: str, cut: bool) -> list[Piece]:
     """The pieces of a file, in order; one if not `cut` and it need not be. Raises: UserError."""
     ending, packed = ending_of(path)
-    size = path.stat().st_size
-    if ending == PARQUET and not packed:
-        return _row_groups(path, key)
-    if packed or not cut or ending not in LINES or _is_array(path):
-        return [Piece(path, 0, size, size * UNPACKED_SIZE if packed else size)]
+    where, size = f"{key}: {shown(path)}", path.stat().st_size
+    check_fetched(path, where)
+    require(ending != PARQUET or not packed, f"{where}: parquet is compressed within: unpack it")
+    try:
+        if ending == PARQUET:
+            return [Piece(path, *group) for group in row_groups(path, where, PIECE_BYTES)]
+        if packed or not cut or ending not in LINES or _is_array(path):
+            return [Piece(path, 0, size, size * UNPACKED_SIZE if packed else size)]
+    except DAMAGES as error:
+        raise damaged(path, where, error) from error
     starts = range(0, max(size, 1), PIECE_BYTES)
     return [Piece(path, start, min(start + PIECE_BYTES, size), min(PIECE_BYTES, size - start)) for start in starts]
+
+
+def check_fetched(path: Path, where: str) -> None:
+    """Raise UserError if only Git LFS's pointer to the file is there."""
+    if path.stat().st_size < POINTER_BYTES:
+        with path.open("rb") as file:
+            pointer = file.read(len(POINTER)) == POINTER
+        require(not pointer, f"{where} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
 
 
 def numbered(piece: Piece) -> Piece:
@@ -80,91 +93,122 @@ def numbered(piece: Piece) -> Piece:
     return replace(piece, first_line=lines + 2)
 
 
-def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Record]:
+def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
     """The records of a piece; a file that is one document as `{text_field: …}`.
 
     Raises: UserError that names file and line. What cannot be read is the file's fault, whoever opens it."""
-    ending, packed = ending_of(piece.path)
-    where = f"{key}: {piece.path}"
-    require(ending != PARQUET or not packed, f"{where}: parquet is compressed within: unpack it")
+    ending, _ = ending_of(piece.path)
+    where = f"{key}: {shown(piece.path)}"
     try:
         if ending in LINES:
-            yield from _array(piece, where) if _is_array(piece.path) else _lines(piece, where)
+            yield from _array(piece, where) if _is_array(piece.path) else _json_lines(piece, where)
         elif ending in TABLES:
-            yield from _table(piece, where, TABLES[ending])
+            with opened(piece.path) as file:
+                yield from TABLES[ending](_decoded_lines(file, where), where)
         elif ending == PARQUET:
-            yield from _parquet(piece, where)
+            yield from parquet_records(piece.path, piece.start, piece.stop, where)
         else:
-            yield from _document(piece, where, text_field)
-    except _damages() as error:
-        reason = f"is no whole {packed} file" if packed else "cannot be read"
-        raise UserError(f"{where} {reason} ({one_line(error)}): bring a good copy or leave it out") from error
-
-
-def opened(path: Path) -> BinaryIO:
-    """The bytes of a file, unpacked. Raises: UserError if a library is missing."""
-    openers: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    packed = ending_of(path)[1]
-    if packed == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(f"{path} needs zstandard to be unpacked: pip install zstandard") from error
-        return cast(BinaryIO, io.BufferedReader(zstandard.open(path, "rb")))
-    return cast(BinaryIO, openers[packed](path)) if packed else path.open("rb")
+            yield _document(piece, where, text_field)
+    except DAMAGES as error:
+        raise damaged(piece.path, where, error) from error
 
 
 def has_text(path: Path) -> bool:
     """Whether there is anything but white space in a file."""
     try:
         with opened(path) as file:
-            return any(line.strip() for line in file)
-    except _damages():
+            return any(block.strip() for block in iter(lambda: file.read(CHUNK), b""))
+    except DAMAGES:
         return True  # reading it will say what is wrong
 
 
-def _damages() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
-    zstandard = sys.modules.get("zstandard")
-    return (OSError, EOFError, lzma.LZMAError, zlib.error, *([zstandard.ZstdError] if zstandard else []))
-
-
-def _document(piece: Piece, where: str, text_field: str) -> Iterator[Record]:
+def _document(piece: Piece, where: str, text_field: str) -> Item:
+    """A whole file; line ends as Python's text files have them."""
     with opened(piece.path) as file:
-        yield Record(where, {text_field: _decoded(file.read(), where)})
+        content = file.read(LONGEST_DOCUMENT + 1)
+    require(
+        len(content) <= LONGEST_DOCUMENT,
+        f"{where} is one document of over {LONGEST_DOCUMENT >> 30} GiB: cut it into several files, or write a .jsonl",
+    )
+    text = _decoded(content, where)
+    if isinstance(text, BadRecord):
+        return text
+    return Record(where, {text_field: text.replace("\r\n", "\n").replace("\r", "\n")})
 
 
-def _lines(piece: Piece, where: str) -> Iterator[Record]:
+def _lines(file: BinaryIO, where: str, first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers. Raises: UserError for one that would fill the memory."""
+    number = first
+    while line := file.readline(LONGEST_LINE + 1):
+        require(
+            len(line) <= LONGEST_LINE,
+            f"{where}, line {number} is longer than {LONGEST_LINE >> 20} MiB: write a record a line, or leave it out",
+        )
+        yield number, line
+        number += 1
+
+
+def _decoded_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, BadRecord | None]]:
+    """Lines of a table: what is wrong with one does not hide where its row ends."""
+    for number, line in _lines(file, where):
+        text = _decoded(line, f"{where}, line {number}")
+        yield (line.decode(errors="replace"), text) if isinstance(text, BadRecord) else (text, None)
+
+
+def _json_lines(piece: Piece, where: str) -> Iterator[Item]:
     """A record a line. A blank line is fine only if nothing follows it."""
     with opened(piece.path) as file:
-        place = piece.start
-        if place:
-            file.seek(place - 1)
-            place += len(file.readline()) - 1
+        position = piece.start
+        if position:
+            file.seek(position - 1)
+            position += len(file.readline(LONGEST_LINE)) - 1
         packed = ending_of(piece.path)[1] != ""
-        number = piece.first_line - 1
-        while packed or place < piece.stop:
-            line = file.readline()
-            if not line:
+        if not packed and position >= piece.stop:  # one line spans the piece
+            return
+        blank = None
+        for number, line in _lines(file, where, piece.first_line):
+            here, mine = f"{where}, line {number}", packed or position < piece.stop
+            position += len(line)
+            if not line.isspace():
+                if blank is not None:
+                    yield blank
+                blank = None
+                if mine:
+                    yield _row(line, here)
+            elif mine and blank is None:
+                blank = BadRecord(f"{here} is blank: remove it")
+            if blank is None and not packed and position >= piece.stop:
                 return
-            place, number = place + len(line), number + 1
-            here = f"{where}, line {number}"
-            if line.isspace():
-                require(not any(map(bytes.strip, file)), f"{here} is blank: remove it")
-                return
-            row = _parsed(_decoded(line, here), here)
-            require(isinstance(row, dict), f"{here} is a {type(row).__name__}: each line must be an object, {{…}}")
-            yield Record(here, row)
 
 
-def _parsed(line: str, where: str) -> Any:
+def _row(line: bytes, where: str) -> Item:
+    text = _decoded(line, where)
+    if isinstance(text, BadRecord):
+        return text
     try:
-        return json.loads(line)
+        row = json.loads(text)
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
-        raise UserError(f"{where} is not JSON ({reason}): each line must be an object, {{…}}") from error
+        return BadRecord(f"{where} is not JSON ({reason}): each line must be an object, {{…}}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        raise UserError(f"{where} cannot be read ({one_line(error)}): leave it out") from error
+        return BadRecord(f"{where} cannot be read ({one_line(error)}): leave it out")
+    return _object(row, where, "each line must be an object, {…}")
+
+
+def _object(row: Any, where: str, rule: str) -> Item:
+    if not isinstance(row, dict):
+        return BadRecord(f"{where} is a {type(row).__name__}: {rule}")
+    level: list[Any] = [row]
+    for _ in range(DEEPEST):
+        level = list(chain.from_iterable(map(_inside, level)))
+        if not level:
+            return Record(where, row)
+    return BadRecord(f"{where} has over {DEEPEST} brackets within each other: leave it out")
+
+
+def _inside(value: Any) -> list[Any]:
+    """The lists and objects directly within one."""
+    return [each for each in (value.values() if isinstance(value, dict) else value) if isinstance(each, (list, dict))]
 
 
 def _is_array(path: Path) -> bool:
@@ -173,15 +217,20 @@ def _is_array(path: Path) -> bool:
         return file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def _array(piece: Piece, where: str) -> Iterator[Record]:
+def _array(piece: Piece, where: str) -> Iterator[Item]:
     """The objects of an array, each parsed as soon as it is there."""
     decoder, number, buffer, place = json.JSONDecoder(), 0, "", 0
     with io.TextIOWrapper(opened(piece.path), encoding="utf-8-sig", newline="") as file:
 
         def more() -> bool:
             nonlocal buffer, place
+            size = len(buffer) - place
+            require(
+                size <= LONGEST_LINE,
+                f"{where}, item {number + 1} is longer than {LONGEST_LINE >> 20} MiB: leave it out",
+            )
             try:  # doubling, so that a long object is not parsed often
-                chunk = file.read(max(CHUNK, len(buffer) - place))
+                chunk = file.read(max(CHUNK, size))
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 after item {number}: convert it or leave it out") from error
             buffer, place = buffer[place:] + chunk, 0
@@ -207,11 +256,10 @@ def _array(piece: Piece, where: str) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
                 raise UserError(f"{here} cannot be read ({one_line(error)}): leave it out") from error
             if buffer[end : end + 1] not in (",", "]"):
-                require(more(), f"{here} is not JSON, or the array does not end: mend it")
+                require(more(), f"{here} is not JSON, or the array does not end: correct it")
                 continue
             number += 1
-            require(isinstance(row, dict), f"{here} is a {type(row).__name__}: each must be an object, {{…}}")
-            yield Record(here, row)
+            yield _object(row, here, "each must be an object, {…}")
             place = end + (buffer[end] == ",")
         place += 1
         require(mark() == "", f"{where}: something follows the array: remove it")
@@ -223,64 +271,15 @@ def _behind_space(text: str, place: int) -> int:
     return space.end()
 
 
-def _table(piece: Piece, where: str, delimiter: str) -> Iterator[Record]:
-    """A record a row, by the names in the first."""
-    csv.field_size_limit(sys.maxsize)
-    with opened(piece.path) as file:
-        lines = (_decoded(line, f"{where}, line {number}") for number, line in enumerate(file, start=1))
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        try:
-            names = next(rows, [])
-            require(len(set(names)) == len(names), f"{where}, line 1: a column's name stands there twice: {names}")
-            for row in rows:
-                if not row:
-                    continue
-                here = f"{where}, line {rows.line_num}"
-                require(len(row) == len(names), f"{here} has {len(row)} columns, the first line {len(names)}: mend it")
-                yield Record(here, dict(zip(names, row, strict=True)))
-        except csv.Error as error:
-            raise UserError(f"{where}, line {rows.line_num} is not as it should be ({error}): mend it") from error
-
-
-def _row_groups(path: Path, key: str) -> list[Piece]:
-    groups = _parquet_file(path, f"{key}: {path}").metadata
-    pieces, start, size = [], 0, 0
-    for number in range(groups.num_row_groups):
-        size += groups.row_group(number).total_byte_size
-        if size >= PIECE_BYTES or number == groups.num_row_groups - 1:
-            pieces.append(Piece(path, start, number + 1, size))
-            start, size = number + 1, 0
-    return pieces
-
-
-def _parquet(piece: Piece, where: str) -> Iterator[Record]:
-    file = _parquet_file(piece.path, where)
-    groups = range(piece.start, piece.stop)
-    number = sum(file.metadata.row_group(before).num_rows for before in range(piece.start))
-    import pyarrow
-
-    try:
-        for batch in file.iter_batches(ROWS_READ, row_groups=list(groups), use_threads=False):
-            for row in batch.to_pylist():
-                number += 1
-                yield Record(f"{where}, row {number}", row)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{where}, after row {number} cannot be read ({one_line(error)}): mend it") from error
-
-
-def _parquet_file(path: Path, where: str) -> Any:
-    import pyarrow.parquet  # takes half a second
-
-    try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{where} is no parquet file ({one_line(error)}): bring a good copy or leave it out") from error
-
-
-def _decoded(text: bytes, where: str) -> str:
+def _decoded(text: bytes, where: str) -> str | BadRecord:
+    """The text without the mark that some editors put before it."""
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return BadRecord(f"{where} is not UTF-8 but UTF-16: convert it or leave it out")
+    if b"\0" in text:  # in UTF-16 without a mark, in binary files, in what a crash left of a file
+        return BadRecord(f"{where} holds a NUL byte, so it is no text in UTF-8: convert it or leave it out")
     try:
         return text.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(
+        return BadRecord(
             f"{where} is not UTF-8 at byte {error.start} (0x{text[error.start]:02x}): convert it or leave it out"
-        ) from error
+        )

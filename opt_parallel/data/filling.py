@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opt_parallel.data.encoding import Encoder, Record, Text, batches_of
+from opt_parallel.data.encoding import Encoder, Text, batches_of
+from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item, Record, sift
 from opt_parallel.data.selection import (
     DUPLICATES,
     HELD_OUT,
@@ -58,7 +59,17 @@ class Material:
         return [self.corpus.identity(), *self._made_by()]
 
     def _made_by(self) -> list[Any]:
-        return [self.encoder.identity(), identity_of(self.held_out, self.deduplicate)]
+        selection = identity_of(self.held_out, self.deduplicate)
+        return [self.encoder.identity(), selection, *([LEFT_OUT] if self.skip_bad else [])]
+
+    @property
+    def skip_bad(self) -> bool:
+        return self.corpus.skip_bad
+
+    def good(self, items: list[Item], bad: BadRecords) -> list[Record]:
+        """Those of `items` that the encoder takes. Where bad ones are left out they are added to `bad`; else the first
+        is raised, here or by the encoder."""
+        return list(sift(items, self.encoder.check, bad if self.skip_bad else None))
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class PartMeta:
     lengths: dict[int, int]
     text_bytes: int
     position: list[int]  # of a stream: the unit, and records of it, that come next
+    bad: list[str] = field(default_factory=list)  # the first records that were left out as bad
 
 
 @dataclass(frozen=True)
@@ -97,19 +109,23 @@ def fill(folder: Path, materials: list[Material], workers: int) -> list[PartMeta
         with progress(f"{materials[0].corpus.key}: {what}", total) as report:
             run_jobs([partial(job, folder, place) for place in missing], materials, hands, report)
 
-    if any(material.deduplicate for material in materials):
-        digests = [folder / f"digests-{place.number:05d}" for place in places]
-        run("comparing", _hash, [place for place, path in zip(places, digests, strict=True) if not path.exists()])
-        find_duplicates(digests, [_duplicates(folder, place) for place in places])
-    run("encoding", _encode, [each for each in places if not (folder / part_name(each.number) / META).exists()])
-    for path in (*folder.glob("digests-*"), *folder.glob("duplicates-*")):
+    try:
+        if any(material.deduplicate for material in materials):
+            digests = [folder / f"digests-{place.number:05d}" for place in places]
+            run("comparing", _hash, [place for place, path in zip(places, digests, strict=True) if not path.exists()])
+            find_duplicates(digests, [_duplicates(folder, place) for place in places])
+        run("encoding", _encode, [each for each in places if not (folder / part_name(each.number) / META).exists()])
+    except BadRecord as error:
+        run("counting bad records", _count, places)
+        raise _refusal(folder, materials, places) or error from None
+    for path in [path for kind in ("digests", "duplicates", "bad") for path in folder.glob(f"{kind}-*")]:
         remove(path)
     for material, was in zip(materials, before, strict=True):
         require(
             material.corpus.identity() == was,
             f"{material.corpus.key}: {material.corpus.names} changed while it was read: start again when it is whole",
         )
-    return [read_meta(folder / part_name(place.number)) for place in places]
+    return _with_lines([read_meta(folder / part_name(place.number)) for place in places], materials, places)
 
 
 def part_name(number: int) -> str:
@@ -120,7 +136,8 @@ def read_meta(part: Path) -> PartMeta:
     """What is known of the part in a folder."""
     content = json.loads((part / META).read_text(encoding="utf-8"))
     lengths = {int(length): count for length, count in content["lengths"].items()}
-    return PartMeta(Part(**content["part"]), content["counts"], lengths, content["text_bytes"], content["position"])
+    text_bytes, position, bad = content["text_bytes"], content["position"], content.get("bad", [])
+    return PartMeta(Part(**content["part"]), content["counts"], lengths, text_bytes, position, bad)
 
 
 class PartMaker:
@@ -141,12 +158,14 @@ class PartMaker:
         self.words = add_counts(self.words, np.bincount(encoded.columns["ids"].astype(np.int64)))
         self.text_bytes += encoded.text_bytes
 
-    def finish(self, position: tuple[int, int] = (0, 0), counts: Counter[str] | None = None) -> PartMeta:
-        """Make it whole; `counts`: what else was left out."""
+    def finish(
+        self, position: tuple[int, int] = (0, 0), counts: Counter[str] | None = None, bad: BadRecords | None = None
+    ) -> PartMeta:
+        """Make it whole; `counts` and `bad`: what else was left out."""
+        bad = bad or BadRecords()
         part = replace(self.writer.close(), name=self.target.name)
-        meta = PartMeta(
-            part, dict(self.writer.counts + (counts or Counter())), dict(self.lengths), self.text_bytes, [*position]
-        )
+        left_out = self.writer.counts + (counts or Counter()) + Counter({LEFT_OUT: bad.count})
+        meta = PartMeta(part, dict(left_out), dict(self.lengths), self.text_bytes, [*position], bad.first)
         np.save(self.temporary / WORDS, self.words.astype(np.uint32))
         (self.temporary / META).write_text(json.dumps(asdict(meta)), encoding="utf-8")
         publish(self.temporary, self.target)
@@ -173,10 +192,11 @@ def _hash(folder: Path, place: Place, materials: list[Material], report: Report)
 
     def write(count_lines: bool) -> None:
         with temporary.open("wb") as file:
-            for records in batches_of(material.corpus.read(place.unit, count_lines)):
+            for items in batches_of(material.corpus.read(place.unit, count_lines)):
+                records = material.good(items, BadRecords())
                 file.write(digests_of(content_of(record, material.same) for record in records).tobytes())
 
-    _with_lines(write, place.unit)
+    _naming_lines(write, place.unit)
     publish(temporary, target)
     report(place.unit.size)
 
@@ -190,16 +210,56 @@ def _encode(folder: Path, place: Place, materials: list[Material], report: Repor
 
     def write(count_lines: bool) -> None:
         maker, counts, number = PartMaker(folder, part_name(place.number), material.encoder), Counter[str](), 0
-        for records in batches_of(material.corpus.read(place.unit, count_lines)):
+        bad = BadRecords()
+        for items in batches_of(material.corpus.read(place.unit, count_lines)):
+            records = material.good(items, bad)
             kept = _selected(records, material, duplicates, number, counts)
             number += len(records)
             encoded = material.encoder.encode(kept)
             maker.write(encoded)
             report(encoded.text_bytes)
-        maker.finish(counts=counts)
+        # what is held out was read before, with what it is held out of, and its bad records were told
+        maker.finish(counts=counts, bad=None if material.held_out and material.held_out.chosen else bad)
         report(place.unit.size - maker.text_bytes)
 
-    _with_lines(write, place.unit)
+    _naming_lines(write, place.unit)
+
+
+def _count(folder: Path, place: Place, materials: list[Material], report: Report) -> None:
+    """Write how many bad records a unit has."""
+    bad = _bad_of(materials[place.owner], place.unit)
+    _counted(folder, place).write_text(json.dumps(asdict(bad)), encoding="utf-8")
+    report(place.unit.size)
+
+
+def _counted(folder: Path, place: Place) -> Path:
+    return folder / f"bad-{place.number:05d}.json"
+
+
+def _bad_of(material: Material, unit: Unit, count_lines: bool = False) -> BadRecords:
+    bad = BadRecords()
+    bad.seek(material.corpus.read(unit, count_lines), material.encoder.check)
+    return bad
+
+
+def _refusal(folder: Path, materials: list[Material], places: list[Place]) -> UserError | None:
+    """The error that tells the first bad record, and how many there are in all; None if the text has changed so that
+    there is none any more."""
+    each = [BadRecords(**json.loads(_counted(folder, place).read_text(encoding="utf-8"))) for place in places]
+    first = next((place for place, bad in zip(places, each, strict=True) if bad.count), None)
+    listed = _bad_of(materials[first.owner], first.unit, count_lines=True).first if first else []
+    every = BadRecords(sum(bad.seen for bad in each), sum(bad.count for bad in each), listed)
+    return every.refusal() if listed else None
+
+
+def _with_lines(metas: list[PartMeta], materials: list[Material], places: list[Place]) -> list[PartMeta]:
+    """The same, the first bad records of all with the right numbers of their lines, which finding costs reading."""
+    told = 0
+    for number, (meta, place) in enumerate(zip(metas, places, strict=True)):
+        if told < LISTED and meta.bad and _is_cut(place.unit):
+            metas[number] = replace(meta, bad=_bad_of(materials[place.owner], place.unit, count_lines=True).first)
+        told += len(meta.bad)
+    return metas
 
 
 def _selected(
@@ -218,11 +278,18 @@ def _selected(
     return [records[number] for number in kept]
 
 
-def _with_lines(work: Callable[[bool], None], unit: Unit) -> None:
+def _naming_lines(work: Callable[[bool], None], unit: Unit) -> None:
     """Do `work(False)`; a mistake in the middle of a file is found once more with the number of its line."""
     try:
         work(False)
+    except BadRecord:
+        raise  # all will be counted, and the first be named
     except UserError:
-        if any(piece.start for piece in unit.pieces):
+        if _is_cut(unit):
             work(True)
         raise
+
+
+def _is_cut(unit: Unit) -> bool:
+    """Whether a piece of it begins in the middle of a file."""
+    return any(piece.start for piece in unit.pieces)

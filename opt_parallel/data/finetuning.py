@@ -17,11 +17,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.chat import read_messages, turns_of
-from opt_parallel.data.encoding import Record, columns_of, require_characters
+from opt_parallel.data.encoding import columns_of, require_characters
+from opt_parallel.data.records import BadRecord, Record, require_good
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
-from opt_parallel.errors import UserError
-from opt_parallel.shapes import require
 from opt_parallel.task_config import TaskConfig, Truncation
 
 PROMPT_CUT, COMPLETION_CUT = "examples with their prompt cut", "examples with their completion cut"
@@ -46,6 +45,9 @@ class ExampleEncoder:
         fields = [task.prompt_field, task.completion_field, task.messages_field, task.truncation.value]
         return ["finetune", self.tokenizer.to_str(), self.end, *fields, self.length]
 
+    def check(self, record: Record) -> None:
+        self._turns(record, Counter())
+
     def encode(self, records: list[Record]) -> Encoded:
         counts: Counter[str] = Counter()
         examples = [self._turns(record, counts) for record in records]
@@ -60,18 +62,18 @@ class ExampleEncoder:
         pair, chat = [task.prompt_field, task.completion_field], task.messages_field
         given = [name for name in (*pair, chat) if record.fields.get(name) is not None]
         if not given:
-            raise UserError(
-                f"{where} has neither {pair[0]!r} with {pair[1]!r} nor {chat!r}, only {list(record.fields)}: set "
+            raise BadRecord(
+                f"{where} has neither {pair[0]!r} with {pair[1]!r} nor {chat!r}, only {record.names}: set "
                 "task.prompt_field and task.completion_field, or task.messages_field"
             )
         if given == [chat]:
             return self._chat(record.fields[chat], f"{where}: {chat!r}", counts)
-        require(
+        require_good(
             chat not in given,
             f"{where} has both {given[0]!r} and {chat!r}: an example is the one or the other, leave one out",
         )
         for name in pair:
-            require(name in given, f"{where} has no {name!r} beside its {given[0]!r}: an example needs both")
+            require_good(name in given, f"{where} has no {name!r} beside its {given[0]!r}: an example needs both")
         prompt, completion = (_text(record.fields[name], f"{where}: {name!r}") for name in pair)
         return [(prompt, _not_empty(completion, f"{where}: {pair[1]!r}"))]
 
@@ -107,11 +109,11 @@ class ExampleEncoder:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where} is {value!r:.40}, not a string: write it as text")
+        raise BadRecord(f"{where} is {value!r:.40}, not a string: write it as text")
     require_characters(value, where)
     return value
 
 
 def _not_empty(text: str, where: str) -> str:
-    require(bool(text.strip()), f"{where} is empty, so nothing to learn: write one, or leave the record out")
+    require_good(bool(text.strip()), f"{where} is empty, so nothing to learn: write one, or leave the record out")
     return text

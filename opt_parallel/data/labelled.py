@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from opt_parallel.data.encoding import EMPTY, Record, columns_of
+from opt_parallel.data.encoding import EMPTY, columns_of, require_characters
+from opt_parallel.data.records import BadRecord, Record
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
 from opt_parallel.data.tokens import count_tokens, encode_documents
 from opt_parallel.errors import UserError
@@ -22,6 +23,7 @@ from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.task_config import TaskConfig, Truncation, name_of
 
 MOST_LABELS = 10_000  # different ones: more are no labels but texts, and would not fit in memory
+MOST_DIGITS = 100  # of a label that is a number; Python reads no number of thousands
 SINGLE, MULTI = ProblemType.single_label_classification, ProblemType.multi_label_classification
 
 
@@ -47,9 +49,13 @@ class LabelledEncoder:
         kind = labels.problem_type and labels.problem_type.value
         return ["labelled", self.tokenizer.to_str(), self.end, self.length, fields, list(labels.names), kind]
 
-    def encode(self, records: list[Record]) -> Encoded:
+    def check(self, record: Record) -> tuple[list[str], int | list[float]]:
+        """The texts and the label of a record."""
         fields = [name for name in (self.text_field, self.task.pair_field) if name is not None]
-        examples = [([_text(record, name) for name in fields], self._label(record)) for record in records]
+        return [_text(record, name) for name in fields], self._label(record)
+
+    def encode(self, records: list[Record]) -> Encoded:
+        examples = [self.check(record) for record in records]
         kept = [(texts, label) for texts, label in examples if any(text.strip() for text in texts)]
         ids = iter(encode_documents(self.tokenizer, [text for texts, _ in kept for text in texts]))
         counts: Counter[str] = Counter({EMPTY: len(records) - len(kept)} if len(kept) < len(records) else {})
@@ -83,41 +89,43 @@ class LabelledEncoder:
         if problem_type is SINGLE:
             return self._number(value, record.where)
         if not isinstance(value, list):
-            raise UserError(f"{record.where}: the label {value!r} is no list of names, which {MULTI.value} needs")
+            raise BadRecord(f"{record.where}: the label {value!r} is no list of names, which {MULTI.value} needs")
         chosen = {self._number(each, record.where) for each in value}
         return [float(number in chosen) for number in range(len(self.labels.names))]
 
     def _number(self, value: Any, where: str) -> int:
         if isinstance(value, (list, dict)):
-            raise UserError(f"{where}: the label {value!r:.60} is not one name: correct it, or set task.problem_type")
+            raise BadRecord(f"{where}: the label {value!r:.60} is not one name: correct it, or set task.problem_type")
         name = name_of(value)
         if name not in self.numbers:
             known = ", ".join(self.labels.names[:10]) + (", …" if len(self.labels.names) > 10 else "")
-            raise UserError(f"{where}: the label {name!r} is none of {known}: correct it, or name all in task.labels")
+            raise BadRecord(
+                f"{where}: the label {name!r:.60} is none of {known}: correct it, or name all in task.labels"
+            )
         return self.numbers[name]
 
     def _measures(self, value: Any, where: str) -> list[float]:
         values, number = value if isinstance(value, list) else [value], len(self.labels.names)
         try:
             measures = [float(each) for each in values if not isinstance(each, bool)]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # a whole number of hundreds of digits is no float
             measures = []
         if len(measures) != number or len(values) != number or not all(map(math.isfinite, measures)):
             expected = "a number" if number == 1 else f"{number} numbers"
-            raise UserError(f"{where}: the label {value!r:.60} is not {expected}, which regression needs: correct it")
+            raise BadRecord(f"{where}: the label {value!r:.60} is not {expected}, which regression needs: correct it")
         return measures
 
 
-def find_labels(task: TaskConfig, records: Iterable[Record]) -> Labels:
-    """The labels of `records`, where the task leaves them open: their kind, their names sorted, or how many numbers.
+def find_labels(task: TaskConfig, records: Iterable[Record], declared: Sequence[str] = ()) -> Labels:
+    """The labels of `records`, where the task leaves them open: their kind, their names, or how many numbers. Names
+    that the data declare come first, in their order, then others that are found, sorted.
 
-    Raises: UserError for kinds that do not go together, for one label alone, and for too many."""
+    Raises: UserError for kinds that do not go together, for one label alone, and for too many; BadRecord."""
     kinds: dict[tuple[bool, str], str] = {}  # → where the first of each stands
     names: set[str] = set()
     width = 1
     for record in records:
-        value = label_of(record, task.label_field)
-        several = isinstance(value, list)
+        value, several = check_label(record, task.label_field)
         values = value if several else [value]
         if not kinds:
             width = len(values)
@@ -132,31 +140,40 @@ def find_labels(task: TaskConfig, records: Iterable[Record]) -> Labels:
         return Labels(tuple(task.labels), problem_type)
     fix = f"name a field with fewer in task.label_field={task.label_field}, or all labels in task.labels"
     require(len(names) <= MOST_LABELS, f"there are over {MOST_LABELS:,} different labels: {fix}")
-    found = ", ".join(map(repr, names))
+    every = [*declared, *_sorted(names - set(declared))] if names else []
     require(
-        len(names) >= (2 if problem_type is SINGLE else 1),
-        f"all labels are {found}, and there is nothing to tell apart: name all labels in task.labels"
-        if names
+        len(every) >= (2 if problem_type is SINGLE else 1),
+        f"all labels are {every[0]!r:.60}, and there is nothing to tell apart: name all labels in task.labels"
+        if every
         else "no example has a label: name them in task.labels",
     )
-    return Labels(tuple(_sorted(names)), problem_type)
+    return Labels(tuple(every), problem_type)
+
+
+def check_label(record: Record, label_field: str) -> tuple[Any, bool]:
+    """The label of a record, and whether it is a list of several. Raises: BadRecord if it can be no label."""
+    value = label_of(record, label_field)
+    several = isinstance(value, list)
+    for each in value if several else [value]:
+        _kind(each, record.where)
+    return value, several
 
 
 def label_of(record: Record, label_field: str) -> Any:
-    """Raises: UserError if there is none."""
+    """Raises: BadRecord if there is none."""
     if record.fields.get(label_field) in (None, ""):
         has = "an empty" if label_field in record.fields else "no"
-        raise UserError(
-            f"{record.where} has {has} field {label_field!r} among {list(record.fields)}: set task.label_field"
-        )
+        raise BadRecord(f"{record.where} has {has} field {label_field!r} among {record.names}: set task.label_field")
     return record.fields[label_field]
 
 
 def _kind(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        require_characters(value, f"{where}: the label")
     for kind, types in (("a name", (str, bool)), ("a whole number", int), ("a number", float)):
         if isinstance(value, types):
             return kind
-    raise UserError(f"{where}: the label {value!r:.60} is no name and no number: correct it, or set task.label_field")
+    raise BadRecord(f"{where}: the label {value!r:.60} is no name and no number: correct it, or set task.label_field")
 
 
 def _problem_type(kinds: dict[tuple[bool, str], str]) -> ProblemType:
@@ -178,12 +195,14 @@ def _problem_type(kinds: dict[tuple[bool, str], str]) -> ProblemType:
 
 def _sorted(names: set[str]) -> list[str]:
     """Numbers by their size, anything else by its letters."""
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    numbers = all(name.isdecimal() and len(name) <= MOST_DIGITS for name in names)
+    return sorted(names, key=int) if numbers else sorted(names)
 
 
 def _text(record: Record, name: str) -> str:
     text = record.fields.get(name)
     if not isinstance(text, str):
         has = f"{text!r:.40} as {name!r}, not a text" if name in record.fields else f"no field {name!r}"
-        raise UserError(f"{record.where} has {has}: set data.text_field and task.pair_field to fields with texts")
+        raise BadRecord(f"{record.where} has {has}: set data.text_field and task.pair_field to fields with texts")
+    require_characters(text, record.where)
     return text

@@ -18,8 +18,9 @@ from opt_parallel.data.chat import brings_another, chat_template
 from opt_parallel.data.encoding import Encoder, Text, TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.finetuning import ExampleEncoder
-from opt_parallel.data.labelled import LabelledEncoder, find_labels
+from opt_parallel.data.labelled import LabelledEncoder, check_label, find_labels
 from opt_parallel.data.python_text import python_documents, split, write_split
+from opt_parallel.data.records import LEFT_OUT, BadRecord, BadRecords, sift
 from opt_parallel.data.sameness import content_of
 from opt_parallel.data.selection import HeldOut
 from opt_parallel.data.sources import Corpus
@@ -32,7 +33,8 @@ from opt_parallel.data.tokens import (
     save_tokenizer,
     train_tokenizer,
 )
-from opt_parallel.data_config import SourceConfig
+from opt_parallel.data_config import BadRecordsPolicy, SourceConfig
+from opt_parallel.errors import UserError
 from opt_parallel.log import say
 from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.task_config import Task
@@ -85,6 +87,7 @@ def prepare(run: Run) -> Prepared:
     shared = {path for corpus in train for path in corpus.files} & {path for each in validation for path in each.files}
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
+    _tell_left_out([*train, *validation])
     folder = prepare_tokenizer(run, train)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
     stores = []
@@ -115,6 +118,7 @@ def prepare_validation(run: Run) -> Prepared:
     Raises: `UserError`, on every rank alike."""
     require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
     corpora = [_known(run, "data.validation", source) for source in run.data.validation_sources]
+    _tell_left_out(corpora)
     folder = prepare_tokenizer(run, corpora)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
     materials = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
@@ -149,12 +153,21 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
         return Labels(tuple(task.labels), task.problem_type)
 
     def fill_in(folder: Path) -> None:
-        found = find_labels(task, (record for corpus in corpora for record in corpus.records()))
+        declared = [name for corpus in corpora for name in corpus.class_names(task.label_field)]
+        items, bad = (item for corpus in corpora for item in corpus.items()), BadRecords()
+        try:
+            found = find_labels(task, sift(items, lambda record: check_label(record, task.label_field), bad), declared)
+        except UserError as error:
+            raise (bad.refusal() if bad.count else error) from error
+        if bad.count and run.data.bad_records is BadRecordsPolicy.error:
+            raise bad.refusal()
         assert found.problem_type is not None
         content = {"names": found.names, "problem_type": found.problem_type.value}
         (folder / LABELS).write_text(json.dumps(content), encoding="utf-8")
 
     asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
+    asked += ["named classes"] if any(corpus.tells_classes for corpus in corpora) else []
+    asked += [LEFT_OUT] if run.data.bad_records is BadRecordsPolicy.skip else []
     made_from = [corpus.made_from() for corpus in corpora]
     formerly = [corpus.identity() for corpus in corpora]
     folder = whole(cached(run, "labels", [made_from, asked], [formerly, asked]), fill_in)
@@ -162,9 +175,16 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
     return Labels(tuple(found["names"]), ProblemType(found["problem_type"]))
 
 
+def _tell_left_out(corpora: list[Corpus]) -> None:
+    for corpus in corpora:
+        if corpus.left_out:
+            say(f"note: {corpus.key}: not read of what was searched: {corpus.left_out}")
+
+
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
     paths = _with_python_text(run, list(source.path))
-    return Corpus.find(key, paths, source.text_field, source.template, source.subset, source.split)
+    skip = run.data.bad_records is BadRecordsPolicy.skip
+    return Corpus.find(key, paths, source.text_field, source.template, source.subset, source.split, skip)
 
 
 def _known(run: Run, key: str, source: SourceConfig) -> Corpus:
@@ -216,7 +236,13 @@ def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
     weights = [Fraction(source.weight) for source in run.data.train_sources]
 
     def fill_in(folder: Path) -> None:
-        save_tokenizer(train_tokenizer(in_proportion(train, weights), run.model.vocab_size), folder)
+        try:
+            save_tokenizer(train_tokenizer(in_proportion(train, weights), run.model.vocab_size), folder)
+        except BadRecord as error:
+            bad = BadRecords()
+            for corpus in train:
+                bad.seek(corpus.items(), corpus.text.of)
+            raise bad.refusal() from error
 
     made_from, formerly = (
         [
@@ -255,8 +281,11 @@ def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: 
                 tokens > 0,
                 f"data.held_out={run.data.held_out} of {documents} is not one document: raise it, or set it to 0",
             )
-        require(tokens > 0, f"{key}: there is no text in {documents}: name files that hold some")
+        bad = next((f"; left out: {line}" for meta in metas for line in meta.bad), "")
+        require(tokens > 0, f"{key}: there is no text in {documents}: name files that hold some{bad}")
         finish_store(folder, materials[0].encoder.columns, metas, tokenizer)
+        for line in TokenStore(folder).manifest["statistics"]["bad_records"]:
+            say(f"left out: {line}")
 
     made_from, formerly = [each.made_from() for each in materials], [each.identity() for each in materials]
     folder = whole(cached(run, "store", made_from, formerly), fill_in)
@@ -265,5 +294,5 @@ def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: 
 
 
 def _begins_with_chat(run: Run, corpus: Corpus) -> bool:
-    first = next(corpus.records(), None)
+    first = next(replace(corpus, skip_bad=True).records(), None)
     return first is not None and first.fields.get(run.task.messages_field) is not None

@@ -18,8 +18,8 @@ from filelock import FileLock
 
 from opt_parallel.config import Run
 from opt_parallel.data.cache import cached
-from opt_parallel.data.files import ending_of
 from opt_parallel.data.sources import Corpus
+from opt_parallel.data.unpacking import ending_of
 from opt_parallel.data.workers import progress
 from opt_parallel.errors import UserError
 from opt_parallel.machine import cpus

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.data.encoding import Record, Text
-from opt_parallel.data.files import (
-    ENDINGS,
-    PIECE_BYTES,
-    ROWS_READ,
-    Piece,
-    ending_of,
-    has_text,
-    numbered,
-    pieces_of,
-    records_of,
-)
-from opt_parallel.errors import UserError, one_line
-from opt_parallel.paths import reach
+from opt_parallel.data.encoding import Text
+from opt_parallel.data.files import PARQUET, PIECE_BYTES, Piece, numbered, pieces_of, records_of, shown
+from opt_parallel.data.finding import Found, find, in_words
+from opt_parallel.data.hub_data import Dataset
+from opt_parallel.data.parquet import names_in
+from opt_parallel.data.records import BadRecords, Item, Record, sift
+from opt_parallel.data.unpacking import ending_of
+from opt_parallel.errors import UserError
 from opt_parallel.shapes import require
 
 ROWS_APART = 4096  # of a dataset: a piece is a multiple of so many
@@ -33,10 +24,10 @@ ROWS_APART = 4096  # of a dataset: a piece is a multiple of so many
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of a dataset that `datasets` has opened; `size`: their bytes, about."""
+    """Rows `start` to `stop` of a dataset that is `opened`; `size`: their bytes, about."""
 
-    name: str
-    dataset: Any
+    dataset: Dataset
+    opened: Any
     start: int
     stop: int
     size: int
@@ -56,7 +47,9 @@ class Unit:
 @dataclass(frozen=True)
 class Corpus:
     """The text of one setting `key` (data.train): files in the order of their names, then datasets of the hub, or in
-    folders of their form, with their `subset` and `split`. A file that several entries lead to counts once."""
+    folders of their form, with their `subset` and `split`. A file that several entries lead to counts once.
+
+    `left_out`: what a search did not take, in words; `skip_bad`: bad records are left out instead of raised."""
 
     key: str
     files: tuple[Path, ...]
@@ -64,6 +57,8 @@ class Corpus:
     text: Text
     subset: str | None = None
     split: str = "train"
+    left_out: str = field(default="", compare=False)
+    skip_bad: bool = False
     content: tuple[str, ...] = ()  # of its files, where it was looked into: data/sameness.py
 
     @classmethod
@@ -75,28 +70,29 @@ class Corpus:
         template: str | None = None,
         subset: str | None = None,
         split: str | None = None,
+        skip_bad: bool = False,
     ) -> Corpus:
         """The files and datasets that `entries` name; with `subset` or `split` all are datasets. Raises: UserError."""
         require(bool(entries), f"{key} is not set: name a file, a folder, a glob or a hub id, or a list of them")
-        files: set[Path] = set()
-        hub: set[str] = set()
+        found = Found()
         for entry in entries:
-            reach(f"{key}=", entry)
-            found = [] if subset or split else sorted(path.absolute() for path in _find_files(key, entry))
-            for path in found:
-                readable = os.access(path, os.R_OK)
-                require(readable, f"{key}: {path} cannot be read: change its permissions or leave it out")
-            require(len(found) != 1 or has_text(found[0]), f"{key}={entry} holds no text: name a file that does")
-            files.update(found)
-            if not found:
-                hub.add(entry)
+            found.update(Found(datasets=[entry]) if subset or split else find(key, entry))
         default = "validation" if key.startswith("data.validation") else "train"
-        return cls(key, tuple(sorted(files)), tuple(sorted(hub)), Text(text_field, template), subset, split or default)
+        return cls(
+            key,
+            tuple(sorted(found.files.values())),
+            tuple(sorted(set(found.datasets))),
+            Text(text_field, template),
+            subset,
+            split or default,
+            in_words(found.left_out),
+            skip_bad,
+        )
 
     def made_from(self) -> list[Any]:
         """What changes when the text does, and not where it lies."""
         hub = [[None if Path(name).is_dir() else name, self.subset, self.split] for name in self.hub]
-        return [list(self.content), hub, self.text.field]
+        return [list(self.content), hub, self.text.field, *self._reading]
 
     @property
     def folders(self) -> list[Path]:
@@ -111,7 +107,12 @@ class Corpus:
         except OSError as error:
             raise UserError(f"{self.key}: {error.filename} cannot be read ({error.strerror}): bring it back") from error
         files = [[str(path), each.st_size, each.st_mtime_ns] for path, each in status]
-        return [files, [[name, self.subset, self.split] for name in self.hub], self.text.field]
+        return [files, [[name, self.subset, self.split] for name in self.hub], self.text.field, *self._reading]
+
+    @property
+    def _reading(self) -> list[str]:
+        """What sets its text apart from that of the same files in earlier versions."""
+        return ["quotation marks are text"] if any(ending_of(path)[0] == ".tsv" for path in self.files) else []
 
     @property
     def names(self) -> str:
@@ -135,119 +136,76 @@ class Corpus:
             size += piece.size
         return [*units, Unit(tuple(gathered))] if gathered else units
 
-    def read(self, unit: Unit, count_lines: bool = False) -> Iterator[Record]:
-        """The records of a unit; with `count_lines` messages name the right lines. Raises: UserError."""
+    def read(self, unit: Unit, count_lines: bool = False) -> Iterator[Item]:
+        """The records of a unit, bad ones too; with `count_lines` messages name the right lines. Raises: UserError."""
         for piece in unit.pieces:
             if isinstance(piece, Slice):
-                yield from _rows(piece, f"{self.key}={piece.name}")
+                yield from piece.dataset.rows(piece.opened, piece.start, piece.stop)
             else:
                 yield from records_of(numbered(piece) if count_lines else piece, self.key, self.text.field)
 
-    def records(self) -> Iterator[Record]:
-        """Every record, in order. Raises: UserError that names file and line."""
+    def items(self) -> Iterator[Item]:
+        """Every record, bad ones too, in order. Raises: UserError."""
         for unit in self.units(cut=False):
             yield from self.read(unit)
 
+    def records(self) -> Iterator[Record]:
+        """Every record, in order. Raises: UserError that names file and line."""
+        return sift(self.items(), lambda record: None, self._bad())
+
     def documents(self) -> Iterator[str]:
         """The text of every record, white space at its end removed."""
-        return (self.text.of(record).rstrip() for record in self.records())
+        return (self.text.of(record).rstrip() for record in sift(self.items(), self.text.of, self._bad()))
 
     def sampled(self, share: float) -> Iterator[str]:
         """About `share` of the text: the beginning of each unit."""
         for unit in self.units():
             left = share * unit.size
-            for record in self.read(unit):
+            for record in sift(self.read(unit), self.text.of, self._bad()):
                 if left <= 0:
                     break
                 left -= len(json.dumps(dict(record.fields), ensure_ascii=False, default=str)) + 1
                 yield self.text.of(record).rstrip()
 
-    def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Record]]:
-        """The records behind the first `taken` of a unit, with the numbers of their units: files first, each whole,
-        then each dataset, which arrives as it is read. Raises: UserError, also if a dataset ends before its end."""
-        files = self.units(cut=False) if not self.hub else Corpus(self.key, self.files, (), self.text).units(cut=False)
+    def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Item]]:
+        """The records behind the first `taken` of a unit, bad ones too, with the numbers of their units: files first,
+        each whole, then each dataset, which arrives as it is read. Raises: UserError, also if a dataset ends before its
+        end."""
+        files = replace(self, hub=()).units(cut=False)
         for number in range(unit, len(files) + len(self.hub)):
             skip = taken if number == unit else 0
             if number < len(files):
-                records: Iterator[Record] = islice(self.read(files[number]), skip, None)
+                items: Iterator[Item] = islice(self.read(files[number]), skip, None)
             else:
-                records = self._stream(self.hub[number - len(files)], skip)
-            yield from ((number, record) for record in records)
+                items = self._dataset(self.hub[number - len(files)]).stream(skip)
+            yield from ((number, item) for item in items)
+
+    @property
+    def tells_classes(self) -> bool:
+        """Whether there can be columns of numbers that stand for names."""
+        return bool(self.hub) or any(ending_of(path)[0] == PARQUET for path in self.files)
+
+    def class_names(self, column: str) -> list[str]:
+        """The names of the classes of a column that holds their numbers, in their order. Raises: UserError."""
+        files = [path for path in self.files if ending_of(path)[0] == PARQUET]
+        told = [names_in(path, f"{self.key}: {shown(path)}").get(column, []) for path in files]
+        told += [self._dataset(name).class_names(column) for name in self.hub]
+        return list(dict.fromkeys(name for names in told for name in names))
+
+    def _bad(self) -> BadRecords | None:
+        return BadRecords() if self.skip_bad else None
+
+    def _dataset(self, name: str) -> Dataset:
+        return Dataset(self.key, name, self.subset, self.split)
 
     def _slices(self, name: str) -> list[Slice]:
-        dataset = self._load(name, streaming=False)
-        row_bytes = dataset.data.nbytes / max(len(dataset), 1)
+        dataset = self._dataset(name)
+        opened = dataset.load()
+        row_bytes = opened.data.nbytes / max(len(opened), 1)
         rows = max(1, int(PIECE_BYTES / max(row_bytes, 1)) // ROWS_APART) * ROWS_APART
-        starts = range(0, len(dataset), rows)
-        stops = [min(start + rows, len(dataset)) for start in starts]
+        starts = range(0, len(opened), rows)
+        stops = [min(start + rows, len(opened)) for start in starts]
         return [
-            Slice(name, dataset, start, stop, int((stop - start) * row_bytes))
+            Slice(dataset, opened, start, stop, int((stop - start) * row_bytes))
             for start, stop in zip(starts, stops, strict=True)
         ]
-
-    def _stream(self, name: str, skip: int) -> Iterator[Record]:
-        dataset = self._load(name, streaming=True)
-        splits = dataset.info.splits or {}
-        expected = splits[self.split].num_examples if self.split in splits else None
-        number = skip
-        rows = iter(dataset.skip(skip) if skip else dataset)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                break
-            except Exception as error:  # the library raises many kinds, the network more
-                raise UserError(
-                    f"{self.key}={name} broke off after {number:,} rows ({one_line(error)}): nothing is lost, the same "
-                    "command goes on from there"
-                ) from error
-            yield Record(f"{self.key}={name}, row {number}", row)
-            number += 1
-        require(
-            not expected or number >= expected,
-            f"{self.key}={name} ended after {number:,} rows, its split {self.split!r} has {expected or 0:,}: nothing "
-            "is lost, the same command goes on from there",
-        )
-
-    def _load(self, name: str, streaming: bool) -> Any:
-        import datasets  # takes a second, and files do not need it
-
-        datasets.disable_progress_bars()
-        try:
-            return datasets.load_dataset(name, self.subset, split=self.split, streaming=streaming)
-        except Exception as error:  # the library raises many kinds, the network more
-            raise UserError(
-                f"{self.key}={name}: no such file, folder or glob, and the hub did not give its split {self.split!r} "
-                f"({one_line(error)}): check the path or the hub id"
-            ) from error
-
-
-def _rows(piece: Slice, where: str) -> Iterator[Record]:
-    for first in range(piece.start, piece.stop, ROWS_READ):
-        columns = piece.dataset[first : min(first + ROWS_READ, piece.stop)]
-        for number, values in enumerate(zip(*columns.values(), strict=True), start=first):
-            yield Record(f"{where}, row {number}", dict(zip(columns, values, strict=True)))
-
-
-def _find_files(key: str, entry: str) -> list[Path]:
-    """The files of one entry; none if it can only be a hub id. Raises: `UserError`."""
-    there, path = reach(f"{key}=", entry), Path(os.path.expanduser(entry))
-    if there and path.is_file():
-        return [path]
-    if there:
-        found = [file for file in path.rglob("*") if _is_text(file, path)]
-        require(bool(found), f"{key}={entry} holds no text: a folder is searched for {', '.join(ENDINGS)}")
-        return found
-    if glob.has_magic(entry):
-        found = [file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()]
-        require(bool(found), f"{key}={entry} matches no file: check the pattern, or name the files")
-        return found
-    hub_id = re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", entry) and ending_of(path)[0] not in ENDINGS
-    require(bool(hub_id), f"{key}={entry}: no such file or folder; check the path")
-    return []
-
-
-def _is_text(file: Path, folder: Path) -> bool:
-    """Whether the search of `folder` takes `file`: by its ending, and nothing hidden."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return ending_of(file)[0] in ENDINGS and file.is_file() and not hidden

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.filling import WORDS, PartMeta, add_counts
+from opt_parallel.data.records import LISTED
 from opt_parallel.data.store import Column, TokenStore, write_manifest
 
 EXAMPLES, EXAMPLE_TOKENS = 3, 32
@@ -31,6 +32,7 @@ def finish_store(
         "text_bytes": sum(meta.text_bytes for meta in metas),
         "lengths": lengths_in_short(lengths),
         "unigram_entropy": entropy(words),
+        "bad_records": [line for meta in metas for line in meta.bad][:LISTED],
     }
     parts = [meta.part for meta in metas]
     write_manifest(folder, columns, parts, counts, statistics=statistics)
@@ -86,4 +88,5 @@ def table_of(store: TokenStore) -> list[list[str]]:
         ["tokens of a document", lengths],
         ["unigram entropy", f"{known['unigram_entropy']:.3f} nats"],
         *(["begins" if number == 0 else "", text] for number, text in enumerate(shown)),
+        *(["left out" if number == 0 else "", line] for number, line in enumerate(known.get("bad_records", []))),
     ]

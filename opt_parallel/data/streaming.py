@@ -21,13 +21,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from opt_parallel.data.encoding import Record, batches_of
+from opt_parallel.data.encoding import batches_of
 from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
 from opt_parallel.data.filling import META, Material, PartMaker, PartMeta, part_name, read_meta
+from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
 from opt_parallel.errors import UserError
+from opt_parallel.log import say
 from opt_parallel.machine import cpus
 from opt_parallel.shapes import require
 from opt_parallel.storage.atomic import PARTIAL, remove
@@ -87,23 +89,26 @@ class Filling:
         position = (metas[-1].position[0], metas[-1].position[1]) if metas else (0, 0)
         if done >= self.enough:
             return
-        maker, begun = PartMaker(self.folder, part_name(len(metas)), encoder), time.monotonic()
+        maker, bad, begun = PartMaker(self.folder, part_name(len(metas)), encoder), BadRecords(), time.monotonic()
         try:
             for place, batch in _batches(corpus, *position):
-                maker.write(encoder.encode(batch))
+                maker.write(encoder.encode(self.material.good(batch, bad)))
                 position, tokens = place, maker.writer.tokens
                 full = tokens >= self.part_tokens or time.monotonic() - begun > PART_SECONDS
                 if full or done + tokens >= self.enough:
-                    metas.append(maker.finish(position))
+                    metas.append(maker.finish(position, bad=bad))
                     done += tokens
                     if done >= self.enough:
                         return
-                    maker, begun = PartMaker(self.folder, part_name(len(metas)), encoder), time.monotonic()
-        except UserError:
+                    maker, bad = PartMaker(self.folder, part_name(len(metas)), encoder), BadRecords()
+                    begun = time.monotonic()
+        except UserError as error:
             if maker.writer.documents:
-                maker.finish(position)  # what came before stays
+                maker.finish(position, bad=bad)  # what came before stays
+            if isinstance(error, BadRecord):  # how many there are in all is not known before the end
+                raise UserError(f"{error}; data.bad_records=skip leaves such records out") from error
             raise
-        metas.append(maker.finish(position))
+        metas.append(maker.finish(position, bad=bad))
         require(
             corpus.identity() == before,
             f"{corpus.key}: {corpus.names} changed while it was read: start again when it is whole",
@@ -111,11 +116,11 @@ class Filling:
         finish_store(self.folder, encoder.columns, metas, None)
 
 
-def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int, int], list[Record]]]:
+def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int, int], list[Item]]]:
     """Batches of records behind the first `taken` of a unit, each with the place behind it."""
     for number, group in groupby(corpus.streamed(unit, taken), key=itemgetter(0)):
         taken = taken if number == unit else 0
-        for batch in batches_of(record for _, record in group):
+        for batch in batches_of(item for _, item in group):
             taken += len(batch)
             yield (number, taken), batch
 
@@ -139,6 +144,7 @@ class GrowingStore(TokenStore):
         """`length`: tokens of a row."""
         self.folder, self.columns, self.length = folder, dict(columns), length
         self.parts: list[Part] = []
+        self.bad = 0  # records that were left out so far
         self._first_token, self._first_document = [0], [0]
         self.ended, self.looking = False, threading.Lock()
         self.old_failure = failure_of(folder)
@@ -174,12 +180,19 @@ class GrowingStore(TokenStore):
                 return True
             ended = (self.folder / MANIFEST).exists()  # before the parts: they are all there then
             while (meta := self.folder / part_name(len(self.parts)) / META).exists():
-                part = read_meta(meta.parent).part
+                known = read_meta(meta.parent)
+                part = known.part
+                self._tell_bad(known)
                 self._first_token.append(self._first_token[-1] + part.tokens)
                 self._first_document.append(self._first_document[-1] + part.documents)
                 self.parts.append(part)
             self.ended = ended
             return ended or self.tokens >= tokens
+
+    def _tell_bad(self, meta: PartMeta) -> None:
+        for line in meta.bad[: max(0, LISTED - self.bad)]:
+            say(f"left out: {line}")
+        self.bad += meta.counts.get(LEFT_OUT, 0)
 
     def _being_filled(self) -> bool:
         try:

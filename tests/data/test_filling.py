@@ -17,8 +17,9 @@ import pytest
 from command import ROOT, environment
 
 from opt_parallel.data import files, filling, selection, sources, workers
-from opt_parallel.data.encoding import Record, Text, TextEncoder
+from opt_parallel.data.encoding import Text, TextEncoder
 from opt_parallel.data.filling import Material, fill
+from opt_parallel.data.records import Record
 from opt_parallel.data.selection import digests_of, find_duplicates
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.store import Encoded

@@ -11,9 +11,9 @@ import pytest
 from finetuning import encode, examples_of, some_records, store_of, tokenizer
 
 from opt_parallel.data.chat import brings_another, chat_template
-from opt_parallel.data.encoding import Record
 from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.packing import Examples, pack
+from opt_parallel.data.records import Record
 from opt_parallel.data.store import Encoded
 from opt_parallel.data.tokens import encode_documents, save_tokenizer
 from opt_parallel.errors import UserError

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer
 
 from opt_parallel.data.batches import validation_batches
-from opt_parallel.data.encoding import Record
 from opt_parallel.data.labelled import LabelledEncoder, find_labels
+from opt_parallel.data.records import Record
 from opt_parallel.data.samples import Labelled, collate
 from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
 from opt_parallel.data.tokens import check_padding, save_tokenizer, train_tokenizer

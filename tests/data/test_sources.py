@@ -70,7 +70,7 @@ def test_a_dataset_in_a_folder_of_its_form(tmp_path: Path) -> None:
     identity = train.identity()
     os.utime(tmp_path / "train.jsonl", ns=(1, 1))
     assert train.identity() != identity
-    with pytest.raises(UserError, match="the hub did not give its split 'test'"):
+    with pytest.raises(UserError, match="has no split 'test', only train, validation"):
         list(Corpus.find("data.train", [str(tmp_path)], split="test").records())
 
 
@@ -100,7 +100,7 @@ def test_a_stream_that_ends_early(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ended after 3 rows, its split 'train' has 4: nothing is lost, the same"):
         list(corpus.streamed())
     (tmp_path / "train.jsonl").write_text(GOOD * 3 + '{"text": ')
-    with pytest.raises(UserError, match=r"broke off after \d rows .*: nothing is lost"):
+    with pytest.raises(UserError, match=r"train.jsonl, cannot be read after \d rows \(JSON parse error"):
         list(corpus.streamed())
 
 
@@ -165,7 +165,7 @@ def test_blank_lines_at_the_end_are_fine(tmp_path: Path) -> None:
 
 def test_files_without_text(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    fails("empty holds no text: a folder is searched for .md, .py, .rst, .txt, .jsonl, .json, .csv", tmp_path / "empty")
+    fails("empty holds no text: a folder is searched for .md, .py, .rst, .txt, .jsonl, .*.csv", tmp_path / "empty")
     (tmp_path / "blank.txt").write_text(" \n\n")
     fails("blank.txt holds no text: name a file that does", tmp_path / "blank.txt")
     (tmp_path / "bytes.txt").write_bytes(b"abc \xff")

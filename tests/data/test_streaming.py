@@ -19,10 +19,11 @@ from test_mixture import ids_of
 from opt_parallel.clock import Clock
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import streaming, tasks
-from opt_parallel.data.encoding import Record, TextEncoder
+from opt_parallel.data.encoding import TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.order import Streamed
 from opt_parallel.data.prepare import Prepared, prepare
+from opt_parallel.data.records import Record
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import Encoded, TokenStore
