@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from opt_parallel.curve import SMOOTH_FROM, Curve, Row, draw_curves, losses_of, smoothed
+from opt_parallel.curve import SMOOTH_FROM, Curve, draw_curves, losses_of, smoothed
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.log import aligned
+from opt_parallel.storage.rows import METRICS, Row, in_words, read_rows
 
-METRICS, CONFIG = "metrics.jsonl", "config.yaml"
+CONFIG = "config.yaml"
 INNER = {"checkpoints", "export", "logs", "wandb"}  # of a run's folder; no runs there
 OWN = {"run.dir", "run.name"}  # differ between any two runs
 MOST_COLUMNS = 6  # settings in the table of runs; more of them get a table of their own
@@ -112,22 +113,12 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
 
 def _rows(path: Path) -> list[Row]:
     """All rows, less a last one that is being written, or that a kill cut short."""
-    rows: list[Row] = []
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        rows, damaged = read_rows(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            # each raises what is caught below where the key is missing or the number is none
-            _ = row["kind"], math.isfinite(row["step"]), row["loss"] is None or math.isfinite(row["loss"])
-        except (ValueError, LookupError, TypeError):
-            raise UserError(
-                f"{path}, line {number} is no row of metrics: {line[:40].decode(errors='replace')!r}; restore the "
-                "file, or remove the line"
-            ) from None
-        rows.append(row)
+    if damaged:
+        raise UserError(f"{in_words(path, damaged)}; restore the file, or remove what is damaged")
     return rows
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from opt_parallel.storage.atomic import new_file
+from opt_parallel.storage.rows import Row
 
-Row = dict[str, Any]  # a line of metrics.jsonl
 MOST_NAMED = 40  # labels of a confusion matrix; the names of more overlap
 SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
 # Seven that differ for the colour-blind, too, and on paper (Okabe & Ito 2008, without the yellow, weak on white), then

@@ -7,7 +7,6 @@ tensors the device may still be computing, so each step's row is written one ste
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import resource
@@ -29,7 +28,8 @@ from opt_parallel.clock import Clock
 from opt_parallel.config import ActivationCheckpointing, Precision, Run
 from opt_parallel.curve import draw, losses_of, perplexity_of
 from opt_parallel.log import say
-from opt_parallel.storage.atomic import write_text
+from opt_parallel.storage.checked import dump_checked
+from opt_parallel.storage.rows import METRICS, Row, keep_rows, rows_of
 from opt_parallel.task_config import Task
 from opt_parallel.trackers import open_trackers
 
@@ -51,7 +51,6 @@ PEAK_TFLOPS = {
     "MI250X": 191.5,
 }
 
-Row = dict[str, Any]
 Mark = Any  # a moment: a CUDA event, or seconds of the host's clock
 
 
@@ -118,11 +117,11 @@ class _Recorder(Metrics):
         self._unigram_entropy: float | None = None
         self._pending: Callable[[], None] | None = None  # writes the row of the latest step
         self._trackers = open_trackers(run, clock)
-        self._path = run.folder / "metrics.jsonl"
-        _keep_rows(self._path, clock.step)
+        self._path = run.folder / METRICS
+        keep_rows(self._path, clock.step)
         self._samples = run.folder / "samples.jsonl"
         if run.evaluation.prompts or self._samples.exists():
-            _keep_rows(self._samples, clock.step)
+            keep_rows(self._samples, clock.step)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)  # a line is out as soon as it is written
         self._progress = _Progress(run, clock)
         self._opened_at, self._since = time.perf_counter(), _mark(device)
@@ -171,7 +170,7 @@ class _Recorder(Metrics):
         with self._samples.open("a", encoding="utf-8") as file:
             for prompt, text in pairs:
                 row = {"step": clock.step, "prompt": prompt, "text": text}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(dump_checked(row, ascii_only=False) + "\n")
         for tracker in self._trackers:
             said = {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(pairs, start=1)}
             tracker.log(said, step=clock.step)
@@ -197,7 +196,7 @@ class _Recorder(Metrics):
         self._flush()
         self._file.close()
         self._progress.close()
-        rows = [json.loads(line) for line in _whole_lines(self._path)]
+        rows = rows_of(self._path)
         parts = [self._reached(finished), self._losses(rows)]
         if rows:
             curve = self._run.folder / "curve.png"
@@ -235,7 +234,7 @@ class _Recorder(Metrics):
     def _write(self, kind: str, row: Row) -> None:
         unsayable = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         row = {"kind": kind} | row | dict.fromkeys(unsayable)  # JSON has no word for them but null
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(dump_checked(row) + "\n")
         values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step", "epochs"} if row[key] is not None}
         values |= {f"epochs/{source}": passed for source, passed in row.get("epochs", {}).items()}
         for tracker in self._trackers:
@@ -355,19 +354,6 @@ def forget_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The file's lines, less a last one that a kill cut short."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def _keep_rows(path: Path, last_step: int) -> None:
-    """Take back, at once or not at all, the rows of steps after `last_step`, which will be run again."""
-    lines = _whole_lines(path) if last_step > 0 and path.exists() else []
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= last_step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:

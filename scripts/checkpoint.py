@@ -53,12 +53,14 @@ def list_run(arguments: argparse.Namespace) -> int:
 
 
 def show(arguments: argparse.Namespace) -> int:
+    from opt_parallel.checkpoint.card import metrics_of
     from opt_parallel.checkpoint.inspect import groups_of, layout_of, losses_at
     from opt_parallel.manifest import read_manifest
 
     folder = arguments.folder
     manifest = read_manifest(folder)
-    clock, losses = manifest["clock"], losses_at(folder, manifest["clock"]["step"])
+    clock = manifest["clock"]
+    losses = losses_at(clock["step"], metrics_of(folder, clock["step"]))
     facts = {
         "step": f"{clock['step']:,} of {manifest['config']['steps']:,}; {manifest['updates']:,} moved the weights",
         "seen": f"{clock['samples']:,} samples, {clock['tokens']:,} tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -56,6 +57,23 @@ class Layout:
         extras = f"{'-recompute' * self.recompute}{'-offload' * self.offload}"
         plain = f"t{self.tensor}d{self.data}z{self.stage}m{self.micro}{extras}"
         return plain if self.precision == "fp32" else f"{plain}-{self.precision}"
+
+
+def pairwise(layouts: list[Layout]) -> list[Layout]:
+    """Some of `layouts`, in which each pair of settings appears that appears in any of them."""
+    wanted = set().union(*map(_pairs, layouts))
+    chosen: list[Layout] = []
+    while missing := wanted.difference(*map(_pairs, chosen)):
+        chosen.append(max(layouts, key=lambda layout: len(_pairs(layout) & missing) / layout.world**0.4))
+    for layout in sorted(chosen, key=lambda layout: layout.world, reverse=True):
+        others = [other for other in chosen if other != layout]
+        if wanted == set().union(*map(_pairs, others)):
+            chosen = others
+    return chosen
+
+
+def _pairs(layout: Layout) -> set[Any]:
+    return set(itertools.combinations(dataclasses.asdict(layout).items(), 2))
 
 
 def run_for(layout: Layout, model: dict[str, Any] | None = None, steps: int = 5, lr: float = 1e-3) -> Run:

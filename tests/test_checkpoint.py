@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import python, small, torchrun, train_rows
+from command import launch, python, small, torchrun, train_rows
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.reshard import CheckpointReader
@@ -40,7 +40,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 def test_resume_is_the_straight_run(stopped: tuple[Path, list[str]]) -> None:
     folder, arguments = stopped
     assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-2", "step-4"]
-    assert torchrun(2, "train.py", *arguments, f"run.dir={folder / 'straight'}").returncode == 0
+    assert launch(2, "train.py", *arguments, f"run.dir={folder / 'straight'}").returncode == 0
     resumed = torchrun(2, "train.py", *arguments)
     assert resumed.returncode == 0
     assert "continuing at step 4" in resumed.stdout
@@ -150,5 +150,5 @@ def test_generation_is_transformers_greedy_at_any_degree(stopped: tuple[Path, li
     text = tokenizer.decode(expected[0], skip_special_tokens=True)
     common = ["scripts/generate.py", "--prompt", "Sentence 7", "--max-new-tokens", "12"]
     one = python(*common, "--checkpoint", str(output))
-    two = torchrun(2, *common, "--checkpoint", str(checkpoint), "--tensor", "2")
+    two = launch(2, *common, "--checkpoint", str(checkpoint), "--tensor", "2")
     assert one.stdout == two.stdout == text + "\n", one.stderr + two.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from classifying import HELD_OUT, PROBLEMS, Examples, run_of, their_model, train, train_theirs
-from command import python, torchrun
+from command import launch, python
 from layouts import Layout, assemble
 
 from opt_parallel.config import EvaluationConfig, Run
@@ -142,7 +142,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
         "logging.wandb=disabled", "logging.tensorboard=false", "schedule.warmup_steps=0", "optimizer.lr=3e-3",
         f"data.cache={folder / 'cache'}", f"run.dir={folder / 'run'}", "export.at_end=true",
     ]  # fmt: skip
-    first = torchrun(2, "train.py", *arguments, "parallel.tensor=2", "zero.stage=3", "stop_at=4")
+    first = launch(2, "train.py", *arguments, "parallel.tensor=2", "zero.stage=3", "stop_at=4")
     assert first.returncode == 0, first.stderr
     second = python("train.py", *arguments, "zero.stage=0")
     assert second.returncode == 0, second.stderr

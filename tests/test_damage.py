@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import os
 import pickle
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, python, small, torchrun, train_rows
+from command import ROOT, launch, python, small, torchrun, train_rows
 from layouts import Layout, run_for
 from tampering import edit
 
@@ -35,7 +37,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run of two ranks, stopped and saved at each of steps 1 to 7, and its arguments."""
     folder = tmp_path_factory.mktemp("stopped")
     arguments = [*small(folder), "parallel.tensor=2", "zero.stage=1", "steps=9"]
-    process = torchrun(2, "train.py", *arguments, "checkpoint.every=1", "checkpoint.keep=9", "stop_at=7")
+    process = launch(2, "train.py", *arguments, "checkpoint.every=1", "checkpoint.keep=9", "stop_at=7")
     assert process.returncode == 0, process.stderr
     return folder, arguments
 
@@ -88,19 +90,9 @@ def damaged(stopped: tuple[Path, list[str]], tmp_path: Path) -> tuple[Path, list
     return checkpoints, [*arguments, f"run.dir={tmp_path / 'run'}"], wrong
 
 
-def test_damaged_ones_are_named_and_the_one_before_is_taken(damaged: Any) -> None:
-    checkpoints, arguments, wrong = damaged
-    process = torchrun(2, "train.py", *arguments, "checkpoint.keep=9")
-    assert process.returncode == 0, process.stderr
-    for warning, (step, what) in zip(warnings_of(process), wrong.items(), strict=True):
-        assert warning.startswith(f"warning: {checkpoints}/step-{step}: {what}")
-        assert warning.endswith(f"set aside as step-{step}.damaged")
-    assert "continuing at step 1:" in process.stdout
-    assert names_in(checkpoints) == ["step-1", *(f"step-{step}.damaged" for step in range(2, 8)), "step-9"]
-
-
-def find(run_dir: str, resume: str, model: ModelConfig) -> str:
-    """On the crew: the mistake that looking for a checkpoint ends with."""
+def find(run_dir: str, resume: str, tokenizer: str, model: ModelConfig) -> tuple[str, str]:
+    """On the crew: the name of the checkpoint that is found, or the mistake that looking for one ends with; and what is
+    said on the way."""
     import dataclasses
 
     from opt_parallel.checkpoint.store import Store
@@ -109,20 +101,30 @@ def find(run_dir: str, resume: str, model: ModelConfig) -> str:
     from opt_parallel.topology import Topology
 
     run = dataclasses.replace(
-        run_for(Layout(tensor=2, stage=1)),
-        model=model,
-        run=RunConfig("test", run_dir),
-        resume=resume,
+        run_for(Layout(tensor=2, stage=1)), model=model, run=RunConfig("test", run_dir), resume=resume
     )
-    with Topology.open(2) as topology:
-        store = Store(run, topology, Path(resume) / "tokenizer")
+    said = io.StringIO()
+    with Topology.open(2) as topology, contextlib.redirect_stdout(said):
+        store = Store(run, topology, Path(tokenizer))
         try:
-            store.find()
+            found = store.find()
         except UserError as error:
-            return str(error)
+            return str(error), said.getvalue()
         finally:
             store.finish()
-    return "found"
+    assert found is not None
+    return found.folder.name, said.getvalue()
+
+
+def test_damaged_ones_are_named_and_the_one_before_is_taken(crew: Any, damaged: Any) -> None:
+    checkpoints, _, wrong = damaged
+    step = checkpoints / "step-1"
+    answers = crew(2)(find, str(checkpoints.parent), "auto", str(step / "tokenizer"), model_at(step, "resume="))
+    assert [found for found, _ in answers] == ["step-1"] * 2
+    for warning, (step, what) in zip(answers[0][1].splitlines(), wrong.items(), strict=True):
+        assert warning.startswith(f"warning: {checkpoints}/step-{step}: {what}")
+        assert warning.endswith(f"set aside as step-{step}.damaged")
+    assert names_in(checkpoints) == ["step-1", *(f"step-{step}.damaged" for step in range(2, 8))]
 
 
 def test_a_damaged_one_that_is_asked_for_is_refused(crew: Any, stopped: Any, damaged: Any) -> None:
@@ -130,7 +132,7 @@ def test_a_damaged_one_that_is_asked_for_is_refused(crew: Any, stopped: Any, dam
     model = model_at(stopped[0] / "run" / "checkpoints" / "step-1", "resume=")
     for step, what in wrong.items():
         chosen = f"{checkpoints}/step-{step}"
-        first, second = crew(2)(find, str(checkpoints.parent), chosen, model)
+        (first, _), (second, _) = crew(2)(find, str(checkpoints.parent), chosen, f"{chosen}/tokenizer", model)
         assert first == second
         assert first.startswith(f"resume={chosen}: {what}")
         assert "choose an earlier checkpoint" in first
@@ -188,7 +190,7 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_dis
     checkpoint fit and a second's do not: a warning while the run goes on, and an error at its end."""
     disk = small_disk("nr_inodes=10")
     arguments = [*small(tmp_path), "zero.stage=1", "steps=5", "checkpoint.every=2"]
-    process = torchrun(2, "train.py", *arguments)
+    process = launch(2, "train.py", *arguments)
     assert process.returncode != 0
     why = "could not be written (No space left on device)"
     assert warnings_of(process) == [f"warning: {disk}/step-4 {why}, and nothing of it is left"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from classifying import their_model
-from command import ROOT, python, small, torchrun, write_text
+from command import ROOT, launch, python, small, write_text
 from hugging_face import random_model
 from hydra import compose, initialize_config_dir
 from layouts import Layout
@@ -117,7 +117,7 @@ def test_two_arguments_give_the_runs_own_validation_loss(tmp_path: Path) -> None
     (row,) = [row for row in rows if row["kind"] == "validation"]
     two = [f"init_from={tmp_path / 'run' / 'checkpoints' / 'step-5'}", f"data.validation={tmp_path / 'text.jsonl'}"]
     places = ["parallel.tensor=2", f"run.dir={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}"]
-    process = torchrun(2, "scripts/evaluate.py", *two, *places)
+    process = launch(2, "scripts/evaluate.py", *two, *places)
     assert process.returncode == 0, process.stderr
     assert f"loss: {row['loss']:.6g}"[:11] in process.stdout  # to the fifth digit
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())

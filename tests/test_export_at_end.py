@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import python, small, torchrun
+from command import launch, python, small
 
 
 def steps_of(export: Path) -> str:
@@ -18,7 +18,7 @@ def steps_of(export: Path) -> str:
 def test_ranks_end_while_the_first_exports(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     arguments = [*small(tmp_path), "parallel.tensor=2", "steps=2", f"data.validation={text}", "evaluation.every=1"]
-    process = torchrun(2, "train.py", *arguments, "export.at_end=true", "export.dtype=bfloat16")
+    process = launch(2, "train.py", *arguments, "export.at_end=true", "export.dtype=bfloat16")
     assert process.returncode == 0, process.stderr
     export = tmp_path / "run" / "export"
     assert process.stdout.splitlines()[-1] == f"exported {tmp_path}/run/checkpoints/step-2 to {export}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import ROOT, python, small, torchrun, train_rows
+from command import ROOT, launch, python, small, train_rows
 from hugging_face import SHAPE, VARIANTS, logits_of, random_model, some_ids
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
@@ -87,7 +87,7 @@ def test_a_run_at_zero_3_starts_from_the_weights(checkpoint: Path, tmp_path: Pat
     from opt_parallel.data.samples import Rows
     from opt_parallel.data.store import TokenStore
 
-    process = torchrun(2, *start(tmp_path, checkpoint, *ZERO_3, "steps=1"))
+    process = launch(2, *start(tmp_path, checkpoint, *ZERO_3, "steps=1"))
     assert process.returncode == 0, process.stderr
     assert f"starting from {checkpoint}: from-theirs," in process.stdout
     rows = Rows(TokenStore(next((tmp_path / "cache").glob("store-*[!k]"))), 16)
@@ -173,11 +173,11 @@ def test_wrong_weights_are_one_line_on_every_rank(checkpoint: Path, tmp_path: Pa
     tensors = load_file(file)
     tensors["score.weight"] = torch.zeros(2, 48)
     save_file(tensors, file)
-    process = torchrun(2, *start(tmp_path, broken, *ZERO_3))
+    process = launch(2, *start(tmp_path, broken, *ZERO_3))
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, process.stderr
     assert "score.weight is unexpected" in errors[0]
-    assert process.stderr.count("exitcode  : 2") == process.stderr.count("exitcode  :") > 0
+    assert process.returncode == 2
     (broken / "tokenizer.json").unlink()
     process = python(*start(tmp_path, broken))
     assert "has no tokenizer" in process.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from command import ROOT, environment, python, small
 from layouts import Layout, run_for
 
+from opt_parallel.checkpoint.whole import best_in, renew_best, write_best
 from opt_parallel.config import CheckpointConfig, EvaluationConfig, Run, RunConfig
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.data_config import DataConfig
 from opt_parallel.errors import UserError
+from opt_parallel.storage.checked import dump_checked
 
 
 def run_in(folder: Path, resume: str = "auto") -> Run:
@@ -128,3 +131,58 @@ def test_it_needs_a_validation(every: int) -> None:
     evaluation = EvaluationConfig(every=every, prompts=["Once"] if every else [])
     with pytest.raises(UserError, match=f"keep_best=true goes by the validation loss, but evaluation.every={every}"):
         Run(checkpoint=CheckpointConfig(keep_best=True), evaluation=evaluation, data=DataConfig(held_out=0))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """Of a run whose best is step 4, by its metrics and by best.json."""
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 5):
+        (folder / f"step-{step}").mkdir(parents=True)
+        (folder / f"step-{step}" / "manifest.json").touch()
+    rows = [{"kind": "validation", "step": step, "loss": loss} for step, loss in ((1, 0.5), (2, 2.5), (4, 1.25))]
+    rows.append({"kind": "train", "step": 5, "loss": 0.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(dump_checked(row) + "\n" for row in rows))
+    write_best(folder, 4, 1.25)
+    return folder
+
+
+def test_every_flipped_bit_of_best_json_is_seen_or_without_effect(checkpoints: Path) -> None:
+    path = checkpoints / "best.json"
+    content = bytearray(path.read_bytes())
+    for bit in range(8 * len(content)):
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        assert best_in(checkpoints) == {"step": 4, "loss": 1.25}, bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"\xff", b"{}", b"[" * 100_000, b'{"step": "4", "loss": 1.0}', bytes(99),
+        b'{"step": 4, "loss": NaN}', b'{"step": 4, "loss": 1e999}', b'{"step": 1e999, "loss": 1.0}',
+        b'{"step": true, "loss": 1.0}', b'{"step": 3, "loss": 1.0}', b'{"step": 4, "loss": null}', b'{"step": 4}',
+        b'{"step": ' + b"4" * 5000 + b', "loss": 1.0}', b'{"step": -4, "loss": 1.0}', b" " * 10**6 + b"{}",
+        b'{"step": 4, "step": 5, "loss": 1.0}',
+    ],
+)  # fmt: skip
+def test_whatever_best_json_holds_the_metrics_tell(checkpoints: Path, content: bytes) -> None:
+    (checkpoints / "best.json").write_bytes(content)
+    assert best_in(checkpoints) == {"step": 4, "loss": 1.25}
+    renew_best(checkpoints)
+    assert best_of(checkpoints.parent) == {"step": 4, "loss": 1.25}
+
+
+def test_best_json_that_is_no_file_is_not_read(checkpoints: Path) -> None:
+    path = checkpoints / "best.json"
+    path.unlink()
+    assert best_in(checkpoints) is None
+    os.mkfifo(path)
+    assert best_in(checkpoints) == {"step": 4, "loss": 1.25}
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert best_in(checkpoints) == {"step": 4, "loss": 1.25}
+    path.unlink()
+    path.mkdir()
+    assert best_in(checkpoints) == {"step": 4, "loss": 1.25}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import python, small, torchrun
+from command import launch, python, small
 from hugging_face import some_ids
 from layouts import Layout
 from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, write_base
@@ -270,7 +270,7 @@ def test_train_py_adapts_exports_and_goes_on(tmp_path: Path) -> None:
     save_tokenizer(train_tokenizer(texts, 300), folder)
     arguments = [each for each in small(tmp_path) if not each.startswith("model=")]
     run = ["train.py", *arguments, f"init_from={folder}", "task.lora.rank=4", "steps=2"]
-    process = torchrun(2, *run, "parallel.tensor=2", "zero.stage=3", "zero.persistence_threshold=0", "stop_at=1")
+    process = launch(2, *run, "parallel.tensor=2", "zero.stage=3", "zero.persistence_threshold=0", "stop_at=1")
     assert process.returncode == 0, process.stderr
     assert "0.1M parameters and 1,536 that LoRA trains (rank 4 on q_proj, v_proj)" in process.stdout
     process = python(*run, "export.at_end=true")

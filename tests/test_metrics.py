@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 EPOCHS = {"train": 0.5}
 QUIET = LoggingConfig(wandb=Wandb.disabled, tensorboard=False)
 TRAIN_KEYS = {
+    "checksum",
     "kind",
     "step",
     "samples",
@@ -85,7 +86,10 @@ def test_rows_hold_the_promised_keys(tmp_path: Path) -> None:
     assert (train["kind"], train["step"], train["samples"], train["tokens"]) == ("train", 1, 8, 1000)
     assert (train["loss"], train["lr"], train["grad_norm"], train["mfu"], train["hfu"]) == (2.0, 3e-4, 0.5, None, None)
     assert 10e6 < train["peak_memory_bytes"] < 1e12
-    assert validation == {"kind": "validation", "step": 1, "loss": 3.0, "perplexity": pytest.approx(20.0855, abs=1e-4)}
+    assert validation == {
+        "kind": "validation", "step": 1, "loss": 3.0, "perplexity": pytest.approx(20.0855, abs=1e-4),
+        "checksum": validation["checksum"],
+    }  # fmt: skip
 
 
 def test_fp16_rows_hold_the_loss_scale(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ LAYOUTS = {
     "t1d2z2m2": Layout(data=2, stage=2, micro=2),
 }
 MIXED = [name for name, layout in LAYOUTS.items() if layout.stage > 0]  # those that keep fp32 masters
-# Losses of order 6 in another order of bf16's or fp16's sums: as test_engine holds them to fp32's, over 20 steps.
+# Losses of order 6 in another order of bf16's or fp16's sums: as test_engine holds them to fp32's, over eight steps.
 FOLLOWS = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.01}
 
 Straight = Callable[..., tuple[list[dict[str, Any]], Path]]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import python, small, torchrun
+from command import launch, python, small
 from layouts import Layout, micro_batches, run_for, train
 
 from opt_parallel.clock import Clock
@@ -27,7 +27,7 @@ def test_a_run_under_zero_3_writes_its_samples(tmp_path: Path) -> None:
     """With validation, and gathering every weight anew."""
     zero = ["zero.stage=3", "zero.persistence_threshold=0", "zero.prefetch_bucket_size=10000"]
     arguments = [*small(tmp_path), *zero, *SAMPLING, f"data.validation={tmp_path / 'text.jsonl'}"]
-    process = torchrun(2, "train.py", *arguments)
+    process = launch(2, "train.py", *arguments)
     assert process.returncode == 0, process.stderr
     rows = samples_of(tmp_path / "run")
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, text) for step in (2, 4, 5) for text in PROMPTS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from opt_parallel.shapes import Labels, ModelConfig
+from opt_parallel.storage.rows import METRICS, rows_of
 
 # what it is, transformers' class, the hub's word for its use
 LANGUAGE_MODEL = ("An OPT language model", "OPTForCausalLM", "text-generation")
@@ -56,11 +56,10 @@ def model_card(
 def metrics_of(checkpoint: Path, step: int) -> list[dict[str, Any]]:
     """The rows up to `step` of the run that `checkpoint` lies in; none where it lies elsewhere, or was set aside by
     a run that branched off before it and whose rows tell of the branch."""
-    path = checkpoint.absolute().parent.parent / "metrics.jsonl"
+    path = checkpoint.absolute().parent.parent / METRICS
     if checkpoint.name != f"step-{step}" or not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    return [row for row in rows if row["step"] <= step]
+    return [row for row in rows_of(path) if row["step"] <= step]
 
 
 def _training(manifest: dict[str, Any], rows: list[dict[str, Any]], unit: str) -> list[tuple[str, Any]]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_parallel.checkpoint.card import metrics_of
 from opt_parallel.checkpoint.damage import wrong_size
 from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.checkpoint.whole import BEST, best_in, steps_in, write_best
+from opt_parallel.checkpoint.whole import best_in
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, STEP, Damaged, read_manifest
 from opt_parallel.optim import OPTIMIZERS
+from opt_parallel.storage.rows import METRICS, Row, rows_of
 
 KINDS = ("weights", *dict.fromkeys(moment for optimizer in OPTIMIZERS.values() for moment in optimizer.moments))
 NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # step-300, step-300.abandoned, step-300.abandoned1
@@ -48,7 +48,8 @@ def listed(run: Path) -> list[Listed]:
     Raises: UserError if `run` has none."""
     best = best_in(run / "checkpoints")
     names = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*")}
-    found = [_listed(path, int(name[1]), name[2]) for path, name in names.items() if name]
+    rows = rows_of(run / METRICS)
+    found = [_listed(path, int(name[1]), name[2], rows) for path, name in names.items() if name]
     if not found:
         raise UserError(f"{run} has no checkpoints: name a run's folder, such as runs/opt-125m")
     for number, each in enumerate(found):
@@ -57,7 +58,7 @@ def listed(run: Path) -> list[Listed]:
     return sorted(found, key=lambda each: (each.step, each.folder.name))
 
 
-def _listed(folder: Path, step: int, aside: str | None) -> Listed:
+def _listed(folder: Path, step: int, aside: str | None, rows: list[Row]) -> Listed:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     manifest, state = None, f"{MANIFEST} is missing"
     if (folder / MANIFEST).is_file():
@@ -67,27 +68,14 @@ def _listed(folder: Path, step: int, aside: str | None) -> Listed:
             state = next(filter(None, wrong), "whole")
         except Damaged as error:
             state = error.what
-    return Listed(folder, step, size, LEFT.get(aside or "", state), manifest, losses_at(folder, step))
+    losses = losses_at(step, [] if aside else rows)  # which tell of the branch that was gone on with
+    return Listed(folder, step, size, LEFT.get(aside or "", state), manifest, losses)
 
 
-def losses_at(folder: Path, step: int) -> dict[str, float | None]:
-    """Training and validation loss, nats a token, that the run's metrics have for just this step."""
-    rows = [row for row in metrics_of(folder, step) if row["step"] == step]
-    return {kind: next((row["loss"] for row in rows if row["kind"] == kind), None) for kind in ("train", "validation")}
-
-
-def find_best(checkpoints: Path) -> None:
-    """Where best.json names a checkpoint that is not there any more, name the best of those that are, by the validation
-    losses in the run's metrics; none of them may have any."""
-    if not (checkpoints / BEST).exists() or best_in(checkpoints) is not None:
-        return
-    losses = {step: losses_at(checkpoints / f"step-{step}", step)["validation"] for step in steps_in(checkpoints)}
-    known = {step: loss for step, loss in losses.items() if loss is not None}
-    if known:
-        step = min(known, key=lambda each: known[each])
-        write_best(checkpoints, step, known[step])
-    else:
-        (checkpoints / BEST).unlink()
+def losses_at(step: int, rows: list[Row]) -> dict[str, float | None]:
+    """Training and validation loss, nats a token, that a run's metrics have for this step itself."""
+    found = {row["kind"]: row["loss"] for row in rows if row["step"] == step}
+    return {kind: found.get(kind) for kind in ("train", "validation")}
 
 
 def layout_of(manifest: dict[str, Any]) -> str:

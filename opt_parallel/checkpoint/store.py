@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.checkpoint.damage import checksum_of, read_share
-from opt_parallel.checkpoint.inspect import find_best
 from opt_parallel.checkpoint.merged import Base, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
@@ -29,6 +28,7 @@ from opt_parallel.checkpoint.whole import (
     misnamed_in,
     newest,
     partial_of,
+    renew_best,
     set_aside,
     step_of,
     steps_in,
@@ -113,7 +113,7 @@ class Store:
             for later in steps_in(self.root):
                 if later > clock.step:  # the run branches off here, and `auto` must not find them
                     set_aside(self.root / f"step-{later}", "abandoned")
-            find_best(self.root)
+            renew_best(self.root)
         return clock
 
     def if_best(self, loss: float | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -14,8 +13,9 @@ from opt_parallel.config import Precision, Run
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, STEP, read_manifest
 from opt_parallel.paths import reach
-from opt_parallel.storage.atomic import write_text
+from opt_parallel.storage.atomic import free_name, write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
+from opt_parallel.storage.rows import METRICS, rows_of
 
 BEST = "best.json"
 
@@ -82,21 +82,43 @@ def precision_of(folder: Path | None) -> Precision | None:
 
 def set_aside(folder: Path, why: str) -> Path:
     """Rename a checkpoint so that nothing takes it for one of the run's; its new name."""
-    names = (folder.with_name(f"{folder.name}.{why}{number or ''}") for number in itertools.count())
-    aside = next(name for name in names if not os.path.lexists(name))
+    aside = free_name(folder, why)
     os.replace(folder, aside)
     return aside
 
 
 def best_in(checkpoints: Path) -> dict[str, Any] | None:
-    """`step` and validation `loss` of the checkpoint with the lowest loss, where best.json names one that is there."""
+    """`step` and validation `loss` of the checkpoint with the lowest loss: by best.json, or where that is damaged or
+    names a checkpoint that is gone, by the run's metrics. None where the run does not keep its best."""
+    if not os.path.lexists(checkpoints / BEST):
+        return None
     try:
         best = read_checked(checkpoints / BEST)
     except (OSError, ValueError):
-        return None
+        return _best_by_metrics(checkpoints)
     step, loss = best.get("step"), best.get("loss")
     right = type(step) is int and isinstance(loss, float) and math.isfinite(loss)
-    return best if right and step_of(checkpoints / f"step-{step}") is not None else None
+    return {"step": step, "loss": loss} if right and step in steps_in(checkpoints) else _best_by_metrics(checkpoints)
+
+
+def _best_by_metrics(checkpoints: Path) -> dict[str, Any] | None:
+    steps, best = steps_in(checkpoints), None
+    for row in rows_of(checkpoints.parent / METRICS):
+        found = row.get("kind") == "validation" and row["step"] in steps and row["loss"] is not None
+        if found and (best is None or row["loss"] < best["loss"]):
+            best = {"step": row["step"], "loss": row["loss"]}
+    return best
+
+
+def renew_best(checkpoints: Path) -> None:
+    """Write best.json anew where it is damaged or names a checkpoint that is gone; without another, remove it."""
+    if not os.path.lexists(checkpoints / BEST):
+        return
+    best = best_in(checkpoints)
+    if best is None:
+        (checkpoints / BEST).unlink()
+    else:
+        write_best(checkpoints, **best)
 
 
 def write_best(checkpoints: Path, step: int, loss: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import itertools
 import multiprocessing
 import os
 import secrets
@@ -55,8 +56,19 @@ def new_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
 
 def write_text(path: Path, text: str, replace: bool = True) -> None:
     """Write a whole file in UTF-8. Raises: OSError, as `new_file`."""
+    write_bytes(path, text.encode(), replace)
+
+
+def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
+    """Write a whole file. Raises: OSError, as `new_file`."""
     with new_file(path, replace) as file:
-        file.write(text.encode())
+        file.write(content)
+
+
+def free_name(path: Path, why: str) -> Path:
+    """Where something can be moved aside: `step-8.damaged`, or with the first number after it that is not taken."""
+    names = (path.with_name(f"{path.name}.{why}{number or ''}") for number in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def dump_checked(values: dict[str, Any], ascii_only: bool = True) -> str:
 
 
 def parse_checked(text: bytes) -> dict[str, Any]:
-    """The object that `dump_checked` wrote, with its checksum; or one without a checksum, as earlier versions wrote.
+    """The object that `dump_checked` wrote; or one that has no checksum, as earlier versions wrote.
 
     Raises: ValueError, with the reason, if it is anything else."""
     try:
@@ -35,7 +35,7 @@ def parse_checked(text: bytes) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
-    if CHECKSUM in values:
+    if values.pop(CHECKSUM, None) is not None:
         end = END.search(text[-LONGEST_END:])
         before = text[: len(text) - len(end[0])] if end else b""
         if end is None or zlib.crc32(before) != int(end[1], 16):

@@ -1,0 +1,79 @@
+"""Lines of JSON that a run appends to: `metrics.jsonl`, `samples.jsonl`. Each line carries a checksum of itself."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.log import say
+from opt_parallel.storage.atomic import free_name, write_bytes
+from opt_parallel.storage.checked import CHECKSUM, parse_checked
+
+METRICS = "metrics.jsonl"
+Row = dict[str, Any]
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
+    """Each line of a regular file, with its row: None where it is not what was written. A last line that was cut short
+    by a kill, or is being written, is left out. Raises: OSError."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n") or CHECKSUM.encode() in line:
+                yield line.rstrip(b"\n") + b"\n", _row(line)
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[int]]:
+    """The rows of a file, and the numbers of the lines that are not what was written; nothing where there is no file.
+
+    Raises: OSError."""
+    rows: list[Row] = []
+    damaged: list[int] = []
+    for number, (_, row) in enumerate(read_lines(path) if path.is_file() else (), start=1):
+        if row is None:
+            damaged.append(number)
+        else:
+            rows.append(row)
+    return rows, damaged
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a file; a warning says which lines are not what was written. Raises: OSError."""
+    rows, damaged = read_rows(path)
+    if damaged:
+        say(f"warning: {in_words(path, damaged)}, and left out")
+    return rows
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Take back the rows of steps after `last_step`, at once or not at all. Where lines are not what was written, the
+    file stays beside it as it was, under another name, and a warning says so. Raises: OSError."""
+    lines = list(read_lines(path)) if last_step and path.is_file() else []
+    damaged = [number for number, (_, row) in enumerate(lines, start=1) if row is None]
+    if damaged:
+        aside = free_name(path, "damaged")
+        shutil.copyfile(path, aside)
+        say(f"warning: {in_words(path, damaged)}, and left out; the file as it was is {aside.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, b"".join(line for line, row in lines if row is not None and row["step"] <= last_step))
+
+
+def in_words(path: Path, damaged: list[int]) -> str:
+    """Which lines are damaged."""
+    more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+    numbers = ", ".join(map(str, damaged[:10]))
+    return f"{path}, {'line' if len(damaged) == 1 else 'lines'} {numbers}{more}: not what was written"
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = parse_checked(line.rstrip(b"\n"))
+    except ValueError:
+        return None
+    text = isinstance(row.get("prompt"), str) and isinstance(row.get("text"), str)
+    loss = row.get("loss", "")  # null where it was not finite
+    number = loss is None or (type(loss) in (int, float) and math.isfinite(loss))
+    measured = isinstance(row.get("kind"), str) and number
+    return row if type(row.get("step")) is int and (text or measured) else None
