@@ -25,6 +25,7 @@ from omegaconf.resolvers import oc
 
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line, reporting
+from opt_parallel.storage.foreign import file_in
 from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import quiet_libraries
@@ -126,7 +127,7 @@ def model_at(folder: Path, key: str) -> ModelConfig:
             f"{key}{folder} is a PEFT adapter, which is no network: name the LoRA run's own checkpoint, or merge the "
             "adapter into its base first (peft's merge_and_unload)"
         )
-    if (folder / CONFIG).is_file():
+    if file_in(folder, CONFIG):
         return read_config(folder)
     raise UserError(
         f"{key}{folder} is neither a training checkpoint (…/checkpoints/step-<N>, with {MANIFEST}) nor a Hugging Face "

@@ -6,10 +6,14 @@ Every key is accounted for: taken over, allowed at the one value that changes no
 from __future__ import annotations
 
 import json
+import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.errors import UserError
+from opt_parallel.errors import UserError, one_line
+from opt_parallel.storage.foreign import file_in, read_json
+from opt_parallel.log import say
 from opt_parallel.shapes import Activation, Labels, ModelConfig, ProblemType
 
 CONFIG = "config.json"
@@ -47,6 +51,14 @@ BOOKKEEPING = {
     "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
     "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
 }  # fmt: skip
+# what fine-tuners (DeepSpeed-Chat, Unsloth, trainers, scripts for other networks) leave in the file: no OPT reads it
+LEFT_BEHIND = {
+    "_flash_attn_2_enabled", "end_token_id", "gradient_checkpointing", "keys_to_ignore_at_inference", "loss_type",
+    "max_seq_length", "max_sequence_length", "model_max_length", "neftune_noise_alpha", "pretraining_tp",
+    "tokenizer_name", "tokenizer_name_or_path", "unsloth_fixed", "unsloth_version", "use_flash_attention",
+    "use_flash_attention_2", "use_flash_attn",
+}  # fmt: skip
+MOST_LABELS = 1_000_000
 OWN = {"_remove_final_layer_norm", "activation_function", "init_std", "word_embed_proj_dim"}
 
 
@@ -57,17 +69,20 @@ def read_config(folder: Path) -> ModelConfig:
     values, path = _read(folder), folder / CONFIG
     for name, published in FIXED.items():
         if values.get(name, published) != published:
-            raise UserError(f"{path}: {name}={values[name]} is not supported, only {published}")
-    unknown = sorted(values.keys() - {*SHARED, *FIXED, *OWN} - BOOKKEEPING)
+            raise UserError(f"{path}: {name}={values[name]!r:.200} is not supported, only {published}")
+    unknown = sorted(values.keys() - {*SHARED, *FIXED, *OWN, *LEFT_BEHIND} - BOOKKEEPING)
     if unknown:
         raise UserError(
-            f"{path}: {', '.join(unknown)} may change the network in a way that OPT does not know: remove it from the "
-            "file if it does not"
+            f"{path}: {', '.join(map(_printed, unknown)):.500} may change the network in a way that OPT does not know: "
+            "remove it from the file if it does not"
         )
     activation = values.get("activation_function", "relu")
     if activation not in list(Activation.__members__):
-        raise UserError(f"{path}: activation_function={activation!r} is not one of {', '.join(Activation.__members__)}")
+        raise UserError(
+            f"{path}: activation_function={activation!r:.200} is not one of {', '.join(Activation.__members__)}"
+        )
     _check_types(path, values)
+    _note_left_behind(path, tuple(sorted(values.keys() & LEFT_BEHIND)))
     shared = DEFAULTS | {name: values[name] for name in SHARED if name in values}
     try:
         return ModelConfig(
@@ -83,7 +98,8 @@ def read_config(folder: Path) -> ModelConfig:
 
 def is_classifier(folder: Path) -> bool:
     """Whether a Hugging Face folder says that it holds a classifier."""
-    return CLASSIFIER in (_read(folder).get("architectures") or [])
+    architectures = _read(folder).get("architectures")
+    return isinstance(architectures, list) and CLASSIFIER in architectures
 
 
 def read_labels(folder: Path) -> Labels:
@@ -92,28 +108,34 @@ def read_labels(folder: Path) -> Labels:
     Raises: UserError if they are not numbered from 0 on, or the problem type is none."""
     values, path = _read(folder), folder / CONFIG
     number = values.get("num_labels", 2)
-    if type(number) is not int or number < 1:
-        raise UserError(f"{path}: num_labels={json.dumps(number)} must be a whole number from 1 on")
+    if type(number) is not int or not 1 <= number <= MOST_LABELS:
+        raise UserError(f"{path}: num_labels={json.dumps(number):.200} must be a whole number, 1 to {MOST_LABELS:,}")
     named = values.get("id2label") or {str(label): name for label, name in enumerate(Labels.numbered(number).names)}
     problem = values.get("problem_type")
     if problem not in [None, *ProblemType.__members__]:
-        raise UserError(f"{path}: problem_type={problem!r} is not one of {', '.join(ProblemType.__members__)}")
+        raise UserError(f"{path}: problem_type={problem!r:.200} is not one of {', '.join(ProblemType.__members__)}")
     if not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}:
-        raise UserError(f"{path}: id2label={named} must name the labels 0, 1, … without a gap")
+        raise UserError(f"{path}: id2label={named!s:.200} must name the labels 0, 1, … without a gap")
     names = tuple(str(named[str(label)]) for label in range(len(named)))
     return Labels(names, None if problem is None else ProblemType[problem])
 
 
+def _printed(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+    path = file_in(folder, CONFIG)
+    if path is None:
+        raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no checkpoint: {CONFIG} cannot be read ({error})") from error
+        raise UserError(f"{folder} is no checkpoint: {CONFIG} cannot be read ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise UserError(f"{folder} is no checkpoint: {CONFIG} holds no JSON object")
     if values.get("model_type") != "opt":
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, not 'opt'")
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r:.200}, not 'opt'")
     return values
 
 
@@ -128,5 +150,15 @@ def _check_types(path: Path, values: dict[str, Any]) -> None:
     ]
     for kind, types, names in kinds:
         for name in names:
-            if name in values and type(values[name]) not in types:
-                raise UserError(f"{path}: {name}={json.dumps(values[name])} must be {kind}")
+            if name not in values:
+                continue
+            value = values[name]
+            if type(value) not in types or (type(value) is float and not math.isfinite(value)):
+                raise UserError(f"{path}: {name}={json.dumps(value):.200} must be {kind}")
+
+
+@cache
+def _note_left_behind(path: Path, names: tuple[str, ...]) -> None:
+    """Say once which keys of a file are ignored."""
+    if names:
+        say(f"note: {path}: {', '.join(names)}: ignored, as no OPT reads it")

@@ -13,6 +13,7 @@ from opt_parallel.errors import UserError
 
 IGNORED = -100  # a label that counts nowhere
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15  # a config.json may say anything; OPT-175B has 96 and 1.75 · 10¹¹
 MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between runs that share weights
 
 
@@ -111,6 +112,10 @@ class ModelConfig(Section):
             value = getattr(self, name)
             require(value >= 1, f"model.{name}={value} must be at least 1")
         require(
+            self.num_hidden_layers <= MOST_LAYERS,
+            f"model.num_hidden_layers={self.num_hidden_layers} is more than any network has: {MOST_LAYERS} at most",
+        )
+        require(
             self.hidden_size % self.num_attention_heads == 0,
             f"model.hidden_size={self.hidden_size} is not divisible by "
             f"model.num_attention_heads={self.num_attention_heads} "
@@ -129,6 +134,12 @@ class ModelConfig(Section):
             )
         require(self.embedding_size >= 1, f"model.word_embed_proj_dim={self.word_embed_proj_dim} must be at least 1")
         require(self.std >= 0, f"model.init_std={self.init_std} must not be negative")
+        require(
+            self.parameters() <= MOST_PARAMETERS,
+            f"the network has {self.parameters():,} parameters (model.vocab_size={self.vocab_size}, hidden_size="
+            f"{self.hidden_size}, ffn_dim={self.ffn_dim}, max_position_embeddings={self.max_position_embeddings}, "
+            f"word_embed_proj_dim={self.word_embed_proj_dim}), more than any: {MOST_PARAMETERS:,} at most",
+        )
 
     def check_splits(self, tensor: int, key: str) -> None:
         """Raise `UserError` unless `tensor` ranks can share heads, feed-forward and words; `key` is what set it."""

@@ -166,7 +166,9 @@ def open_checkpoint(
     folder = find_checkpoint(checkpoint, key)
     config = model_at(folder, key)
     if not (folder / MANIFEST).is_file():
-        return Opened(config, HuggingFaceWeights(folder), folder, folder)
+        weights = HuggingFaceWeights(folder)
+        weights.check_layers(config.num_hidden_layers)
+        return Opened(config, weights, folder, folder)
     reader = read_whole(folder) if checksums else CheckpointReader(folder)
     check_sizes(reader)
     stored = _on_its_base(reader, checksums, above) if reader.manifest.get("base") else reader

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from opt_parallel.errors import UserError
-from opt_parallel.hf_config import SHARED
+from opt_parallel.hf_config import CONFIG, SHARED
 from opt_parallel.hub import INDEX_SUFFIX
 from opt_parallel.hub import WEIGHTS as FORMATS
-from opt_parallel.model.hf_files import Ranges, WeightFiles
+from opt_parallel.model.hf_arrays import Ranges
+from opt_parallel.model.hf_files import WeightFiles
 from opt_parallel.parallel.shard import Shard, require_same_tensors
 from opt_parallel.shapes import Labels, ModelConfig
 
@@ -75,7 +76,20 @@ class HuggingFaceWeights:
         """Raises: UserError if a file is missing or damaged."""
         self.files = WeightFiles(folder)
         self.folder = folder
-        self.stored = {f"model.{name}" if name.startswith("decoder.") else name: name for name in self.files.shapes}
+        self.stored: dict[str, str] = {}
+        for name in self.files.shapes:
+            theirs = f"model.{name}" if name.startswith("decoder.") else name
+            if theirs in self.stored:
+                raise UserError(f"{folder} holds {name} twice, as {self.stored[theirs]}, too: bring a whole copy")
+            self.stored[theirs] = name
+
+    def check_layers(self, layers: int) -> None:
+        """Raise UserError if that many layers cannot be there: before anything is made of that size."""
+        if layers > len(self.stored):
+            raise UserError(
+                f"{self.folder}: {CONFIG} says num_hidden_layers={layers}, and its files hold {len(self.stored)} "
+                "tensors: bring a whole copy"
+            )
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError unless just the logical tensors `wanted` are there; a head has the embedding's shape."""
@@ -108,13 +122,9 @@ class HuggingFaceWeights:
         return self.files.read(self.stored[name], ranges)
 
     def _require_tied(self, embedding: Tensor, head: Tensor) -> None:
-        """Bit for bit, so that a NaN equals itself."""
-        if embedding.dtype != head.dtype or not torch.equal(_bits(embedding), _bits(head)):
+        """Of equal values, in whatever width: torch compares in the wider one. A NaN equals itself."""
+        if not bool(((embedding == head) | (embedding.isnan() & head.isnan())).all()):
             raise UserError(
                 f"{self.folder}: {HEAD} is not {EMBEDDING} a second time, and an output projection of its own is not "
                 "supported: OPT ties the two"
             )
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.uint8)

@@ -1,0 +1,139 @@
+"""A PyTorch `.bin` gone through before torch opens it: tensors by name, no larger than the file, and nothing else.
+
+`torch.load(weights_only=True)` runs no code of the file, but it builds what the file says: a key made of tuples of
+tuples is hashed for ever, a tensor of one stored value may say that it has 10¹⁸, a compressed record
+swells to any size.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+ZIP = b"PK\x03\x04"  # what torch goes by
+MOST_PICKLED = 1 << 20  # bytes of names, shapes and places; OPT-175B's are 0.3 MB
+ITEM_BYTES = {
+    "DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
+    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
+}  # fmt: skip
+# what `torch.save` writes of a dict of tensors, in its protocol and in the one before torch 1.6
+OPCODES = (
+    pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.SETITEM, pickle.SETITEMS,
+    pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT,
+    pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT,
+    pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.BINPERSID, pickle.BINGET,
+    pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT,
+)  # fmt: skip
+
+
+def check_pickled(path: Path) -> None:
+    """Raise an error, a library's or ValueError, unless torch can open `path` and get no more than the file holds."""
+    with open(path, "rb") as file:
+        if file.read(len(ZIP)) == ZIP:
+            _check_zip(file, path.stat().st_size)
+        else:
+            file.seek(0)
+            start = io.BytesIO(file.read(MOST_PICKLED))
+            for _ in range(3):  # a magic number, the protocol, the machine
+                _Inert(start).load()
+            unpickler = _Inert(start)
+            _require(type(unpickler.load()) is _Words, "it holds no dict")
+            _require(unpickler.stored_bytes() <= path.stat().st_size, "its tensors are larger than the file")
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
+    with zipfile.ZipFile(file) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        _require(all(record.compress_type == zipfile.ZIP_STORED for record in records.values()), "it is compressed")
+        _require(sum(record.file_size for record in records.values()) <= size, "its records are larger than the file")
+        (name,) = [name for name in records if name.endswith("/data.pkl")]
+        _require(records[name].file_size <= MOST_PICKLED, f"{name} is larger than {MOST_PICKLED} bytes")
+        unpickler = _Inert(io.BytesIO(archive.read(name)))
+        _require(type(unpickler.load()) is _Words, "it holds no dict")
+        for key, storage in unpickler.storages.items():
+            record = records[f"{name.removesuffix('data.pkl')}data/{key}"]
+            _require(record.file_size >= storage.count * storage.item, f"{record.filename} ends early")
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Where tensors' values lie: so many elements of so many bytes."""
+
+    count: int
+    item: int
+
+
+class _Words(dict):
+    """A dict whose keys are text: hashing any other may take for ever."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _require(type(key) is str, "a key in it is no text")
+        super().__setitem__(key, value)
+
+
+class _Inert(pickle._Unpickler):
+    """Goes through a pickle and makes nothing of it but numbers, text, tuples, lists and dicts."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}
+
+    def stored_bytes(self) -> int:
+        """Bytes of all storages."""
+        return sum(storage.count * storage.item for storage in self.storages.values())
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in ITEM_BYTES:
+            return ITEM_BYTES[name]
+        _require((module, name) in CALLED, f"it uses {module!r:.80} {name!r:.80}")
+        return CALLED[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, item, key, _, count = pid[:5]
+        known = kind == "storage" and type(key) is str and type(item) is type(count) is int and count >= 0
+        _require(known, "it is no tensor")
+        return self.storages.setdefault(key, _Storage(count, item))
+
+
+def _no_items() -> _Words:
+    return _Words()
+
+
+def _empty_dict(unpickler: Any) -> None:
+    unpickler.append(_Words())
+
+
+def _build(unpickler: Any) -> None:
+    """The attributes of an OrderedDict, of which nothing is taken."""
+    unpickler.stack.pop()
+    _require(type(unpickler.stack[-1]) is _Words, "it holds more than tensors")
+
+
+def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> None:
+    """Its last element lies in the storage, and no element is there twice."""
+    numbers = (offset, *size, *stride)
+    known = len(size) == len(stride) and all(type(number) is int and number >= 0 for number in numbers)
+    _require(known, "it is no tensor")
+    last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+    elements = math.prod(size)
+    _require(elements == 0 or (last < storage.count and elements <= storage.count), "a tensor is not all in the file")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+CALLED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _no_items,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
+}
+_Inert.dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPCODES}
+_Inert.dispatch |= {pickle.EMPTY_DICT[0]: _empty_dict, pickle.BUILD[0]: _build}
