@@ -25,7 +25,6 @@ from omegaconf.resolvers import oc
 
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line, reporting
-from opt_parallel.storage.foreign import file_in
 from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import quiet_libraries
@@ -35,6 +34,7 @@ from opt_parallel.paths import absolute, change_paths, local, refuse_breaks, tex
 from opt_parallel.place import take_place
 from opt_parallel.secrets import looks_secret, masked, refuse_secret_value
 from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
+from opt_parallel.storage.foreign import file_in
 from opt_parallel.task_config import Task, name_of
 
 PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")

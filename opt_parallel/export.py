@@ -22,6 +22,7 @@ from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.hf import config_for_hf, labels_for_hf
 from opt_parallel.model.lora import ADAPTER_WEIGHTS, config_for_peft, to_peft
 from opt_parallel.parallel.shard import Constant, Shard, marked
+from opt_parallel.storage.foreign import content_of
 from opt_parallel.topology import ALONE
 
 TOKENIZER_FILES = (
@@ -84,20 +85,25 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
 
 
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return _contents(folder, TOKENIZER_FILES)
+
+
+def _contents(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Those of the files that are there, by name. Raises: UserError if one is not a regular file of the folder."""
+    found = {name: content_of(folder, name) for name in names}
+    return {name: content for name, content in found.items() if content is not None}
 
 
 def _other_files(opened: Opened) -> dict[str, bytes]:
     """Tokenizer, generation settings and model card; a Hugging Face folder's own where it has them."""
-    found = {name: opened.tokenizer / name for name in TOKENIZER_FILES}
-    if not any(path.is_file() for path in found.values()):
+    tokenizer = _tokenizer_files(opened.tokenizer)
+    if not tokenizer:
         say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")
     labels = opened.labels if opened.is_classifier else None
     files = {} if labels else {GENERATION_CONFIG: generation_config(opened.config)}
     if (opened.folder / MANIFEST).is_file():
         manifest = read_manifest(opened.folder)
         files[CARD] = model_card(opened.config, manifest, metrics_of(opened.folder, manifest["clock"]["step"]), labels)
-    else:
-        files[CARD] = model_card(opened.config, None, [], labels)
-        found |= {name: opened.folder / name for name in (GENERATION_CONFIG, CARD)}
-    return files | {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+        return files | tokenizer
+    files[CARD] = model_card(opened.config, None, [], labels)
+    return files | tokenizer | _contents(opened.folder, (GENERATION_CONFIG, CARD))

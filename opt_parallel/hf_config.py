@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.errors import UserError, one_line
-from opt_parallel.storage.foreign import file_in, read_json
 from opt_parallel.log import say
 from opt_parallel.shapes import Activation, Labels, ModelConfig, ProblemType
+from opt_parallel.storage.foreign import file_in, read_json
 
 CONFIG = "config.json"
 CLASSIFIER = "OPTForSequenceClassification"

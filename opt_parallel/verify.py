@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from opt_parallel.model.hf import to_hf
 from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.shard import Source, fill, logical_shapes, marked
 from opt_parallel.shapes import MAY_DIFFER
+from opt_parallel.storage.foreign import file_in, read_json
 from opt_parallel.topology import ALONE, Group, Topology
 
 TOLERANCE = 1e-5  # of the largest output: fp32 carries 7 digits, some are lost to sums in another order
@@ -195,14 +195,16 @@ def _compare(
 
 def _wrong_checksums(folder: Path) -> list[str]:
     """The tensors whose bytes are not those that were exported; nothing where nobody wrote down checksums."""
-    if not (folder / CHECKSUMS).is_file():
+    path = file_in(folder, CHECKSUMS)
+    if path is None:
         return []
     try:
-        written: dict[str, str] = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+        written: dict[str, str] = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         return [f"{CHECKSUMS} cannot be read ({one_line(error)})"]
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        file_in(folder, path.name)
         with safe_open(path, framework="pt") as file:
             found |= {name: checksum(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
     names = {total: name for name, total in written.items()}

@@ -120,6 +120,24 @@ def test_an_export_exported_again_is_the_same(trained: Callable[[str], Path], tm
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("name", ["README.md", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"])
+def test_no_file_from_outside_gets_into_an_export(trained: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """A link of a brought folder leads to something of this machine's."""
+    theirs = tmp_path / "theirs"
+    export(trained("pre-norm"), theirs, 10**9, ExportDtype.float32)
+    secret = tmp_path / "secret"
+    secret.write_text("hidden")
+    (theirs / name).unlink(missing_ok=True)
+    (theirs / name).symlink_to(secret)
+    with pytest.raises(UserError, match=f"{name} leads out of its folder"):
+        export(theirs, tmp_path / "export", 10**9, ExportDtype.float32)
+    (theirs / name).unlink()
+    os.mkfifo(theirs / name)
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+        export(theirs, tmp_path / "export", 10**9, ExportDtype.float32)
+    assert not (tmp_path / "export").exists()
+
+
 def test_what_cannot_be_exported_is_refused(trained: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--output {tmp_path} exists"):
         export(trained("pre-norm"), tmp_path, 10**9, ExportDtype.float32)

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 
 from opt_parallel.data.records import require_good
 from opt_parallel.data.tokens import CHAT_TEMPLATE
-from opt_parallel.errors import UserError
+from opt_parallel.errors import UserError, one_line
+from opt_parallel.storage.foreign import content_of, file_in, read_json
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
@@ -41,13 +42,13 @@ def chat_template(tokenizer: Tokenizer, end: int) -> str:
 
 def brings_another(tokenizer: Path, template: str) -> bool:
     """Whether the folder of a tokenizer has a chat template, and not this one. Raises: UserError if it is damaged."""
-    own, settings = tokenizer / CHAT_TEMPLATE, tokenizer / "tokenizer_config.json"
-    if own.is_file():
-        return own.read_text(encoding="utf-8") != template
+    own, settings = content_of(tokenizer, CHAT_TEMPLATE), file_in(tokenizer, "tokenizer_config.json")
+    if own is not None:
+        return own != template.encode()
     try:
-        return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"data.tokenizer={tokenizer}: {settings.name} is not JSON ({error}): mend it") from error
+        return settings is not None and "chat_template" in read_json(settings)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{settings} cannot be read ({one_line(error)}): bring a whole copy") from error
 
 
 def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from opt_parallel.errors import UserError, one_line
-from opt_parallel.storage.foreign import file_in, read_json
 from opt_parallel.hub import INDEX_SUFFIX, WEIGHTS
 from opt_parallel.model.hf_arrays import Hdf5File, MsgpackFile, Ranges
 from opt_parallel.model.hf_pickle import ZIP, check_pickled
+from opt_parallel.storage.foreign import file_in, read_json
 
 REMAP = 1 << 27  # bytes of tensors read through one mapping of a PyTorch file
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}

@@ -58,6 +58,17 @@ def read_whole(path: Path) -> bytes:
     return content
 
 
+def content_of(folder: Path, name: str) -> bytes | None:
+    """The content of the regular file `name` of `folder`, None where there is none.
+
+    Raises: UserError as `file_in`, or if it cannot be read."""
+    path = file_in(folder, name)
+    try:
+        return None if path is None else read_whole(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): bring a whole copy") from error
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises: OSError; ValueError if it is not JSON, too large or nested too deeply."""
     try:

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.errors import UserError
-from opt_parallel.storage.foreign import file_in
 from opt_parallel.hf_config import read_config, read_labels
 from opt_parallel.model.hf_files import WeightFiles
+from opt_parallel.storage.foreign import file_in
 from opt_parallel.topology import ALONE
 
 CPU = torch.device("cpu")
