@@ -142,9 +142,10 @@ def _model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
     except (OmegaConfBaseException, UserError) as error:
         raise Damaged(folder, f"{MANIFEST} describes no network ({one_line(error)})") from error
     assert isinstance(model, ModelConfig)
-    held = sum(math.prod(tensor["shape"]) for tensor in manifest["tensors"].values())
-    if not manifest.get("base") and model.parameters() > held:  # before anything is made of that size
-        raise Damaged(folder, f"{MANIFEST} describes {model.parameters():,} parameters and lists {held:,}")
+    tensors = manifest["tensors"].values()  # of each layer at least one, also where LoRA trains
+    held = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    if model.num_hidden_layers > len(tensors) or (not manifest.get("base") and model.parameters() > held):
+        raise Damaged(folder, f"{MANIFEST} describes a larger network than its tensors are of")
     return model
 
 

@@ -11,14 +11,14 @@ import torch
 from opt_parallel.checkpoint.card import metrics_of, model_card
 from opt_parallel.checkpoint.damage import read_whole
 from opt_parallel.checkpoint.merged import lora_of
-from opt_parallel.checkpoint.reading import SCORE, Opened, open_checkpoint
+from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, generation_config, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST, read_manifest
-from opt_parallel.model.heads import CausalLM, SequenceClassifier
+from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.model.hf import config_for_hf, labels_for_hf
 from opt_parallel.model.lora import ADAPTER_WEIGHTS, config_for_peft, to_peft
 from opt_parallel.parallel.shard import Constant, Shard, marked

@@ -75,7 +75,7 @@ class Named(TypedDict):
 
 
 class Optimizer(TypedDict):
-    name: NotRequired[Literal["adamw"]]
+    name: NotRequired[str]
 
 
 class Config(TypedDict):
@@ -85,9 +85,9 @@ class Config(TypedDict):
     data: Data
     run: Named
     steps: Size
-    optimizer: NotRequired[Optimizer]
     task: NotRequired[Task]
     precision: NotRequired[dict[str, Any]]
+    optimizer: NotRequired[Optimizer]
     init_from: NotRequired[str | None]
 
 
@@ -113,7 +113,7 @@ class Fragment(TypedDict):
     parts: Size
     start: Count
     count: Size
-    kinds: list[Literal["weights", "exp_avg", "exp_avg_sq"]]
+    kinds: list[str]
 
 
 class File(TypedDict):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, launch, python, small, torchrun, train_rows
+from command import ROOT, launch, python, small, train_rows
 from layouts import Layout, run_for
 from tampering import edit
 

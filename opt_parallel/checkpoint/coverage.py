@@ -16,7 +16,10 @@ def fault_of(manifest: dict[str, Any]) -> str | None:
     """What is wrong with the fragments of a manifest whose values have the right types; None if nothing.
 
     A file's size bounds what it can hold, so that no tensor is larger than what is on the disk."""
-    kinds = {"weights", *saved_moments(manifest["config"])} if manifest["updates"] else {"weights"}
+    try:
+        kinds = {"weights", *saved_moments(manifest["config"])} if manifest["updates"] else {"weights"}
+    except ValueError as error:
+        return f"config.optimizer: {error}"
     pieces: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for name, tensor in manifest["tensors"].items():
         if tensor["dim"] >= len(tensor["shape"]):

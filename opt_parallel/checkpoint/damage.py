@@ -6,11 +6,17 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opt_parallel import place
 from opt_parallel.checkpoint.coverage import VALUE
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.stored import StoredFile
+from opt_parallel.compose import model_at
 from opt_parallel.manifest import MANIFEST, STEP, Damaged, file_in
+from opt_parallel.model.heads import SCORE, CausalLM
+from opt_parallel.parallel.shard import logical_shapes
+from opt_parallel.topology import ALONE
 
 CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -21,6 +27,7 @@ def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | No
     begin with a file's name. Of the files, share number `share` of `of` is read."""
     try:
         reader = CheckpointReader(folder)
+        _check_tensors(reader)
         file_in(folder, TOKENIZER)
     except Damaged as error:
         return None, [error.what]
@@ -41,6 +48,20 @@ def read_whole(folder: Path) -> CheckpointReader:
 def damage_in(folder: Path) -> list[str]:
     """Everything that is wrong with a checkpoint, after reading all of it."""
     return read_share(folder, 0, 1)[1]
+
+
+def _check_tensors(reader: CheckpointReader) -> None:
+    """Raise Damaged unless the tensors are those of the network that the manifest describes; of a LoRA run's its base's
+    network tells as much."""
+    model, labels = model_at(reader.folder, ""), reader.manifest.get("labels")
+    if reader.manifest.get("base"):
+        return
+    with torch.device("meta"):
+        wanted = logical_shapes(CausalLM(model, ALONE))
+    if labels is not None:
+        wanted[SCORE] = (len(labels["names"]), model.embedding_size)
+    if reader.shapes != wanted:
+        raise Damaged(reader.folder, f"{MANIFEST} lists other tensors than those of the network that it describes")
 
 
 def check_sizes(reader: CheckpointReader) -> None:

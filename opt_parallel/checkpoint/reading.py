@@ -18,13 +18,11 @@ from opt_parallel.hf_config import read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST, Damaged
-from opt_parallel.model.heads import CausalLM, SequenceClassifier
+from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.model.hf import HuggingFaceWeights
 from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
 from opt_parallel.shapes import Labels, ModelConfig
 from opt_parallel.topology import ALONE, Group
-
-SCORE = "score.weight"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from opt_parallel.parallel.vocab import VocabParallelHead
 from opt_parallel.shapes import IGNORED, ModelConfig, ProblemType
 from opt_parallel.topology import Group
 
+SCORE = "score.weight"  # the tensor that a classifier has besides a language model's
+
 
 class CausalLM(nn.Module):
     """OPT as a language model. Built on the meta device and given memory and values by `fill`."""
