@@ -36,18 +36,21 @@ from opt_parallel.secrets import looks_secret, masked, refuse_secret_value
 from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
 from opt_parallel.storage.foreign import file_in
 from opt_parallel.task_config import Task, name_of
+from opt_parallel.terminal import outlive
 
 PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a Hydra command line, `main` decorated with `hydra.main`: its mistakes are one line and status 2."""
-    take_place()
-    quiet_libraries()
-    register_schema()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
+    """Run a Hydra command line, `main` decorated with `hydra.main`: its mistakes are one line and status 2, and it
+    works on when nobody reads what it prints."""
     with said_in_one_line():
+        outlive()
+        take_place()
+        quiet_libraries()
+        register_schema()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
         sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # Hydra itself writes down what a multirun was given
         main()
 

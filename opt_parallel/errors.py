@@ -8,10 +8,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NoReturn
 
-from opt_parallel import place
+from opt_parallel import place, terminal
 
 # How a process ends that a signal asked to: after its step and saved where it was training, at once before that.
 INTERRUPTED = 130  # Ctrl-C, by the shell's convention
@@ -56,28 +56,24 @@ def leave(line: str, status: int = 2, patience: float = 10.0, shared: bool = Fal
         if not shared:
             # nobody ended us: the mistake is this rank's alone
             print(f"error: {place.host()}, rank {place.rank()}: {line}", file=sys.stderr)
-    _flush()
+    terminal.flush()  # `os._exit` would lose it
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
-
-
-def _flush() -> None:
-    """What was printed and is not written yet, as to a pipe: `os._exit` would lose it."""
-    with suppress(OSError):  # nobody reads it any more
-        sys.stdout.flush()
-    sys.stderr.flush()
 
 
 @contextmanager
 def reporting(
     expected: tuple[type[Exception], ...] = (), explain: Callable[[BaseException], str] = str
 ) -> Iterator[None]:
-    """Turn a user's mistake into one line and status 2, the loss of another rank into one line and status 1.
+    """Turn a user's mistake into one line and status 2, the loss of another rank into one line and status 1. A command
+    that only prints ends without a word when nobody reads it any more, as `head` does.
 
     `expected` are the types of a library in front of us (Hydra, OmegaConf) whose errors are the user's too; `explain`
     puts them into words. Everything else is our own fault and keeps its traceback.
     """
+    terminal.open_streams()
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         leave(str(error), shared=error.shared)
     except expected as error:
@@ -85,13 +81,15 @@ def reporting(
     except Lost as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-    except BrokenPipeError:  # whoever read our output has had enough, as `head` has
+    except terminal.Closed:
         os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         leave("interrupted", status=INTERRUPTED, patience=0.0)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename in terminal.NAMES.values():
+            leave(f"{error.filename} cannot be written ({error.strerror})")
         if place.world_size() == 1:
             raise
         traceback.print_exc()
-        _flush()
+        terminal.flush()
         os._exit(1)  # at once: the interpreter would wait for threads that wait for other ranks

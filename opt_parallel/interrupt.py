@@ -1,4 +1,5 @@
-"""Ctrl-C and a launcher's SIGTERM or SIGUSR1, turned into a question the loop asks between two steps.
+"""Ctrl-C, a terminal's SIGHUP and SIGQUIT, a launcher's SIGTERM and SIGUSR1, turned into a question the loop asks
+between two steps.
 
 The signals are read by a thread, through Python's wake-up descriptor: the main thread may hang in a collective, and a
 second signal must end it all the same.
@@ -13,17 +14,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from opt_parallel import place
 from opt_parallel.errors import INTERRUPTED, STOPPED, leave
 
-STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED}
+STATUS = {
+    signal.SIGINT: INTERRUPTED,
+    **dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT), STOPPED),
+}
 SAME_REQUEST = 5.0  # seconds: one request reaches a rank twice, from a terminal or Slurm and from its launcher
 
 
 class Interrupt:
     """Whether this process was asked to stop. `status` is what it should then end with; 0: nobody asked.
 
-    Until `patient` is set, and at a second request some seconds after the first, it ends at once; upon SIGUSR1 with
-    `last_words`, for that is surely a request: SIGTERM is what a launcher sends where another rank has crashed, too."""
+    Until `patient` is set, and at a second request some seconds after the first, it ends at once, after `last_words`;
+    without them on a SIGTERM to one of several ranks, which launchers send after another rank has crashed, too."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -40,7 +45,7 @@ class Interrupt:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first: no signal is lost in between
-        before = {number: signal.signal(number, lambda *_: None) for number in STATUS}
+        before = {number: signal.signal(number, lambda *_: None) for number in STATUS if not _kept_off(number)}
         threading.Thread(target=interrupt._listen, args=(reader,), daemon=True).start()
         try:
             yield interrupt
@@ -54,8 +59,7 @@ class Interrupt:
     def ignore(self) -> None:
         """Let no signal change any more what this process ends with: launchers send one to all as soon as one ends."""
         self._ignored = True
-        for number in STATUS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_all()
 
     def _listen(self, reader: int) -> None:
         while numbers := os.read(reader, 64):
@@ -67,9 +71,21 @@ class Interrupt:
     def _note(self, number: signal.Signals) -> None:
         status, now = STATUS[number], time.monotonic()
         if not self.patient or (self.status and now - self._since > SAME_REQUEST):
-            if number == signal.SIGUSR1:
+            if number != signal.SIGTERM or place.world_size() == 1:
                 with suppress(OSError):  # this thread must live
                     self.last_words()
             leave("interrupted", status, patience=0.0)
         if not self.status:
             self.status, self._since = status, now
+
+
+def ignore_all() -> None:
+    """In a process whose parent decides when it ends: terminals and batch systems signal all processes of a run."""
+    for number in STATUS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kept_off(number: signal.Signals) -> bool:
+    """Whether `nohup` keeps a signal off. Shells have SIGINT and SIGQUIT ignored, too, in what a script starts with &;
+    who sends one to that process by its number means it."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

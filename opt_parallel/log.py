@@ -10,11 +10,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from opt_parallel import machine, place
+from opt_parallel import machine, place, terminal
 from opt_parallel.errors import Lost, UserError
 
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
@@ -22,10 +22,10 @@ SAYS_IT_AGAIN = "huggingface_hub.utils._http"  # each retry, of what our own lin
 OURS = logging.getLogger("opt_parallel")  # what was said, for the rank's file; the terminal has it from print
 
 
-def say(text: str) -> None:
-    """Print one line on rank 0."""
+def say(text: str, anywhere: bool = False) -> None:
+    """Print one line on rank 0; if `anywhere`, on standard error where standard output is gone."""
     if place.is_main():
-        print(text, file=sys.stdout, flush=True)
+        print(text, file=sys.stderr if anywhere and 1 in terminal.gone else sys.stdout, flush=True)
         OURS.info(text)
 
 
@@ -46,10 +46,13 @@ def bytes_in_words(number: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """Hold back the libraries' chatter below a warning, and their threads beyond the CPUs that there are.
+    """Hold back the libraries' chatter below a warning, and their threads beyond the CPUs that there are, and give
+    them a home folder where the system knows none.
 
     Must run before they are imported."""
     machine.limit_threads()
+    if home := machine.stand_in_for_account():
+        say(f"note: user {os.getuid()} has no home folder here: {home} stands in for it")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     said_by_us = ("real_accelerator.py", "loss_scaler.py")  # that there is no GPU, that gradients are not finite
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename not in said_by_us)
@@ -76,24 +79,27 @@ def own_file(folder: Path) -> Iterator[None]:
     Libraries in C++ print past Python: on rank 0 they reach the terminal alone."""
     path, main = log_of(folder, place.rank()), place.is_main()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8", buffering=1) as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
         print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}  {place.host()}, process {os.getpid()}", file=file)
-        terminal = None if main else _redirect(file.fileno(), file.fileno())
+        for line in terminal.gone.values():
+            print(line, file=file)
+        earlier = None if main else _redirect(file.fileno(), file.fileno())
         handlers = _collect(file, also_here=main)
         try:
             yield
         except Exception as error:
             if main or isinstance(error, (UserError, Lost)):  # else it is printed into the file anyway
                 traceback.print_exc(file=file)
-            if terminal is not None and _worth_a_line(error):
-                os.write(terminal[1], f"error: {_first_line(error)}; {path} has more\n".encode())
-            if terminal is not None and isinstance(error, UserError):
-                _redirect(*terminal)  # if rank 0 does not say it, this rank will
+            if earlier is not None and _worth_a_line(error):
+                with suppress(OSError):  # that terminal may be gone
+                    os.write(earlier[1], f"error: {_first_line(error)}; {path} has more\n".encode())
+            if earlier is not None and isinstance(error, UserError):
+                _redirect(*earlier)  # if rank 0 does not say it, this rank will
             raise
         finally:
             _collect_no_more(handlers)  # after an error, too: the next run of a multirun has a file of its own
-        if terminal is not None:
-            for old in _redirect(*terminal) + terminal:
+        if earlier is not None:
+            for old in _redirect(*earlier) + earlier:
                 os.close(old)
 
 

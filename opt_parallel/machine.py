@@ -3,8 +3,10 @@ machine has."""
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,21 @@ def limit_threads() -> None:
     if number < _affinity():
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
             os.environ.setdefault(name, str(number))
+
+
+def stand_in_for_account() -> str | None:
+    """Set USER and HOME where the system knows neither, as of a container's number that has no account: libraries fail
+    without them. The home folder then made, in the system's temporary one, or None."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the latter from Python 3.13 on
+        os.environ["USER"] = f"user-{os.getuid()}"
+    if os.path.expanduser("~") != "~":
+        return None
+    folder = Path(tempfile.gettempdir()) / f"home-of-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.environ["HOME"] = str(folder if folder.stat().st_uid == os.getuid() else tempfile.mkdtemp())
+    return os.environ["HOME"]
 
 
 def memory_limit() -> int:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from opt_parallel import terminal
 from opt_parallel.clock import Clock
 from opt_parallel.config import ActivationCheckpointing, Precision, Run
 from opt_parallel.curve import draw, losses_of, perplexity_of
@@ -209,7 +210,7 @@ class _Recorder(Metrics):
             parts.append(f"{'the same command' if early else 'a later stop_at'}{auto} continues it")
         for tracker in self._trackers:
             tracker.finish()
-        say("; ".join(part for part in parts if part))
+        say("; ".join(part for part in parts if part), anywhere=True)
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, None
@@ -283,7 +284,7 @@ class _Progress:
         step, speed = row["step"], f"{row['tokens_per_second']:,.0f} tokens/s"
         self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
         self._bar.update()
-        if self._bar.disable and (step % self._every == 0 or step in self._always):
+        if (self._bar.disable or 1 in terminal.gone) and (step % self._every == 0 or step in self._always):
             # The median: compilation makes a process's first step slow, and one slow step says little of the rest.
             left = _duration(statistics.median(self._recent) * (self._steps - step))
             skipped = f"  skipped, loss scale {row['loss_scale']:g}" if row.get("skipped") else ""

@@ -8,19 +8,32 @@ import socket
 
 # rank, world size, rank on this host, processes on this host, as the launchers that set no RANK call them
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCHERS = (*PLACE, "MASTER_", "OMPI_", "SLURM_")  # how the names of their variables begin
 SLURM_PORTS = 20_000, 10_000  # a job's own out of this many from here
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """1 without a RANK, as of a process that stands alone where WORLD_SIZE is set for others."""
+    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
+
+
+def local_world_size() -> int:
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """A variable's; one that is no number is refused when the ranks join."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def is_main() -> bool:
@@ -35,7 +48,9 @@ def host() -> str:
 
 def take_place() -> None:
     """Where the launcher set no RANK, as torchrun, DeepSpeed's and accelerate's do, take it from Open MPI's variables
-    or Slurm's (of a step of several tasks)."""
+    or Slurm's (of a step of several tasks). A variable that is set to nothing is as good as none."""
+    for name in [name for name, value in os.environ.items() if name.startswith(LAUNCHERS) and not value]:
+        del os.environ[name]
     if "RANK" in os.environ:
         return
     if OPEN_MPI[0] in os.environ:  # before Slurm's: mpirun within a job starts its daemons by srun
@@ -50,7 +65,7 @@ def take_place() -> None:
 
 
 def _set(rank: str, world_size: str, local_rank: str, local_world_size: str) -> None:
-    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=local_world_size)
+    os.environ.update(zip(PLACE, (rank, world_size, local_rank, local_world_size), strict=True))
 
 
 def _slurm_place() -> tuple[str, str, str, str]:

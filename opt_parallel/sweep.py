@@ -23,6 +23,7 @@ from opt_parallel.compose import explain, said_in_one_line
 from opt_parallel.errors import UserError
 from opt_parallel.log import quiet_libraries
 from opt_parallel.place import world_size
+from opt_parallel.terminal import open_streams, outlive
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 LONGEST_NAME = 200  # bytes; file systems end at 255, and some at less
@@ -61,6 +62,8 @@ def reported() -> Iterator[None]:
             yield
         return
     quiet_libraries()
+    open_streams()
+    outlive()
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:

@@ -48,13 +48,13 @@ def local_device() -> torch.device:
     Raises: UserError if the launcher started more processes on this machine than it has GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    processes, devices = place.local_world_size(), torch.cuda.device_count()
     if processes > devices:
         raise UserError(
             f"{processes} processes were started on a machine with {devices} GPUs: start at most {devices} here, "
             "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
         )
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", place.local_rank())
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ class Topology:
 def _join() -> None:
     if dist.is_initialized():
         return
+    check_place()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
@@ -203,6 +204,19 @@ def _join() -> None:
             "and where they meet, as mpirun -x MASTER_ADDR=… does"
         )
     dist.init_process_group(backend)
+
+
+def check_place() -> None:
+    """Raise UserError unless the launcher's variables are numbers that fit together."""
+    for name in place.PLACE:
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(
+                f"{name}={os.environ[name]} is not a whole number from 0 on: start by torchrun, or unset it"
+            )
+    if place.rank() >= place.world_size():
+        raise UserError(
+            f"RANK={place.rank()} must be less than WORLD_SIZE={place.world_size()}: start by torchrun, or unset both"
+        )
 
 
 def _own_device() -> torch.device:

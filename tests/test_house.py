@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. A module imports from lower floors, or from other modules of its own folder.
 FLOORS = [
-    ["place", "machine"],
+    ["place", "machine", "terminal"],
     ["errors"],
     ["log", "paths", "secrets"],
     ["storage"],

@@ -34,10 +34,11 @@ print("ended")
 """
 
 
-def started(how: str, same_request: float = 5.0) -> subprocess.Popen[str]:
+def started(how: str, same_request: float = 5.0, nohup: bool = False, **env: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(same_request), how], cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ["nohup"] * nohup + [sys.executable, "-c", PROGRAM, str(same_request), how], cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT), **env), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -46,7 +47,7 @@ def started(how: str, same_request: float = 5.0) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGQUIT, 75)],
     ids=str,
 )
 def test_once_is_noted_and_twice_at_the_same_time_is_once(number: int, status: int) -> None:
@@ -59,6 +60,15 @@ def test_once_is_noted_and_twice_at_the_same_time_is_once(number: int, status: i
     assert (process.returncode, output, errors) == (0, "ended\n", "")
 
 
+def test_nohup_keeps_a_hangup_off() -> None:
+    with started("patient", nohup=True) as process:
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asked 130\n"
+        process.communicate("\n", timeout=60)
+
+
 def test_a_second_one_ends_it_though_it_hangs() -> None:
     with started("hang", same_request=0.0) as process:
         process.send_signal(signal.SIGTERM)
@@ -68,12 +78,15 @@ def test_a_second_one_ends_it_though_it_hangs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "words"),
-    [(signal.SIGINT, 130, ""), (signal.SIGTERM, 75, ""), (signal.SIGUSR1, 75, "last words\n")],
-)
-def test_before_the_first_step_one_is_enough(number: int, status: int, words: str) -> None:
-    """And only the signal that is surely a request says that the run is to be continued."""
-    with started("impatient") as process:
+    ("number", "size", "status", "words"),
+    [
+        (signal.SIGINT, 1, 130, "last words\n"), (signal.SIGTERM, 1, 75, "last words\n"),
+        (signal.SIGTERM, 2, 75, ""), (signal.SIGUSR1, 2, 75, "last words\n"), (signal.SIGHUP, 2, 75, "last words\n"),
+    ],
+)  # fmt: skip
+def test_before_the_first_step_one_is_enough(number: int, size: int, status: int, words: str) -> None:
+    """And only what is surely a request says that the run is to be continued: SIGTERM comes from a launcher, too."""
+    with started("impatient", RANK="0", WORLD_SIZE=str(size)) as process:
         process.send_signal(number)
         output, errors = process.communicate(timeout=50)
     assert (process.returncode, output, errors) == (status, words, "error: interrupted\n")

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from opt_parallel.place import first_host, host, take_place, tasks_per_node
+from opt_parallel.errors import UserError
+from opt_parallel.place import PLACE, first_host, host, rank, take_place, tasks_per_node, world_size
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # of task 3 of an `srun --ntasks 5 --nodes 3`, as Slurm 22.05 sets them
 SLURM = {
     "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "5", "SLURM_LOCALID": "1",
@@ -34,6 +34,30 @@ def place_with(variables: dict[str, str]) -> list[str | None]:
 
 def test_a_task_of_srun() -> None:
     assert place_with(SLURM) == ["3", "5", "1", "2", "gpu007", str(20_000 + 41 * 16 + 2)]
+
+
+def test_a_variable_that_is_set_to_nothing_is_as_good_as_none() -> None:
+    nothing = dict.fromkeys((*PLACE, "MASTER_ADDR", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK"), "")
+    assert place_with(nothing) == [None] * 6
+    assert (rank(), world_size()) == (0, 1)
+
+
+def test_a_world_size_without_a_rank_is_of_other_processes() -> None:
+    os.environ["WORLD_SIZE"] = "8"
+    assert world_size() == 1
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "abc"}, {"RANK": "-1"}, {"LOCAL_RANK": "x"}, {"RANK": "0", "WORLD_SIZE": "2.5"},
+     {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
+)  # fmt: skip
+def test_a_place_that_is_none_is_refused(variables: dict[str, str]) -> None:
+    from opt_parallel.topology import check_place
+
+    os.environ.update(variables)
+    with pytest.raises(UserError, match=f"{list(variables)[-1]}={list(variables.values())[-1]}"):
+        check_place()
 
 
 def test_all_tasks_of_a_step_meet_at_one_place() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -30,9 +29,12 @@ from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
+from opt_parallel.interrupt import ignore_all
 from opt_parallel.machine import cpus
+from opt_parallel.place import local_rank
 from opt_parallel.shapes import require
 from opt_parallel.storage.atomic import PARTIAL, remove
+from opt_parallel.terminal import open_streams, outlive
 
 PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends with the first of them
 BLOCK = 4096  # samples that are shuffled together
@@ -52,7 +54,7 @@ class Filling:
 
     def start(self) -> BaseProcess | None:
         """Start a filler, on this machine's first process; it ends with this one."""
-        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        if local_rank() != 0:
             return None
         filler = multiprocessing.get_context("spawn").Process(target=_fill_beside, args=(self,), daemon=True)
         filler.start()
@@ -205,7 +207,9 @@ class GrowingStore(TokenStore):
 def _fill_beside(filling: Filling) -> None:
     """What the filler does until it is done, or the trainer is gone."""
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(filling.threads))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the trainer's: it saves first
+    open_streams()
+    outlive()
+    ignore_all()  # they are the trainer's, which saves first
     trainer = multiprocessing.parent_process()
     assert trainer is not None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import time
 import traceback
@@ -14,7 +13,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from opt_parallel.errors import UserError
+from opt_parallel.interrupt import ignore_all
 from opt_parallel.machine import cpus  # noqa: F401 (whoever sizes `run_jobs` finds it here, too)
+from opt_parallel.terminal import open_streams, outlive
 
 Report = Callable[[int], None]
 Job = Callable[[Any, Report], None]
@@ -77,7 +78,9 @@ def _give(pipe: Connection, pending: Iterator[Job]) -> bool:
 def _work(pipe: Connection, shared: Any) -> None:
     """What a process does until its parent is gone, which ends the pipe."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent will end us
+    open_streams()
+    outlive()
+    ignore_all()
     while True:
         try:
             job = pipe.recv()
