@@ -107,7 +107,7 @@ def fill(folder: Path, materials: list[Material], workers: int) -> list[PartMeta
         total = sum(place.unit.size for place in missing)
         hands = min(workers or cpus(), len(missing), total // WORTH_A_PROCESS) or 1
         with progress(f"{materials[0].corpus.key}: {what}", total) as report:
-            run_jobs([partial(job, folder, place) for place in missing], materials, hands, report)
+            run_jobs([(place.unit.name, partial(job, folder, place)) for place in missing], materials, hands, report)
 
     try:
         if any(material.deduplicate for material in materials):

@@ -43,6 +43,13 @@ class Unit:
     def size(self) -> int:
         return sum(piece.size for piece in self.pieces)
 
+    @property
+    def name(self) -> str:
+        """Its first file or dataset, for a person."""
+        first = self.pieces[0]
+        more = f" and {len(self.pieces) - 1} more" if len(self.pieces) > 1 else ""
+        return f"{first.path if isinstance(first, Piece) else first.name}{more}"
+
 
 @dataclass(frozen=True)
 class Corpus:

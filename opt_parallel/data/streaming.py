@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from operator import itemgetter
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from opt_parallel.data import workers
 from opt_parallel.data.encoding import batches_of
 from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
 from opt_parallel.data.filling import META, Material, PartMaker, PartMeta, part_name, read_meta
@@ -27,6 +29,7 @@ from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, I
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
+from opt_parallel.data.workers import Pulse, Unfinished
 from opt_parallel.errors import UserError
 from opt_parallel.log import say
 from opt_parallel.interrupt import ignore_all
@@ -58,7 +61,20 @@ class Filling:
             return None
         filler = multiprocessing.get_context("spawn").Process(target=_fill_beside, args=(self,), daemon=True)
         filler.start()
+        threading.Thread(target=self._watch, args=(filler,), daemon=True).start()
         return filler
+
+    def _watch(self, filler: BaseProcess) -> None:
+        """Tell all who wait for the store if its filler does nothing any more."""
+        pulse = Pulse(filler.pid)
+        while not wait([filler.sentinel], workers.LOOK):
+            try:
+                pulse.look(f"which fills {self.folder}")
+            except Unfinished as error:
+                with suppress(OSError):  # then they find that nobody fills it
+                    tell_failure(self.folder, str(error))
+                filler.kill()
+                return
 
     @property
     def threads(self) -> int:

@@ -10,44 +10,86 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+import psutil
 
 from opt_parallel.errors import UserError
 from opt_parallel.interrupt import ignore_all
+from opt_parallel.log import say
 from opt_parallel.machine import cpus  # noqa: F401 (whoever sizes `run_jobs` finds it here, too)
+from opt_parallel.place import host
 from opt_parallel.terminal import open_streams, outlive
 
 Report = Callable[[int], None]
 Job = Callable[[Any, Report], None]
 SPOKEN = 30.0  # seconds between two lines where there is no bar
+LOOK = 5.0  # seconds between two looks at the processes that work
+SAID, GIVEN_UP = 4, 12  # looks at one that does nothing until a warning, and the end
 
 
 class Unfinished(UserError):
     """What stopped the work is no fault of the data: starting again goes on from there."""
 
 
-def run_jobs(jobs: Iterable[Job], shared: Any, workers: int, report: Report) -> None:
-    """Call `job(shared, report)` for every job, in as many processes; with one, here. `report` takes the bytes done.
+class Pulse:
+    """Whether a process works, by the CPU time that it used between two looks: none if it is stopped, or waits for a
+    disk that does not answer. Looks are counted, not seconds: this process may have been stopped itself."""
 
-    Raises: what a job raised first; Unfinished if a process died."""
+    def __init__(self, number: int | None) -> None:
+        self._process = psutil.Process(number)
+        self._used, self._idle = -1.0, 0
+
+    def look(self, doing: str) -> None:
+        """Look at a process that is `doing` something. Raises: Unfinished, after a warning."""
+        try:
+            times, status = self._process.cpu_times(), self._process.status()
+        except psutil.NoSuchProcess:
+            return  # who waits for it sees that, too
+        used = times.user + times.system
+        self._idle = 0 if used > self._used else self._idle + 1
+        self._used = max(used, self._used)
+        how = "is stopped" if status == psutil.STATUS_STOPPED else "does nothing"
+        line = f"process {self._process.pid} on {host()}, {doing}, {how}"
+        if self._idle == SAID:
+            say(f"warning: {line}: it is given up after {LOOK * GIVEN_UP:g} s")
+        if self._idle == GIVEN_UP:
+            raise Unfinished(
+                f"{line} for {LOOK * GIVEN_UP:g} s: see whether its disk answers, or who stopped it (kill -CONT), and "
+                "start again; what is done stays"
+            )
+
+
+def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report: Report) -> None:
+    """Call `job(shared, report)` for every name and job, in as many processes; with one, here. `report` takes the bytes
+    done.
+
+    Raises: what a job raised first; Unfinished if a process died, or does nothing."""
     if workers == 1:
-        for job in jobs:
+        for _, job in jobs:
             job(shared, report)
         return
     pending = iter(jobs)
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and this one's memory
-    processes, pipes = [], []
+    processes: dict[Connection, BaseProcess] = {}
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, shared), daemon=True)
             process.start()
             theirs.close()  # so that its end ends the pipe
-            processes.append(process)
-            pipes.append(ours)
-        busy = [pipe for pipe in pipes if _give(pipe, pending)]
+            processes[ours] = process
+        pulses = {pipe: Pulse(process.pid) for pipe, process in processes.items()}
+        busy = {pipe: name for pipe in processes if (name := _give(pipe, pending)) is not None}
+        next_look = time.monotonic() + LOOK
         while busy:
-            for pipe in wait(busy):
+            ready = wait(list(busy), LOOK)
+            if time.monotonic() >= next_look:
+                for pipe, name in busy.items():
+                    pulses[pipe].look(f"which prepares {name}")
+                next_look = time.monotonic() + LOOK
+            for pipe in ready:
                 assert isinstance(pipe, Connection)
                 try:
                     answer = pipe.recv()
@@ -60,19 +102,23 @@ def run_jobs(jobs: Iterable[Job], shared: Any, workers: int, report: Report) -> 
                     report(answer)
                 elif answer is not None:
                     raise answer
-                elif not _give(pipe, pending):
-                    busy.remove(pipe)
+                elif (name := _give(pipe, pending)) is not None:
+                    busy[pipe] = name
+                else:
+                    del busy[pipe]
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
-            process.join()
+        for process in processes.values():
+            process.join(LOOK)  # one that waits for a disk ends when that answers
 
 
-def _give(pipe: Connection, pending: Iterator[Job]) -> bool:
-    job = next(pending, None)
-    if job is not None:
+def _give(pipe: Connection, pending: Iterator[tuple[str, Job]]) -> str | None:
+    """The name of the job that the process at a pipe's other end gets, if there is one left."""
+    name, job = next(pending, (None, None))
+    if name is not None:
         pipe.send(job)
-    return job is not None
+    return name
 
 
 def _work(pipe: Connection, shared: Any) -> None:

@@ -24,7 +24,7 @@ from opt_parallel.data.selection import digests_of, find_duplicates
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.store import Encoded
 from opt_parallel.data.tokens import train_tokenizer
-from opt_parallel.data.workers import Unfinished, run_jobs
+from opt_parallel.data.workers import Pulse, Unfinished, run_jobs
 from opt_parallel.errors import UserError
 
 TOKENIZER = train_tokenizer(["some words to learn from, and some more words"] * 3, 280)
@@ -44,6 +44,10 @@ class Watched(TextEncoder):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if self.action == "slow":
                     time.sleep(5)
+                if self.action == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if self.action == "hang":
+                    time.sleep(1000)
                 if self.action == "change":
                     os.utime(record.where.partition(": ")[2].rpartition(",")[0], ns=(1, 1))
             with self.log.open("a") as file:
@@ -99,6 +103,39 @@ def test_a_process_that_is_killed_costs_only_its_part(tmp_path: Path, monkeypatc
     straight.mkdir()
     fill(straight, [Material(corpus, Watched(log))], 1)
     assert bytes_of(target) == bytes_of(straight)
+
+
+@pytest.mark.parametrize(("action", "how"), [("stop", "is stopped"), ("hang", "does nothing")])
+def test_a_process_that_does_nothing_is_named_and_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], action: str, how: str
+) -> None:
+    small_units(monkeypatch)
+    monkeypatch.setattr(workers, "LOOK", 0.2)
+    corpus, log, target = corpus_of(tmp_path, TEXTS), tmp_path / "log", tmp_path / "store"
+    target.mkdir()
+    with pytest.raises(Unfinished, match=rf"process \d+ on .*, which prepares .*text.jsonl, {how} for 2.4 s: .*again"):
+        fill(target, [Material(corpus, Watched(log, "document 40 ", action))], 2)
+    assert f"text.jsonl, {how}: it is given up after 2.4 s\n" in capsys.readouterr().out
+    assert len(list(target.glob("part-?????"))) > 5
+    fill(target, [Material(corpus, Watched(tmp_path / "again"))], 1)  # goes on from there
+    assert len((tmp_path / "again").read_text().splitlines()) < len(TEXTS) / 2
+
+
+def test_a_sign_of_life_counts_from_anew() -> None:
+    """Looks count and not seconds, so that a process that was stopped itself, as by Ctrl-Z, gives nobody up."""
+    burn = "import sys\nfor _ in sys.stdin: sum(range(2000000)); print(flush=True)"
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        pulse = Pulse(child.pid)
+        for _ in range(2):
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            child.stdout.readline()
+            for _ in range(workers.GIVEN_UP):
+                pulse.look("which burns")
+        with pytest.raises(Unfinished):
+            pulse.look("which burns")
 
 
 SCRIPT = """
@@ -167,7 +204,7 @@ def broken(_: Any, report: Any) -> None:
 
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError) as raised:
-        run_jobs([broken], None, 2, lambda _: None)
+        run_jobs([("a job", broken)], None, 2, lambda _: None)
     assert "in broken" in raised.value.__notes__[0]
 
 

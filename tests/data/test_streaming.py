@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from test_mixture import ids_of
 
 from opt_parallel.clock import Clock
 from opt_parallel.config import DataConfig, Run
-from opt_parallel.data import streaming, tasks
+from opt_parallel.data import streaming, tasks, workers
 from opt_parallel.data.encoding import TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.order import Streamed
@@ -168,6 +169,26 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
     assert store.arrived(EVERYTHING) == (len(expected) - 1) // LENGTH
     assert store.of_tokens("ids", 0, store.tokens).tolist() == expected
     assert [part.stat().st_ino for part in sorted((tmp_path / "stream").glob("part-?????"))][: len(kept)] == kept
+
+
+def test_a_filler_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LOOK", 0.2)
+    filling = Filling(
+        tmp_path / "stream", Material(corpus_of(tmp_path / "text", TEXTS), Slow(TOKENIZER, 2)), EVERYTHING, 1,
+        part_tokens=1,
+    )  # fmt: skip
+    filler = filling.start()
+    assert filler is not None
+    assert filler.pid is not None
+    store = growing(filling)
+    store.arrived(3)
+    os.kill(filler.pid, signal.SIGSTOP)
+    with pytest.raises(
+        UserError, match=rf"process {filler.pid} on .*, which fills .*stream, is stopped for .*start again"
+    ):
+        store.arrived(EVERYTHING)
+    filling.start()
+    assert growing(filling).arrived(EVERYTHING) is not None
 
 
 def test_a_filler_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
