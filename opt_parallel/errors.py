@@ -29,7 +29,12 @@ class UserError(Exception):
 
 
 class Lost(Exception):
-    """Another rank is gone, or cannot be reached: no mistake, and the newest checkpoint goes on."""
+    """Another rank is gone, or cannot be reached: no mistake, and the newest checkpoint goes on. `speaks`: whether this
+    rank is the one of its host that says so on the terminal."""
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks
 
 
 def one_line(error: BaseException) -> str:
@@ -79,7 +84,8 @@ def reporting(
     except expected as error:
         leave(explain(error))
     except Lost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if error.speaks or not place.is_main():  # what others print is in their log
+            print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     except terminal.Closed:
         os._exit(128 + signal.SIGPIPE)

@@ -114,8 +114,8 @@ def _redirect(output: int, errors: int) -> tuple[int, int]:
 
 
 def _worth_a_line(error: Exception) -> bool:
-    """A user's mistake rank 0 says; that other ranks are gone, the first on each host."""
-    return not isinstance(error, UserError) and (not isinstance(error, Lost) or place.local_rank() == 0)
+    """A user's mistake rank 0 says; that other ranks are gone, one of each host."""
+    return not isinstance(error, UserError) and (not isinstance(error, Lost) or error.speaks)
 
 
 def _first_line(error: Exception) -> str:

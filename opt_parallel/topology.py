@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed import distributed_c10d
 
 from opt_parallel import place
 from opt_parallel.config import Precision
 from opt_parallel.errors import Lost, UserError
+from opt_parallel.roll_call import RollCall
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the words between ranks: one may prepare text while the others wait
@@ -74,6 +75,7 @@ class Topology:
     device: torch.device
     hosts: tuple[str, ...]
     words: dist.ProcessGroup | None
+    calls: RollCall | None
 
     @classmethod
     @contextmanager
@@ -87,15 +89,25 @@ class Topology:
         _join()
         rank, size = dist.get_rank(), dist.get_world_size()
         words = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc=UNHURRIED) if size > 1 else None
-        told = _exchange((place.host(), tensor), words)  # before the groups: ranks that disagree would make others
-        hosts = tuple(host for host, _ in told)
-        _check_grid([theirs for _, theirs in told], hosts, allow_cross_node)
+        told = _exchange(
+            (place.host(), tensor, time.time_ns()), words
+        )  # before the groups: ranks that disagree would make others
+        hosts = tuple(host for host, _, _ in told)
+        _check_grid([theirs for _, theirs, _ in told], hosts, allow_cross_node)
         device = _together(_own_device, words, hosts, DEVICE_PATIENCE)
         grid = torch.arange(size).view(size // tensor, tensor)
         made = [words] if words else []
         rows = _axis_group(grid, rank, made)
         columns = _axis_group(grid.T, rank, made)
-        yield cls(Group(dist.group.WORLD, rank, size), columns, rows, device, hosts, words)
+        calls = None
+        if size > 1:
+            store = PrefixStore(f"roll-call-{told[0][2]}", distributed_c10d._get_default_store())
+            calls = RollCall(store, rank, hosts)
+        try:
+            yield cls(Group(dist.group.WORLD, rank, size), columns, rows, device, hosts, words, calls)
+        finally:
+            if calls:
+                calls.close()
         for handle in made:  # not after an error: a group would wait for work that its other ranks never do
             dist.destroy_process_group(handle)
 
@@ -164,9 +176,12 @@ class Topology:
             if not (isinstance(error, dist.DistError) or "gloo" in why or "NCCL" in why):
                 raise
             why = re.sub(r"^\[\S+:\d+\] ", "", why)  # not where in gloo's own sources
+            missing, speaks = self.calls.ask() if self.calls else ("", True)
             raise Lost(
                 f"{self.where(self.world.rank)}: another rank is gone, cannot be reached, or did not answer within "
-                f"parallel.timeout={timeout:g} s ({why}); the same command goes on from the newest checkpoint"
+                f"parallel.timeout={timeout:g} s ({why}): {missing}; the same command goes on from the newest "
+                "checkpoint",
+                speaks,
             ) from error
 
     def get_model_parallel_rank(self) -> int:

@@ -16,7 +16,7 @@ FLOORS = [
     ["errors"],
     ["log", "paths", "secrets"],
     ["storage"],
-    ["shapes", "units", "clock", "interrupt", "curve", "hub", "manifest"],
+    ["shapes", "units", "clock", "interrupt", "roll_call", "curve", "hub", "manifest"],
     ["data_config", "task_config", "scores", "comparison"],
     ["config", "hf_config"],
     ["overrides"],

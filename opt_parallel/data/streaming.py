@@ -31,8 +31,8 @@ from opt_parallel.data.statistics import finish_store
 from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
 from opt_parallel.data.workers import Pulse, Unfinished
 from opt_parallel.errors import UserError
-from opt_parallel.log import say
 from opt_parallel.interrupt import ignore_all
+from opt_parallel.log import say
 from opt_parallel.machine import cpus
 from opt_parallel.place import local_rank
 from opt_parallel.shapes import require

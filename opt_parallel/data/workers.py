@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import psutil
@@ -71,17 +70,8 @@ def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report:
             job(shared, report)
         return
     pending = iter(jobs)
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and this one's memory
-    processes: dict[Connection, BaseProcess] = {}
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, shared), daemon=True)
-            process.start()
-            theirs.close()  # so that its end ends the pipe
-            processes[ours] = process
-        pulses = {pipe: Pulse(process.pid) for pipe, process in processes.items()}
-        busy = {pipe: name for pipe in processes if (name := _give(pipe, pending)) is not None}
+    with _processes(workers, shared) as pulses:
+        busy = {pipe: name for pipe in pulses if (name := _give(pipe, pending)) is not None}
         next_look = time.monotonic() + LOOK
         while busy:
             ready = wait(list(busy), LOOK)
@@ -89,28 +79,50 @@ def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report:
                 for pipe, name in busy.items():
                     pulses[pipe].look(f"which prepares {name}")
                 next_look = time.monotonic() + LOOK
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                try:
-                    answer = pipe.recv()
-                except (EOFError, ConnectionResetError) as error:
-                    raise Unfinished(
-                        f"a process that prepared text was killed, perhaps for its memory: start again with fewer than "
-                        f"data.workers={workers}; what is done stays"
-                    ) from error
-                if isinstance(answer, int):
-                    report(answer)
-                elif answer is not None:
-                    raise answer
-                elif (name := _give(pipe, pending)) is not None:
-                    busy[pipe] = name
+            for told in ready:
+                assert isinstance(told, Connection)
+                done = _answer(told, workers)
+                if done is not None:
+                    report(done)
+                elif (name := _give(told, pending)) is not None:
+                    busy[told] = name
                 else:
-                    del busy[pipe]
+                    del busy[told]
+
+
+@contextmanager
+def _processes(number: int, shared: Any) -> Iterator[dict[Connection, Pulse]]:
+    """So many processes at work, by the pipes to them, while the context lasts."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and this one's memory
+    processes, pulses = [], {}
+    try:
+        for _ in range(number):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, shared), daemon=True)
+            process.start()
+            theirs.close()  # so that its end ends the pipe
+            processes.append(process)
+            pulses[ours] = Pulse(process.pid)
+        yield pulses
     finally:
-        for process in processes.values():
+        for process in processes:
             process.kill()
-        for process in processes.values():
+        for process in processes:
             process.join(LOOK)  # one that waits for a disk ends when that answers
+
+
+def _answer(pipe: Connection, workers: int) -> int | None:
+    """Bytes that a process has done, None where a job is. Raises: what the job raised; Unfinished."""
+    try:
+        answer = pipe.recv()
+    except (EOFError, ConnectionResetError) as error:
+        raise Unfinished(
+            f"a process that prepared text was killed, perhaps for its memory: start again with fewer than "
+            f"data.workers={workers}; what is done stays"
+        ) from error
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _give(pipe: Connection, pending: Iterator[tuple[str, Job]]) -> str | None:
