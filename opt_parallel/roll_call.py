@@ -22,12 +22,12 @@ PACKAGE = Path(__file__).parent
 
 
 class RollCall:
-    """`store`: one of torch's, which no other run uses; `hosts`: each rank's host."""
+    """`connect` makes a connection to a store of torch's, for this run alone; `hosts`: each rank's host."""
 
-    def __init__(self, store: Any, rank: int, hosts: tuple[str, ...]) -> None:
-        self._store, self._rank, self._hosts = store.clone(), rank, hosts
+    def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...]) -> None:
+        self._store, self._rank, self._hosts = connect(), rank, hosts
         self._over = threading.Event()
-        threading.Thread(target=self._answer, args=(store.clone(),), name="roll call", daemon=True).start()
+        threading.Thread(target=self._answer, args=(connect(),), name="roll call", daemon=True).start()
 
     def close(self) -> None:
         """Answer no more."""

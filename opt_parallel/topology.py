@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -101,8 +102,7 @@ class Topology:
         columns = _axis_group(grid.T, rank, made)
         calls = None
         if size > 1:
-            store = PrefixStore(f"roll-call-{told[0][2]}", distributed_c10d._get_default_store())
-            calls = RollCall(store, rank, hosts)
+            calls = RollCall(partial(store_of, f"roll-call-{told[0][2]}"), rank, hosts)
         try:
             yield cls(Group(dist.group.WORLD, rank, size), columns, rows, device, hosts, words, calls)
         finally:
@@ -232,6 +232,13 @@ def check_place() -> None:
         raise UserError(
             f"RANK={place.rank()} must be less than WORLD_SIZE={place.world_size()}: start by torchrun, or unset both"
         )
+
+
+def store_of(prefix: str) -> dist.Store:
+    """The ranks' store, by a connection of its own where it is a server's: another one may be busy with a wait."""
+    store = distributed_c10d._get_default_store()
+    over_network = isinstance(store._underlying_non_prefix_store, dist.TCPStore)
+    return PrefixStore(prefix, store.clone() if over_network else store)
 
 
 def _own_device() -> torch.device:

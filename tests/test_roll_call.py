@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,15 @@ HOSTS = ("a", "a", "b", "b")
 def call(name: str, deaf: list[int], fail: list[int]) -> tuple[str, bool] | None:
     """On the crew: what each rank learns; those of `deaf` do not answer, as if stopped, those of `fail` ask."""
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
-    from torch.distributed.distributed_c10d import _get_default_store
 
     from opt_parallel import roll_call
+    from opt_parallel.topology import store_of
 
     roll_call.POLL, roll_call.ANSWERED = 0.1, 1.0
     rank = dist.get_rank()
     if rank in deaf:
         return None
-    calls = roll_call.RollCall(PrefixStore(name, _get_default_store()), rank, HOSTS)
+    calls = roll_call.RollCall(partial(store_of, name), rank, HOSTS)
     try:
         if rank in fail:
             return calls.ask()
