@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed import distributed_c10d
 
 from opt_parallel import place
@@ -234,10 +234,10 @@ def check_place() -> None:
         )
 
 
-def store_of(prefix: str) -> dist.Store:
+def store_of(prefix: str) -> Any:
     """The ranks' store, by a connection of its own where it is a server's: another one may be busy with a wait."""
-    store = distributed_c10d._get_default_store()
-    over_network = isinstance(store._underlying_non_prefix_store, dist.TCPStore)
+    store: Any = distributed_c10d._get_default_store()
+    over_network = isinstance(store._underlying_non_prefix_store, TCPStore)
     return PrefixStore(prefix, store.clone() if over_network else store)
 
 

@@ -48,7 +48,7 @@ class Unit:
         """Its first file or dataset, for a person."""
         first = self.pieces[0]
         more = f" and {len(self.pieces) - 1} more" if len(self.pieces) > 1 else ""
-        return f"{first.path if isinstance(first, Piece) else first.name}{more}"
+        return f"{first.path if isinstance(first, Piece) else first.dataset.name}{more}"
 
 
 @dataclass(frozen=True)
