@@ -10,13 +10,14 @@ from omegaconf import DictConfig, open_dict
 
 from opt_parallel.compose import command, run_from, start_from_checkpoint, take
 from opt_parallel.place import take_place, world_size
-from opt_parallel.sweep import folder_name, is_sweep, reported, swept_values
+from opt_parallel.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
     take_place()  # a sweep's job may begin here
+    status = 0
     with reported():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         if is_sweep():
@@ -32,5 +33,11 @@ def main(config: DictConfig) -> None:
         sys.exit(status)
 
 
+def run_or_sweep() -> None:
+    """What the command line asks for."""
+    main()
+    report_diverged()
+
+
 if __name__ == "__main__":
-    command(main)
+    command(run_or_sweep)

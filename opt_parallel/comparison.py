@@ -20,7 +20,7 @@ from opt_parallel.errors import UserError, one_line
 from opt_parallel.log import aligned
 from opt_parallel.storage.rows import METRICS, Row, in_words, read_rows
 
-CONFIG = "config.yaml"
+CONFIG, STATE = "config.yaml", "state"
 INNER = {"checkpoints", "export", "logs", "wandb"}  # of a run's folder; no runs there
 OWN = {"run.dir", "run.name"}  # differ between any two runs
 MOST_COLUMNS = 6  # settings in the table of runs; more of them get a table of their own
@@ -32,16 +32,18 @@ AXES = ("step", "samples", "tokens")
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it: its `config.yaml` by dotted key, and the rows of its `metrics.jsonl`."""
+    """A run as its folder tells it: its `config.yaml` by dotted key, the rows of its `metrics.jsonl`, and whether it
+    diverged."""
 
     folder: Path
     settings: dict[str, Any]
     rows: list[Row]
+    diverged: bool
 
     @classmethod
     def read(cls, folder: Path) -> Record:
         """Raises: UserError at what cannot be read."""
-        return cls(folder, _settings(folder / CONFIG), _rows(folder / METRICS))
+        return cls(folder, _settings(folder / CONFIG), _rows(folder / METRICS), diverged(folder))
 
     @cached_property
     def training(self) -> tuple[list[int], list[float]]:
@@ -107,8 +109,19 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
     empty = [record.folder for record in records if not record.rows]
     named = next((folder for folder in empty if folder in paths), None)
     if named is not None or len(empty) == len(records):
-        raise UserError(f"{(named or empty[0]) / METRICS} has no rows yet: wait for the first steps, or leave it out")
+        folder = named or empty[0]
+        if diverged(folder):
+            raise UserError(f"{folder} diverged in its first step, and {METRICS} has no rows: leave it out")
+        raise UserError(f"{folder / METRICS} has no rows yet: wait for the first steps, or leave it out")
     return [record for record in records if record.rows], empty
+
+
+def diverged(folder: Path) -> bool:
+    """Whether a run ended with numbers that are not finite, as the `state` in its folder says."""
+    try:
+        return (folder / STATE).read_bytes().strip() == b"diverged"
+    except OSError:
+        return False
 
 
 def _rows(path: Path) -> list[Row]:
@@ -209,7 +222,7 @@ def table(records: Sequence[Record]) -> str:
         lines.append(
             [
                 str(number + 1),
-                f"{record.reached('step'):,}" + (f" of {steps:,}" if steps else ""),
+                f"{record.reached('step'):,}" + (f" of {steps:,}" if steps else "") + ", diverged" * record.diverged,
                 f"{record.reached('tokens'):,}",
                 _loss(record.last_training),
                 _loss(record.validation[1][-1]) if record.validation[1] else NONE,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opt_parallel.clock import Clock
 from opt_parallel.config import Offload, Precision, Run
 from opt_parallel.data.samples import Batch
-from opt_parallel.errors import UserError
+from opt_parallel.errors import Diverged, UserError
 from opt_parallel.model.network import network
 from opt_parallel.optim import (
     OPTIMIZERS,
@@ -210,8 +210,8 @@ class Engine:
         self.wrapped.destroy()
 
 
-def _diverged(step: int) -> UserError:
-    return UserError(
+def _diverged(step: int) -> Diverged:
+    return Diverged(
         f"step {step + 1}: the gradients are not finite, and the weights were left alone; go on from the last "
         "checkpoint with a lower optimizer.lr or another seed"
     )

@@ -23,7 +23,7 @@ from opt_parallel.data.resuming import go_on
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
-from opt_parallel.errors import UserError
+from opt_parallel.errors import Diverged, UserError
 from opt_parallel.evaluate import Prompts, validate
 from opt_parallel.export import export
 from opt_parallel.hf_config import CONFIG
@@ -42,7 +42,7 @@ from opt_parallel.topology import Topology
 from opt_parallel.trackers import check_trackers
 from opt_parallel.units import bytes_of
 
-STATE = "state"  # a file in the run's folder: running, stopped (on request, to be continued) or done
+STATE = "state"  # a file in the run's folder: running, stopped (on request, to be continued), diverged or done
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,14 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
             if status or last or best is not None or _due(run.checkpoint.every, clock, last):
                 with metrics.pause():
                     store.save(engine, clock, best)
-    except UserError:
+    except UserError as error:
         metrics.abandon()
         store.wait()
+        if isinstance(error, Diverged):
+            if topology.is_main:
+                _write_state(run, "diverged")
+            loader.close()  # the next run of a sweep follows in this process
+            engine.close()
         raise
 
     loader.close()

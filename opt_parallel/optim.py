@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opt_parallel.clock import Clock
 from opt_parallel.config import OptimizerConfig, OptimizerName, PrecisionConfig, Run, Scaler, ScheduleName
-from opt_parallel.errors import UserError
+from opt_parallel.errors import Diverged
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import marked, trained
 from opt_parallel.topology import Group
@@ -150,11 +150,11 @@ class LossScaler:
     def update_scale(self, overflow: bool) -> None:
         """Take note of one step, `overflow` agreed by all ranks.
 
-        Raises: UserError on an overflow at the floor: a smaller scale would only hide a run that diverges."""
+        Raises: Diverged on an overflow at the floor: a smaller scale would only hide a run that diverges."""
         if not overflow:
             self.good_steps += 1
         elif self.scale <= self.floor:
-            raise UserError(
+            raise Diverged(
                 f"gradients overflow fp16 at the lowest loss scale, precision.floor={self.floor}: the run diverges; "
                 "go on from an earlier checkpoint with a lower optimizer.lr, or use precision=bf16"
             )

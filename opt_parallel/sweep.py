@@ -20,12 +20,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from opt_parallel.compose import explain, said_in_one_line
-from opt_parallel.errors import UserError
+from opt_parallel.errors import Diverged, UserError
 from opt_parallel.log import quiet_libraries
-from opt_parallel.place import world_size
+from opt_parallel.place import is_main, world_size
 from opt_parallel.terminal import open_streams, outlive
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+DIVERGED: list[str] = []  # what sets apart the runs of this process's sweep that diverged
 LONGEST_NAME = 200  # bytes; file systems end at 255, and some at less
 
 
@@ -53,13 +54,22 @@ def runs_elsewhere() -> bool:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around a job: its mistakes are one line and status 2.
+    """Around a job: its mistakes are one line and status 2. One of several that diverges has a line of its own, and the
+    others follow; `report_diverged` ends the sweep.
 
     Where the command waits for jobs elsewhere, they are handed to it, and it says them once the other jobs have ended;
     so is a crash, whose traceback stays in the job's log."""
     if not runs_elsewhere():
         with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
-            yield
+            try:
+                yield
+            except Diverged as error:
+                if not is_sweep():
+                    raise
+                values = ",".join(swept_values())
+                DIVERGED.append(values)
+                if is_main():
+                    print(f"{values} diverged: {error}", file=sys.stderr, flush=True)
         return
     quiet_libraries()
     open_streams()
@@ -76,6 +86,13 @@ def reported() -> Iterator[None]:
         if world_size() > 1:
             os._exit(1)  # at once, as in `reporting`: other ranks wait
         raise
+
+
+def report_diverged() -> None:
+    """After a sweep in this process. Raises: UserError that names the runs which diverged."""
+    if DIVERGED:
+        number = len(DIVERGED)
+        raise UserError(f"{number} run{'s' * (number > 1)} of the sweep diverged: {'; '.join(DIVERGED)}", shared=True)
 
 
 def swept_values() -> list[str]:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from opt_parallel.comparison import AXES, draw, read_runs, table
+from opt_parallel.comparison import AXES, diverged, draw, read_runs, table
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
 
@@ -27,7 +27,7 @@ def main() -> int:
     draw(arguments.output, records, arguments.over)
     print(table(records))
     for folder in empty:
-        print(f"left out: {folder} has no rows yet")
+        print(f"left out: {folder} {'diverged in its first step' if diverged(folder) else 'has no rows yet'}")
     print(f"\n{arguments.output}")
     return 0
 

@@ -95,6 +95,17 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
     draw(tmp_path / "picture.png", records_of(tmp_path / "b"), "step")
 
 
+def test_a_run_that_diverged_is_said_to_have(tmp_path: Path) -> None:
+    good, bad, early = train_in(tmp_path / "good"), train_in(tmp_path / "bad"), train_in(tmp_path / "early", steps=0)
+    for folder, state in ((good, "done"), (bad, "diverged"), (early, "diverged")):
+        (folder / "state").write_text(f"{state}\n")
+    records, empty = read_runs([tmp_path])
+    assert [cells["step"] for cells in cells_of(table(records)).values()] == ["6 of 400, diverged", "6 of 400"]
+    assert empty == [early]
+    with pytest.raises(UserError, match="early diverged in its first step"):
+        read_runs([early])
+
+
 def test_a_long_run_s_training_loss_is_the_picture_s(tmp_path: Path) -> None:
     """The mean of the last steps, which is where the smoothed line ends."""
     record = records_of(train_in(tmp_path / "a", steps=200, every=50))[0]

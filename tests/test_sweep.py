@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import python, small, train_rows
+from command import launch, python, small, train_rows
 
 from opt_parallel.sweep import LONGEST_NAME, folder_name
 
@@ -55,6 +55,35 @@ def test_a_long_name_is_cut(tmp_path: Path, letter: str) -> None:
         assert len(name.encode()) <= LONGEST_NAME
         (tmp_path / name).mkdir()
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_run_that_diverges_is_a_result_and_the_others_follow(tmp_path: Path) -> None:
+    """On two ranks, in one process each; the run after the one that diverged is the run alone."""
+    arguments = [*small(tmp_path), "steps=3", "optimizer.clip=0"]
+    process = launch(2, "train.py", "-m", *arguments, "optimizer.lr=1e-3,1e30,1e-4")
+    assert process.returncode == 2, process.stderr
+    diverged, end = [line for line in process.stderr.splitlines() if not line.startswith("WARNING: DeepSpeed")]
+    assert diverged.startswith("optimizer.lr=1e+30 diverged: step 2: ")
+    assert end == "error: 1 run of the sweep diverged: optimizer.lr=1e+30"
+    folders = [tmp_path / "run" / f"optimizer.lr={value}" for value in ("0.001", "1e+30", "0.0001")]
+    assert [(folder / "state").read_text() for folder in folders] == ["done\n", "diverged\n", "done\n"]
+    assert [len(train_rows(folder)) for folder in folders] == [3, 1, 3]
+    alone = launch(2, "train.py", *arguments, "optimizer.lr=1e-4", f"run.dir={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    losses = [[row["loss"] for row in train_rows(folder)] for folder in (folders[2], tmp_path / "alone")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.long
+def test_a_run_that_diverges_in_a_job_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher")
+    arguments = [*small(tmp_path), f"hydra.sweep.dir={tmp_path}", "hydra/launcher=submitit_local", "steps=3"]
+    process = python("train.py", "-m", *arguments, "optimizer.clip=0", "optimizer.lr=1e30,1e-4")
+    assert process.returncode == 2, process.stderr
+    assert "diverge" in process.stderr or "not finite" in process.stderr
+    assert [(tmp_path / "run" / f"optimizer.lr={value}" / "state").read_text() for value in ("1e+30", "0.0001")] == [
+        "diverged\n", "done\n",
+    ]  # fmt: skip
 
 
 @pytest.mark.long
