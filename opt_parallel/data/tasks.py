@@ -10,6 +10,7 @@ from opt_parallel.data.mixture import Mixture, Order, Source
 from opt_parallel.data.order import Shuffled, Streamed
 from opt_parallel.data.packing import Examples
 from opt_parallel.data.prepare import Prepared
+from opt_parallel.data.records import LEFT_OUT, LISTED
 from opt_parallel.data.resuming import order_of
 from opt_parallel.data.samples import Labelled, Rows, Samples
 from opt_parallel.data.store import TokenStore
@@ -54,7 +55,11 @@ def fill_streams(run: Run, prepared: Prepared, clock: Clock) -> None:
         filling.complete()
         metas = whole_parts(filling.folder)
         documents, tokens = (sum(getattr(meta.part, name) for meta in metas) for name in ("documents", "tokens"))
-        say(f"{filling.material.corpus.key}: {documents:,} documents, {tokens:,} tokens; in {filling.folder}")
+        bad = sum(meta.counts.get(LEFT_OUT, 0) for meta in metas)
+        left_out = f", {bad:,} {LEFT_OUT}" if bad else ""
+        say(f"{filling.material.corpus.key}: {documents:,} documents, {tokens:,} tokens{left_out}; in {filling.folder}")
+        for line in [line for meta in metas for line in meta.bad][:LISTED]:
+            say(f"left out: {line}")
 
 
 def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[Filling]]:

@@ -126,10 +126,18 @@ def count_tokens(tokenizer: Tokenizer) -> int:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[list[int]]:
-    """The token ids of each document, nothing added: text that spells a special token stays text."""
+    """The token ids of each document, nothing added: text that spells a special token stays text.
+
+    Raises: UserError if the tokenizer fails at them."""
     tokenizer.encode_special_tokens = True
-    encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    tokenizer.encode_special_tokens = False
+    try:
+        encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and a panic of Rust is no Exception
+        raise UserError(f"data.tokenizer fails at the text ({one_line(error)}): bring another") from error
+    finally:
+        tokenizer.encode_special_tokens = False
     return [encoding.ids for encoding in encodings]
 
 

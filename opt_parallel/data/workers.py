@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -149,10 +150,20 @@ def _work(pipe: Connection, shared: Any) -> None:
             answer = None
         except (BrokenPipeError, ConnectionResetError):
             return
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            answer = error
+        except BaseException as error:  # a panic of Rust is no Exception
+            answer = _portable(error)
         pipe.send(answer)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """An error with its traceback, as another of the same words where the other process could not read it."""
+    told = error
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # libraries' errors may hold anything
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+    told.add_note(traceback.format_exc())
+    return told
 
 
 @contextmanager
