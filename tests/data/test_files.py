@@ -17,8 +17,8 @@ import zstandard
 from pyarrow import parquet
 
 from opt_parallel.data import files
-from opt_parallel.data.files import Piece, pieces_of, records_of
-from opt_parallel.data.records import Record, sift
+from opt_parallel.data.files import Piece, numbered, pieces_of, records_of
+from opt_parallel.data.records import BadRecord, Record, sift
 from opt_parallel.errors import UserError
 
 ROWS = [{"text": "first, with a comma\nand two lines", "n": "1"}, {"text": 'quotes "here" and déjà vu', "n": "2"}] * 2
@@ -105,3 +105,81 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, mistake: str) -> N
     with pytest.raises(UserError, match=message) as raised:
         read(tmp_path / name)
     assert "\n" not in str(raised.value)
+
+
+UTF16 = "a row of text".encode("utf-16")
+BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
+    "utf-16": ("a.txt", UTF16, "a.txt is not UTF-8 but UTF-16: convert it"),
+    "big endian": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a.jsonl, line 1 holds a NUL byte"),
+    "no mark": ("a.txt", "text".encode("utf-16-le"), "a.txt holds a NUL byte, so it is no text in UTF-8: convert it"),
+    "zeros after a crash": ("a.txt", b"a text" + bytes(99), "a.txt holds a NUL byte"),
+    "utf-16 table": ("a.csv", "text,n\na,1\n".encode("utf-16"), "a.csv, line 1 is not UTF-8 but UTF-16"),
+    "latin-1": ("a.txt", "déjà".encode("latin-1"), r"a.txt is not UTF-8 at byte 1 \(0xe9\)"),
+    "deep": ("a.jsonl", b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}\n", "a.jsonl, line 1 has over 100 brackets within"),
+    "deep item": ("a.json", b'[{"a": ' + b'{"a": ' * 150 + b"1" + b"}" * 151 + b"]", "item 1 has over 100 brackets"),
+    "deeper": ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1 cannot be read .*: leave it out"),
+    "digits": ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "a.jsonl, line 1 cannot be read .*: leave it out"),
+    "empty .gz": ("a.txt.gz", b"", r"a.txt.gz is no whole .gz file \(it is empty\)"),
+    "empty .zst": ("a.jsonl.zst", b"", r"a.jsonl.zst is no whole .zst file \(it is empty\)"),
+    "a pointer": ("a.md", b"version https://git-lfs.github.com/spec/v1\noid", "a.md is a pointer of Git LFS"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_TEXT)
+def test_text_that_is_none(tmp_path: Path, mistake: str) -> None:
+    name, content, message = BAD_TEXT[mistake]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n", "one\ntwo\nthree\n"),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "one\\r\\n\\u0000"}\r\n', "one\r\n\0"),  # what JSON says is meant
+        ("a.csv", b"\xef\xbb\xbftext\r\none\r\n", "one"),
+        ("a.tsv", b"\xef\xbb\xbftext\r\none\r\n", "one"),
+        ("a.json", b'\xef\xbb\xbf [{"text": "one"}]', "one"),
+    ],
+)
+def test_marks_and_line_ends(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [record.fields["text"] for record in read(tmp_path / name)] == [text]
+
+
+def test_a_json_file_of_lines_and_lines_in_an_array(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(written(".json"))
+    (tmp_path / "b.json").write_bytes(written(".jsonl"))
+    for name in ("a.jsonl", "b.json"):
+        assert [dict(record.fields) for record in read(tmp_path / name)] == ROWS
+
+
+@pytest.mark.parametrize("size", [1, 5, 17, 1000])
+def test_blank_lines_and_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Those at the end are none; one before a record is a bad record, once, whichever pieces they are in."""
+    monkeypatch.setattr(files, "PIECE_BYTES", size)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n\n \n\n{"n": 2}\n\n\n\n')
+    found = [item for piece in pieces_of(path, "key", cut=True) for item in records_of(numbered(piece), "key", "text")]
+    assert [item.fields["n"] for item in found if isinstance(item, Record)] == [1, 2]
+    blank = [str(item).partition("line ")[2] for item in found if isinstance(item, BadRecord)]
+    assert blank
+    assert set(blank) <= {f"{number} is blank: remove it" for number in (2, 3, 4)}
+    path.write_text('{"n": 1}\n\n \n\n')
+    assert [record.fields["n"] for record in read(path)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.jsonl", b'{"text": "'), ("a.csv", b"text\n"), ("a.json", b'[{"text": "')]
+)
+def test_lines_that_do_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, start: bytes) -> None:
+    monkeypatch.setattr(files, "LONGEST_LINE", 1 << 12)
+    monkeypatch.setattr(files, "CHUNK", 1 << 10)
+    (tmp_path / name).write_bytes(start + b"a" * (1 << 16))
+    with pytest.raises(UserError, match=r"a\.\w+, (line|item) \d is longer than 0 MiB"):
+        read(tmp_path / name)
+    monkeypatch.setattr(files, "LONGEST_DOCUMENT", 1 << 12)
+    (tmp_path / "a.txt").write_bytes(b"a" * (1 << 13))
+    with pytest.raises(UserError, match=r"a.txt is one document of over 0 GiB: cut it"):
+        read(tmp_path / "a.txt")

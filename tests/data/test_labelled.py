@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from tokenizers import Tokenizer
 
+from opt_parallel.config import DataConfig, Run
 from opt_parallel.data.batches import validation_batches
 from opt_parallel.data.labelled import LabelledEncoder, find_labels
+from opt_parallel.data.prepare import prepare
 from opt_parallel.data.records import Record
 from opt_parallel.data.samples import Labelled, collate
 from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
@@ -198,3 +203,39 @@ def test_as_many_labels_as_tokens_are_no_tokens_labels(tmp_path: Path, tokenizer
     assert batch.ids.shape == batch.labels.shape == (2, 3)
     assert batch.labels.dtype is torch.float32
     assert batch.labels.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def test_names_that_the_data_declare_keep_their_order(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """All of a `ClassLabel`'s, whether they occur or not; what occurs beside them follows."""
+    named = {"names": ["positive", "neutral", "negative"], "_type": "ClassLabel"}
+    table = pyarrow.table({"text": TEXTS, "label": [2, 0, 2]})
+    told = json.dumps({"info": {"features": {"label": named}}})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": told}), tmp_path / "a.parquet")
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+
+    def labels(*paths: Path) -> tuple[Labels, list[int]]:
+        settings = {"tokenizer": str(tmp_path / "tokenizer"), "sequence_length": 32, "held_out": 0.0, "workers": 1}
+        data = DataConfig(train=[str(path) for path in paths], cache=str(tmp_path / "cache"), **settings)
+        model = ModelConfig(vocab_size=300, max_position_embeddings=64)
+        prepared = prepare(Run(model=model, data=data, task=task(), batch={"global": 1, "micro": 1}))
+        assert prepared.labels is not None
+        return prepared.labels, TokenStore(prepared.train[0].store).of_documents("label").tolist()
+
+    assert labels(tmp_path / "a.parquet") == (Labels(("positive", "neutral", "negative"), SINGLE), [2, 0, 2])
+    more = tmp_path / "b.jsonl"
+    more.write_text('{"text": "a", "label": "mixed"}\n{"text": "b", "label": "neutral"}\n')
+    assert labels(tmp_path / "a.parquet", more) == (
+        Labels(("positive", "neutral", "negative", "mixed"), SINGLE),
+        [2, 0, 2, 3, 1],
+    )
+
+
+def test_numbers_beyond_any_float(tokenizer: Tokenizer) -> None:
+    digits = int("9" * 401)
+    with pytest.raises(UserError, match=r"line 2: the label 9999.* is not a number, which regression needs"):
+        encoder(tokenizer, Labels(("LABEL_0",), REGRESSION)).encode(records([0.5, digits]))
+    assert find_labels(task(), records([digits, 1])).names == ("1", str(digits))
+    names = ["9" * 5000, "8"]  # more digits than Python reads
+    assert find_labels(task(), records(names)).names == ("8", names[0])
+    with pytest.raises(UserError, match="is half a character"):
+        find_labels(task(), records(["a", "\ud800"]))
