@@ -30,6 +30,9 @@ class Clock(TypedDict):
     step: Count
     samples: Count
     tokens: Count
+    mixed: NotRequired[Count]
+    taken: NotRequired[dict[str, Count]]
+    orders: NotRequired[dict[str, str]]
 
 
 class LossScale(TypedDict):
@@ -85,6 +88,7 @@ class Config(TypedDict):
     data: Data
     run: Named
     steps: Size
+    seed: Count
     task: NotRequired[Task]
     precision: NotRequired[dict[str, Any]]
     optimizer: NotRequired[Optimizer]

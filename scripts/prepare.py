@@ -1,10 +1,12 @@
 """Prepare the text of a run before it trains: `python scripts/prepare.py data.train=…`, with train.py's own keys.
 
 Makes what `train.py` with the same command line would, and prints what is in it. A stream is filled as far as the run
-reads it.
+reads it. `verify=true`: then read all of it, and compare it with its checksums.
 """
 
 from __future__ import annotations
+
+import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +16,9 @@ from opt_parallel.clock import Clock
 from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
 from opt_parallel.log import aligned
 from opt_parallel.manifest import read_manifest
+from opt_parallel.shapes import require
+
+VERIFY = "verify"  # no key of a run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
@@ -26,6 +31,10 @@ def main(config: DictConfig) -> None:
         from opt_parallel.data.store import TokenStore
 
         prepared = prepare(run)
+        stores = {f"data.train ({each.name})": each.store for each in prepared.train if each.stream is None}
+        if prepared.validation is not None:
+            stores["validation"] = prepared.validation
+        opened = {name: TokenStore(folder, run.model.vocab_size) for name, folder in stores.items()}
         if any(source.stream for source in prepared.train):
             from opt_parallel.checkpoint.whole import choose
             from opt_parallel.data.resuming import go_on
@@ -33,14 +42,27 @@ def main(config: DictConfig) -> None:
 
             begun = choose(run)
             clock = go_on(run, prepared.train, read_manifest(begun)) if begun else Clock()
-            fill_streams(run, prepared, clock)
-        stores = {f"data.train ({each.name})": each.store for each in prepared.train if each.stream is None}
-        if prepared.validation is not None:
-            stores["validation"] = prepared.validation
-        for name, folder in stores.items():
-            print(f"\n{name}\n{aligned(table_of(TokenStore(folder)))}")
+            opened |= fill_streams(run, prepared, clock)
+        for name in stores:
+            print(f"\n{name}\n{aligned(table_of(opened[name]))}")
         print(f"\ntokenizer: {prepared.tokenizer}")
+        if verify:
+            from opt_parallel.data.verifying import verify as verified
+
+            for name, store in opened.items():
+                print(verified(name, store))
+
+
+def take_verify() -> bool:
+    """Whether the command line asks for it; it is told no more of that."""
+    given = [argument for argument in sys.argv[1:] if argument.partition("=")[0] == VERIFY]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in given]
+    value = given[-1].partition("=")[2].lower() if given else "false"
+    require(value in ("true", "false"), f"{VERIFY}={value} must be true or false")
+    return value == "true"
 
 
 if __name__ == "__main__":
+    with said_in_one_line():
+        verify = take_verify()
     command(main)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from filelock import FileLock
 
@@ -18,7 +19,8 @@ from opt_parallel.config import Run
 from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
 from opt_parallel.data.workers import Unfinished
 from opt_parallel.errors import UserError
-from opt_parallel.storage.atomic import PARTIAL, publish, remove
+from opt_parallel.storage.atomic import PARTIAL, publish, remove, write_text
+from opt_parallel.storage.checked import dump_checked, read_checked
 
 FORMAT = 4  # of what is in them: a change of what is written makes all older ones unfindable
 
@@ -35,14 +37,16 @@ def fingerprint(made_from: list[Any]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *made_from]).encode()).hexdigest()[:16]
 
 
-def whole(folder: Path, fill: Callable[[Path], None]) -> Path:
+def whole(folder: Path, fill: Callable[[Path], None], checked: bool = True) -> Path:
     """`folder`, made by `fill(a temporary folder)` unless it is there: renamed once complete, so whole or absent.
 
     What `fill` left there when it was killed, or the disk was full, it finds again; a mistake of the user's leaves
-    nothing.
+    nothing. `checked`: its files are compared with their checksums each time, which are kept beside it.
 
     Raises: `UserError`; a rank that waited for another's failure raises that one's, not hours later its own."""
     if folder.exists():  # without the lock: a cache that is already filled may be read-only
+        if checked:
+            _compare(folder)
         return folder
     partial = Path(f"{folder}{PARTIAL}")
     try:
@@ -57,6 +61,8 @@ def whole(folder: Path, fill: Callable[[Path], None]) -> Path:
             partial.mkdir(exist_ok=True)
             try:
                 fill(partial)
+                if checked:
+                    write_text(_checksums(folder), dump_checked(_checksums_in(partial)))
                 publish(partial, folder)
                 forget_failure(folder)
             except UserError as error:
@@ -67,3 +73,24 @@ def whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     except OSError as error:  # the sources' own are UserErrors
         raise UserError(f"data.cache={folder.parent} cannot be written ({error}): choose another data.cache") from error
     return folder
+
+
+def _checksums(folder: Path) -> Path:
+    return Path(f"{folder}.checksums")
+
+
+def _checksums_in(folder: Path) -> dict[str, str]:
+    return {path.name: f"{crc32(path.read_bytes()):08x}" for path in sorted(folder.iterdir())}
+
+
+def _compare(folder: Path) -> None:
+    """Raise UserError unless the files of a folder are as they were written, where checksums were."""
+    try:
+        written = read_checked(_checksums(folder))
+        wrong = [name for name, checksum in _checksums_in(folder).items() if written.pop(name, checksum) != checksum]
+    except FileNotFoundError:
+        return  # an earlier version's
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be checked ({error}): remove it, and it is made anew") from error
+    if wrong := [*wrong, *written]:
+        raise UserError(f"{folder / wrong[0]} is not as it was written: remove {folder}, and it is made anew")

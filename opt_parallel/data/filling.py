@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_parallel.data.blocks import checksums_of
 from opt_parallel.data.encoding import Encoder, Text, batches_of
 from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item, Record, sift
 from opt_parallel.data.selection import (
@@ -28,14 +29,14 @@ from opt_parallel.data.selection import (
     identity_of,
 )
 from opt_parallel.data.sources import Corpus, Unit
-from opt_parallel.data.store import Encoded, Part, PartWriter
+from opt_parallel.data.store import META, Damaged, Encoded, Part, PartWriter, part_name, read_part
 from opt_parallel.data.workers import Report, progress, run_jobs
-from opt_parallel.errors import UserError
+from opt_parallel.errors import UserError, one_line
 from opt_parallel.machine import cpus
 from opt_parallel.shapes import require
 from opt_parallel.storage.atomic import PARTIAL, beside, publish, remove
+from opt_parallel.storage.checked import dump_checked
 
-META = "part.json"
 WORDS = "words.npy"  # how often each id stands in a part
 WORTH_A_PROCESS = 1 << 22  # bytes of text: to start one takes as long as to encode these
 
@@ -114,7 +115,7 @@ def fill(folder: Path, materials: list[Material], workers: int) -> list[PartMeta
             digests = [folder / f"digests-{place.number:05d}" for place in places]
             run("comparing", _hash, [place for place, path in zip(places, digests, strict=True) if not path.exists()])
             find_duplicates(digests, [_duplicates(folder, place) for place in places])
-        run("encoding", _encode, [each for each in places if not (folder / part_name(each.number) / META).exists()])
+        run("encoding", _encode, [each for each in places if not _is_whole(folder / part_name(each.number))])
     except BadRecord as error:
         run("counting bad records", _count, places)
         raise _refusal(folder, materials, places) or error from None
@@ -128,16 +129,16 @@ def fill(folder: Path, materials: list[Material], workers: int) -> list[PartMeta
     return _with_lines([read_meta(folder / part_name(place.number)) for place in places], materials, places)
 
 
-def part_name(number: int) -> str:
-    return f"part-{number:05d}"
-
-
 def read_meta(part: Path) -> PartMeta:
     """What is known of the part in a folder."""
-    content = json.loads((part / META).read_text(encoding="utf-8"))
-    lengths = {int(length): count for length, count in content["lengths"].items()}
-    text_bytes, position, bad = content["text_bytes"], content["position"], content.get("bad", [])
-    return PartMeta(Part(**content["part"]), content["counts"], lengths, text_bytes, position, bad)
+    content, checksum = read_part(part.parent, part.name)
+    try:
+        lengths = {int(length): count for length, count in content["lengths"].items()}
+        own = replace(Part(**content["part"]), checksum=checksum if "blocks" in content else None)
+        text_bytes, position, bad = content["text_bytes"], content["position"], content.get("bad", [])
+        return PartMeta(own, content["counts"], lengths, text_bytes, position, bad)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Damaged(part.parent, f"{part.name}/{META} is not what was written ({one_line(error)})") from error
 
 
 class PartMaker:
@@ -167,9 +168,17 @@ class PartMaker:
         left_out = self.writer.counts + (counts or Counter()) + Counter({LEFT_OUT: bad.count})
         meta = PartMeta(part, dict(left_out), dict(self.lengths), self.text_bytes, [*position], bad.first)
         np.save(self.temporary / WORDS, self.words.astype(np.uint32))
-        (self.temporary / META).write_text(json.dumps(asdict(meta)), encoding="utf-8")
+        write_meta(self.temporary, self.writer.columns, meta)
         publish(self.temporary, self.target)
-        return meta
+        return read_meta(self.target)
+
+
+def write_meta(part: Path, columns: Iterable[str], meta: PartMeta) -> None:
+    """part.json of a part that has its other files: what is known of it, and their checksums."""
+    blocks = {name: checksums_of(part / f"{name}.bin") for name in columns}
+    content = {**asdict(meta), "blocks": blocks, WORDS: checksums_of(part / WORDS)}
+    del content["part"]["checksum"]
+    (part / META).write_text(dump_checked(content), encoding="utf-8")
 
 
 def add_counts(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -179,6 +188,17 @@ def add_counts(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     total = one.astype(np.int64)
     total[: len(other)] += other
     return total
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part need not be made; what is left of a damaged one is deleted."""
+    try:
+        if (part / META).exists():
+            read_meta(part)
+            return True
+    except UserError:
+        remove(part)
+    return False
 
 
 def _duplicates(folder: Path, place: Place) -> Path:

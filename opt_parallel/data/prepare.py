@@ -171,8 +171,11 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
     made_from = [corpus.made_from() for corpus in corpora]
     formerly = [corpus.identity() for corpus in corpora]
     folder = whole(cached(run, "labels", [made_from, asked], [formerly, asked]), fill_in)
-    found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
-    return Labels(tuple(found["names"]), ProblemType(found["problem_type"]))
+    try:
+        found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
+        return Labels(tuple(map(str, found["names"])), ProblemType(found["problem_type"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # an earlier version's, which has no checksum
+        raise UserError(f"{folder / LABELS} cannot be read ({error}): remove {folder}, and it is made anew") from error
 
 
 def _tell_left_out(corpora: list[Corpus]) -> None:
@@ -288,7 +291,7 @@ def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: 
             say(f"left out: {line}")
 
     made_from, formerly = [each.made_from() for each in materials], [each.identity() for each in materials]
-    folder = whole(cached(run, "store", made_from, formerly), fill_in)
+    folder = whole(cached(run, "store", made_from, formerly), fill_in, checked=False)  # by itself, block by block
     say(line_of(key, TokenStore(folder)))
     return folder
 

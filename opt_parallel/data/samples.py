@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opt_parallel.data.store import TokenStore
+from opt_parallel.data.store import Damaged, TokenStore
 from opt_parallel.shapes import IGNORED
 
 TOKENS_READ = 1 << 20  # of the store held at a time while counting
@@ -72,8 +73,9 @@ class Rows:
 class Labelled:
     """A classifier's samples: the examples of a store, one a sample."""
 
-    def __init__(self, store: TokenStore) -> None:
-        self.store = store
+    def __init__(self, store: TokenStore, labels: int | None = None) -> None:
+        """`labels`: how many there are to tell apart."""
+        self.store, self.labels = store, labels
 
     def __len__(self) -> int:
         return self.store.documents
@@ -82,12 +84,14 @@ class Labelled:
         start, stop = (int(place) for place in self._starts[number : number + 2])
         label = self.store.of_documents("label", number, number + 1)[0]
         whole = label.dtype.kind == "i"
+        if not (0 <= label < (self.labels or math.inf) if whole else np.isfinite(label).all()):
+            raise Damaged(self.store.folder, f"example {number} has the label {label}")
         one = np.array(label, np.int64) if whole else np.atleast_1d(label)
         return Sample(self.store.of_tokens("ids", start, stop).astype(np.int64), one)
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.store.of_documents("lengths"), dtype=np.int64)])
+        return np.concatenate([[0], self.store.ends])
 
 
 @dataclass(frozen=True)

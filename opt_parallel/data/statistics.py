@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -74,14 +73,15 @@ def examples(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
 def line_of(key: str, store: TokenStore) -> str:
     """What is said of a store at every start."""
     left_out = "".join(f", {count:,} {what}" for what, count in store.counts.items())
-    size = store.manifest["statistics"]["text_bytes"]
+    size = store.statistics.get("text_bytes", 0)
     rate = f" ({size / 1e6:,.1f} MB, {store.tokens / size:.3f} tokens a byte)" if size else ""
     return f"{key}: {store.documents:,} documents, {store.tokens:,} tokens{rate}{left_out}; in {store.folder}"
 
 
 def table_of(store: TokenStore) -> list[list[str]]:
-    """The statistics in lines of name and value."""
-    known: dict[str, Any] = store.manifest["statistics"]
+    """The statistics in lines of name and value; none of a store that was put together otherwise."""
+    if not (known := store.statistics):
+        return []
     lengths = ", ".join(f"{name} {value:,.0f}" for name, value in known["lengths"].items())
     shown = [repr(text if len(text) < 80 else f"{text[:80]}…") for text in known.get("examples", [])]
     return [

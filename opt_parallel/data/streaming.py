@@ -24,11 +24,11 @@ from filelock import FileLock, Timeout
 from opt_parallel.data import workers
 from opt_parallel.data.encoding import batches_of
 from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
-from opt_parallel.data.filling import META, Material, PartMaker, PartMeta, part_name, read_meta
+from opt_parallel.data.filling import Material, PartMaker, PartMeta, read_meta
 from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
-from opt_parallel.data.store import MANIFEST, Column, Part, TokenStore
+from opt_parallel.data.store import MANIFEST, META, Column, Part, TokenStore, part_name
 from opt_parallel.data.workers import Pulse, Unfinished
 from opt_parallel.errors import UserError
 from opt_parallel.interrupt import ignore_all
@@ -103,6 +103,8 @@ class Filling:
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             remove(leftover)
         metas, before = whole_parts(self.folder), corpus.identity()
+        for part in sorted(self.folder.glob("part-*"))[len(metas) :]:
+            remove(part)  # the first of them is damaged
         done = sum(meta.part.tokens for meta in metas)
         position = (metas[-1].position[0], metas[-1].position[1]) if metas else (0, 0)
         if done >= self.enough:
@@ -144,10 +146,11 @@ def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int,
 
 
 def whole_parts(folder: Path) -> list[PartMeta]:
-    """The parts that are there, up to the first that is not."""
+    """The parts that are there, up to the first that is not, or is damaged."""
     metas: list[PartMeta] = []
-    while (part := folder / part_name(len(metas)) / META).exists():
-        metas.append(read_meta(part.parent))
+    with suppress(UserError):
+        while (part := folder / part_name(len(metas)) / META).exists():
+            metas.append(read_meta(part.parent))
     return metas
 
 
@@ -158,11 +161,12 @@ def lock_of(folder: Path) -> str:
 class GrowingStore(TokenStore):
     """A store that a filler adds to. Two threads may ask at once."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, Column], length: int) -> None:
-        """`length`: tokens of a row."""
-        self.folder, self.columns, self.length = folder, dict(columns), length
+    def __init__(self, folder: Path, columns: Mapping[str, Column], length: int, words: int | None = None) -> None:
+        """`length`: tokens of a row; `words`: of the vocabulary."""
+        self.folder, self.columns, self.length, self.words = folder, dict(columns), length, words
         self.parts: list[Part] = []
         self.bad = 0  # records that were left out so far
+        self.remember()
         self._first_token, self._first_document = [0], [0]
         self.ended, self.looking = False, threading.Lock()
         self.old_failure = failure_of(folder)
@@ -172,7 +176,7 @@ class GrowingStore(TokenStore):
 
         Raises: UserError if they will not come."""
         seen = time.monotonic()
-        while not self._look(rows * self.length + 1):
+        while not self.look(rows * self.length + 1):
             failed = failure_of(self.folder)
             if self._being_filled():
                 seen = time.monotonic()
@@ -191,7 +195,7 @@ class GrowingStore(TokenStore):
         )
         return size
 
-    def _look(self, tokens: int) -> bool:
+    def look(self, tokens: int) -> bool:
         """Take up what has come; whether it is so many tokens, or the end."""
         with self.looking:
             if self.ended or self.tokens >= tokens > 1:

@@ -10,25 +10,26 @@ from opt_parallel.data.mixture import Mixture, Order, Source
 from opt_parallel.data.order import Shuffled, Streamed
 from opt_parallel.data.packing import Examples
 from opt_parallel.data.prepare import Prepared
-from opt_parallel.data.records import LEFT_OUT, LISTED
+from opt_parallel.data.records import LEFT_OUT
 from opt_parallel.data.resuming import order_of
 from opt_parallel.data.samples import Labelled, Rows, Samples
 from opt_parallel.data.store import TokenStore
-from opt_parallel.data.streaming import BLOCK, Filling, GrowingStore, whole_parts
+from opt_parallel.data.streaming import BLOCK, Filling, GrowingStore
 from opt_parallel.log import say
-from opt_parallel.shapes import require
+from opt_parallel.shapes import Labels, require
 from opt_parallel.task_config import Task
 
 
-def open_samples(run: Run, folder: Path, key: str) -> Samples:
-    """The samples that the run's task cuts from a store. Raises: UserError if there is not one."""
-    store, length = TokenStore(folder), run.data.sequence_length
+def open_samples(run: Run, folder: Path, key: str, labels: Labels | None) -> Samples:
+    """The samples that the run's task cuts from a store; `labels` are a classifier's. Raises: UserError if there is not
+    one."""
+    store, length = TokenStore(folder, run.model.vocab_size), run.data.sequence_length
     if run.task.name is Task.finetune:
         examples = Examples(store, length, run.task.packing)
         say(f"{key}: {examples.words()}")
         return examples
     if run.task.name is Task.classify:
-        return Labelled(store)
+        return Labelled(store, len(labels.names) if labels else None)
     samples = Rows(store, length)
     require(
         len(samples) > 0,
@@ -49,17 +50,18 @@ def open_mixture(run: Run, prepared: Prepared, clock: Clock) -> Mixture:
     return mixture
 
 
-def fill_streams(run: Run, prepared: Prepared, clock: Clock) -> None:
-    """Fill the stores of streams as far as a run that stands at `clock` reads them. Raises: UserError."""
+def fill_streams(run: Run, prepared: Prepared, clock: Clock) -> dict[str, TokenStore]:
+    """The stores of streams, filled as far as a run that stands at `clock` reads them. Raises: UserError."""
+    stores: dict[str, TokenStore] = {}
     for filling in _mixture(run, prepared, clock)[1]:
         filling.complete()
-        metas = whole_parts(filling.folder)
-        documents, tokens = (sum(getattr(meta.part, name) for meta in metas) for name in ("documents", "tokens"))
-        bad = sum(meta.counts.get(LEFT_OUT, 0) for meta in metas)
-        left_out = f", {bad:,} {LEFT_OUT}" if bad else ""
-        say(f"{filling.material.corpus.key}: {documents:,} documents, {tokens:,} tokens{left_out}; in {filling.folder}")
-        for line in [line for meta in metas for line in meta.bad][:LISTED]:
-            say(f"left out: {line}")
+        columns, key = filling.material.encoder.columns, filling.material.corpus.key
+        store = GrowingStore(filling.folder, columns, run.data.sequence_length, run.model.vocab_size)
+        store.look(tokens=1)
+        left_out = f", {store.bad:,} {LEFT_OUT}" if store.bad else ""
+        say(f"{key}: {store.documents:,} documents, {store.tokens:,} tokens{left_out}; in {filling.folder}")
+        stores[f"{key} ({filling.folder.name})"] = store
+    return stores
 
 
 def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[Filling]]:
@@ -71,10 +73,10 @@ def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[
         samples: Samples
         ordered: Order
         if source.stream is not None:
-            store = GrowingStore(source.store, source.stream.encoder.columns, length)
+            store = GrowingStore(source.store, source.stream.encoder.columns, length, run.model.vocab_size)
             samples, ordered = Rows(store, length), Streamed(seed, BLOCK, store.arrived)
         else:
-            samples = open_samples(run, source.store, "data.train")
+            samples = open_samples(run, source.store, "data.train", prepared.labels)
             ordered = Shuffled(seed, len(samples))
         sources.append(Source(source.name, source.weight, samples, ordered, clock.taken.get(source.name, 0)))
     mixture = Mixture(sources, clock.mixed)
@@ -90,4 +92,4 @@ def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[
 def open_validation(run: Run, prepared: Prepared) -> Samples | None:
     """What the run is validated on, if anything. Raises: UserError."""
     key = "data.held_out" if run.holds_out else "data.validation"
-    return open_samples(run, prepared.validation, key) if prepared.validation else None
+    return open_samples(run, prepared.validation, key, prepared.labels) if prepared.validation else None

@@ -146,7 +146,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, model: ModelConfig) -> list
 
     Raises: UserError for bytes of a command line, or escapes of a JSON text, that are no characters."""
     require(prompt.encode(errors="ignore").decode() == prompt, f"the prompt {prompt!r} is no text: write it in UTF-8")
-    return [model.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    ids = [model.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    require(
+        max(ids) < model.vocab_size,
+        f"the prompt {prompt!r} has the token {max(ids)} ({tokenizer.id_to_token(max(ids))!r}), of which the network, "
+        f"of {model.vocab_size} words, knows nothing: bring the tokenizer that it was trained with",
+    )
+    return ids
 
 
 def decode_continuation(tokenizer: Tokenizer, ids: list[int], prompt: int) -> str:

@@ -54,15 +54,15 @@ def test_columns_of_an_encoders_own(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no token store \(.*No such file"):
+    with pytest.raises(UserError, match=r"store.json cannot be read \(No such file.*; remove it, and it is made anew"):
         TokenStore(tmp_path)
     (tmp_path / "store.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match=r"is no token store .* remove it, and it is made anew"):
+    with pytest.raises(UserError, match=r"store.json is not what was written .*; remove it, and it is made anew"):
         TokenStore(tmp_path)
 
 
 def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     store = store_of(tmp_path, PARTS)
     (tmp_path / "part-00001" / "ids.bin").write_bytes(b"\x05")
-    with pytest.raises(UserError, match=r"part-00001/ids.bin ends early: remove"):
+    with pytest.raises(UserError, match=r"part-00001/ids.bin ends early; remove"):
         store.of_tokens("ids", 0, 6)
