@@ -39,7 +39,7 @@ from opt_parallel.preflight import check_same, claim_folder, preflight
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology
-from opt_parallel.trackers import check_trackers
+from opt_parallel.trackers import check_trackers, wandb_id
 from opt_parallel.units import bytes_of
 
 STATE = "state"  # a file in the run's folder: running, stopped (on request, to be continued), diverged or done
@@ -105,12 +105,12 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     if topology.is_main:
         write_text(run.folder / "config.yaml", to_yaml(run))
         _write_state(run, "running")
-    store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text)
+    store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text, _wandb_id(run, begun))
     engine, clock, mixture = _begin(run, topology, store, materials)
     place = (topology.data.rank, topology.data.size)
     feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
     loader = Loader(feed, clock, run.stop, topology.device)
-    metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock)
+    metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock, store.wandb_id)
     metrics.note(_greeting(run, why, topology, clock, engine, mixture))
     topology.set_timeout(run.parallel.timeout)
     interrupt.patient = True
@@ -258,6 +258,21 @@ def _weights(run: Run, start: Opened | None, checkpoint: CheckpointReader | None
     if start:
         source = over(start.stored.holds, start.weights, source)
     return over(checkpoint.holds, checkpoint, source) if checkpoint else source
+
+
+def _wandb_id(run: Run, begun: Path | None) -> str | None:
+    """What the run is called at wandb, on rank 0. It is another run where it begins anew or branches off: from another
+    folder's checkpoint, or an earlier one of its own, since wandb takes no step back."""
+    if not is_main():
+        return None
+    if begun is None:
+        return wandb_id(run, anew=run.resume == "never")
+    last = newest(run.folder / "checkpoints")
+    try:
+        saved = read_manifest(begun).get("wandb_id")
+    except UserError:  # it is damaged, and will be set aside
+        saved = None
+    return wandb_id(run, saved, anew=last is None or last.resolve() != begun.resolve())
 
 
 def _warn_of_another_start(run: Run, begun: Path | None) -> None:

@@ -59,11 +59,14 @@ class Metrics:
     """What the loop reports to. Itself silent, as the ranks that are not the main one need it."""
 
     @staticmethod
-    def open(run: Run, world_size: int, is_main: bool, device: torch.device, clock: Clock) -> Metrics:
+    def open(
+        run: Run, world_size: int, is_main: bool, device: torch.device, clock: Clock, wandb_id: str | None = None
+    ) -> Metrics:
         """Continue the records of `run.folder` at `clock`, or replace them where it is at step 0.
+        `wandb_id`: the run's name at wandb.
 
         Needs the process group to exist. Raises: `UserError` where wandb is wanted online and cannot be."""
-        return _Recorder(run, world_size, device, clock) if is_main else Metrics()
+        return _Recorder(run, world_size, device, clock, wandb_id) if is_main else Metrics()
 
     def step(
         self,
@@ -106,7 +109,7 @@ class Metrics:
 class _Recorder(Metrics):
     """The main rank's."""
 
-    def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock) -> None:
+    def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock, wandb_id: str | None) -> None:
         self._run, self._device = run, device
         self._opened = self._clock = clock
         length, recompute = run.data.sequence_length, run.activation_checkpointing is ActivationCheckpointing.full
@@ -117,7 +120,7 @@ class _Recorder(Metrics):
         self._hardware_flops = run.model.hardware_flops_per_token(length, recompute, frozen)
         self._unigram_entropy: float | None = None
         self._pending: Callable[[], None] | None = None  # writes the row of the latest step
-        self._trackers = open_trackers(run, clock)
+        self._trackers = open_trackers(run, clock, wandb_id)
         self._path = run.folder / METRICS
         keep_rows(self._path, clock.step)
         self._samples = run.folder / "samples.jsonl"

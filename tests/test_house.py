@@ -37,8 +37,8 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 RESERVED = {
     "deepspeed": {"engine"},
     "torch.distributed": {"topology", "parallel.collectives", "checkpoint", "preflight"},
-    "torch": {"topology", "precision", "parallel", "data", "metrics", "model", "optim", "zero", "engine", "checkpoint",
-              "evaluate", "export", "verify", "judge", "preflight", "pretrained", "loop"},
+    "torch": {"topology", "trackers", "precision", "parallel", "data", "metrics", "model", "optim", "zero", "engine",
+              "checkpoint", "evaluate", "export", "verify", "judge", "preflight", "pretrained", "loop"},
 }  # fmt: skip
 
 

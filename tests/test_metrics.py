@@ -315,7 +315,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home directory, and no wandb in the environment."""
     home = tmp_path / "home"
     home.mkdir()
-    for name in ("WANDB_API_KEY", "WANDB_CACHE_DIR", "WANDB_MODE", "NETRC", "XDG_CACHE_HOME"):
+    for name in ("WANDB_API_KEY", "WANDB_CACHE_DIR", "WANDB_MODE", "WANDB_PROJECT", "NETRC", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")  # so that the deletion is undone even where the code sets it
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
@@ -347,7 +347,9 @@ def test_wandb_offline_and_tensorboard(tmp_path: Path, homeless: Path, capfd: py
     events = EventAccumulator(str(folder / "logs" / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.0), (3, 0.5)]
     assert events.Scalars("validation/loss") == []  # taken back with its step
-    assert len(list(folder.rglob("hparams.yml"))) == 2
+    tensorboard = folder / "logs" / "tensorboard"
+    assert all(path.is_file() for path in tensorboard.iterdir())  # no folder for a start's settings
+    assert [path.read_bytes().count(b"_hparams_/session_start_info") for path in tensorboard.iterdir()] == [1, 1]
 
     out, err = capfd.readouterr()
     assert err == ""

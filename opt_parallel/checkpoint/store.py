@@ -66,10 +66,13 @@ class Store:
         labels: Labels | None = None,
         base: Base | None = None,
         text: Mapping[str, str] | None = None,
+        wandb_id: str | None = None,
     ) -> None:
-        """`labels` are a classifier's; `base` is what a LoRA run stands on; `text`: each source's prepared store."""
+        """`labels` are a classifier's; `base` is what a LoRA run stands on; `text`: each source's prepared store;
+        `wandb_id`: the run's name at wandb, which rank 0 knows."""
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
         self.labels, self.base, self.text = labels, base, dict(text or {})
+        self.wandb_id = wandb_id
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
         self.saving: Path | None = None  # what the saver was last given
@@ -212,6 +215,8 @@ class Store:
         }
         if self.labels is not None:
             manifest["labels"] = _labels_as_json(self.labels)
+        if self.wandb_id is not None:
+            manifest["wandb_id"] = self.wandb_id
         return manifest
 
     def _open(self, folder: Path) -> CheckpointReader | str:
