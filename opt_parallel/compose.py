@@ -29,14 +29,15 @@ from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_c
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import quiet_libraries
 from opt_parallel.manifest import MANIFEST, Damaged, read_manifest
-from opt_parallel.overrides import check_values, checked
-from opt_parallel.paths import absolute, change_paths, local, refuse_breaks, text_keys
+from opt_parallel.overrides import checked
+from opt_parallel.paths import absolute, change_paths, local, reach, refuse_breaks, text_keys
 from opt_parallel.place import take_place
 from opt_parallel.secrets import looks_secret, masked, refuse_secret_value
 from opt_parallel.shapes import MAY_DIFFER, Labels, ModelConfig, ProblemType
 from opt_parallel.storage.foreign import file_in
 from opt_parallel.task_config import Task, name_of
 from opt_parallel.terminal import outlive
+from opt_parallel.values import check_values
 
 PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
@@ -66,6 +67,7 @@ class CheckConfig(Callback):
                 name = str(OmegaConf.select(config, key))
                 if (whole := local(f"{key}=", name)) != name:
                     raise UserError(f"{key}={name}: Hydra knows no ~: write {key}={whole}")
+                reach(f"{key}=", name)
 
     on_multirun_start = on_run_start
 

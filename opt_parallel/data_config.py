@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class DataConfig(Section):
             require(value is None or isinstance(value, str), f"{key}.{name}={value} is no text: put it in quotes")
         weight = str(entry.get("weight", 1))
         require(
-            re.fullmatch(r"\d*\.?\d+(e[+-]?\d{1,2})?", weight) is not None and float(weight) > 0,
+            re.fullmatch(r"\d*\.?\d+(e[+-]?\d{1,2})?", weight) is not None and 0 < float(weight) < math.inf,
             f"{key}.weight={weight} must be a positive number",
         )
         stream = entry.get("stream", self.stream and split == "train")

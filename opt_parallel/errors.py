@@ -98,6 +98,8 @@ def reporting(
     except Exception as error:
         if isinstance(error, OSError) and error.filename in terminal.NAMES.values():
             leave(f"{error.filename} cannot be written ({error.strerror})")
+        if isinstance(error, PermissionError) and error.filename:
+            leave(f"{error.filename} cannot be read or written ({error.strerror}): change its permissions or its place")
         if place.world_size() == 1:
             raise
         traceback.print_exc()

@@ -24,6 +24,9 @@ def find_checkpoint(name: str | Path, key: str) -> Path:
     With HF_HUB_OFFLINE=1 what was fetched before. Raises: UserError, which begins with `key`, as `init_from=`."""
     refuse_secret_value(key.rstrip("= "), str(name))
     if folder := reach(key, name):
+        for path in folder.iterdir() if folder.is_dir() else []:
+            if not path.name.startswith("rank-"):  # those may be thousands, and every rank is here
+                reach(key, path)
         return folder
     if not HUB_ID.fullmatch(str(name)):
         raise UserError(f"{key}{name} does not exist: name a checkpoint's folder, or a hub id")

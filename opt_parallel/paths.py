@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -102,15 +104,27 @@ def reach(key: str, name: str | Path) -> Path | None:
     Raises: UserError where it cannot be reached or read."""
     path = Path(local(key, str(name)))
     try:
-        path.stat()
-        access = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            os.scandir(path).close()
+            os.stat(f"{path}/.")  # its names are of no use where none of them can be opened
+        elif stat.S_ISREG(mode):
+            path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{key}{name} cannot be reached ({error.strerror}): {WAY_OUT}") from error
-    if not os.access(path, access):
-        raise UserError(f"{key}{name} cannot be read (Permission denied): {WAY_OUT}")
+        raise UserError(f"{key}{name} cannot be read ({error.strerror}): {WAY_OUT}") from error
     return path
+
+
+def make_folder(key: str, folder: Path) -> None:
+    """Make a folder, unless it is there. `key` as for `local`. Raises: UserError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{key}{folder} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def absolute(_: str, name: str) -> str:

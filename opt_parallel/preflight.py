@@ -6,7 +6,6 @@ waited for no longer than a minute.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -35,6 +34,7 @@ from opt_parallel.manifest import changes
 from opt_parallel.model.network import network
 from opt_parallel.optim import OPTIMIZERS
 from opt_parallel.parallel.shard import trained_shapes
+from opt_parallel.paths import make_folder
 from opt_parallel.shapes import Labels
 from opt_parallel.task_config import Task
 from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
@@ -101,13 +101,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
 
 def claim_folder(run: Run) -> None:
     """Make the run's folder. Raises: UserError if it cannot be written."""
-
-    def claim() -> None:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(run.folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
-
-    _said(claim, run)
+    make_folder("run.dir=", run.folder)
 
 
 def code_checksum() -> str:

@@ -81,7 +81,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
     Raises: UserError if `folder` is no Hugging Face folder, or transformers is missing.
     """
     opened = open_checkpoint(folder)
-    judged = opened if against is None else open_checkpoint(against, "--against")
+    judged = opened if against is None else open_checkpoint(against, "--against ")
     if not (opened.folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
     labels = len(opened.labels.names)

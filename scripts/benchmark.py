@@ -24,6 +24,8 @@ from opt_parallel.config import ActivationCheckpointing, Offload, Precision, Pre
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import aligned, quiet_libraries
 from opt_parallel.machine import cpus
+from opt_parallel.options import parsed
+from opt_parallel.paths import make_folder
 from opt_parallel.units import bytes_of
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
@@ -71,7 +73,7 @@ def main() -> None:
     prepare.add_argument("--vocab-size", type=_positive, default=16384)
     prepare.add_argument("--rounds", type=_positive, default=3)
     prepare.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="a folder on the disk to use")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     quiet_libraries()
     runners = {
         "train": run_race, "loss": run_loss, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation,
@@ -136,10 +138,7 @@ def check_setting(arguments: argparse.Namespace, run: Run) -> None:
     """Make the output's folder. Raises: UserError if that fails, or the processes do not fit."""
     if arguments.processes % run.parallel.tensor:
         raise UserError(f"--processes {arguments.processes} is not a multiple of parallel.tensor={run.parallel.tensor}")
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {arguments.output} cannot be made ({error.strerror}): choose another") from error
+    make_folder("--output ", arguments.output)
 
 
 def compared_run(overrides: list[str], accumulation: int) -> Run:
@@ -250,12 +249,9 @@ def run_generation(arguments: argparse.Namespace) -> None:
 
 
 def run_preparation(arguments: argparse.Namespace) -> None:
+    make_folder("--output ", arguments.output)
     from benchmarks.preparation import measure
 
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {arguments.output} cannot be made ({error.strerror}): choose another") from error
     print(f"\n{arguments.megabytes} MB of text, {arguments.workers} workers, {_processor()}\n")
     size = arguments.megabytes * 10**6
     print(aligned(measure(arguments.output, size, arguments.workers, arguments.vocab_size, arguments.rounds)))

@@ -16,6 +16,7 @@ from typing import Any
 
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import aligned, bytes_in_words, quiet_libraries
+from opt_parallel.options import parsed
 
 NONE = "—"
 
@@ -32,7 +33,7 @@ def main() -> int:
     two.add_argument("a", type=Path)
     two.add_argument("b", type=Path)
     two.add_argument("--most", type=int, default=20, help="tensors to print (default 20)")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     quiet_libraries()
     return {"list": list_run, "show": show, "verify": verify, "diff": diff}[arguments.verb](arguments)
 

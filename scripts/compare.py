@@ -14,6 +14,7 @@ from pathlib import Path
 from opt_parallel.comparison import AXES, diverged, draw, read_runs, table
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
+from opt_parallel.options import parsed
 
 
 def main() -> int:
@@ -21,7 +22,7 @@ def main() -> int:
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run's folder, or one that holds runs")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default compare.png)")
     parser.add_argument("--over", choices=AXES, default="step", help="what the losses are drawn over (default step)")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     quiet_libraries()
     records, empty = read_runs(arguments.runs)
     draw(arguments.output, records, arguments.over)

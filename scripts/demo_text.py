@@ -15,6 +15,7 @@ from pathlib import Path
 from opt_parallel.data.python_text import python_documents, split, write_split
 from opt_parallel.data.sources import Corpus
 from opt_parallel.errors import UserError, reporting
+from opt_parallel.options import parsed
 from opt_parallel.shapes import require
 
 
@@ -22,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--source", type=Path, help="folder of text files to take instead")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     documents = python_documents() if arguments.source is None else _from_folder(arguments.source)
     train, validation, removed = split(documents)
     source = arguments.source or "this Python"

@@ -10,6 +10,7 @@ from pathlib import Path
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
+from opt_parallel.options import parsed
 from opt_parallel.units import bytes_of
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest file: 5GB (default), 500MB, 5GiB")
     parser.add_argument("--dtype", default="float32", choices=list(ExportDtype.__members__))
     parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained alone, as `peft` loads it")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     quiet_libraries()
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
     from opt_parallel.export import export, export_adapter

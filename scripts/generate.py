@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from opt_parallel import place
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries, say
+from opt_parallel.options import parsed
 from opt_parallel.storage.atomic import write_text
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="prompts at a time; changes no text")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree, the number of processes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def check(arguments: argparse.Namespace) -> None:

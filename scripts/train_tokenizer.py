@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries
+from opt_parallel.options import parsed
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, required=True, help="the most tokens; OPT has 50272 rows for them")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--text-field", default="text", help="of a record; default: text")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     quiet_libraries()
     if arguments.output.exists():
         raise UserError(f"--output {arguments.output} exists: remove it or choose another folder")

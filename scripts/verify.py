@@ -11,6 +11,7 @@ from pathlib import Path
 
 from opt_parallel.errors import UserError, reporting
 from opt_parallel.log import quiet_libraries, say
+from opt_parallel.options import parsed
 
 MOST = 20  # findings to print
 
@@ -20,7 +21,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--against", type=Path, help="…/checkpoints/step-<N>, or another Hugging Face folder")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree of our side")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.tensor < 1:
         raise UserError(f"--tensor {arguments.tensor} must be at least 1")
     quiet_libraries()

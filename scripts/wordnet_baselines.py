@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from opt_parallel.errors import UserError, reporting
+from opt_parallel.options import parsed
 from opt_parallel.scores import figures, tally
 from opt_parallel.shapes import ProblemType
 
@@ -32,7 +33,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that scripts/wordnet_text.py filled")
     parser.add_argument("--answers", type=Path, help="the fine-tuned model's, by generate.py")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
+    answers = [] if arguments.answers is None else read(arguments.answers, "--answers")
     torch.manual_seed(1)
     train, held_out = (read(arguments.data / f"labels-{name}.jsonl") for name in ("train", "validation"))
     names = sorted({row["label"] for row in train})
@@ -46,9 +48,9 @@ def main() -> int:
     pairs, asked = (read(arguments.data / f"pairs-{name}.jsonl") for name in ("train", "validation"))
     completion = Counter(row["completion"] for row in pairs).most_common(1)[0][0]
     print(f"pairs, always the commonest: {np.mean([row['completion'] == completion for row in asked]):.1%} right")
-    if arguments.answers is not None:
+    if answers:
         expected = {row["prompt"]: row["completion"] for row in asked}
-        right = [row["text"] == expected[row["prompt"]] for row in read(arguments.answers)]
+        right = [row["text"] == expected[row["prompt"]] for row in answers]
         print(f"pairs, the model: {np.mean(right):.1%} of {len(right):,} right")
     return 0
 
@@ -96,11 +98,11 @@ def in_words(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path, option: str = "--data") -> list[dict[str, str]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): make it with scripts/wordnet_text.py") from error
+        raise UserError(f"{option}: {path} cannot be read ({error}): make it with scripts/wordnet_text.py") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 from opt_parallel.data.python_text import split
 from opt_parallel.errors import UserError, reporting
+from opt_parallel.options import parsed
 from opt_parallel.shapes import require
 from opt_parallel.storage.atomic import new_file
 
@@ -58,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the six files")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/wordnet"), help="folder with data.noun, …")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     synsets = list(read_synsets(arguments.source))
     train, validation, removed = split(synset.gloss for synset in synsets)
     for name, glosses in (("train", set(train)), ("validation", set(validation))):
@@ -84,7 +85,11 @@ def read_synsets(folder: Path) -> Iterator[Synset]:
     for name, speech in SPEECH.items():
         path = folder / f"data.{name}"
         require(path.is_file(), f"--source {folder} has no data.{name}: install wordnet-base, or name its folder")
-        with path.open(encoding="utf-8") as file:
+        try:
+            file = path.open(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--source: {path} cannot be read ({error.strerror}): bring WordNet 3.0") from error
+        with file:
             for number, line in enumerate(file, start=1):
                 if line.startswith("  "):  # the licence
                     continue

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import Action, ArgumentParser, Namespace, _HelpAction, _SubParsersAction
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from command import ROOT
 from hydra import compose, initialize_config_dir
@@ -36,3 +41,50 @@ def dry(*arguments: str) -> str:
     launch, run = composed(ROOT / "configs", ours, theirs)
     check(launch, run)
     return str(rendered(launch, run, ROOT, theirs))
+
+
+def load_script(name: str) -> Any:
+    """A file of scripts/ as a module."""
+    spec = spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def parser_of(name: str) -> ArgumentParser:
+    """The parser that a script's `main` makes."""
+
+    class Made(Exception):
+        pass
+
+    def catch(parser: ArgumentParser) -> Namespace:
+        raise Made(parser)
+
+    module = load_script(name)
+    module.parsed = catch
+    try:
+        module.main()
+    except Made as made:
+        return made.args[0]
+    raise AssertionError(f"scripts/{name}.py does not read its options with `parsed`")
+
+
+def options_of(name: str) -> list[tuple[str | None, Action]]:
+    """A script's options and positional arguments, each with its verb."""
+
+    def walk(parser: ArgumentParser, verb: str | None) -> Iterator[tuple[str | None, Action]]:
+        for action in parser._actions:
+            if isinstance(action, _SubParsersAction):
+                for inner, below in action.choices.items():
+                    yield from walk(below, inner)
+            elif not isinstance(action, _HelpAction):
+                yield verb, action
+
+    return list(walk(parser_of(name), None))
+
+
+OF_HYDRA = {"evaluate", "preflight", "prepare"}
+SCRIPTS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - OF_HYDRA)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import python, small
+from composing import SCRIPTS, options_of, parser_of
 from omegaconf import OmegaConf
 
-from opt_parallel.compose import TEXTS, run_from, to_dict
+from opt_parallel.compose import TEXTS, run_from, to_dict, verbatim
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError
+from opt_parallel.launching.settings import SECTIONS
+from opt_parallel.launching.submit import LAUNCH_TEXTS
+from opt_parallel.options import name_of, parsed
 from opt_parallel.overrides import checked
-from opt_parallel.secrets import looks_secret
+from opt_parallel.paths import text_keys, typed_fields
+from opt_parallel.secrets import looks_secret, masked, secrets_in
 
 CANARY = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00"  # as wandb's keys look
 
@@ -88,3 +95,101 @@ def test_what_the_environment_holds_is_written_nowhere(tmp_path: Path) -> None:
             assert secret.encode() not in content, f"{path} holds {name}"
     for secret in secrets.values():
         assert secret not in process.stdout + process.stderr
+
+
+# what a user may type, each with CANARY or another word for the secret in it
+SECRETS = [
+    f"https://example.com/x.jsonl?sig={CANARY}", f"https://user:{CANARY}@example.com/x", f"s3://key:{CANARY}@bucket/x",
+    f"https://b.s3.amazonaws.com/x?a=1&X-Amz-Signature={CANARY}&b=2", f"https://example.com/x?token={CANARY}#y",
+    f"https://example.com/?access_token={CANARY}", f"https://{CANARY}@github.com/x", f"https://h/x?Signature={CANARY}",
+    f"postgres://user:{CANARY}/x@host/base", f"AccountName=a;AccountKey={CANARY}==", f"token={CANARY}",
+    f"user:{CANARY}@host:29500", f"Authorization: Bearer {CANARY}", "hf_canaryCanaryCanaryCanaryCanaryCanary",
+    f"https://storage.googleapis.com/x?X-Goog-Credential={CANARY}", "ghp_canaryCanaryCanaryCanaryCanaryCanary",
+    f"x https://a.blob.core.windows.net/c?sv=1&sig={CANARY}%3D y", "AKIACANARYCANARYCANA", f"$SECRET_OF_TEST-{CANARY}",
+]  # fmt: skip
+HARMLESS = [
+    "/data/a:b/c", "lang=en/t.jsonl", "key=abcdefgh/x", "The password: a token=1", "https://host:80/a@b", "a@b.de",
+    "registry.example:5000/opt@sha256:abcdef", "/data/hf_models_that_were_converted", "sk-wikipedia-20230101-abcdef",
+    "https://example.com/x?max_tokens=5", "{title}: {body}", "0123456789abcdef0123456789abcdef01234567", "host:29500",
+    "optimizer.lr=0.003,model.dropout=0", "Bearer of good news", "a-key-to-the-whole-matter", "ssh://git@github.com/x",
+]  # fmt: skip
+KEYS = [key for key, _, _ in typed_fields(Run)] + ["hydra.sweep.dir", "+anything", "hydra.job.name", "experiment"]
+LAUNCH_KEYS = sorted({key for section in SECTIONS.values() for key, _, _ in typed_fields(section, "launch.")})
+
+
+def refused(work: Callable[[], Any], where: str) -> None:
+    """One line that says where, and not what."""
+    with pytest.raises(UserError) as caught:
+        work()
+    line = str(caught.value)
+    assert line.startswith(where), line
+    assert "looks like a secret" in line
+    assert "canary" not in line.lower()
+    assert CANARY not in line
+    assert "\n" not in line
+
+
+@pytest.fixture
+def _variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_TEST", CANARY)  # whose value a shell puts into what is typed
+
+
+@pytest.mark.parametrize("value", HARMLESS)
+def test_a_value_that_holds_none(value: str) -> None:
+    assert not list(secrets_in(value))
+    assert masked(value) == value
+
+
+@pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("value", SECRETS)
+def test_a_value_that_holds_one(value: str) -> None:
+    assert CANARY not in masked(value)
+    assert "canary" not in masked(value).lower()
+    refused(lambda: checked([value], TEXTS), "")
+    for key in KEYS + LAUNCH_KEYS:
+        for form in (value, f"'{value}'", f"[a,'{value}']", f"[{{path: '{value}'}}]", f"a,'{value}'"):
+            refused(lambda key=key, form=form: checked([f"{key}={form}"], {*TEXTS, *LAUNCH_TEXTS}), key.lstrip("+"))
+
+
+@pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("key", text_keys(Run))
+def test_in_a_file_of_the_users(key: str) -> None:
+    for value in SECRETS:
+        values = to_dict(Run())
+        *outer, name = key.split(".")
+        (values[outer[0]] if outer else values)[name] = value
+        refused(lambda values=values: run_from(OmegaConf.create(verbatim(values))), key)
+    print(f"{key} | {len(SECRETS)} of {len(SECRETS)} refused, none repeated")
+
+
+@pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_in_every_option_of(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = parser_of(script)
+    for verb, action in options_of(script):
+        name = name_of(action)
+        for value in SECRETS:
+            ways = [[name, value], [f"{name}={value}"]] if name.startswith("-") else [[value]]
+            for way in ways:
+                monkeypatch.setattr(sys, "argv", [script, *([verb] if verb else []), *way])
+                refused(lambda: parsed(parser), name if name.startswith("-") else "the command line")
+        print(f"{script} {verb or ''} {name} | {len(SECRETS)} of {len(SECRETS)} refused, none repeated")
+    for word in ("--hf-token", f"--wandb_api_key={CANARY}"):
+        monkeypatch.setattr(sys, "argv", [script, word, CANARY])
+        refused(lambda: parsed(parser), word.partition("=")[0])
+
+
+def test_a_file_of_the_users_is_checked_before_hydra_writes(tmp_path: Path) -> None:
+    """A multirun's configuration goes to multirun.yaml before any run begins."""
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    for text in (f"data:\n  train: https://u:{CANARY}@h/x", f"hydra:\n  job:\n    env_set:\n      HF_TOKEN: {CANARY}",
+                 f"steps: https://h/x?sig={CANARY}"):  # fmt: skip
+        (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+        done = python(
+            "train.py", "-m", "--config-dir", str(tmp_path / "configs"), "experiment=mine", "seed=1",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}", f"run.dir={tmp_path / 'run'}",
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert CANARY not in done.stdout + done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["configs"]

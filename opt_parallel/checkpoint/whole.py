@@ -53,6 +53,7 @@ def choose(run: Run) -> Path | None:
     """The checkpoint that `resume` asks for, None for a fresh start. Its files are not looked at yet.
 
     Raises: UserError if it does not exist, or `never` would mix a new run with an old one."""
+    reach("run.dir=", run.folder / "checkpoints")
     last = newest(run.folder / "checkpoints")
     if run.resume == "auto":
         return last
@@ -64,7 +65,7 @@ def choose(run: Run) -> Path | None:
             )
         return None
     chosen = reach("resume=", run.resume)
-    if chosen is None or step_of(chosen) is None:
+    if chosen is None or step_of(chosen) is None or not reach("resume=", chosen / MANIFEST):
         raise UserError(f"resume={run.resume} is no whole checkpoint: choose auto, never or a folder …/step-<N>")
     return chosen
 

@@ -19,6 +19,7 @@ from opt_parallel.config import Run
 from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
 from opt_parallel.data.workers import Unfinished
 from opt_parallel.errors import UserError
+from opt_parallel.paths import reach
 from opt_parallel.storage.atomic import PARTIAL, publish, remove, write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
@@ -27,7 +28,8 @@ FORMAT = 4  # of what is in them: a change of what is written makes all older on
 
 def cached(run: Run, kind: str, made_from: list[Any], formerly: list[Any] | None = None) -> Path:
     """The folder of `kind` by a fingerprint of what it is made from; that of `formerly`, by which earlier versions
-    called it, if there is that one alone."""
+    called it, if there is that one alone. Raises: UserError where `data.cache` cannot be read."""
+    reach("data.cache=", run.data.cache)
     folder, former = (Path(run.data.cache) / f"{kind}-{fingerprint(each)}" for each in (made_from, formerly or []))
     return former if formerly and former.exists() and not folder.exists() else folder
 

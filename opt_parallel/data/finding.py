@@ -198,7 +198,9 @@ def _check_file(key: str, path: Path) -> int:
         what = "is a link to nothing" if path.is_symlink() else f"cannot be read ({error.strerror})"
         raise UserError(f"{where} {what}: repair it or remove it") from error
     require(S_ISREG(status.st_mode), f"{where} is no regular file: write the text into one")
-    require(os.access(path, os.R_OK), f"{where} cannot be read: change its permissions or leave it out")
+    require(
+        os.access(path, os.R_OK, effective_ids=True), f"{where} cannot be read: change its permissions or leave it out"
+    )
     return status.st_size
 
 

@@ -17,6 +17,7 @@ from opt_parallel.data.parquet import names_in
 from opt_parallel.data.records import BadRecords, Item, Record, sift
 from opt_parallel.data.unpacking import ending_of
 from opt_parallel.errors import UserError
+from opt_parallel.paths import reach
 from opt_parallel.shapes import require
 
 ROWS_APART = 4096  # of a dataset: a piece is a multiple of so many
@@ -83,6 +84,7 @@ class Corpus:
         require(bool(entries), f"{key} is not set: name a file, a folder, a glob or a hub id, or a list of them")
         found = Found()
         for entry in entries:
+            reach(f"{key}=", entry)
             found.update(Found(datasets=[entry]) if subset or split else find(key, entry))
         default = "validation" if key.startswith("data.validation") else "train"
         return cls(

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from opt_parallel.errors import UserError, one_line
+from opt_parallel.hub import HUB_ID
 from opt_parallel.paths import reach
 from opt_parallel.shapes import ModelConfig, require
 
@@ -179,10 +180,11 @@ def _byte_level(model: models.Model, specials: list[str]) -> Tokenizer:
 
 
 def _download(name: str) -> Path:
+    way_out = "name a folder with tokenizer.json, or set data.tokenizer=null to train one on data.train"
+    require(HUB_ID.fullmatch(name) is not None, f"data.tokenizer={name} does not exist: {way_out}")
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:
         raise UserError(
-            f"data.tokenizer={name} is no folder here, and the hub did not give it ({one_line(error)}): "
-            "name a folder with tokenizer.json, or set data.tokenizer=null to train one on data.train"
+            f"data.tokenizer={name} is no folder here, and the hub did not give it ({one_line(error)}): {way_out}"
         ) from error

@@ -11,6 +11,7 @@ import yaml
 
 from opt_parallel.errors import UserError
 from opt_parallel.launching.settings import Accelerate, DeepSpeed, Elastic, Launch, Torchrun
+from opt_parallel.paths import reach
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and what Slurm sends before a time limit
 PORT = 29500
@@ -83,7 +84,7 @@ def deepspeed(launch: DeepSpeed, script: Path, overrides: Sequence[str]) -> Comm
     words += ["--master_port", str(launch.port)]
     if launch.hostfile is None or launch.most == 1:
         return Command([*words, str(script), *overrides], network(launch))
-    if not Path(launch.hostfile).is_file():
+    if not reach("launch.hostfile=", launch.hostfile):
         raise UserError(f"launch.hostfile={launch.hostfile} does not exist: write one `HOST slots=N` a line")
     words += ["--hostfile", launch.hostfile, "--launcher", "pdsh"]
     words += ["--master_addr", launch.address] if launch.address else []

@@ -29,9 +29,10 @@ from opt_parallel.launching.settings import (
     Torchrun,
 )
 from opt_parallel.launching.slurm import job
-from opt_parallel.overrides import check_values, checked
+from opt_parallel.overrides import checked
 from opt_parallel.paths import change_paths, local, refuse_breaks, text_keys
 from opt_parallel.shapes import require
+from opt_parallel.values import check_values
 
 LAUNCH_TEXTS = {key for section in SECTIONS.values() for key in text_keys(section, "launch.")}
 

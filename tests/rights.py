@@ -1,0 +1,34 @@
+"""A user's rights for tests that root runs: root may read and write everything, so no folder is closed to it."""
+
+from __future__ import annotations
+
+import ctypes
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+VERSION = (
+    0x20080522  # of the kernel's structures (linux/capability.h): two triples of effective, permitted, inheritable
+)
+
+
+@contextmanager
+def ordinary_rights() -> Iterator[None]:
+    """Within the block this thread has no capabilities in effect: the modes of its own files count, whoever it is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(VERSION, 0)
+    before, none = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    none[1], none[4] = before[1], before[4]  # permitted, to take them back
+    assert libc.capset(header, none) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+if __name__ == "__main__":  # rights.py FILE ARGUMENT …: runs a Python file so
+    sys.argv.pop(0)
+    with ordinary_rights():
+        runpy.run_path(sys.argv[0], run_name="__main__")
