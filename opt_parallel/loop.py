@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.store import Store
 from opt_parallel.checkpoint.whole import choose, newest, precision_of, step_of
 from opt_parallel.clock import Clock
-from opt_parallel.compose import to_yaml
 from opt_parallel.config import Run
 from opt_parallel.curve import draw_confusion
 from opt_parallel.data.batches import Feed, Loader
@@ -36,13 +36,18 @@ from opt_parallel.paths import absolute
 from opt_parallel.place import is_main
 from opt_parallel.precision import settle
 from opt_parallel.preflight import check_same, claim_folder, preflight
-from opt_parallel.storage.atomic import write_text
+from opt_parallel.run_folder import (
+    EXPORT,
+    forget_what_the_last_save_would,
+    only_run_in,
+    put_in_order,
+    write_config,
+    write_state,
+)
 from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology
 from opt_parallel.trackers import check_trackers, wandb_id
 from opt_parallel.units import bytes_of
-
-STATE = "state"  # a file in the run's folder: running, stopped (on request, to be continued), diverged or done
 
 
 @dataclass(frozen=True)
@@ -74,25 +79,36 @@ def train(run: Run) -> int:
     the run is saved.
 
     Raises: UserError for what the user can mend; Lost where another rank is gone."""
-    with (
-        Interrupt.watch() as interrupt,
-        Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology,
-    ):
-        check_same(run, topology)
-        begun = topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
-        if begun is None:
-            run.check_warmup(Clock())
-        _warn_of_another_start(run, begun)
-        if topology.exchange(topology.together(lambda: _nothing_left(run, begun)))[0]:  # likewise
-            return 0
-        topology.together(lambda: claim_folder(run))
-        if topology.is_main:
-            interrupt.last_words = partial(_write_state, run, "stopped")
-        with own_file(run.folder), topology.losing(run.parallel.timeout):
-            status = _train(run, begun, topology, interrupt)
-    if status == 0 and newest(run.folder / "checkpoints") == run.folder / "checkpoints" / f"step-{run.steps}":
-        _export_at_end(run, run.folder / "checkpoints" / f"step-{run.steps}")
-    return status
+    with ExitStack() as folder:  # rank 0's, until it has exported
+        with (
+            Interrupt.watch() as interrupt,
+            Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology,
+        ):
+            check_same(run, topology)
+            resume_from = _occupy(run, topology, folder)
+            _warn_of_another_start(run, resume_from)
+            if topology.exchange(topology.together(lambda: _nothing_left(run, resume_from)))[0]:  # as rank 0 sees it
+                return 0
+            topology.together(lambda: claim_folder(run))
+            if topology.is_main:
+                interrupt.last_words = partial(write_state, run, "stopped")
+            with own_file(run.folder), topology.losing(run.parallel.timeout):
+                status = _train(run, resume_from, topology, interrupt)
+        if status == 0 and newest(run.folder / "checkpoints") == run.folder / "checkpoints" / f"step-{run.steps}":
+            _export_at_end(run, run.folder / "checkpoints" / f"step-{run.steps}")
+        return status
+
+
+def _occupy(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
+    """Make this run the only one in its folder, and put that in order; the checkpoint that `resume` asks for.
+
+    Raises: UserError, with nothing touched, if another run trains there, or the settings do not fit."""
+    if topology.exchange(topology.together(lambda: choose(run)))[0] is None:  # a mistake leaves no new folder
+        run.check_warmup(Clock())
+    topology.together(lambda: folder.enter_context(only_run_in(run)) if topology.is_main else None)
+    if topology.is_main:
+        put_in_order(run)
+    return topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
 
 
 def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrupt) -> int:
@@ -103,8 +119,8 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     materials = topology.together(lambda: Materials.gather(run, begun))
     data = materials.data
     if topology.is_main:
-        write_text(run.folder / "config.yaml", to_yaml(run))
-        _write_state(run, "running")
+        write_config(run)
+        write_state(run, "running")
     store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text, _wandb_id(run, begun))
     engine, clock, mixture = _begin(run, topology, store, materials)
     place = (topology.data.rank, topology.data.size)
@@ -139,7 +155,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
         store.wait()
         if isinstance(error, Diverged):
             if topology.is_main:
-                _write_state(run, "diverged")
+                write_state(run, "diverged")
             loader.close()  # the next run of a sweep follows in this process
             engine.close()
         raise
@@ -148,20 +164,12 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     store.finish()
     metrics.close(finished=clock.step == run.steps)
     if topology.is_main:
-        _write_state(run, "stopped" if status else "done")
+        write_state(run, "stopped" if status else "done")
     if status:
         interrupt.ignore()
         topology.exchange(None)  # nobody ends before all ignore, and the state is written: launchers kill the rest
     engine.close()
     return status
-
-
-def _write_state(run: Run, word: str) -> None:
-    """At once or not at all: launchers' scripts read it."""
-    path = run.folder / STATE
-    if path.exists() and path.read_text() == word + "\n":
-        return  # a finished run may lie where nothing can be written any more
-    write_text(path, word + "\n")
 
 
 def _begin(run: Run, topology: Topology, store: Store, materials: Materials) -> tuple[Engine, Clock, Mixture]:
@@ -208,7 +216,8 @@ def _nothing_left(run: Run, begun: Path | None) -> bool:
         say(f"{run.run.name} is finished: {begun} is at step {step} of {run.steps}; a larger steps continues it")
         _export_at_end(run, begun)
     if is_main():
-        _write_state(run, "done")
+        forget_what_the_last_save_would(run)
+        write_state(run, "done")
     return True
 
 
@@ -216,7 +225,7 @@ def _export_at_end(run: Run, checkpoint: Path) -> None:
     """Write the finished run's `export`, unless it is there and younger than the checkpoint.
 
     Rank 0 does it alone, and no group waits for it."""
-    output = run.folder / "export"
+    output = run.folder / EXPORT
     if not run.export.at_end or not is_main():
         return
     if _younger(output / CONFIG, checkpoint / MANIFEST):

@@ -91,7 +91,7 @@ class Start:
 
 
 def partials(checkpoints: Path) -> list[Path]:
-    return [folder for folder in checkpoints.glob("*.partial") if not (folder / STALE).exists()]
+    return [folder for folder in checkpoints.glob("*.partial*") if not (folder / STALE).exists()]
 
 
 def moment_of(checkpoints: Path) -> str:

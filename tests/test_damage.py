@@ -235,7 +235,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 def test_which_are_kept_and_that_waiting_writes_the_same(tmp_path: Path) -> None:
     """And what a killed save or deletion left goes with the next deletion."""
     arguments = [*small(tmp_path), "steps=7", "checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=3"]
-    leftover = partial_of(tmp_path / "run" / "checkpoints" / "step-4711")
+    leftover = partial_of(tmp_path / "run" / "checkpoints" / "step-4711", 5)
     leftover.mkdir(parents=True)
     process = python("train.py", *arguments)
     assert process.returncode == 0, process.stderr

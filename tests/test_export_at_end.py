@@ -34,15 +34,14 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     assert python("train.py", *arguments, "stop_at=1").returncode == 0
     assert not export.exists()  # the run goes on
 
-    in_the_way = tmp_path / "run" / "export.partial"
-    in_the_way.write_text("a file where a folder is to be made")
+    export.write_text("a file where a folder is to be made")
     failed = python("train.py", *arguments)
     assert failed.returncode == 2
-    assert failed.stderr == (
-        f"error: export.at_end: {export} cannot be written (File exists), and nothing of it is left: make room, or "
-        f"choose another; {checkpoint} is safe, and the same command tries the export again\n"
-    )
-    in_the_way.unlink()
+    assert f"export.at_end: {export} exists and is no export of ours" in failed.stderr
+    assert f"{checkpoint} is safe, and the same command tries the export again" in failed.stderr
+    assert export.read_text() == "a file where a folder is to be made"
+    export.unlink()
+    (tmp_path / "run" / "export.partial").mkdir()  # left behind by a killed one: it blocks nothing
     (export / "mine").mkdir(parents=True)
     foreign = python("train.py", *arguments)
     assert foreign.returncode == 2

@@ -26,7 +26,7 @@ FLOORS = [
     ["model", "optim", "zero"],
     ["engine"],
     ["checkpoint", "evaluate"],
-    ["export", "verify", "judge", "preflight"],
+    ["export", "verify", "judge", "preflight", "run_folder"],
     ["loop", "pretrained"],
     ["train"],
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def note(path: Path, step: int, loss: float) -> None:
     """As metrics does: what comes later is taken back."""
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < step]
-    row = {"kind": "validation", "step": step, "loss": loss}
+    row = {"kind": "validation", "step": step, "loss": loss if math.isfinite(loss) else None}
     path.write_text("".join(f"{line}\n" for line in [*kept, json.dumps(row)]))
 
 
@@ -105,6 +106,23 @@ def test_the_best_stays_through_resuming_and_going_back(crew: Any, tmp_path: Pat
     further_back = dataclasses.replace(kept, resume=str(tmp_path / "checkpoints" / "step-8"))
     assert crew(2)(saved, further_back, [1.3]) == [(8, [False])] * 2  # step 7 is the best again
     assert best_of(tmp_path) == {"step": 7, "loss": 1.25}
+
+
+def test_a_best_that_was_not_named_before_the_kill_is_found(crew: Any, tmp_path: Path) -> None:
+    """Killed between the checkpoint's name and best.json, which names none yet or the one before."""
+    run = run_in(tmp_path)
+    for first, losses in (([2.0], [2.5, 2.5]), ([1.5], [2.5])):
+        before = tmp_path / "checkpoints" / "best.json"
+        old = before.read_bytes() if before.exists() else None
+        crew(2)(saved, run, first)
+        best = best_of(tmp_path)
+        if old is None:
+            before.unlink()
+        else:
+            before.write_bytes(old)
+        assert crew(2)(saved, run, losses)[0][1] == [False] * len(losses)
+        assert best_of(tmp_path) == best
+        assert f"step-{best['step']}" in steps_of(tmp_path)
 
 
 def test_a_run_keeps_its_best_besides_the_newest(tmp_path: Path) -> None:

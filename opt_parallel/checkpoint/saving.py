@@ -9,8 +9,6 @@ two moments), pinned where there is a GPU.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -22,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from opt_parallel.checkpoint.writing import safetensors_header
+from opt_parallel.storage.atomic import confirm, remove
 from opt_parallel.topology import UNHURRIED, Topology
 from opt_parallel.zero import Fragment
 
@@ -44,14 +43,21 @@ class Saver:
         self.buffer = torch.empty(0)
         self.thread: threading.Thread | None = None
         self.failure: str | None = None
+        self.lost: Exception | None = None
 
-    def start(self, fragments: Iterable[Fragment], folder: Path, complete: Callable[[], None]) -> None:
+    def start(
+        self,
+        fragments: Iterable[Fragment],
+        folder: Path,
+        complete: Callable[[], None],
+        tidy_up: Callable[[], None] = lambda: None,
+    ) -> None:
         """Copy what this rank saves, and have it written to `folder`; `complete` is called on the first rank once all
-        ranks have written."""
+        ranks have written, and `tidy_up` when that has succeeded."""
         assert self.thread is None
         shapes, records = self._copy(list(fragments))
         self.failure = None
-        write = partial(self._write_together, folder, shapes, records, complete)
+        write = partial(self._write_together, folder, shapes, records, complete, tidy_up)
         self.thread = threading.Thread(target=self._in_thread, args=(write,))
         self.thread.start()
 
@@ -62,8 +68,12 @@ class Saver:
             self.thread = None
 
     def wait(self) -> str | None:
-        """Until what was started is done: why it failed, on some rank, or None."""
+        """Until what was started is done: why it failed, on some rank, or None.
+
+        Raises: RuntimeError, torch's, if another rank is gone; what it wrote is then left for the next start."""
         self.join()
+        if self.lost is not None:
+            raise self.lost
         failure, self.failure = self.failure, None
         return failure
 
@@ -94,7 +104,7 @@ class Saver:
         try:
             self.failure = write()
         except Exception as error:  # a rank is gone, and the group with it
-            self.failure = _why(error)
+            self.lost = error
 
     def _write_together(
         self,
@@ -102,6 +112,7 @@ class Saver:
         shapes: dict[str, tuple[int, ...]],
         records: list[dict[str, Any]],
         complete: Callable[[], None],
+        tidy_up: Callable[[], None],
     ) -> str | None:
         """Why the checkpoint could not be written, on this rank or another; None if it is there."""
         failure: str | None = None
@@ -116,8 +127,11 @@ class Saver:
             except Exception as error:
                 failure = _why(error)
         failures = failures or self._failures(failure)
-        if failures and self.topology.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # all ranks are done with it
+        if self.topology.is_main:
+            if failures:
+                remove(folder)  # all ranks are done with it
+            else:
+                tidy_up()
         return (failure or "another rank could not write") if failures else None
 
     def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:
@@ -132,7 +146,7 @@ class Saver:
                 file.write(data[begin : begin + CHUNK])
                 checksum = zlib.crc32(data[begin : begin + CHUNK], checksum)
             file.flush()
-            os.fsync(file.fileno())
+            confirm(file.fileno(), path)
         note = {"bytes": len(header) + len(data), "crc32": f"{checksum:08x}", "fragments": records}
         path.with_suffix(".json").write_text(json.dumps(note))
 

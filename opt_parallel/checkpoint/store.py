@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +22,8 @@ from opt_parallel.checkpoint.merged import Base, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
 from opt_parallel.checkpoint.whole import (
+    BEST,
+    any_number,
     best_in,
     choose,
     forget_old,
@@ -46,7 +48,7 @@ from opt_parallel.model.network import network
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.paths import absolute, change_paths
 from opt_parallel.shapes import MAY_DIFFER, Labels
-from opt_parallel.storage.atomic import publish
+from opt_parallel.storage.atomic import PARTIAL, optional, publish
 from opt_parallel.storage.checked import dump_checked
 from opt_parallel.topology import ALONE, Topology
 
@@ -82,11 +84,7 @@ class Store:
 
         A damaged one is named, set aside, and the one before it taken. Raises: UserError if none is left, if
         `resume` names it, or if it is of another network or tokenizer."""
-        if self.topology.is_main:
-            for torn in torn_in(self.root):  # it would be in the way of a save
-                say(f"warning: {torn} has no {MANIFEST}; it is set aside as {set_aside(torn, 'damaged').name}")
-            for path in misnamed_in(self.root):
-                say(f"warning: {path} is not the name of a checkpoint (step-<N>, such as step-2); it is left alone")
+        self._on_main(self._set_torn_aside)
         folder = self._first_ranks(choose(self.run))
         while folder is not None:
             found = self._open(folder)
@@ -96,9 +94,7 @@ class Store:
             if self.run.resume != "auto":
                 raise UserError(f"resume={folder}: {damage}; choose an earlier checkpoint")
             self.topology.barrier()  # everybody has looked
-            if self.topology.is_main:
-                say(f"warning: {folder}: {damage}; it is set aside as {set_aside(folder, 'damaged').name}")
-            self.topology.barrier()
+            self._on_main(partial(self._set_damaged_aside, folder, damage))
             folder = self._first_ranks(newest(self.root))
             if folder is None:
                 raise UserError(f"{self.root} holds no whole checkpoint any more: choose another run.dir to begin anew")
@@ -111,12 +107,7 @@ class Store:
         engine.restore(reader.restore, manifest["updates"], manifest["loss_scale"])
         clock = Clock(**manifest["clock"])
         self.topology.barrier()
-        if self.topology.is_main:
-            self._tell_changes(manifest)
-            for later in steps_in(self.root):
-                if later > clock.step:  # the run branches off here, and `auto` must not find them
-                    set_aside(self.root / f"step-{later}", "abandoned")
-            renew_best(self.root)
+        self._on_main(partial(self._branch_off, manifest))
         return clock
 
     def if_best(self, loss: float | None) -> float | None:
@@ -134,20 +125,21 @@ class Store:
 
         `best` is its validation loss where that is the lowest so far."""
         self.wait()
-        final = self.root / f"step-{clock.step}"
-        self.saving, beside = final, partial_of(final)
-        failure: str | None = None
+        self.saving = final = self.root / f"step-{clock.step}"
+        number, failure = 0, "rank 0 could not write"
         if self.topology.is_main:
             try:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
+                number = any_number()
+                partial_of(final, number).mkdir(parents=True)
             except OSError as error:
-                failure = error.strerror
-        if self.topology.any(failure is not None):
-            self.saver.failure = failure or "rank 0 could not write"
+                number, failure = -1, error.strerror or str(error)
+        number = self.topology.sum(number, self.topology.world)  # rank 0's
+        if number < 0:
+            self.saver.failure = failure
         else:
-            manifest = self._manifest(engine, clock)
-            self.saver.start(engine.owned(), beside, partial(self._complete, beside, final, manifest, best))
+            beside, manifest = partial_of(final, number), self._manifest(engine, clock)
+            complete = partial(self._complete, beside, final, manifest)
+            self.saver.start(engine.owned(), beside, complete, partial(self._tidy_up, clock.step, best))
         if not self.run.checkpoint.asynchronous:
             self.saver.join()  # whether it failed is for the next save to say, or for the end to fail with
 
@@ -155,7 +147,9 @@ class Store:
         """Until what is being written is on the disk; says if that failed."""
         failure = self.saver.wait()
         if failure is not None:
-            say(f"warning: {self.saving} could not be written ({failure}), and nothing of it is left")
+            left = any(self.root.glob(f"{self.saving.name}{PARTIAL}*")) if self.saving else False
+            rest = "what is left of it is deleted later" if left else "and nothing of it is left"
+            say(f"warning: {self.saving} could not be written ({failure}), {rest}")
 
     def finish(self) -> None:
         """Wait for what is still being written. Raises: UserError if the last checkpoint failed."""
@@ -168,8 +162,29 @@ class Store:
                 + (f"{kept} is whole" if kept else "there is no earlier checkpoint")
             )
 
-    def _complete(self, beside: Path, final: Path, manifest: dict[str, Any], best: float | None) -> None:
-        """On the first rank, once all files are on the disk: manifest, tokenizer, the name, and room for the next."""
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Raises: UserError on every rank, if rank 0 does."""
+        self.topology.together(lambda: work() if self.topology.is_main else None)
+
+    def _set_torn_aside(self) -> None:
+        for torn in torn_in(self.root):  # it would be in the way of a save
+            say(f"warning: {torn} has no {MANIFEST}; it is set aside as {set_aside(torn, 'damaged').name}")
+        for path in misnamed_in(self.root):
+            say(f"warning: {path} is not the name of a checkpoint (step-<N>, such as step-2); it is left alone")
+
+    def _set_damaged_aside(self, folder: Path, damage: str) -> None:
+        say(f"warning: {folder}: {damage}; it is set aside as {set_aside(folder, 'damaged').name}")
+
+    def _branch_off(self, manifest: dict[str, Any]) -> None:
+        """Say what has changed since the checkpoint; what is later is no longer the run's."""
+        self._tell_changes(manifest)
+        for later in steps_in(self.root):
+            if later > manifest["clock"]["step"]:  # `auto` must not find them
+                set_aside(self.root / f"step-{later}", "abandoned")
+        renew_best(self.root, self.run.checkpoint.keep_best)
+
+    def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
+        """On the first rank, once all files are on the disk: manifest, tokenizer, and the name."""
         for note in sorted(beside.glob("rank-*.json")):
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
             note.unlink()
@@ -179,8 +194,12 @@ class Store:
             manifest["files"][f"tokenizer/{path.name}"] = written
         (beside / MANIFEST).write_text(dump_checked(manifest))
         publish(beside, final)
+
+    def _tidy_up(self, step: int, best: float | None) -> None:
+        """Once the checkpoint is there, which none of this changes: name the best, make room for the next."""
         if best is not None:
-            write_best(self.root, manifest["clock"]["step"], best)
+            with optional(self.root / BEST):
+                write_best(self.root, step, best)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _first_ranks(self, folder: Path | None) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from opt_parallel.config import Precision, Run
 from opt_parallel.errors import UserError
 from opt_parallel.manifest import MANIFEST, STEP, read_manifest
 from opt_parallel.paths import reach
-from opt_parallel.storage.atomic import free_name, write_text
+from opt_parallel.storage.atomic import PARTIAL, free_name, optional, remove, write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 from opt_parallel.storage.rows import METRICS, rows_of
 
@@ -82,9 +82,12 @@ def precision_of(folder: Path | None) -> Precision | None:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Rename a checkpoint so that nothing takes it for one of the run's; its new name."""
+    """Rename a checkpoint so that nothing takes it for one of the run's; its new name. Raises: UserError."""
     aside = free_name(folder, why)
-    os.replace(folder, aside)
+    try:
+        os.rename(folder, aside)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be set aside as {aside.name} ({error.strerror}): move it away") from error
     return aside
 
 
@@ -111,15 +114,21 @@ def _best_by_metrics(checkpoints: Path) -> dict[str, Any] | None:
     return best
 
 
-def renew_best(checkpoints: Path) -> None:
-    """Write best.json anew where it is damaged or names a checkpoint that is gone; without another, remove it."""
-    if not os.path.lexists(checkpoints / BEST):
+def renew_best(checkpoints: Path, keep_best: bool = False) -> None:
+    """Write best.json anew where it is damaged or names a checkpoint that is gone; without another, remove it.
+
+    `keep_best`: the run keeps its best; its process may have been killed before it named a better one."""
+    if not keep_best and not os.path.lexists(checkpoints / BEST):
         return
     best = best_in(checkpoints)
-    if best is None:
-        (checkpoints / BEST).unlink()
-    else:
-        write_best(checkpoints, **best)
+    better = _best_by_metrics(checkpoints) if keep_best else None
+    if better is not None and (best is None or better["loss"] < best["loss"]):
+        best = better
+    with optional(checkpoints / BEST):
+        if best is None:
+            (checkpoints / BEST).unlink(missing_ok=True)
+        else:
+            write_best(checkpoints, **best)
 
 
 def write_best(checkpoints: Path, step: int, loss: float) -> None:
@@ -129,17 +138,28 @@ def write_best(checkpoints: Path, step: int, loss: float) -> None:
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
     """Delete all but the newest `keep` checkpoints, those at a multiple of `keep_every` steps (0: none), and the best;
-    and what killed saves and deletions left. Nothing may be on its way."""
+    and what killed saves and deletions left. Nothing may be on its way. What cannot be deleted is said."""
     best = best_in(checkpoints)
     for step in steps_in(checkpoints)[:-keep]:
         if (keep_every and step % keep_every == 0) or (best and step == best["step"]):
             continue
         folder = checkpoints / f"step-{step}"
-        os.replace(folder, partial_of(folder))  # first: half a deletion leaves nothing that looks whole
-    for leftover in checkpoints.glob("step-*.partial"):
-        shutil.rmtree(leftover)
+        with optional(folder, "deleted"):
+            os.rename(folder, partial_of(folder, any_number()))  # so that half a deletion does not look whole
+    remove_unfinished(checkpoints)
 
 
-def partial_of(folder: Path) -> Path:
+def remove_unfinished(checkpoints: Path) -> None:
+    """Delete what killed saves and deletions left. Nothing may be on its way."""
+    for leftover in checkpoints.glob(f"step-*{PARTIAL}*"):
+        remove(leftover)
+
+
+def any_number() -> int:
+    """For `partial_of`: whatever was left there, by whomever, is in nobody's way."""
+    return secrets.randbits(31)
+
+
+def partial_of(folder: Path, number: int) -> Path:
     """The name that a checkpoint has while it is written and while it is deleted."""
-    return folder.with_name(f"{folder.name}.partial")
+    return folder.with_name(f"{folder.name}{PARTIAL}{number}")

@@ -35,6 +35,7 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
         name=name,
         logs=folder / "logs",
         state=folder / "state",
+        lock=folder / "lock",
         venv=None if launch.container else _venv(launch),
         variables=variables,
         agent=_an_option_a_line(agent),

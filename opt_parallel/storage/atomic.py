@@ -32,23 +32,24 @@ _said: set[str] = set()
 
 @contextmanager
 def new_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, called `path` once the block has ended without an error; after one nothing of it is left. A
-    device or a pipe is written to as it is.
+    """A file to write, called `path` once the block has ended without an error; after one nothing of it is left. What
+    is in /dev and no file is written to as it is.
 
     Args:
         replace: whether an existing file gives way.
 
     Raises: OSError; FileExistsError without `replace`, also where another process was faster.
     """
-    if path.exists() and not path.is_file():
+    is_special = path.exists() and not path.is_file()
+    if is_special and path.absolute().parts[1] in ("dev", "proc"):
         with open(path, "wb") as file:
             yield file
         return
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = path if is_special else Path(os.path.realpath(path))  # a link to a file stays one
     with _unfinished(path, folder=False) as (partial, file):
         yield file
         file.flush()
-        _confirm(file.fileno(), path)
+        confirm(file.fileno(), path)
         file.close()  # some file systems rename no open file
         (os.replace if replace else _rename_to_new)(partial, path)
     _confirm_names(path.parent)
@@ -123,7 +124,7 @@ def sync(path: Path) -> None:
             return
         raise
     try:
-        _confirm(number, path)
+        confirm(number, path)
     finally:
         os.close(number)
 
@@ -144,13 +145,19 @@ def remove(path: Path) -> bool:
     return not os.path.lexists(path)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete what killed processes of this host left beside `path` of what they wrote there."""
-    for leftover in path.parent.glob(f"{glob.escape(f'{path.name}.{place.host()}')}-????????{PARTIAL}"):
+def remove_leftovers(path: Path, any_host: bool = False) -> None:
+    """Delete what killed processes left beside `path` of what they wrote there: those of this host, since locks may not
+    reach another; those of `any_host` where only one process writes at a time."""
+    host = "*" if any_host else glob.escape(place.host())
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.{host}-????????{PARTIAL}"):
+        held = leftover / HELD if leftover.is_dir() else leftover
+        if any_host and not held.exists():
+            remove(leftover)  # killed as it was deleted
+            continue
         with suppress(OSError):  # then nobody can tell whether it is still written
-            number = os.open(leftover / HELD if leftover.is_dir() else leftover, os.O_RDWR)
+            number = os.open(held, os.O_RDWR)
             try:
-                if _hold(number):
+                if hold(number):
                     aside = beside(path)
                     os.rename(leftover, aside)  # fails if its writer has finished it meanwhile
                     remove(aside)
@@ -169,7 +176,7 @@ def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
             if folder:
                 partial.mkdir(parents=True)
             file = open(partial / HELD if folder else partial, "xb")  # noqa: SIM115
-            if _hold(file.fileno()) is False:
+            if hold(file.fileno()) is False:
                 file.close()
                 file = None
         yield partial, file
@@ -180,7 +187,7 @@ def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
             remove(partial)
 
 
-def _hold(number: int) -> bool | None:
+def hold(number: int) -> bool | None:
     """Lock an open file against other processes: False if another holds it, None where there are no locks."""
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,7 +224,7 @@ def _exchange(partial: Path, path: Path) -> None:
     remove(aside)
 
 
-def _confirm(number: int, path: Path) -> None:
+def confirm(number: int, path: Path) -> None:
     try:
         os.fsync(number)
     except OSError as error:
@@ -236,6 +243,15 @@ def _confirm_names(folder: Path) -> None:
         sync(folder)
     except OSError as error:
         _warn(f"the disk did not confirm the names in {folder} ({error.strerror}): a power failure may cost the last")
+
+
+@contextmanager
+def optional(path: Path, done: str = "written") -> Iterator[None]:
+    """Around what a run does not depend on, as the writing of a file that only tells of it: a failure is said, once."""
+    try:
+        yield
+    except OSError as error:
+        _warn(f"{path} cannot be {done} ({error.strerror or error}): the run goes on", once_for=str(path))
 
 
 def _warn(text: str, once_for: str | None = None) -> None:

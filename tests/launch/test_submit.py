@@ -22,6 +22,7 @@ from opt_parallel.launching.commands import SIGNALS, through_pdsh
 from opt_parallel.launching.kubernetes import manifests, to_yaml
 from opt_parallel.launching.settings import Kubernetes, Slurm, System, seconds_of
 from opt_parallel.launching.submit import composed
+from opt_parallel.storage.lock import only_writer
 
 # values that a shell, sbatch, Kubernetes or pdsh would read otherwise
 AWKWARD = [
@@ -122,6 +123,20 @@ def test_slurm_s_script_has_what_was_asked_for() -> None:
     assert "export PATH='/shared/a venv'/bin:" in shown
     assert "export OMP_NUM_THREADS=4" in shown  # 8 CPUs for 2 processes
     subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs util-linux")
+def test_slurm_s_script_leaves_the_state_of_a_run_that_trains_alone(tmp_path: Path) -> None:
+    """Of a job that is sent a second time while the first one trains in the folder."""
+    shown = dry(*VARIOUS["slurm"], *RUN, f"run.dir={tmp_path}")
+    beginning = shown[shown.index("\nstate=") : shown.index("export ")]
+    state = tmp_path / "state"
+    state.write_text("running\n")
+    with only_writer(tmp_path, "run.dir=here"):
+        subprocess.run(["bash", "-c", beginning], check=True)
+        assert state.exists()
+    subprocess.run(["bash", "-c", beginning], check=True)
+    assert not state.exists()
 
 
 def test_a_file_of_one_s_own_sets_what_a_cluster_wants(tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ def test_a_link_stays_one_and_a_device_is_written_to(tmp_path: Path) -> None:
     assert os.read(reader, 10) == b"text"
     write_text(Path("/dev/null"), "text")
     assert Path("/dev/null").is_char_device()
+    for special in ("best", "other"):
+        (tmp_path / special).symlink_to("/dev/null") if special == "best" else os.mkfifo(tmp_path / special)
+        write_text(tmp_path / special, "text")
+        assert (tmp_path / special).read_text() == "text"
+    assert Path("/dev/null").is_char_device()
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Two starts in one run's folder: the second is told who trains there, and the first does not notice."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command import ROOT, environment, launch, small, train_rows
+
+RUN = ["steps=40", "checkpoint.every=10", "checkpoint.keep=9"]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+class Start:
+    """A start of train.py, alone or of two ranks, whose output goes to files."""
+
+    def __init__(self, output: Path, arguments: list[str], ranks: int = 1) -> None:
+        self.output = output
+        command = [sys.executable, *(LAUNCHER if ranks == 2 else []), "train.py", *arguments]
+        with output.open("wb") as file:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
+
+    def end(self) -> tuple[int, list[str]]:
+        status = self.process.wait(timeout=240)
+        return status, self.output.read_text().splitlines()
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["lr"]) for row in train_rows(run)]
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    paths = sorted((run / "checkpoints").glob("step-*/*.safetensors"))
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
+def wait_for(happened: Callable[[], bool], start: Start) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert start.process.poll() is None, start.output.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_names(lines: list[str], run: Path) -> None:
+    """Exactly one line says that another trains there, and who."""
+    (line,) = [line for line in lines if line.startswith("error: ")]
+    for part in (f"run.dir={run}", "another run trains there", "process ", " on ", "since "):
+        assert part in line
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run that nobody disturbs, and its arguments."""
+    folder = tmp_path_factory.mktemp("straight")
+    arguments = [*small(folder), *RUN]
+    process = launch(1, "train.py", *arguments)
+    assert process.returncode == 0, process.stderr
+    return folder / "run", arguments
+
+
+def assert_undisturbed(run: Path, straight: Path) -> None:
+    assert losses(run) == losses(straight)
+    assert weights(run) == weights(straight)
+    assert (run / "config.yaml").read_text().replace(str(run), str(straight)) == (straight / "config.yaml").read_text()
+    assert (run / "state").read_text() == "done\n"
+
+
+def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Of the same run, and of one with other settings, while the first trains."""
+    run = tmp_path / "run"
+    arguments = [*straight[1], f"run.dir={run}"]
+    first = Start(tmp_path / "first", arguments)
+    wait_for((run / "checkpoints" / "step-10").is_dir, first)
+    first.process.send_signal(signal.SIGSTOP)  # so that it does not end too soon
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for other in ([], ["optimizer.lr=5e-3", "seed=7"]):
+        second = launch(1, "train.py", *arguments, *other)
+        assert second.returncode == 2, second.stdout
+        assert_names(second.stderr.splitlines(), run)
+        assert second.stdout == ""
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    first.process.send_signal(signal.SIGCONT)
+    assert first.end()[0] == 0
+    assert_undisturbed(run, straight[0])
+
+
+def test_a_killed_one_keeps_nobody_out(straight: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """And what it left goes, in a run with something left to do."""
+    run = tmp_path / "run"
+    arguments = [*straight[1], f"run.dir={run}"]
+    first = Start(tmp_path / "first", arguments)
+    wait_for((run / "checkpoints" / "step-10").is_dir, first)
+    first.process.kill()
+    first.process.wait()
+    leftovers = ["state.elsewhere-01234567.partial", "checkpoints/step-20.partial77", "checkpoints/step-30.partial"]
+    for name in leftovers:
+        (run / name).mkdir(parents=True)
+    second = launch(1, "train.py", *arguments)
+    assert second.returncode == 0, second.stderr
+    assert "continuing at step" in second.stdout
+    assert_undisturbed(run, straight[0])
+    assert not list(run.rglob("*.partial*"))
