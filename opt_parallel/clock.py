@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Clock:
     mixed: int = 0
     taken: dict[str, int] = field(default_factory=dict)
     orders: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def saved(cls, values: dict[str, Any]) -> Clock:
+        """What a checkpoint says; earlier versions wrote less, and later ones may write more."""
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     def after(self, samples: int, tokens: int) -> Clock:
         """The clock one optimizer step later."""

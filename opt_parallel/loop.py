@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from opt_parallel.checkpoint.damage import tokenizer_of
 from opt_parallel.checkpoint.merged import Base, over
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.reshard import CheckpointReader
@@ -67,7 +68,7 @@ class Materials:
         check_trackers(run)
         start = _start(run, begun)
         base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
-        data = prepare(run)
+        data = prepare(run, tokenizer_of(begun))
         if start and data.labels and begun is None:
             start.check_labels(data.labels)
         prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None

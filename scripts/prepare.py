@@ -26,21 +26,22 @@ def main(config: DictConfig) -> None:
     with said_in_one_line():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         run = run_from(config)
+        from opt_parallel.checkpoint.damage import tokenizer_of  # torch comes with it
+        from opt_parallel.checkpoint.whole import choose
         from opt_parallel.data.prepare import prepare
         from opt_parallel.data.statistics import table_of
         from opt_parallel.data.store import TokenStore
 
-        prepared = prepare(run)
+        begun = choose(run)
+        prepared = prepare(run, tokenizer_of(begun))
         stores = {f"data.train ({each.name})": each.store for each in prepared.train if each.stream is None}
         if prepared.validation is not None:
             stores["validation"] = prepared.validation
         opened = {name: TokenStore(folder, run.model.vocab_size) for name, folder in stores.items()}
         if any(source.stream for source in prepared.train):
-            from opt_parallel.checkpoint.whole import choose
             from opt_parallel.data.resuming import go_on
-            from opt_parallel.data.tasks import fill_streams  # torch comes with it
+            from opt_parallel.data.tasks import fill_streams
 
-            begun = choose(run)
             clock = go_on(run, prepared.train, read_manifest(begun)) if begun else Clock()
             opened |= fill_streams(run, prepared, clock)
         for name in stores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from opt_parallel import place
 from opt_parallel.checkpoint.coverage import VALUE
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.stored import StoredFile
+from opt_parallel.checkpoint.whole import step_of, steps_in
 from opt_parallel.compose import model_at
-from opt_parallel.manifest import MANIFEST, STEP, Damaged, file_in
+from opt_parallel.errors import UserError
+from opt_parallel.manifest import MANIFEST, STEP, Damaged, file_in, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM
 from opt_parallel.parallel.shard import logical_shapes
 from opt_parallel.topology import ALONE
@@ -48,6 +51,20 @@ def read_whole(folder: Path) -> CheckpointReader:
 def damage_in(folder: Path) -> list[str]:
     """Everything that is wrong with a checkpoint, after reading all of it."""
     return read_share(folder, 0, 1)[1]
+
+
+def tokenizer_of(folder: Path | None) -> Path | None:
+    """The tokenizer of the checkpoint `folder`; if it is damaged, that of the one before it, from which the run then
+    goes on. None if there is none."""
+    if folder is None:
+        return None
+    for step in reversed([step for step in steps_in(folder.parent) if step <= (step_of(folder) or 0)]):
+        each = folder.parent / f"step-{step}"
+        with suppress(UserError):  # a damaged manifest
+            files = read_manifest(each)["files"].items()
+            if not any(_damage_of(each, *file) for file in files if file[0].startswith("tokenizer/")):
+                return each / "tokenizer"
+    return None
 
 
 def _check_tensors(reader: CheckpointReader) -> None:

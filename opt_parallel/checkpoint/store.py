@@ -105,7 +105,7 @@ class Store:
         then, and what differs is said."""
         manifest = reader.manifest
         engine.restore(reader.restore, manifest["updates"], manifest["loss_scale"])
-        clock = Clock(**manifest["clock"])
+        clock = Clock.saved(manifest["clock"])
         self.topology.barrier()
         self._on_main(partial(self._branch_off, manifest))
         return clock

@@ -77,10 +77,11 @@ def corpora(run: Run) -> list[Corpus]:
     return [_corpus(run, key, source) for key, source in sources]
 
 
-def prepare(run: Run) -> Prepared:
+def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
     """The token stores that `run` needs, filled if they are not there; those of streams are filled while it trains.
 
-    Raises: `UserError`, on every rank alike."""
+    `tokenizer_before`: of the checkpoint that the run goes on from, for one that names none. Raises: `UserError`, on
+    every rank alike."""
     require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
     train = [_known(run, "data.train", source) for source in run.data.train_sources]
     validation = [_known(run, "data.validation", source) for source in run.data.validation_sources]
@@ -88,7 +89,7 @@ def prepare(run: Run) -> Prepared:
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
     _tell_left_out([*train, *validation])
-    folder = prepare_tokenizer(run, train)
+    folder = prepare_tokenizer(run, train, tokenizer_before)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
     stores = []
     for source, corpus in zip(run.data.train_sources, train, strict=True):
@@ -209,11 +210,12 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
     return [str(folder / f"{entry[7:]}.jsonl") if entry.startswith("python:") else entry for entry in entries]
 
 
-def prepare_tokenizer(run: Run, train: list[Corpus]) -> Path:
-    """The folder of the run's tokenizer: a copy of the one it names, or one trained on `train`.
+def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None) -> Path:
+    """The folder of the run's tokenizer: a copy of the one it names, else of that which it was trained with `before`,
+    else one trained on `train`.
 
     With a chat template of ours where the training data begins with a chat."""
-    name = run.data.tokenizer
+    name = run.data.tokenizer or (str(before) if before else None)
     if name is not None:
         brought = load_tokenizer(name)
         check_tokenizer(brought, name, run.model)

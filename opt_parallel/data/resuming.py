@@ -25,7 +25,7 @@ from opt_parallel.task_config import Task
 def go_on(run: Run, sources: Sequence[PreparedSource], manifest: dict[str, Any]) -> Clock:
     """The clock of a checkpoint's manifest, as `run`, which has `sources` now, goes on from it. What changed is said,
     and what cannot go on exactly is warned of."""
-    clock = Clock(**manifest["clock"])
+    clock = Clock.saved(manifest["clock"])
     then = {each.name: Fraction(each.weight) for each in _config(manifest).train_sources}
     former = _former(sources, clock, list(then), manifest.get("text") or {})
     _warn(run, sources, former, manifest)

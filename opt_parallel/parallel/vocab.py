@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from opt_parallel.parallel.collectives import copy, gather, reduce
 from opt_parallel.parallel.loss import vocab_parallel_linear_cross_entropy
 from opt_parallel.parallel.shard import Normal, parameter, shard_of
+from opt_parallel.shapes import IGNORED
 from opt_parallel.topology import Group
 
 
@@ -26,11 +27,13 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.group = group
         initial = Normal(std, zero_row=pad_token_id)
+        self.vocab_size = vocab_size
         self.weight = parameter((vocab_size, size), initial, decay=True, group=group, dim=0)
         self.start, self.stop = _vocabulary_part(self.weight)
         self.pad_token_id = pad_token_id
 
     def forward(self, ids: Tensor) -> Tensor:
+        _require((ids >= 0) & (ids < self.vocab_size), "an id is no word of the vocabulary")
         elsewhere = (ids < self.start) | (ids >= self.stop)
         without_gradient = elsewhere | (ids == self.pad_token_id)
         looked_up = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)
@@ -57,6 +60,8 @@ class VocabParallelHead(nn.Module):
         hidden = copy(hidden, self.group)
         if labels is None:
             return gather(logits(hidden, self.weight), self.group)[..., : self.vocab_size]
+        known = (labels >= 0) & (labels < self.vocab_size)
+        _require(known | (labels == IGNORED), "a label is no word of the vocabulary")
         words = range(self.start, self.stop)
         return vocab_parallel_linear_cross_entropy(hidden, self.weight, labels, words, self.group)
 
@@ -73,6 +78,12 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden, weight)
     product = torch.mm(weight, hidden.reshape(rows, -1).T)
     return product.T.contiguous().view(*hidden.shape[:-1], -1)
+
+
+def _require(holds: Tensor, message: str) -> None:
+    """Raise RuntimeError unless all of `holds` is true, which a rank without that word would not notice. On a GPU
+    nobody waits for it: the error comes with a later call."""
+    torch._assert_async(holds.all(), message)
 
 
 def _vocabulary_part(weight: nn.Parameter) -> tuple[int, int]:

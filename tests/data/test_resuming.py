@@ -15,6 +15,7 @@ import pytest
 from command import SMALL, python, train_rows, write_text
 from stores import counting_rows
 
+from opt_parallel.checkpoint.damage import tokenizer_of
 from opt_parallel.clock import Clock
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data.mixture import Mixture
@@ -196,7 +197,7 @@ def test_a_checkpoint_from_before(tmp_path: Path) -> None:
 
 
 def test_train_py_with_other_sources(tmp_path: Path) -> None:
-    """And the weights once more: no source's epochs fall."""
+    """And the weights once more: no source's epochs fall. The tokenizer stays that which was trained on the first."""
     (tmp_path / "more").mkdir()
     paths = [write_text(tmp_path, 60), write_text(tmp_path / "more", 25)]
     arguments = [*SMALL, f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "steps=60"]
@@ -213,8 +214,6 @@ def test_train_py_with_other_sources(tmp_path: Path) -> None:
     go(20, 1)
     os.utime(paths[0].rename(tmp_path / "elsewhere.jsonl"))  # the same text
     paths[0] = tmp_path / "elsewhere.jsonl"
-    tokenizer = tmp_path / "run" / "checkpoints" / "step-20" / "tokenizer"
-    arguments.append(f"data.tokenizer={tokenizer}")  # it was trained on the one text
     said = go(40, 1, 3)
     assert "data.train is mixed anew from sample 80 of the run on: a goes on behind 80, b begins" in said
     assert "warning" not in said
@@ -225,3 +224,8 @@ def test_train_py_with_other_sources(tmp_path: Path) -> None:
     assert epochs[59]["a"] == pytest.approx(rate * (20 + 40 / 4), rel=1e-6)
     clock = json.loads((tmp_path / "run" / "checkpoints" / "step-60" / "manifest.json").read_text())["clock"]
     assert (clock["mixed"], clock["taken"], clock["orders"]) == (80, {"a": 80, "b": 0}, {"a": ""})
+    newest = tmp_path / "run" / "checkpoints" / "step-60"
+    assert tokenizer_of(newest) == newest / "tokenizer"
+    (newest / "tokenizer" / "tokenizer.json").write_text("{}")  # as the checkpoint, it is set aside: the one before it
+    assert tokenizer_of(newest) == newest.parent / "step-40" / "tokenizer"
+    assert tokenizer_of(None) is None

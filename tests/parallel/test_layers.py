@@ -11,7 +11,8 @@ from layouts import assemble
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opt_parallel.topology import Group
+from opt_parallel.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
+from opt_parallel.topology import ALONE, Group
 
 SIZES = [1, 2, 4]
 VOCABULARY, WIDTH, PAD = 11, 8, 1  # 11 divides by neither 2 nor 4: padded rows are in play
@@ -42,8 +43,6 @@ def three_blocks(group: Group) -> nn.Module:
 
 
 def vocabulary(group: Group) -> nn.Module:
-    from opt_parallel.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
-
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,3 +132,19 @@ def test_logits_without_a_gradient_to_come_are_the_same_product(shape: tuple[int
         ours = logits(hidden, weight)
     assert ours.is_contiguous()
     torch.testing.assert_close(ours, F.linear(hidden, weight))  # the default of float32: sums in another order
+
+
+@pytest.mark.parametrize("wrong", [-1, 515, 10**9])
+def test_what_is_no_word_is_an_error(wrong: int) -> None:
+    """At any tensor degree: each rank would take it for another's word."""
+    embedding = VocabParallelEmbedding(515, 4, PAD, ALONE, 0.5)
+    head = VocabParallelHead(embedding)
+    with torch.no_grad():
+        embedding.weight.fill_(0.1)
+    ids = torch.tensor([[2, 514]])
+    hidden = embedding(ids)
+    assert head(hidden, torch.tensor([[-100, 514]])) > 0
+    with pytest.raises(RuntimeError, match="an id is no word of the vocabulary"):
+        embedding(torch.tensor([[2, wrong]]))
+    with pytest.raises(RuntimeError, match="a label is no word of the vocabulary"):
+        head(hidden, torch.tensor([[-100, wrong]]))
