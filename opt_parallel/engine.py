@@ -34,9 +34,11 @@ from opt_parallel.shapes import Labels
 from opt_parallel.topology import DTYPES, Topology
 from opt_parallel.zero import (
     Fragment,
+    Replica,
     held_fragments,
     owned_fragments,
     refresh_working_weights,
+    replicas,
     reset_moments,
     updates_made,
 )
@@ -183,6 +185,10 @@ class Engine:
     def owned(self) -> Iterator[Fragment]:
         """What this rank saves of the training state; live, and each element on one rank alone."""
         return owned_fragments(self.wrapped, self.run.zero.stage, self.topology, self.moments)
+
+    def replicas(self) -> Iterator[Replica]:
+        """What this rank and others must hold to the same bit; live."""
+        return replicas(self.wrapped, self.run.zero.stage, self.topology, self.moments)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Each trained parameter's logical shape, the dim it is split along, and into how many parts."""

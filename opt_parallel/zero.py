@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_parallel.parallel.shard import Shard, trained
+from opt_parallel.parallel.shard import Shard, marked, trained
 from opt_parallel.topology import Topology
 
 
@@ -66,6 +66,36 @@ def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple
             owned = fragment.narrow(topology.data.rank * share, (topology.data.rank + 1) * share)
         if len(owned.weights):
             yield owned
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Values that other ranks hold, too: those of the data group, of the tensor group, or of both."""
+
+    name: str
+    values: Tensor
+    in_data: bool
+    in_tensor: bool
+
+
+def replicas(wrapped: Any, stage: int, topology: Topology, moments: tuple[str, ...]) -> Iterator[Replica]:
+    """All that this rank holds and others must hold to the same bit, frozen parameters too.
+
+    The weights that the network computes with are the same over the data group, but for stage 3, which splits them;
+    fp32 weights and moments are so at stage 0 alone. Over the tensor group everything of a whole parameter is."""
+    several = topology.data.size > 1
+    for name, tensor, shard in marked(wrapped.module):
+        whole = shard.count < topology.tensor.size
+        if stage < 3:
+            yield Replica(name, tensor.detach(), several, whole)
+        else:
+            part = tensor.ds_tensor  # type: ignore[attr-defined]
+            rest = tensor.ds_numel - topology.data.rank * part.ds_numel  # type: ignore[attr-defined]
+            yield Replica(name, part.detach()[: max(rest, 0)], False, whole)
+    for fragment in held_fragments(wrapped, stage, topology.data.rank, moments):
+        whole = fragment.shard.count < topology.tensor.size
+        for kind, values in (fragment.moments if stage == 0 else fragment.tensors).items():
+            yield Replica(f"{kind} of {fragment.name}", values, several and stage == 0, whole)
 
 
 def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from opt_parallel.checkpoint.damage import checksum_of, read_share
 from opt_parallel.checkpoint.merged import Base, lora_of
+from opt_parallel.checkpoint.replicas import differing
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.saving import Saver
 from opt_parallel.checkpoint.whole import (
@@ -123,10 +124,12 @@ class Store:
     def save(self, engine: Engine, clock: Clock, best: float | None = None) -> None:
         """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed.
 
-        `best` is its validation loss where that is the lowest so far."""
+        `best` is its validation loss where that is the lowest so far. Raises: UserError, on every rank and with nothing
+        written, where ranks hold different values of what must be the same."""
         self.wait()
-        self.saving = final = self.root / f"step-{clock.step}"
-        number, failure = 0, "rank 0 could not write"
+        final = self.root / f"step-{clock.step}"
+        self._check_replicas(engine, final)
+        self.saving, number, failure = final, 0, "rank 0 could not write"
         if self.topology.is_main:
             try:
                 number = any_number()
@@ -142,6 +145,17 @@ class Store:
             self.saver.start(engine.owned(), beside, complete, partial(self._tidy_up, clock.step, best))
         if not self.run.checkpoint.asynchronous:
             self.saver.join()  # whether it failed is for the next save to say, or for the end to fail with
+
+    def _check_replicas(self, engine: Engine, final: Path) -> None:
+        wrong = differing(engine.replicas(), self.topology)
+        if wrong is not None:
+            kept = self.topology.exchange(newest(self.root))[0]  # as rank 0 sees it
+            raise UserError(
+                f"{final} is not saved: {wrong}, which must be the same: a memory, a device or the network changed "
+                f"them. The same command goes on from {kept or 'the beginning'}; take the host out of service if it "
+                "happens again",
+                shared=True,
+            )
 
     def wait(self) -> None:
         """Until what is being written is on the disk; says if that failed."""
