@@ -3,16 +3,18 @@ adapter that `peft` loads."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from opt_parallel.checkpoint.card import metrics_of, model_card
-from opt_parallel.checkpoint.damage import read_whole
+from opt_parallel.checkpoint.damage import checksum_of, read_whole
 from opt_parallel.checkpoint.merged import lora_of
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
-from opt_parallel.checkpoint.writing import GENERATION_CONFIG, generation_config, write_folder
+from opt_parallel.checkpoint.writing import GENERATION_CONFIG, as_json, generation_config, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER
@@ -30,6 +32,7 @@ TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 CARD = "README.md"
+ORIGIN = "checkpoint.json"  # which checkpoint of ours an export is of
 
 
 def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDtype, replace: bool = False) -> None:
@@ -55,6 +58,20 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
 
+def is_of(output: Path, checkpoint: Path) -> bool:
+    """Whether `output` is an export of that checkpoint; False for one of an earlier version, which does not say."""
+    try:
+        return json.loads((output / ORIGIN).read_bytes()) == _origin(checkpoint)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _origin(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's step, and the CRC-32 of its manifest, in which the checksums of all its files stand."""
+    path = checkpoint / MANIFEST
+    return {"step": read_manifest(checkpoint)["clock"]["step"], "manifest_crc32": checksum_of(path)}
+
+
 def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
     """Write what a LoRA run trained to `output` as a PEFT adapter: whole or absent. The base is not read.
 
@@ -78,7 +95,7 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
         trained,
         getattr(torch, dtype.value),
         sys.maxsize,  # peft knows no adapter of several files
-        _tokenizer_files(checkpoint / "tokenizer"),
+        _tokenizer_files(checkpoint / "tokenizer") | {ORIGIN: as_json(_origin(checkpoint))},
         to_theirs=lambda name, values: to_peft(name, values, lora.targets),
         names=(ADAPTER_WEIGHTS, ADAPTER_CONFIG),
     )
@@ -104,6 +121,6 @@ def _other_files(opened: Opened) -> dict[str, bytes]:
     if (opened.folder / MANIFEST).is_file():
         manifest = read_manifest(opened.folder)
         files[CARD] = model_card(opened.config, manifest, metrics_of(opened.folder, manifest["clock"]["step"]), labels)
-        return files | tokenizer
+        return files | tokenizer | {ORIGIN: as_json(_origin(opened.folder))}
     files[CARD] = model_card(opened.config, None, [], labels)
-    return files | tokenizer | _contents(opened.folder, (GENERATION_CONFIG, CARD))
+    return files | tokenizer | _contents(opened.folder, (GENERATION_CONFIG, CARD, ORIGIN))

@@ -26,11 +26,10 @@ from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
 from opt_parallel.errors import Diverged, UserError
 from opt_parallel.evaluate import Prompts, validate
-from opt_parallel.export import export
-from opt_parallel.hf_config import CONFIG
+from opt_parallel.export import export, is_of
 from opt_parallel.interrupt import Interrupt
 from opt_parallel.log import own_file, say
-from opt_parallel.manifest import MANIFEST, read_manifest
+from opt_parallel.manifest import read_manifest
 from opt_parallel.metrics import Metrics
 from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.paths import absolute
@@ -223,13 +222,13 @@ def _nothing_left(run: Run, begun: Path | None) -> bool:
 
 
 def _export_at_end(run: Run, checkpoint: Path) -> None:
-    """Write the finished run's `export`, unless it is there and younger than the checkpoint.
+    """Write the finished run's `export`, unless it is there already, of the same checkpoint.
 
     Rank 0 does it alone, and no group waits for it."""
     output = run.folder / EXPORT
     if not run.export.at_end or not is_main():
         return
-    if _younger(output / CONFIG, checkpoint / MANIFEST):
+    if is_of(output, checkpoint):
         say(f"{output} is there already, of that checkpoint: remove it to write it anew")
         return
     size = bytes_of(run.export.max_shard_size, "export.max_shard_size=")
@@ -240,10 +239,6 @@ def _export_at_end(run: Run, checkpoint: Path) -> None:
             f"export.at_end: {error}; {checkpoint} is safe, and the same command tries the export again"
         ) from error
     say(f"exported {checkpoint} to {output}")
-
-
-def _younger(path: Path, other: Path) -> bool:
-    return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
 
 
 def _start(run: Run, begun: Path | None) -> Opened | None:

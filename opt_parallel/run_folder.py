@@ -52,7 +52,8 @@ def forget_what_the_last_save_would(run: Run) -> None:
     """Delete the checkpoints that the newest made superfluous, where its process was killed before it could; where
     nothing is left to do, no later save will."""
     last = newest(run.folder / "checkpoints")
-    assert last is not None
+    if last is None:
+        return  # `resume` names one elsewhere
     try:
         kept = read_manifest(last)["config"]["checkpoint"]
     except UserError:

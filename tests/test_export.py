@@ -24,7 +24,7 @@ from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.writing import checksum, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
-from opt_parallel.export import export
+from opt_parallel.export import export, is_of
 from opt_parallel.parallel.shard import Constant, Shard, fill
 from opt_parallel.topology import ALONE
 from opt_parallel.units import bytes_of
@@ -136,6 +136,43 @@ def test_no_file_from_outside_gets_into_an_export(trained: Callable[[str], Path]
     with pytest.raises(UserError, match=f"{name} is not a regular file"):
         export(theirs, tmp_path / "export", 10**9, ExportDtype.float32)
     assert not (tmp_path / "export").exists()
+
+
+def test_an_export_says_which_checkpoint_it_is_of(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    """By step and checksum: whatever the files' times, and where they lie."""
+    checkpoint, output = trained("pre-norm"), tmp_path / "export"
+    export(checkpoint, output, 10**9, ExportDtype.float32)
+    for path in (output, output / "config.json", output / "checkpoint.json"):
+        os.utime(path, (0, 0))
+    other = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+    assert is_of(output, checkpoint)
+    assert is_of(Path(shutil.copytree(output, tmp_path / "copy")), other)
+    (other / "manifest.json").write_bytes((checkpoint / "manifest.json").read_bytes() + b"\n")
+    assert not is_of(output, other)
+    for content in (b"", b"{}", b"[" * 10**5, b"\xff", b'{"step": 2}'):
+        (output / "checkpoint.json").write_bytes(content)
+        assert not is_of(output, checkpoint)
+    assert not is_of(tmp_path / "absent", checkpoint)
+
+
+def test_two_exports_into_one_folder(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    """At once: one of them is there, whole, and the other says so."""
+    output = tmp_path / "export"
+    command = [sys.executable, "scripts/export.py", "--checkpoint", str(trained("pre-norm")), "--output", str(output)]
+    both = [
+        subprocess.Popen([*command, "--dtype", dtype], cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE)
+        for dtype in ("float32", "bfloat16")
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in both]
+    statuses = [process.returncode for process in both]
+    assert sorted(statuses) == [0, 2]
+    assert f"{output} exists" in errors[statuses.index(2)]
+    assert len(errors[statuses.index(2)].splitlines()) == 1
+    won = ("float32", "bfloat16")[statuses.index(0)]
+    checksums = {name: checksum(tensor) for name, tensor in stored_tensors(output).items()}
+    assert json.loads((output / "checksums.json").read_text()) == checksums
+    assert {str(tensor.dtype) for tensor in stored_tensors(output).values()} == {f"torch.{won}"}
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 def test_what_cannot_be_exported_is_refused(trained: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +59,16 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     assert third.splitlines()[-1] == f"{export} is there already, of that checkpoint: remove it to write it anew"
     assert '"torch_dtype": "float32"' in (export / "config.json").read_text()
 
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "export" / "config.json", (0, 0))  # no file's time says anything
+    copied = python("train.py", *arguments, f"run.dir={tmp_path / 'copy'}").stdout
+    assert "is there already, of that checkpoint" in copied
+    longer = python("train.py", *arguments, "steps=3", "export.at_end=false")
+    assert longer.returncode == 0, longer.stderr
+    later = time.time() + 1000
+    os.utime(export / "config.json", (later, later))  # an older checkpoint's, by whatever clock
     longer = python("train.py", *arguments, "steps=3")
     assert longer.returncode == 0, longer.stderr
     assert steps_of(export) == "| steps | 3 of 3 |"
     assert sorted(path.name for path in export.parent.glob("export*")) == ["export"]
+    assert json.loads((export / "checkpoint.json").read_text())["step"] == 3
