@@ -58,6 +58,9 @@ class ActivationCheckpointing(Enum):
 
 
 class ExportDtype(Enum):
+    """`auto`: the checkpoint's own, float32 for one that was trained here."""
+
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -210,7 +213,7 @@ class ExportConfig(Section):
     """`at_end`: write the finished run's last checkpoint as a Hugging Face folder, `run.dir`/export."""
 
     at_end: bool = False
-    dtype: ExportDtype = ExportDtype.float32
+    dtype: ExportDtype = ExportDtype.auto
     max_shard_size: str = "5GB"
 
     def check(self) -> None:

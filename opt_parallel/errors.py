@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from opt_parallel import place, terminal
+from opt_parallel.machine import is_out_of_memory
 
 # How a process ends that a signal asked to: after its step and saved where it was training, at once before that.
 INTERRUPTED = 130  # Ctrl-C, by the shell's convention
@@ -69,6 +70,15 @@ def leave(line: str, status: int = 2, patience: float = 10.0, shared: bool = Fal
     os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
 
 
+def out_of_memory(error: BaseException) -> str:
+    """The line for an error that says so."""
+    why = one_line(error).partition("; ")[0]
+    return (
+        f"out of memory ({why}): a smaller batch, length or dtype takes less, more processes take a part each, and a "
+        "limit of this shell (ulimit -v) or job may be raised"
+    )
+
+
 @contextmanager
 def reporting(
     expected: tuple[type[Exception], ...] = (), explain: Callable[[BaseException], str] = str
@@ -96,6 +106,8 @@ def reporting(
     except KeyboardInterrupt:
         leave("interrupted", status=INTERRUPTED, patience=0.0)
     except Exception as error:
+        if is_out_of_memory(error):
+            leave(out_of_memory(error))
         if isinstance(error, OSError) and error.filename in terminal.NAMES.values():
             leave(f"{error.filename} cannot be written ({error.strerror})")
         if isinstance(error, PermissionError) and error.filename:

@@ -14,6 +14,7 @@ from opt_parallel.checkpoint.card import metrics_of, model_card
 from opt_parallel.checkpoint.damage import checksum_of, read_whole
 from opt_parallel.checkpoint.merged import lora_of
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
+from opt_parallel.checkpoint.room import require_room
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, as_json, generation_config, write_folder
 from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
@@ -33,6 +34,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 CARD = "README.md"
 ORIGIN = "checkpoint.json"  # which checkpoint of ours an export is of
+COPIES = 3  # of a tensor in fp32 that are in memory at most: as it was read, merged or rearranged, as it is written
 
 
 def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDtype, replace: bool = False) -> None:
@@ -42,7 +44,7 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     opened = open_checkpoint(checkpoint, checksums=True)
-    stored = getattr(torch, dtype.value)
+    stored = opened.dtype if dtype is ExportDtype.auto else getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
     model: CausalLM | SequenceClassifier
     with torch.device("meta"):
@@ -54,6 +56,8 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
             opened.check_language_model()
             model = CausalLM(opened.config, ALONE)
     parameters = [(name, shard) for name, _, shard in marked(model)]
+    largest = max(shard.numel for _, shard in parameters)
+    require_room(f"{checkpoint}: exporting its largest tensor", COPIES * 4 * largest, "free some, or raise the limit")
     files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
@@ -93,7 +97,7 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
         config_for_peft(lora, base, trained.holds(SCORE)),
         [(name, Shard(shape, 0, 0, 1, Constant(0.0), False)) for name, shape in trained.shapes.items()],
         trained,
-        getattr(torch, dtype.value),
+        torch.float32 if dtype is ExportDtype.auto else getattr(torch, dtype.value),
         sys.maxsize,  # peft knows no adapter of several files
         _tokenizer_files(checkpoint / "tokenizer") | {ORIGIN: as_json(_origin(checkpoint))},
         to_theirs=lambda name, values: to_peft(name, values, lora.targets),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from torch import nn
 
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
-from opt_parallel.config import Run
+from opt_parallel.checkpoint.room import PRECISIONS, RUN, choose_dtype
+from opt_parallel.config import Precision, Run
 from opt_parallel.curve import draw_confusion, perplexity_of
 from opt_parallel.data.prepare import Prepared, prepare_validation
 from opt_parallel.data.tasks import open_validation
 from opt_parallel.errors import UserError
 from opt_parallel.evaluate import Untrained, Validation, validate
-from opt_parallel.precision import settle
 from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.task_config import Task
@@ -36,7 +37,7 @@ def judge(run: Run) -> dict[str, Any]:
     samples = open_validation(run, data)
     assert samples is not None
     with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
-        run, _ = settle(run, topology)
+        run = _in_precision(run, opened, topology)
         model = _model(run, opened, data.labels, topology)
         found = validate(Untrained(run, topology, model), samples, data.labels)
         result = _told(run, data, found)
@@ -58,6 +59,15 @@ def _check(run: Run, opened: Opened) -> None:
         run.task.labels is not None or run.task.problem_type is ProblemType.regression,
         f"init_from={run.init_from} has no names for its {len(names)} labels: give them in task.labels, in its order",
     )
+
+
+def _in_precision(run: Run, opened: Opened, topology: Topology) -> Run:
+    """`run` in a precision by name, the checkpoint's own where it left that open. Raises: UserError, on every rank, if
+    there is no memory for it."""
+    asked = None if run.precision.name is Precision.auto else DTYPES[run.precision.name]
+    width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim  # about what a layer holds of a token
+    dtype = choose_dtype(opened, topology, asked, RUN, run.micro_batch * run.data.sequence_length * width)
+    return dataclasses.replace(run, precision=dataclasses.replace(run.precision, name=PRECISIONS[dtype]))
 
 
 def _model(run: Run, opened: Opened, labels: Labels | None, topology: Topology) -> nn.Module:

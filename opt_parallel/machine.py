@@ -3,6 +3,7 @@ machine has."""
 
 from __future__ import annotations
 
+import errno
 import getpass
 import os
 import re
@@ -51,15 +52,23 @@ def memory_limit() -> int:
     own (`ulimit -v`, `-d`) and what Slurm gave its job."""
     import psutil
 
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory())])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in (*_shared_memory(), *_own_memory()))])
 
 
-def memory_free() -> int:
-    """Bytes that this process can still take, by the same limits. Pages of files that are only kept in case they are
-    read again count as free."""
+def memory_free(processes: int = 1) -> int:
+    """Bytes that each of so many `processes` alike can still take on this host, by the same limits. Pages of files that
+    are only kept in case they are read again count as free."""
     import psutil
 
-    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _memory())]))
+    shared = [psutil.virtual_memory().available, *(limit - used for limit, used in _shared_memory())]
+    return max(0, min([min(shared) // processes, *(limit - used for limit, used in _own_memory())]))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's and NumPy's, torch's of a GPU, or one that repeats what the
+    system said, of an allocation or of a file that was to be mapped."""
+    gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or gpu or os.strerror(errno.ENOMEM) in str(error)
 
 
 def _affinity() -> int:
@@ -81,10 +90,9 @@ def _quotas() -> Iterator[float]:
             yield int(quota) / int(period)
 
 
-def _memory() -> Iterator[tuple[int, int]]:
-    """Each limit in bytes, and how much of it is used."""
+def _shared_memory() -> Iterator[tuple[int, int]]:
+    """Each limit in bytes that holds for all of a job's processes on this host, and how much of it is used."""
     yield from _group_memory()
-    yield from _own_memory()
     given, by_cpu, cpus_here = (
         os.environ.get(f"SLURM_{name}", "") for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
     )

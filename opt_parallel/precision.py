@@ -59,13 +59,13 @@ def settle(run: Run, topology: Topology, before: Precision | None = None) -> tup
     on from, as rank 0 sees it."""
     told = topology.exchange((native(topology.device), before))
     ranks = range(len(told))
-    names = [_name_of(topology.device) + (f" of {topology.where(rank)}" if len(told) > 1 else "") for rank in ranks]
+    names = [device_name(topology.device) + (f" of {topology.where(rank)}" if len(told) > 1 else "") for rank in ranks]
     return resolved(run, [each for each, _ in told], names, told[0][1])
 
 
 def settle_alone(run: Run) -> tuple[Run, str]:
     """`resolved` for this process's device, where no group exists yet."""
-    return resolved(run, [native(local_device())], [_name_of(local_device())])
+    return resolved(run, [native(local_device())], [device_name(local_device())])
 
 
 def resolved(
@@ -101,5 +101,6 @@ def _emulating(precision: Precision, natives: Sequence[Set[Precision]], names: S
     return next((name for name, able in zip(names, natives, strict=True) if precision not in able), "")
 
 
-def _name_of(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What to call it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

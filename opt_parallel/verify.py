@@ -12,19 +12,23 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
+from opt_parallel.checkpoint.room import require_room
 from opt_parallel.checkpoint.writing import CHECKSUMS, checksum
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.hf_config import CONFIG
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.hf import to_hf
 from opt_parallel.model.opt import Decoder
-from opt_parallel.parallel.shard import Source, fill, logical_shapes, marked
+from opt_parallel.parallel.passing import filled_in_turn
+from opt_parallel.parallel.shard import Source, logical_shapes, marked
 from opt_parallel.shapes import MAY_DIFFER
 from opt_parallel.storage.foreign import file_in, read_json
 from opt_parallel.topology import ALONE, Group, Topology
 
 TOLERANCE = 1e-5  # of the largest output: fp32 carries 7 digits, some are lost to sums in another order
 LENGTH, PADDING = 32, 5
+COPIES = 3  # of the largest tensor in fp32, more or less: as it was stored, ours and theirs, what compares them
+KINDS_OF_PADDING = ("unpadded", "left-padded", "right-padded", "inner-padded")  # of the inputs, two rows each
 
 
 class _Base(nn.Module):
@@ -101,26 +105,87 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
         raise UserError(missing[0])
     if missing:
         return Verdict(findings=missing)
-    source = _as_stored(judged, opened, empty)
+    source = _as_stored(judged, opened)
     inputs = _inputs(opened)
+    _require_room(folder, empty)
 
     with Topology.open(tensor) as topology, torch.no_grad():
         with torch.device("meta"):
             model = kind.build(judged, labels, topology.tensor)
-        fill(model, source, torch.device("cpu"), torch.float32)
+        with filled_in_turn(model, source, torch.device("cpu"), torch.float32):
+            ours = [model(ids, segments=mask) for ids, mask in inputs]
         judged.warn_of_not_finite(topology.tensor)
-        ours = {name: model(ids, segments=mask) for name, (ids, mask) in inputs.items()}
-        del model  # before theirs comes: one whole model in memory at a time
         if not topology.is_main:
             return None
-    theirs, report = getattr(transformers, architecture).from_pretrained(
-        opened.folder, dtype=torch.float32, output_loading_info=True
-    )
-    verdict = _compare(ours, theirs.eval(), inputs, kind.output)
-    verdict.findings += [f"transformers has {what}: {name}" for what, names in report.items() for name in names]
-    verdict.findings += _wrong_checksums(opened.folder)
-    verdict.findings += _other_parameters(theirs, empty, source, opened.config.num_attention_heads)
+    theirs = _Theirs(getattr(transformers, architecture), opened.folder)
+    verdict = Verdict() if theirs.report else _compare(ours, theirs.model, inputs, kind.output)
+    verdict.findings += [*theirs.report, *_wrong_checksums(opened.folder)]
+    if not theirs.report:
+        verdict.findings += _other_parameters(theirs, empty, source, opened.config.num_attention_heads)
     return verdict
+
+
+def _require_room(folder: Path, empty: nn.Module) -> None:
+    """Raise UserError unless there is memory for what is held at a time: the largest tensor, ours and theirs."""
+    sizes = [shard.numel for _, _, shard in marked(empty)]
+    if _in_modules(folder):
+        require_room(
+            f"{folder}: verifying its largest tensor", COPIES * 4 * max(sizes), "free some, or raise the limit"
+        )
+    else:
+        way_out = "export it first (scripts/export.py): of safetensors one layer is read at a time"
+        require_room(f"{folder}: transformers' whole model in fp32", 4 * (sum(sizes) + COPIES * max(sizes)), way_out)
+
+
+def _in_modules(folder: Path) -> bool:
+    """Whether transformers reads the folder module by module; of a PyTorch file it wants everything."""
+    return any(folder.glob("*.safetensors"))
+
+
+class _Theirs:
+    """transformers' model of class `kind` in fp32. From safetensors accelerate gives it its weights as it does to a
+    model that is offloaded to disk: a module's are read from the files where they lie when it computes, and let go when
+    it has.
+
+    `report`: what was missing or left over; if there is anything, it has no weights."""
+
+    def __init__(self, kind: Any, folder: Path) -> None:
+        in_modules = _in_modules(folder)
+        self.model, report = kind.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, device_map="meta" if in_modules else None
+        )
+        self.model.eval()
+        self.names = [name for name, _ in self.model.named_parameters()]  # a tied head is not among them
+        self.report = [f"transformers has {what}: {name}" for what, names in report.items() for name in names]
+        if in_modules and not self.report:
+            self._read_in_turn(folder)
+
+    def _read_in_turn(self, folder: Path) -> None:
+        from accelerate.hooks import attach_align_device_hook
+        from accelerate.utils import OffloadedWeightsLoader
+
+        stored: dict[str, dict[str, str]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    stored[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": "float32"}
+        first: dict[nn.Parameter, str] = {}
+        prefix, index = f"{self.model.base_model_prefix}.", {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            own = first.setdefault(parameter, name)  # of a tied one what the file holds
+            ways = (own, prefix + own, own.removeprefix(prefix))  # with and without a head
+            index[name] = next(stored[way] for way in ways if way in stored)
+        weights = OffloadedWeightsLoader(index=index)
+        attach_align_device_hook(self.model, torch.device("cpu"), offload=True, weights_map=weights)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter's values."""
+        from accelerate.utils import align_module_device
+
+        prefix, _, own = name.rpartition(".")
+        module = self.model.get_submodule(prefix)
+        with align_module_device(module):
+            return getattr(module, own).detach()
 
 
 def _transformers() -> Any:
@@ -155,42 +220,37 @@ def _other_tensors(opened: Opened, model: nn.Module) -> list[str]:
     return []
 
 
-def _as_stored(judged: Opened, opened: Opened, model: nn.Module) -> Source:
+def _as_stored(judged: Opened, opened: Opened) -> Source:
     """`judged`'s weights in the dtype of `opened`'s: an export to bfloat16 is judged by what it can hold."""
-    held = [(shard.numel, name, shard) for name, _, shard in marked(model) if opened.stored.holds(name)]
-    _, name, shard = min(held, key=lambda each: each[0])
-    dtype = opened.stored(name, shard).dtype
-    return lambda name, shard: judged.weights(name, shard).to(dtype)
+    return lambda name, shard: judged.weights(name, shard).to(opened.dtype)
 
 
-def _inputs(opened: Opened) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Random ids (2, S) with masks that hide the start, the end or a stretch of one row, or nothing."""
+def _inputs(opened: Opened) -> list[tuple[Tensor, Tensor | None]]:
+    """Random ids (2, S) without a mask; and (6, S), whose masks hide the start, the end or a part of every other row.
+
+    As few batches as there are kinds of mask: each forward reads all weights again."""
     length = min(LENGTH, opened.config.max_position_embeddings)
     ids = torch.randint(opened.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
-    inputs: dict[str, tuple[Tensor, Tensor | None]] = {"unpadded": (ids, None)}
     padding = min(PADDING, length // 3)
-    hidden = {"left": slice(0, padding), "right": slice(length - padding, None), "inner": slice(padding, 2 * padding)}
-    for name, part in hidden.items():
-        mask = torch.ones_like(ids)
-        mask[0, part] = 0
-        inputs[f"{name}-padded"] = (ids.masked_fill(mask == 0, opened.config.pad_token_id), mask)
-    return inputs
+    hidden = (slice(0, padding), slice(length - padding, None), slice(padding, 2 * padding))
+    mask = torch.ones(2 * len(hidden), length, dtype=torch.long)
+    for number, part in enumerate(hidden):
+        mask[2 * number, part] = 0
+    return [(ids, None), (ids.repeat(len(hidden), 1).masked_fill(mask == 0, opened.config.pad_token_id), mask)]
 
 
 @torch.no_grad()
-def _compare(
-    ours: dict[str, Tensor], theirs: nn.Module, inputs: dict[str, tuple[Tensor, Tensor | None]], output: str
-) -> Verdict:
+def _compare(ours: list[Tensor], theirs: nn.Module, inputs: list[tuple[Tensor, Tensor | None]], output: str) -> Verdict:
     """The outputs, less padded positions."""
-    verdict = Verdict()
-    for name, (ids, mask) in inputs.items():
+    largest, limit = [], 0.0
+    for mine, (ids, mask) in zip(ours, inputs, strict=True):
         expected = getattr(theirs(input_ids=ids, attention_mask=mask), output)
-        difference = (ours[name] - expected).abs()
-        if mask is not None and difference.dim() == 3:
-            difference = difference[mask.bool()]
-        verdict.differences[name] = float(difference.max())
-        verdict.limit = max(verdict.limit, TOLERANCE * float(expected.abs().max()))
-    return verdict
+        difference = (mine - expected).abs()
+        if mask is not None and mine.dim() == 3:
+            difference = difference * mask.unsqueeze(-1)
+        largest += [float(pair.max()) for pair in difference.split(2)]
+        limit = max(limit, TOLERANCE * float(expected.abs().max()))
+    return Verdict(dict(zip(KINDS_OF_PADDING, largest, strict=True)), limit)
 
 
 def _wrong_checksums(folder: Path) -> list[str]:
@@ -206,7 +266,10 @@ def _wrong_checksums(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.safetensors")):
         file_in(folder, path.name)
         with safe_open(path, framework="pt") as file:
-            found |= {name: checksum(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            names_here = file.keys()
+        for name in names_here:  # what was read counts as this process's memory until its file is closed
+            with safe_open(path, framework="pt") as file:
+                found[name] = checksum(file.get_tensor(name))
     names = {total: name for name, total in written.items()}
     wrong = [name for name in sorted(written.keys() | found.keys()) if written.get(name) != found.get(name)]
     return [f"{name}: not the bytes of {CHECKSUMS}{_belonging_to(names.get(found.get(name, '')))}" for name in wrong]
@@ -217,22 +280,27 @@ def _belonging_to(name: str | None) -> str:
 
 
 @torch.no_grad()
-def _other_parameters(theirs: nn.Module, empty: nn.Module, source: Source, heads: int) -> list[str]:
+def _other_parameters(theirs: _Theirs, empty: nn.Module, source: Source, heads: int) -> list[str]:
     """Which of transformers' parameters are not bit by bit what `source` has, by how much, and what they look like."""
-    loaded = dict(theirs.named_parameters())  # a tied head is not among them
+    loaded = set(theirs.names)
     sums: dict[str, str] = {}  # of the source's tensors → their names
     differing: list[tuple[str, str, str]] = []
     for name, values in _their_tensors(empty, source):
         sums[checksum(values)] = name
-        found = loaded.pop(name if name in loaded else name.removeprefix("model."), None)
-        if found is None:
+        their_name = name if name in loaded else name.removeprefix("model.")
+        if their_name not in loaded:
             differing.append((name, "transformers has no such parameter", ""))
-        elif not bool((same := (found == values) | (found.isnan() & values.isnan())).all()):
+            continue
+        loaded.remove(their_name)
+        found = theirs.parameter(their_name)
+        if torch.equal(found, values.float()):
+            continue
+        if not bool((same := (found == values) | (found.isnan() & values.isnan())).all()):
             count, most = int((~same).sum()), float((found - values).abs().max())
             what = f"{count:,} of {same.numel():,} values differ, by {most:.1e} at most{_order(found, values, heads)}"
             differing.append((name, what, checksum(found.to(values.dtype))))
     findings = [f"{name}: {what}{_belonging_to(sums.get(total))}" for name, what, total in differing]
-    return findings + [f"{name}: a parameter that only transformers has" for name in loaded]
+    return findings + [f"{name}: a parameter that only transformers has" for name in sorted(loaded)]
 
 
 def _their_tensors(empty: nn.Module, source: Source) -> Iterator[tuple[str, Tensor]]:

@@ -19,12 +19,14 @@ from opt_parallel.options import parsed
 from opt_parallel.storage.atomic import write_text
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
 
     from opt_parallel.checkpoint.reading import Opened
     from opt_parallel.model.decoding import Decoding
     from opt_parallel.model.heads import CausalLM
     from opt_parallel.shapes import ModelConfig
+    from opt_parallel.topology import Topology
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     encoded = [encode_prompt(tokenizer, prompt, opened.config) for prompt in prompts]
     check_fits(opened.config, decoding, max(map(len, encoded)))
     with Topology.open(arguments.tensor) as topology, torch.inference_mode():
-        model = opened.model(topology.tensor, topology.device, getattr(torch, arguments.dtype))
+        model = opened.model(topology.tensor, topology.device, dtype_of(arguments, opened, topology, encoded))
         if len(prompts) == 1 and decoding.beams == 1 and arguments.output is None:
             stream(model, tokenizer, encoded[0], decoding)
             return
@@ -76,7 +78,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--batch", type=int, default=8, help="prompts at a time; changes no text")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree, the number of processes")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own, where it is native"
+    )
     return parsed(parser)
 
 
@@ -141,6 +146,21 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
             "bring the one that it was trained with"
         )
     return tokenizer
+
+
+def dtype_of(
+    arguments: argparse.Namespace, opened: Opened, topology: Topology, prompts: list[list[int]]
+) -> torch.dtype:
+    """The dtype to compute in. Raises: UserError, on every rank, if there is no memory for it."""
+    import torch
+
+    from opt_parallel.checkpoint.room import SCRIPT, choose_dtype
+
+    config, rows = opened.config, min(len(prompts), arguments.batch) * arguments.beams
+    kept = 2 * config.num_hidden_layers * config.hidden_size // arguments.tensor  # keys and values of a token
+    tokens = rows * (max(map(len, prompts)) + arguments.max_new_tokens)
+    asked = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    return choose_dtype(opened, topology, asked, SCRIPT, tokens * kept)
 
 
 def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:

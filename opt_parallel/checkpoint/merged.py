@@ -24,7 +24,9 @@ CORNER = 8  # elements along each dim of a tensor that its base's checksum reads
 
 
 class Weights(Protocol):
-    """A source for `fill` that can be asked first what it holds."""
+    """A source for `fill` that can be asked first what it holds, and which dtype holds all of it exactly."""
+
+    dtype: torch.dtype
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None: ...
 
@@ -68,6 +70,7 @@ class Merged:
 
     def __init__(self, base: Weights, trained: CheckpointReader, lora: LoraConfig) -> None:
         self.base, self.trained, self.lora = base, trained, lora
+        self.dtype = torch.float32  # of the sums
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError unless base and adapter are those of `wanted`; what both have is the adapter's."""

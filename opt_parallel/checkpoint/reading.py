@@ -43,6 +43,12 @@ class Opened:
         return read_labels(self.folder)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest of fp32, bf16 and fp16 that holds its weights exactly: fp32 for one of ours, also of a bf16
+        run; and for fp64, which is rounded."""
+        return torch.float32 if self.stored.dtype is torch.float64 else self.stored.dtype
+
+    @property
     def is_classifier(self) -> bool:
         """Whether it has a classification head."""
         return self.stored.holds(SCORE)

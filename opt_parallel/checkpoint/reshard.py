@@ -31,6 +31,8 @@ class CheckpointReader:
     """A training checkpoint's contents, read as slices of its files: a source of weights for `fill`, and of what an
     optimizer goes on with."""
 
+    dtype = torch.float32
+
     def __init__(self, folder: Path) -> None:
         """Raises: Damaged unless `folder` is a checkpoint of ours whose fragments hold each element exactly once."""
         self.folder, self.manifest = folder, read_manifest(folder)

@@ -75,6 +75,7 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path) -> None:
         """Raises: UserError if a file is missing or damaged."""
         self.files = WeightFiles(folder)
+        self.dtype = self.files.dtype
         self.folder = folder
         self.stored: dict[str, str] = {}
         for name in self.files.shapes:

@@ -53,6 +53,7 @@ class _ArrayFile:
                 raise ValueError(f"two of its arrays are {name}")
             self._stored[name] = _Stored(stored.shape, stored.dtype, stored.pieces, transposed)
         self.shapes = {name: _turned(stored.shape, stored.transposed) for name, stored in self._stored.items()}
+        self.dtypes = {_torch_dtype(stored.dtype) for stored in self._stored.values()}
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         stored = self._stored[name]
@@ -118,6 +119,11 @@ def torch_name(parts: list[str]) -> tuple[str, bool]:
     leaf, transposed = LEAVES.get(parts[-1], (parts[-1], False))
     start = parts.index("decoder") if "decoder" in parts else 0
     return ".".join([*parts[start:-1], leaf]), transposed
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    """torch's of a dtype by NumPy's name for it, or Flax's."""
+    return torch.bfloat16 if name == "bfloat16" else getattr(torch, np.dtype(name).name, None)
 
 
 def _turned(sizes: tuple[Any, ...], transposed: bool) -> tuple[Any, ...]:

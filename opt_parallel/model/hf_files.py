@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -17,13 +17,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from opt_parallel.errors import UserError, one_line
+from opt_parallel.errors import UserError, one_line, out_of_memory
 from opt_parallel.hub import INDEX_SUFFIX, WEIGHTS
+from opt_parallel.machine import is_out_of_memory
 from opt_parallel.model.hf_arrays import Hdf5File, MsgpackFile, Ranges
 from opt_parallel.model.hf_pickle import ZIP, check_pickled
 from opt_parallel.storage.foreign import file_in, read_json
 
 REMAP = 1 << 27  # bytes of tensors read through one mapping of a PyTorch file
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 MOST_HEADER = 1 << 24  # bytes of a safetensors file's header; OPT-175B's have 0.2 MB
 LONGEST_NAME, MOST_DIMS = 500, 8
@@ -33,6 +35,7 @@ class WeightFile(Protocol):
     """A file of named tensors."""
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: set[torch.dtype | None]  # of its tensors, None for what torch does not know
 
     def __init__(self, path: Path) -> None: ...
 
@@ -55,6 +58,8 @@ class WeightFiles:
             self._files.update(dict.fromkeys(file.shapes, file))
         self.folder = folder
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
+        dtypes = {dtype for file in self._files.values() for dtype in file.dtypes if dtype in DTYPES}
+        self.dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # which holds them all
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         """A slice of a tensor. Raises: UserError if its file is damaged."""
@@ -109,6 +114,8 @@ def reading(path: Path, what: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # five libraries' own, down to struct's
+        if is_out_of_memory(error):
+            raise UserError(f"{path}{what}: {out_of_memory(error)}") from error
         raise UserError(f"{path}{what} cannot be read ({one_line(error):.500}): bring a whole copy") from error
 
 
@@ -121,7 +128,9 @@ class SafetensorsFile:
             if int.from_bytes(file.read(8), "little") > MOST_HEADER:
                 raise ValueError(f"its header says that it is larger than {MOST_HEADER:,} bytes")
         with safe_open(path, framework="pt") as file:
-            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+            self.dtypes = {SAFETENSORS.get(each.get_dtype()) for each in slices.values()}
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
@@ -141,6 +150,7 @@ class TorchFile:
             check_pickled(path)
         tensors = self.load()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes: set[torch.dtype | None] = {tensor.dtype for tensor in tensors.values()}
         self._kept = None if self.mapped else tensors
         self._touched = 0
 
@@ -162,6 +172,8 @@ class TorchFile:
         try:
             yield
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # it says nothing of the file
             raise UserError(
                 f"{self.path} is no file of weights alone, or damaged, and nothing else is read from a pickle "
                 f"({one_line(error):.200}): bring a whole copy, or convert it to safetensors where you trust it"

@@ -168,13 +168,18 @@ def fill(
         own = dict(module.named_parameters(recurse=False))
         for name, empty in own.items():
             if empty not in made:
-                shard = shard_of(empty)
-                values = torch.zeros(shard.local_shape, dtype=dtype, device=device)
-                values[shard.real].copy_(source(f"{prefix}.{name}" if prefix else name, shard))
-                made[empty] = mark(nn.Parameter(values, requires_grad=empty.requires_grad), shard)
+                made[empty] = filled(empty, f"{prefix}.{name}" if prefix else name, source, device, dtype)
             setattr(module, name, made[empty])
         if own:
             settle(module)
+
+
+def filled(empty: nn.Parameter, name: str, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter marked as `empty` is, with this rank's range of `source`'s logical tensor `name`."""
+    shard = shard_of(empty)
+    values = torch.zeros(shard.local_shape, dtype=dtype, device=device)
+    values[shard.real].copy_(source(name, shard))
+    return mark(nn.Parameter(values, requires_grad=empty.requires_grad), shard)
 
 
 def random_source(seed: int) -> Source:

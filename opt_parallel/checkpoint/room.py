@@ -1,0 +1,115 @@
+"""In which dtype a checkpoint is computed, and whether there is memory for that: by the files' headers, before any
+weight is read. Linux ends a process that takes more memory than there is, without a word."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from opt_parallel import place
+from opt_parallel.checkpoint.reading import Opened
+from opt_parallel.errors import UserError
+from opt_parallel.log import bytes_in_words
+from opt_parallel.machine import memory_free
+from opt_parallel.model.heads import CausalLM, SequenceClassifier
+from opt_parallel.parallel.shard import marked
+from opt_parallel.precision import device_name, native
+from opt_parallel.topology import ALONE, DTYPES, Group, Topology
+
+WORK = 2**28  # bytes that a process takes besides what is counted here: activations, what libraries keep
+PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a command line says a dtype, and into how many parts a network is split."""
+
+    dtypes: dict[torch.dtype, str]
+    split: str
+
+
+SCRIPT = Options({dtype: f"--dtype {str(dtype).removeprefix('torch.')}" for dtype in PRECISIONS}, "--tensor N")
+RUN = Options({dtype: f"precision={precision.value}" for dtype, precision in PRECISIONS.items()}, "parallel.tensor=N")
+
+
+def choose_dtype(
+    opened: Opened, topology: Topology, asked: torch.dtype | None, options: Options, elements: int = 0
+) -> torch.dtype:
+    """The dtype to compute in, the same on every rank, which all take part: `asked`, or if that is None the
+    checkpoint's own; but float32, which holds the same values, if a device emulates that one and there is room.
+
+    `elements`: numbers that a rank holds besides the weights, in the same dtype. Raises: UserError, on every rank, if
+    there is no memory for it."""
+    own = opened.dtype
+    needs = {dtype: _needed(opened, topology.tensor, dtype, elements) for dtype in PRECISIONS}
+    told = topology.exchange((native(topology.device), needs, _free(topology)))
+    emulated = {dtype for dtype, precision in PRECISIONS.items() if any(precision not in able for able, _, _ in told)}
+    room = {dtype for dtype in PRECISIONS if all(needed[dtype] <= free for _, needed, free in told)}
+    name = device_name(topology.device)
+    if asked is None and own in emulated and torch.float32 in room:
+        _note(f"{name} emulates {_name(own)}, the checkpoint's dtype: computing in float32, which holds all its values")
+        return torch.float32
+    chosen = own if asked is None else asked
+    if chosen not in room:
+        rank = next(rank for rank, (_, needed, free) in enumerate(told) if needed[chosen] > free)
+        _, needed, free = told[rank]
+        smaller = [dtype for dtype in room if needed[dtype] < needed[chosen]]
+        others = "".join(f"{options.dtypes[dtype]} needs {bytes_in_words(needed[dtype])}; " for dtype in smaller)
+        raise UserError(
+            f"{opened.folder} needs {bytes_in_words(needed[chosen])} of memory on each rank in {_name(chosen)}, and "
+            f"{bytes_in_words(free)} are free on {topology.where(rank)}: {others}{options.split} splits it over N "
+            f"{'GPUs' if topology.device.type == 'cuda' else 'processes, on several machines'}",
+            shared=True,
+        )
+    if chosen in emulated:
+        _note(f"warning: {name} emulates {_name(chosen)}, many times slower than {options.dtypes[torch.float32]}")
+    return chosen
+
+
+def require_room(what: str, needed: int, way_out: str) -> None:
+    """Raise UserError unless this process can have `needed` bytes, and some for its work."""
+    free = memory_free()
+    if needed + WORK > free:
+        raise UserError(
+            f"{what} needs {bytes_in_words(needed + WORK)} of memory, and {bytes_in_words(free)} are free: {way_out}"
+        )
+
+
+def network_of(opened: Opened, group: Group = ALONE) -> nn.Module:
+    """This rank's part of the checkpoint's network, on the meta device."""
+    with torch.device("meta"):
+        if opened.is_classifier:
+            return SequenceClassifier(opened.config, len(opened.labels.names), group)
+        return CausalLM(opened.config, group)
+
+
+def largest_parameter(opened: Opened) -> int:
+    """Elements of the largest logical tensor."""
+    return max(shard.numel for _, _, shard in marked(network_of(opened)))
+
+
+def _needed(opened: Opened, group: Group, dtype: torch.dtype, elements: int) -> int:
+    """Bytes that a rank takes when it has filled its part: the weights, and the tensor that was read last twice over
+    (query, key and value are read one by one, then stacked)."""
+    sizes = [math.prod(shard.local_shape) for _, _, shard in marked(network_of(opened, group))]
+    return (sum(sizes) + elements) * dtype.itemsize + 2 * max(sizes) * opened.dtype.itemsize + WORK
+
+
+def _free(topology: Topology) -> int:
+    if topology.device.type == "cuda":
+        return torch.cuda.mem_get_info(topology.device)[0]
+    return memory_free(len(topology.ranks_on(topology.hosts[topology.world.rank])))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _note(text: str) -> None:
+    """To standard error: what is written to the other is the text."""
+    if place.is_main():
+        print(text, file=sys.stderr, flush=True)
