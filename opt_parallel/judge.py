@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,19 @@ def judge(run: Run) -> dict[str, Any]:
     with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
         run = _in_precision(run, opened, topology)
         model = _model(run, opened, data.labels, topology)
+        if names := sorted({name for named in topology.exchange(opened.not_finite) for name in named}):
+            raise UserError(
+                f"init_from={run.init_from} has values that are not finite, in {', '.join(names[:5])}"
+                f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}: evaluate an earlier checkpoint",
+                shared=True,
+            )
         found = validate(Untrained(run, topology, model), samples, data.labels)
+        if not math.isfinite(found.loss):
+            raise UserError(
+                f"init_from={run.init_from} has no finite loss on data.validation={run.data.validation} in "
+                f"precision={run.precision.name.value} ({found.loss}): try precision=fp32, or an earlier checkpoint",
+                shared=True,
+            )
         result = _told(run, data, found)
         if topology.is_main:
             _write(run, result, data.labels, found)

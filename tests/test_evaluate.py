@@ -14,6 +14,7 @@ from command import ROOT, launch, python, small, write_text
 from hugging_face import random_model
 from hydra import compose, initialize_config_dir
 from layouts import Layout
+from safetensors.torch import load_file, save_file
 
 from opt_parallel.compose import judge_as_trained, register_schema, run_from, start_from_checkpoint
 from opt_parallel.config import ParallelConfig, Run
@@ -152,3 +153,55 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     process = python("scripts/evaluate.py", f"init_from={tmp_path / 'nothing'}")
     assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A small model in Hugging Face's form, and beside it a text."""
+    random_model({"vocab_size": 300}).save_pretrained(tmp_path / "theirs")
+    documents = [json.loads(line)["text"] for line in write_text(tmp_path, 20).read_text().splitlines()]
+    save_tokenizer(train_tokenizer(documents, 300), tmp_path / "theirs")
+    return tmp_path
+
+
+def evaluated(folder: Path, *overrides: str) -> Run:
+    return configured(
+        f"init_from={folder / 'theirs'}", f"data.validation={folder / 'text.jsonl'}", f"run.dir={folder / 'out'}",
+        f"data.cache={folder / 'cache'}", "precision=fp32", *overrides,
+    )  # fmt: skip
+
+
+def refused(run: Run) -> str:
+    """On the crew: the mistake that evaluating ends with."""
+    from opt_parallel.judge import judge
+
+    try:
+        return f"no mistake, but {judge(run)}"
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_have_no_loss(crew: Any, base: Path, value: float) -> None:
+    """Not even where the text does not touch them: a row of positions that no sample reaches."""
+    path, name = base / "theirs" / "model.safetensors", "model.decoder.embed_positions.weight"
+    tensors = load_file(path)
+    tensors[name][-1, 0] = value
+    save_file(tensors, path, {"format": "pt"})
+    answers = crew(2)(refused, evaluated(base, "parallel.tensor=2", "data.sequence_length=16"))
+    assert answers[0] == answers[1]
+    assert "not finite" in answers[0]
+    assert "embed_positions.weight" in answers[0]
+    assert not (base / "out" / "evaluation.json").exists()
+
+
+def test_a_loss_that_is_not_finite_is_a_mistake(crew: Any, base: Path) -> None:
+    """Finite weights, whose products overflow."""
+    path, name = base / "theirs" / "model.safetensors", "model.decoder.final_layer_norm.weight"
+    tensors = load_file(path)
+    tensors[name][:] = 3e38
+    save_file(tensors, path, {"format": "pt"})
+    (answer,) = crew(1)(refused, evaluated(base))
+    assert "no finite loss" in answer
+    assert str(base / "theirs") in answer
+    assert not (base / "out" / "evaluation.json").exists()
