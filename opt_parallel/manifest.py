@@ -81,6 +81,12 @@ class Optimizer(TypedDict):
     name: NotRequired[str]
 
 
+class Checkpoint(TypedDict):
+    keep: Size
+    keep_every: NotRequired[Count]
+    keep_best: NotRequired[bool]
+
+
 class Config(TypedDict):
     """Of the run's configuration what is read without its types."""
 
@@ -92,6 +98,7 @@ class Config(TypedDict):
     task: NotRequired[Task]
     precision: NotRequired[dict[str, Any]]
     optimizer: NotRequired[Optimizer]
+    checkpoint: NotRequired[Checkpoint]
     init_from: NotRequired[str | None]
 
 

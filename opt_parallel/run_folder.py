@@ -28,8 +28,9 @@ def write_state(run: Run, word: str) -> None:
     """Running, stopped (on request, to be continued), diverged or done. Launchers' scripts read it."""
     path = run.folder / STATE
     with optional(path):
-        if not path.exists() or path.read_text() != word + "\n":  # a finished run's folder may be read-only
-            write_text(path, word + "\n")
+        content = f"{word}\n"
+        if not path.is_file() or path.read_bytes() != content.encode():  # a finished run's folder may be read-only
+            write_text(path, content)
 
 
 def write_config(run: Run) -> None:
@@ -56,7 +57,7 @@ def forget_what_the_last_save_would(run: Run) -> None:
         return  # `resume` names one elsewhere
     try:
         kept = read_manifest(last)["config"]["checkpoint"]
-    except UserError:
+    except (UserError, KeyError):
         return
     renew_best(last.parent, kept.get("keep_best", False))
     forget_old(last.parent, kept["keep"], kept.get("keep_every", 0))
