@@ -1,4 +1,6 @@
 # make demo: train a small OPT, export it, write a sample.   make test: the tests.   make check: ruff, mypy, the house.
+# make test-all: everything, also what takes long; as root with Slurm and iproute2 installed, see CONTRIBUTING.md.
+# make docs: the pages that are written from the configuration's comments.
 # make test-slurm, make test-nodes: a Slurm of four nodes, and two hosts, made on this machine; both need root.
 # make test-interop: TensorFlow's and Flax's OPT and ours, in an environment of its own.
 # make bench: our speed and the others', in one run.
@@ -19,7 +21,7 @@ SMALL := model=opt-125m model.num_hidden_layers=4 data.sequence_length=512 batch
 LARGE := model=opt-1.3b data.sequence_length=2048 batch.micro=4
 NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
-.PHONY: demo test test-slurm test-nodes test-interop check bench clean
+.PHONY: demo test test-slurm test-nodes test-interop test-all check docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +42,10 @@ endif
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+test-all: .venv/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --long --all-pairs
+	$(MAKE) test-interop
+
 test-slurm: .venv/installed
 	$(BIN)/python -m pytest --long tests/launch/test_slurm.py
 
@@ -59,6 +65,9 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
+
+docs: .venv/installed
+	$(BIN)/python scripts/reference.py
 
 bench: .venv/installed
 	$(BENCH) loss --words 25136 50272 --tokens 1024

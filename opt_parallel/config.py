@@ -12,10 +12,10 @@ from pathlib import Path
 
 from opt_parallel.clock import Clock
 from opt_parallel.data_config import DataConfig
+from opt_parallel.output_config import CheckpointConfig, EvaluationConfig, ExportConfig, LoggingConfig
 from opt_parallel.paths import PATH
 from opt_parallel.shapes import ModelConfig, Section, require
 from opt_parallel.task_config import Task, TaskConfig
-from opt_parallel.units import bytes_of
 
 
 class Offload(Enum):
@@ -57,28 +57,16 @@ class ActivationCheckpointing(Enum):
     full = "full"
 
 
-class ExportDtype(Enum):
-    """`auto`: the checkpoint's own, float32 for one that was trained here."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Wandb(Enum):
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
-
-
 @dataclass
 class ParallelConfig(Section):
     """`allow_cross_node`: a tensor group may lie on several hosts. `timeout`: seconds that a step's collectives wait
     for a rank before the run fails."""
 
+    # tensor-parallel degree: processes that share each layer; the rest of the world size is data parallelism
     tensor: int = 1
+    # a tensor group may lie on several hosts; every layer then waits for their network
     allow_cross_node: bool = False
+    # seconds that a step waits for a rank before the run fails and its launcher starts it again
     timeout: float = 600.0
 
     def check(self) -> None:
@@ -90,11 +78,17 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
 
+    # 0: nothing is split (fp32 only); 1: optimizer state over the data ranks; 2: gradients too; 3: weights too
     stage: int = 1
+    # cpu: the optimizer's state and step on the host
     offload: Offload = Offload.none
+    # elements of a gradient reduction
     reduce_bucket_size: int = 50_000_000
+    # elements of an all-gather of weights, stages 1 and 2
     allgather_bucket_size: int = 50_000_000
+    # elements gathered ahead, stage 3
     prefetch_bucket_size: int = 50_000_000
+    # parameters of fewer elements stay gathered, stage 3
     persistence_threshold: int = 100_000
 
     def check(self) -> None:
@@ -114,10 +108,15 @@ class ZeroConfig(Section):
 class PrecisionConfig(Section):
     """Training dtype, and for fp16 the loss scale: where it starts, after how many good steps it doubles, its floor."""
 
+    # auto: bf16 where every rank's device multiplies it natively, else fp32; a resumed run keeps its own
     name: Precision = Precision.auto
+    # fp16: paper: the window doubles and halves with the scale, as OPT-175B was trained; standard: fixed window
     scaler: Scaler = Scaler.paper
+    # fp16: the loss scale at the start
     initial_scale: float = 4.0
+    # fp16: steps without overflow before the scale doubles
     window: int = 256
+    # fp16: the lowest loss scale; an overflow at it ends the run
     floor: float = 2.0**-5
 
     def check(self) -> None:
@@ -133,11 +132,17 @@ class PrecisionConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer and gradient clipping; `clip=0` does not clip."""
 
+    # the optimizer
     name: OptimizerName = OptimizerName.adamw
+    # peak learning rate
     lr: float = 6e-4
+    # decay rates of the two moments
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # added to the root of the second moment
     eps: float = 1e-8
+    # of matrices; biases and LayerNorms do not decay
     weight_decay: float = 0.1
+    # largest norm of the gradients; 0: no clipping
     clip: float = 1.0
 
     def check(self) -> None:
@@ -155,9 +160,13 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Linear warm-up, counted in steps or in tokens, then `name` down to `final_ratio` of the peak at the run's end."""
 
+    # after the warm-up; docs/resuming.md has the formulas
     name: ScheduleName = ScheduleName.linear
+    # steps of linear warm-up; null: counted in tokens, or none
     warmup_steps: int | None = None
+    # tokens of linear warm-up; null: counted in steps
     warmup_tokens: int | None = None
+    # learning rate at the last step, as a share of the peak
     final_ratio: float = 0.1
 
     def check(self) -> None:
@@ -173,68 +182,10 @@ class ScheduleConfig(Section):
 
 
 @dataclass
-class EvaluationConfig(Section):
-    """`every`: steps between two validations, and one at the end; 0: never. At each, the model continues `prompts`."""
-
-    every: int = 0
-    prompts: list[str] = field(default_factory=list)
-    max_new_tokens: int = 64
-
-    def check(self) -> None:
-        require(self.every >= 0, f"evaluation.every={self.every} must not be negative (0: never)")
-        require(self.max_new_tokens >= 1, f"evaluation.max_new_tokens={self.max_new_tokens} must be at least 1")
-        require(
-            not self.prompts or self.every > 0,
-            f"evaluation.prompts={list(self.prompts)} are continued at each evaluation, but evaluation.every=0: "
-            "set how many steps lie between two",
-        )
-
-
-@dataclass
-class CheckpointConfig(Section):
-    """`every`: steps between two checkpoints, besides the one at the end; 0: only that. `keep`: newest to keep;
-    `keep_every`: keep those at a multiple of so many steps too; 0: none. `keep_best`: save one at each evaluation whose
-    validation loss is the lowest so far, and keep it. `asynchronous`: train on while they are written."""
-
-    every: int = 0
-    keep: int = 2
-    keep_every: int = 0
-    keep_best: bool = False
-    asynchronous: bool = True
-
-    def check(self) -> None:
-        require(self.every >= 0, f"checkpoint.every={self.every} must not be negative (0: only at the end)")
-        require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
-        require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every} must not be negative (0: none)")
-
-
-@dataclass
-class ExportConfig(Section):
-    """`at_end`: write the finished run's last checkpoint as a Hugging Face folder, `run.dir`/export."""
-
-    at_end: bool = False
-    dtype: ExportDtype = ExportDtype.auto
-    max_shard_size: str = "5GB"
-
-    def check(self) -> None:
-        bytes_of(self.max_shard_size, "export.max_shard_size=")
-
-
-@dataclass
-class LoggingConfig(Section):
-    wandb: Wandb = Wandb.offline
-    tensorboard: bool = True
-    peak_tflops: float | None = None
-
-    def check(self) -> None:
-        require(
-            self.peak_tflops is None or self.peak_tflops > 0, f"logging.peak_tflops={self.peak_tflops} must be positive"
-        )
-
-
-@dataclass
 class RunConfig(Section):
+    # the run's name in logs and trackers
     name: str = "run"
+    # the run's folder
     dir: str = field(default="runs/run", metadata=PATH)
 
 
@@ -256,12 +207,19 @@ class Run(Section):
     export: ExportConfig = field(default_factory=ExportConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})  # `global` is no Python name
+    # global: sequences of one optimizer step; micro: sequences of one forward of one data-parallel rank
+    batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})
+    # full: recompute each layer in the backward instead of keeping its activations
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    # optimizer steps of the run, which the schedule spans
     steps: int = 1000
+    # end this process at that step, saved, to be continued later; null: at steps
     stop_at: int | None = None
+    # of weights, samples and dropout
     seed: int = 1
+    # weights to start from: a Hugging Face folder, a hub id, or a checkpoint of ours; null: random
     init_from: str | None = field(default=None, metadata=PATH)
+    # auto: the newest complete checkpoint of run.dir; never; or a checkpoint's folder
     resume: str = field(default="auto", metadata={"path": ("auto", "never")})
 
     def check(self) -> None:

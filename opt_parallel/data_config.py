@@ -54,17 +54,29 @@ class DataConfig(Section):
     what becomes of records that cannot be used. `workers`: processes that prepare; 0: as many as there are CPUs for
     this one."""
 
+    # training text: files, folders, globs, hub ids, python:train; or a list of sources (docs/data.md)
     train: Any = field(default=None, metadata=PYTHON_TEXT)
+    # held-out text, as train
     validation: Any = field(default=None, metadata=PYTHON_TEXT)
+    # tokenizer.json, its folder, or a hub id; null: init_from's, else one is trained on the training text
     tokenizer: str | None = field(default=None, metadata=PATH)
+    # tokens of a sample
     sequence_length: int = 2048
+    # the field of a record that holds its text
     text_field: str = "text"
+    # a text made of several fields, such as "{title}: {body}"
     template: str | None = None
+    # train while the text is read, instead of preparing it first
     stream: bool = False
+    # use each text of a source once
     deduplicate: bool = False
+    # share of the training documents to validate on, where validation is null and evaluation.every is set
     held_out: float = 0.005
+    # error: a record that cannot be used ends the run; skip: leave it out and list it
     bad_records: BadRecordsPolicy = BadRecordsPolicy.error
+    # processes that prepare text; 0: one for each CPU that this process may use
     workers: int = 0
+    # folder of prepared tokens, shared between runs
     cache: str = field(default="cache", metadata=PATH)
 
     def check(self) -> None:

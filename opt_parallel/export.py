@@ -16,7 +16,6 @@ from opt_parallel.checkpoint.merged import lora_of
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.room import require_room
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, as_json, generation_config, write_folder
-from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER
 from opt_parallel.log import say
@@ -24,6 +23,7 @@ from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.model.hf import config_for_hf, labels_for_hf
 from opt_parallel.model.lora import ADAPTER_WEIGHTS, config_for_peft, to_peft
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import Constant, Shard, marked
 from opt_parallel.storage.foreign import content_of
 from opt_parallel.topology import ALONE

@@ -79,25 +79,45 @@ def require(condition: bool, message: str) -> None:
 class ModelConfig(Section):
     """The network. Defaults are the paper's 125M; `OPTConfig`'s differ only in dropping nothing in attention."""
 
+    # tokens of the vocabulary; a tokenizer may have fewer
     vocab_size: int = 50272
+    # width H of the hidden states
     hidden_size: int = 768
+    # decoder layers
     num_hidden_layers: int = 12
+    # attention heads of a layer; divides hidden_size, and parallel.tensor divides it
     num_attention_heads: int = 12
+    # width of the feed-forward layer; parallel.tensor divides it
     ffn_dim: int = 3072
+    # positions that the network knows, the longest sequence
     max_position_embeddings: int = 2048
+    # width of the token embedding; null: hidden_size. The 350m has 512, with projections in and out
     word_embed_proj_dim: int | None = None
+    # LayerNorm before attention and feed-forward; false: after the residual sum, as in the 350m
     do_layer_norm_before: bool = True
+    # leave out the LayerNorm after the last layer, as some early conversions of OPT do
     remove_final_layer_norm: bool = False
+    # biases in the linear layers
     enable_bias: bool = True
+    # weights and biases in the LayerNorms
     layer_norm_elementwise_affine: bool = True
+    # of the feed-forward layer
     activation_function: Activation = Activation.relu
+    # probability of dropping an element after attention and after feed-forward
     dropout: float = 0.1
+    # probability of dropping an attention weight
     attention_dropout: float = 0.1
+    # probability of skipping a whole layer in a training step (Fan et al. 2019)
     layerdrop: float = 0.0
+    # paper: N(0, 0.006), output layers divided by √(2 · layers); huggingface: N(0, 0.02)
     init: Init = Init.paper
+    # standard deviation of the initial weights; null: that of init
     init_std: float | None = None
+    # id of the token that begins a prompt
     bos_token_id: int = 2
+    # id of padding
     pad_token_id: int = 1
+    # id of the token that ends a document
     eos_token_id: int = 2
 
     def check(self) -> None:

@@ -30,8 +30,11 @@ class LoraConfig(Section):
     """Low-rank adaptation (Hu et al. 2021): the weights W of `targets` are frozen like all others, and
     `alpha` / `rank` · B A is trained beside them. `rank=0`: every parameter is trained."""
 
+    # rank of the trained terms; 0: train every parameter
     rank: int = 0
+    # the terms are scaled by alpha / rank
     alpha: float = 16.0
+    # linear layers that get a term: q_proj, k_proj, v_proj, out_proj, fc1, fc2
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
     def check(self) -> None:
@@ -59,15 +62,25 @@ class TaskConfig(Section):
     classify: `data.text_field`, and a second text in `pair_field`; a label in `label_field`. `labels`: their names, in
     the order of the scores; null: those of the training data, sorted. `problem_type`: null: as the labels show."""
 
+    # pretrain: all tokens count; finetune: completions count; classify: a label for a text
     name: Task = Task.pretrain
+    # finetune: the field of a record that holds the prompt
     prompt_field: str = "prompt"
+    # finetune: the field that holds the completion
     completion_field: str = "completion"
+    # finetune: the field of a chat's messages, for records without a prompt
     messages_field: str = "messages"
+    # finetune: several examples share a row, each sees itself alone; false: one a row, padded
     packing: bool = True
+    # which end of a prompt or text is kept where it is too long
     truncation: Truncation = Truncation.keep_end
+    # classify: the field of a second text; null: there is one text
     pair_field: str | None = None
+    # classify: the field of the label: a name, a list of names, or a number
     label_field: str = "label"
-    labels: list[Any] | None = None  # of texts once made; typed so that true is not yet True
+    # classify: the labels' names in the order of the scores; null: those of the training data, sorted
+    labels: list[Any] | None = None
+    # classify: null: as the labels show
     problem_type: ProblemType | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 

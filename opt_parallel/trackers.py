@@ -9,9 +9,10 @@ from typing import Any
 
 from opt_parallel.clock import Clock
 from opt_parallel.compose import recorded
-from opt_parallel.config import Run, Wandb
+from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.log import say
+from opt_parallel.output_config import Wandb
 from opt_parallel.storage.atomic import write_text
 
 Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported only where it is used

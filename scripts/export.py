@@ -7,10 +7,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opt_parallel.config import ExportDtype
 from opt_parallel.errors import reporting
 from opt_parallel.log import quiet_libraries
 from opt_parallel.options import parsed
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.units import bytes_of
 
 

@@ -12,9 +12,9 @@ from command import launch, python, small, torchrun, train_rows
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.store import newest
-from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.export import export
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import Constant, Shard
 
 RUN = [

@@ -14,11 +14,12 @@ from classifying import HELD_OUT, PROBLEMS, Examples, run_of, their_model, train
 from command import launch, python
 from layouts import Layout, assemble
 
-from opt_parallel.config import EvaluationConfig, Run
+from opt_parallel.config import Run
 from opt_parallel.data.samples import collate
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.model.heads import classification_loss, example_losses
+from opt_parallel.output_config import EvaluationConfig
 from opt_parallel.scores import figures, tally
 from opt_parallel.task_config import Task, TaskConfig
 

@@ -17,11 +17,12 @@ from command import ROOT, python
 from opt_parallel.clock import Clock
 from opt_parallel.comparison import Record, differing, draw, find_runs, labels, read_runs, table
 from opt_parallel.compose import to_yaml
-from opt_parallel.config import LoggingConfig, OptimizerConfig, Run, RunConfig, Wandb
+from opt_parallel.config import OptimizerConfig, Run, RunConfig
 from opt_parallel.curve import COLORS, STROKES, Curve, figure_of, smoothed
 from opt_parallel.data_config import DataConfig
 from opt_parallel.errors import UserError
 from opt_parallel.metrics import Metrics
+from opt_parallel.output_config import LoggingConfig, Wandb
 from opt_parallel.shapes import ModelConfig
 
 QUIET = LoggingConfig(wandb=Wandb.disabled, tensorboard=False)

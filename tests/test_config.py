@@ -11,8 +11,6 @@ from opt_parallel.clock import Clock
 from opt_parallel.compose import run_from, to_dict, to_yaml
 from opt_parallel.config import (
     DataConfig,
-    EvaluationConfig,
-    ExportConfig,
     Offload,
     OptimizerConfig,
     ParallelConfig,
@@ -23,6 +21,7 @@ from opt_parallel.config import (
     ZeroConfig,
 )
 from opt_parallel.errors import UserError
+from opt_parallel.output_config import EvaluationConfig, ExportConfig
 from opt_parallel.shapes import Activation, ModelConfig
 from opt_parallel.task_config import LoraConfig, Task, TaskConfig
 

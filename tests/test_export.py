@@ -22,9 +22,9 @@ from torch import Tensor
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.writing import checksum, write_folder
-from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.export import export, is_of
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import Constant, Shard, fill
 from opt_parallel.topology import ALONE
 from opt_parallel.units import bytes_of

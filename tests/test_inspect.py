@@ -24,8 +24,9 @@ RANKS = ("rank-00000.safetensors", "rank-00001.safetensors")
 
 def train_in(folder: Path, layout: Layout) -> None:
     """On the crew: a whole run of four steps with two checkpoints and two validations."""
-    from opt_parallel.config import CheckpointConfig, DataConfig, EvaluationConfig, LoggingConfig, RunConfig, Wandb
+    from opt_parallel.config import DataConfig, RunConfig
     from opt_parallel.loop import train
+    from opt_parallel.output_config import CheckpointConfig, EvaluationConfig, LoggingConfig, Wandb
 
     text = str(folder / "text.jsonl")
     data = DataConfig(train=text, validation=text, sequence_length=16, cache=str(folder / "cache"))

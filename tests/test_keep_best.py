@@ -16,10 +16,11 @@ from command import ROOT, environment, python, small
 from layouts import Layout, run_for
 
 from opt_parallel.checkpoint.whole import best_in, renew_best, write_best
-from opt_parallel.config import CheckpointConfig, EvaluationConfig, Run, RunConfig
+from opt_parallel.config import Run, RunConfig
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.data_config import DataConfig
 from opt_parallel.errors import UserError
+from opt_parallel.output_config import CheckpointConfig, EvaluationConfig
 from opt_parallel.storage.checked import dump_checked
 
 

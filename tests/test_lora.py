@@ -19,10 +19,11 @@ from tampering import edit
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.compose import model_at
-from opt_parallel.config import ExportDtype, Run
+from opt_parallel.config import Run
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.export import export, export_adapter
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import Constant, Shard
 from opt_parallel.task_config import Task, TaskConfig
 from opt_parallel.topology import ALONE

@@ -12,18 +12,10 @@ import pytest
 import torch
 
 from opt_parallel.clock import Clock
-from opt_parallel.config import (
-    ActivationCheckpointing,
-    DataConfig,
-    LoggingConfig,
-    Precision,
-    PrecisionConfig,
-    Run,
-    RunConfig,
-    Wandb,
-)
+from opt_parallel.config import ActivationCheckpointing, DataConfig, Precision, PrecisionConfig, Run, RunConfig
 from opt_parallel.errors import UserError
 from opt_parallel.metrics import Metrics, peak_tflops
+from opt_parallel.output_config import LoggingConfig, Wandb
 from opt_parallel.shapes import ModelConfig
 from opt_parallel.trackers import check_trackers
 

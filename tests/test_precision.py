@@ -94,8 +94,9 @@ def test_all_ranks_settle_on_one(
 def trained(folder: Path, machines: list[str], steps: int, **changes: Any) -> str:
     """On the crew: a run with `precision=auto` on the CPUs of `machines`, a rank each; what is printed."""
     import opt_parallel.precision as module
-    from opt_parallel.config import DataConfig, LoggingConfig, RunConfig, Wandb
+    from opt_parallel.config import DataConfig, RunConfig
     from opt_parallel.loop import train
+    from opt_parallel.output_config import LoggingConfig, Wandb
     from opt_parallel.place import rank
 
     own = folder / f"cpuinfo-{rank()}"

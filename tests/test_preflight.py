@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from command import ROOT, environment, small, write_text
 
-from opt_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, Run, RunConfig
+from opt_parallel.config import OptimizerConfig, ParallelConfig, Run, RunConfig
 from opt_parallel.data_config import DataConfig
 from opt_parallel.errors import UserError
+from opt_parallel.output_config import CheckpointConfig
 from opt_parallel.shapes import ModelConfig
 
 TINY = ModelConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=256)

@@ -19,10 +19,11 @@ from layouts import Layout, run_for
 from opt_parallel.checkpoint import room
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.room import RUN, SCRIPT, WORK, choose_dtype
-from opt_parallel.config import DataConfig, ExportDtype, Precision, PrecisionConfig, RunConfig
+from opt_parallel.config import DataConfig, Precision, PrecisionConfig, RunConfig
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.export import export
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.passing import filled_in_turn
 from opt_parallel.topology import Topology
 from opt_parallel.verify import verify

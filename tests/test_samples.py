@@ -11,8 +11,9 @@ from command import launch, python, small
 from layouts import Layout, micro_batches, run_for, train
 
 from opt_parallel.clock import Clock
-from opt_parallel.config import DataConfig, EvaluationConfig, LoggingConfig, Run, RunConfig, Wandb
+from opt_parallel.config import DataConfig, Run, RunConfig
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
+from opt_parallel.output_config import EvaluationConfig, LoggingConfig, Wandb
 
 PROMPTS = ["Sentence 7", "The made-up text tells that"]
 SAMPLING = [f"evaluation.prompts={json.dumps(PROMPTS)}", "evaluation.every=2", "evaluation.max_new_tokens=8"]

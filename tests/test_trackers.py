@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from command import python, small
 
-from opt_parallel.config import LoggingConfig, Run, RunConfig, Wandb
+from opt_parallel.config import Run, RunConfig
 from opt_parallel.data_config import DataConfig
 from opt_parallel.errors import UserError
+from opt_parallel.output_config import LoggingConfig, Wandb
 from opt_parallel.trackers import WANDB_ID, check_trackers, wandb_id, wandb_mode
 
 

@@ -14,9 +14,9 @@ from exporting import checkpoint, tampered
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opt_parallel.config import ExportDtype
 from opt_parallel.errors import UserError
 from opt_parallel.export import export
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.verify import verify
 
 ATTENTION = "model.decoder.layers.1.self_attn"

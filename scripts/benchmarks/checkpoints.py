@@ -22,13 +22,14 @@ from torch._C._distributed_c10d import FileStore
 
 from opt_parallel.checkpoint.store import TOKENIZER, Store
 from opt_parallel.clock import Clock
-from opt_parallel.config import CheckpointConfig, Run, RunConfig
+from opt_parallel.config import Run, RunConfig
 from opt_parallel.data.samples import Batch
 from opt_parallel.engine import Engine
 from opt_parallel.errors import UserError
 from opt_parallel.log import quiet_libraries
 from opt_parallel.metrics import forget_peak_memory, peak_memory
 from opt_parallel.model.heads import CausalLM
+from opt_parallel.output_config import CheckpointConfig
 from opt_parallel.parallel.shard import fill, logical_parameters, marked, random_source
 from opt_parallel.topology import DTYPES, Topology
 from opt_parallel.zero import Fragment, base_optimizer, held_fragments

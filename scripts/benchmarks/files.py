@@ -20,12 +20,12 @@ from torch._C._distributed_c10d import FileStore
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.checkpoint.writing import write_folder
-from opt_parallel.config import ExportDtype
 from opt_parallel.export import export
 from opt_parallel.log import quiet_libraries
 from opt_parallel.metrics import forget_peak_memory, peak_memory
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.model.hf import config_for_hf
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import marked, random_source
 from opt_parallel.shapes import ModelConfig
 from opt_parallel.topology import ALONE, DTYPES, Topology

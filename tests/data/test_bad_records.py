@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from opt_parallel.clock import Clock
-from opt_parallel.config import DataConfig, EvaluationConfig, Run
+from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import files, filling, sources, tasks
 from opt_parallel.data.encoding import TextEncoder
 from opt_parallel.data.filling import Material, fill
@@ -26,6 +26,7 @@ from opt_parallel.data.tokens import encode_documents, save_tokenizer, train_tok
 from opt_parallel.data.workers import _portable
 from opt_parallel.data_config import BadRecordsPolicy
 from opt_parallel.errors import UserError
+from opt_parallel.output_config import EvaluationConfig
 from opt_parallel.shapes import ModelConfig
 from opt_parallel.task_config import Task, TaskConfig
 

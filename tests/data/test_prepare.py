@@ -16,7 +16,7 @@ from command import python
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from opt_parallel.config import DataConfig, EvaluationConfig, Run
+from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import cache as module
 from opt_parallel.data import encoding
 from opt_parallel.data.prepare import Prepared, in_proportion, prepare
@@ -25,6 +25,7 @@ from opt_parallel.data.sources import Corpus
 from opt_parallel.data.store import TokenStore
 from opt_parallel.data.tokens import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
+from opt_parallel.output_config import EvaluationConfig
 from opt_parallel.shapes import ModelConfig
 
 DOCUMENTS = ["the cat sat on the mat", "a second document, somewhat longer than the first one", "déjà vu 🙂"] * 3

@@ -22,8 +22,8 @@ import transformers
 from safetensors.torch import save_file
 
 from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.config import ExportDtype
 from opt_parallel.export import export
+from opt_parallel.output_config import ExportDtype
 from opt_parallel.topology import ALONE
 
 SHAPE: dict[str, Any] = {
