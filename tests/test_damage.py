@@ -305,9 +305,14 @@ def unpickling(source: str) -> list[str]:
     return found
 
 
+# These run no foreign pickle: an unpickler that knows no class, and errors that pass between our own processes.
+ALLOWED = ("model/hf_pickle.py", "data/workers.py")
+
+
 def test_the_package_neither_writes_nor_reads_pickles() -> None:
     modules = [*(ROOT / "opt_parallel").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), ROOT / "train.py"]
-    assert {str(path): found for path in modules if (found := unpickling(path.read_text()))} == {}
+    found = {path.as_posix(): unpickling(path.read_text()) for path in modules}
+    assert not {path: calls for path, calls in found.items() if calls and not path.endswith(ALLOWED)}
     assert unpickling("import pickle\ntorch.load(p)\ntorch.save(x, p)\nnp.load(p, allow_pickle=True)") == [
         "pickle", "torch.load", "torch.save", "np.load",
     ]  # fmt: skip
