@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from opt_parallel.compose import command, run_from, start_from_checkpoint, take
+from opt_parallel.compose import command, run_from, start_from_checkpoint, take, take_special_tokens
 from opt_parallel.place import take_place, world_size
 from opt_parallel.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
 
@@ -20,6 +20,7 @@ def main(config: DictConfig) -> None:
     status = 0
     with reported():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
+        take_special_tokens(config, HydraConfig.get().overrides.task)
         if is_sweep():
             with open_dict(config):
                 take(config, "run.dir", f"{config.run.dir}/{folder_name(swept_values())}")

@@ -26,8 +26,9 @@ from omegaconf.resolvers import oc
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line, reporting
 from opt_parallel.hf_config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
+from opt_parallel.hf_tokenizer import check_size, read_tokenizer
 from opt_parallel.hub import find_checkpoint
-from opt_parallel.log import quiet_libraries
+from opt_parallel.log import quiet_libraries, say
 from opt_parallel.manifest import MANIFEST, Damaged, read_manifest
 from opt_parallel.overrides import checked
 from opt_parallel.paths import absolute, change_paths, local, reach, refuse_breaks, text_keys
@@ -40,6 +41,7 @@ from opt_parallel.terminal import outlive
 from opt_parallel.values import check_values
 
 PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 
 
@@ -183,7 +185,8 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
     """Where `init_from` names a checkpoint, take from it what `overrides`, the command line, left open: the network,
     the tokenizer, the run's name.
 
-    Shapes that the command line does give must be the checkpoint's. Raises: `UserError`."""
+    Shapes that the command line does give must be the checkpoint's; a larger `model.vocab_size` lets its embedding
+    grow, and ids of special tokens are the run's own. Raises: `UserError`."""
     if config.init_from is None:
         return
     folder = find_checkpoint(config.init_from, "init_from=")
@@ -194,6 +197,10 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
         if name in MAY_DIFFER:
             if not whole and f"model.{name}" not in given:
                 take(config, f"model.{name}", model[name])
+        elif name in SPECIAL_IDS and f"model.{name}" in given:
+            continue
+        elif name == "vocab_size" and f"model.{name}" in given:
+            _require_may_grow(config, model[name])
         elif whole or f"model.{name}" in given:
             _require_same(config, str(name), model[name])
         else:
@@ -214,6 +221,25 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
         take(config, "run.name", f"from-{base}")
 
 
+def take_special_tokens(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Take the ids of the tokens that begin, end and pad a text from the tokenizer that `data.tokenizer` names, where
+    its files name such tokens and `overrides`, the command line, does not.
+
+    Raises: `UserError`, also if the network has too few rows for the tokens."""
+    name = config.data.tokenizer
+    if name is None:
+        return
+    brought, other = read_tokenizer(name), []
+    check_size(brought.tokenizer, name, config.model.vocab_size)
+    given = {each.lstrip("+").partition("=")[0] for each in overrides}
+    for key, number in brought.ids.items():
+        if f"model.{key}" not in given and config.model[key] != number:
+            other.append(f"model.{key}={number}, not {config.model[key]}")
+            take(config, f"model.{key}", number)
+    if other:
+        say(f"note: by data.tokenizer={name}: {', '.join(other)}")
+
+
 def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
     """Take from the checkpoint of `init_from` what decides a loss and `overrides`, the command line, left open: of
     ours the task, the precision, the length of a sample and where the text is, as it was trained; of a Hugging
@@ -226,8 +252,8 @@ def judge_as_trained(config: DictConfig, overrides: Sequence[str]) -> None:
     given = {each.lstrip("+").partition("=")[0] for each in overrides}
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder)["config"]
-        fields = ("sequence_length", "text_field", "template")
-        taken = {f"data.{name}": saved["data"].get(name) for name in fields}
+        fields = ("sequence_length", "text_field", "template", "special_tokens")
+        taken = {f"data.{name}": saved["data"][name] for name in fields if name in saved["data"]}
         for section in ("task", "precision"):
             if section not in given:
                 taken |= {f"{section}.{name}": value for name, value in saved.get(section, {}).items()}
@@ -251,6 +277,20 @@ def _require_same(config: DictConfig, name: str, theirs: Any) -> None:
         raise UserError(
             f"model.{name}={getattr(ours, 'value', ours)}, but init_from={config.init_from} has "
             f"{getattr(theirs, 'value', theirs)}: leave the network's shape to the checkpoint, or choose another one"
+            + (f"; model.vocab_size={ours} by itself lets the embedding grow" if name == "vocab_size" else "")
+        )
+
+
+def _require_may_grow(config: DictConfig, rows: int) -> None:
+    if config.model.vocab_size > rows and config.task.lora.rank > 0:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}, but the embedding of init_from={config.init_from} has {rows} "
+            "rows, and LoRA trains none: let it grow in a run with task.lora.rank=0, and adapt that one's checkpoint"
+        )
+    if config.model.vocab_size < rows:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}, but the embedding of init_from={config.init_from} has {rows} "
+            "rows, and those beyond would be lost with what they learned: name as many or more, or leave it out"
         )
 
 

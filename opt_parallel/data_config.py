@@ -25,6 +25,14 @@ class BadRecordsPolicy(Enum):
     skip = "skip"
 
 
+class SpecialTokens(Enum):
+    """What a special token is that a text spells, as `</s>`: four characters of `text` like any other, or that token
+    (`tokens`). The same in documents, examples and prompts, in training, evaluation and generation."""
+
+    text = "text"
+    tokens = "tokens"
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of a split: where its text is, and its share of the run's samples among the split's sources.
@@ -49,10 +57,10 @@ class DataConfig(Section):
     above) and if need be `weight`, `name`, `text_field`, `template`, `subset`, `split`, `stream`. `tokenizer`: a
     tokenizer.json or its folder, a hub id, or null: `init_from`'s own, and without `init_from` one of
     `model.vocab_size` tokens that is trained on the training text. `text_field`: the field of a record that is its
-    text; `template`: a text made of several, such as "{title}: {body}". `deduplicate`: each text of a source counts
-    once. `held_out`: the share of the training documents to validate on where `validation` is null. `bad_records`:
-    what becomes of records that cannot be used. `workers`: processes that prepare; 0: as many as there are CPUs for
-    this one."""
+    text; `template`: a text made of several, such as "{title}: {body}". `special_tokens`: what a special token is that
+    a text spells. `deduplicate`: each text of a source counts once. `held_out`: the share of the training documents to
+    validate on where `validation` is null. `bad_records`: what becomes of records that cannot be used. `workers`:
+    processes that prepare; 0: as many as there are CPUs for this one."""
 
     # training text: files, folders, globs, hub ids, python:train; or a list of sources (docs/data.md)
     train: Any = field(default=None, metadata=PYTHON_TEXT)
@@ -66,6 +74,8 @@ class DataConfig(Section):
     text_field: str = "text"
     # a text made of several fields, such as "{title}: {body}"
     template: str | None = None
+    # what a special token is that a text spells, as </s>: text like any other, or that token (tokens)
+    special_tokens: SpecialTokens = SpecialTokens.text
     # train while the text is read, instead of preparing it first
     stream: bool = False
     # use each text of a source once

@@ -111,7 +111,9 @@ class Prompts:
     def encode(cls, run: Run, tokenizer_folder: Path) -> Prompts:
         """Raises: UserError for a prompt that leaves no room for its text."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
-        ids = [encode_prompt(tokenizer, prompt, run.model) for prompt in run.evaluation.prompts]
+        ids = [
+            encode_prompt(tokenizer, prompt, run.model, run.data.special_tokens) for prompt in run.evaluation.prompts
+        ]
         for prompt, encoded in zip(run.evaluation.prompts, ids, strict=True):
             try:
                 check_fits(run.model, _decoding(run, step=0), len(encoded))

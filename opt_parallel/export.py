@@ -16,8 +16,10 @@ from opt_parallel.checkpoint.merged import lora_of
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.room import require_room
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, as_json, generation_config, write_folder
+from opt_parallel.compose import model_at
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER
+from opt_parallel.hf_tokenizer import files_for, special_tokens_in
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
@@ -28,10 +30,6 @@ from opt_parallel.parallel.shard import Constant, Shard, marked
 from opt_parallel.storage.foreign import content_of
 from opt_parallel.topology import ALONE
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
 CARD = "README.md"
 ORIGIN = "checkpoint.json"  # which checkpoint of ours an export is of
 COPIES = 3  # of a tensor in fp32 that are in memory at most: as it was read, merged or rearranged, as it is written
@@ -99,14 +97,11 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
         trained,
         torch.float32 if dtype is ExportDtype.auto else getattr(torch, dtype.value),
         sys.maxsize,  # peft knows no adapter of several files
-        _tokenizer_files(checkpoint / "tokenizer") | {ORIGIN: as_json(_origin(checkpoint))},
+        files_for(checkpoint / "tokenizer", model_at(checkpoint, "--checkpoint "))
+        | {ORIGIN: as_json(_origin(checkpoint))},
         to_theirs=lambda name, values: to_peft(name, values, lora.targets),
         names=(ADAPTER_WEIGHTS, ADAPTER_CONFIG),
     )
-
-
-def _tokenizer_files(folder: Path) -> dict[str, bytes]:
-    return _contents(folder, TOKENIZER_FILES)
 
 
 def _contents(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
@@ -117,14 +112,15 @@ def _contents(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
 def _other_files(opened: Opened) -> dict[str, bytes]:
     """Tokenizer, generation settings and model card; a Hugging Face folder's own where it has them."""
-    tokenizer = _tokenizer_files(opened.tokenizer)
+    tokenizer = files_for(opened.tokenizer, opened.config)
     if not tokenizer:
         say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")
-    labels = opened.labels if opened.is_classifier else None
+    labels, tokens = opened.labels if opened.is_classifier else None, special_tokens_in(tokenizer)
     files = {} if labels else {GENERATION_CONFIG: generation_config(opened.config)}
     if (opened.folder / MANIFEST).is_file():
         manifest = read_manifest(opened.folder)
-        files[CARD] = model_card(opened.config, manifest, metrics_of(opened.folder, manifest["clock"]["step"]), labels)
+        metrics = metrics_of(opened.folder, manifest["clock"]["step"])
+        files[CARD] = model_card(opened.config, manifest, metrics, labels, tokens)
         return files | tokenizer | {ORIGIN: as_json(_origin(opened.folder))}
-    files[CARD] = model_card(opened.config, None, [], labels)
+    files[CARD] = model_card(opened.config, None, [], labels, tokens)
     return files | tokenizer | _contents(opened.folder, (GENERATION_CONFIG, CARD, ORIGIN))

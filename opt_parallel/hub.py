@@ -14,7 +14,7 @@ from opt_parallel.secrets import refuse_secret_value
 # whole weights in one file, in the order of preference; each may be split instead, with its name + INDEX_SUFFIX
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")
 INDEX_SUFFIX = ".index.json"
-TOKENIZER = ("*.json", "merges.txt")  # and config.json
+TOKENIZER = ("*.json", "merges.txt", "*.jinja")  # and config.json
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

@@ -61,6 +61,11 @@ def judge(run: Run) -> dict[str, Any]:
 
 def _check(run: Run, opened: Opened) -> None:
     """Before anything is prepared: the checkpoint is of the task's kind, and says what its labels are."""
+    require(
+        run.model.vocab_size == opened.config.vocab_size,
+        f"model.vocab_size={run.model.vocab_size}, but init_from={run.init_from} has {opened.config.vocab_size}: leave "
+        "it out, an embedding grows where it is trained",
+    )
     if run.task.name is not Task.classify:
         opened.check_language_model()
         return

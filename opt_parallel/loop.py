@@ -248,7 +248,7 @@ def _start(run: Run, begun: Path | None) -> Opened | None:
     Its tensors are checked on every rank, before any of them waits for another."""
     if run.init_from is None or (begun is not None and run.task.lora.rank == 0):
         return None
-    opened = open_checkpoint(run.init_from, "init_from=", checksums=True)
+    opened = open_checkpoint(run.init_from, "init_from=", checksums=True).grown(run.model.vocab_size)
     if run.task.name is Task.classify:
         opened.check_classifier()
     else:

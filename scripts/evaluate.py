@@ -15,7 +15,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opt_parallel.compose import command, judge_as_trained, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.compose import (
+    command,
+    judge_as_trained,
+    run_from,
+    said_in_one_line,
+    start_from_checkpoint,
+    take_special_tokens,
+)
 from opt_parallel.log import say
 
 
@@ -24,6 +31,7 @@ def main(config: DictConfig) -> None:
     with said_in_one_line():
         judge_as_trained(config, HydraConfig.get().overrides.task)
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
+        take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
         from opt_parallel.judge import judge  # only now: torch takes seconds
 

@@ -38,6 +38,7 @@ def main() -> None:
 
     from opt_parallel.checkpoint.reading import open_checkpoint
     from opt_parallel.data.tokens import encode_prompt
+    from opt_parallel.data_config import SpecialTokens
     from opt_parallel.model.decoding import Decoding, check_fits
     from opt_parallel.topology import Topology
 
@@ -46,7 +47,8 @@ def main() -> None:
     opened = open_checkpoint(arguments.checkpoint)
     opened.config.check_splits(arguments.tensor, "--tensor ")
     tokenizer = tokenizer_of(opened)
-    encoded = [encode_prompt(tokenizer, prompt, opened.config) for prompt in prompts]
+    spelled = SpecialTokens[arguments.special_tokens] if arguments.special_tokens else opened.special_tokens
+    encoded = [encode_prompt(tokenizer, prompt, opened.config, spelled) for prompt in prompts]
     check_fits(opened.config, decoding, max(map(len, encoded)))
     with Topology.open(arguments.tensor) as topology, torch.inference_mode():
         model = opened.model(topology.tensor, topology.device, dtype_of(arguments, opened, topology, encoded))
@@ -69,6 +71,10 @@ def parse() -> argparse.Namespace:
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     prompts.add_argument("--prompts-file", type=Path, help='a prompt a line, or .jsonl with "prompt" in each')
     parser.add_argument("--output", type=Path, help='write {"prompt", "text"} a line to this new .jsonl, print nothing')
+    parser.add_argument(
+        "--special-tokens", choices=("text", "tokens"),
+        help="what a special token is that a prompt spells, as </s>; default: as the checkpoint was trained, else text",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest token; 1: as trained")
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
@@ -134,7 +140,8 @@ def _prompt_of(line: str, where: str, suffix: str) -> str:
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
     """The checkpoint's tokenizer. Raises: UserError if it has none, or one for more words than the model has."""
-    from opt_parallel.data.tokens import count_tokens, load_tokenizer
+    from opt_parallel.data.tokens import load_tokenizer
+    from opt_parallel.hf_tokenizer import count_tokens
 
     if not any((opened.tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"--checkpoint: {opened.tokenizer} has no tokenizer: put its tokenizer.json there")

@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint, take_special_tokens
 from opt_parallel.log import say
 from opt_parallel.place import world_size
 
@@ -20,6 +20,7 @@ from opt_parallel.place import world_size
 def main(config: DictConfig) -> None:
     with said_in_one_line():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
+        take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
         run.check_world(world_size())
         from opt_parallel.checkpoint.whole import choose, precision_of

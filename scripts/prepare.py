@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from opt_parallel.clock import Clock
-from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint
+from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint, take_special_tokens
 from opt_parallel.log import aligned
 from opt_parallel.manifest import read_manifest
 from opt_parallel.shapes import require
@@ -25,6 +25,7 @@ VERIFY = "verify"  # no key of a run
 def main(config: DictConfig) -> None:
     with said_in_one_line():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
+        take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
         from opt_parallel.checkpoint.damage import tokenizer_of  # torch comes with it
         from opt_parallel.checkpoint.whole import choose

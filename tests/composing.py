@@ -14,14 +14,22 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
-from opt_parallel.compose import TEXTS, judge_as_trained, register_schema, run_from, start_from_checkpoint
+from opt_parallel.compose import (
+    TEXTS,
+    judge_as_trained,
+    register_schema,
+    run_from,
+    start_from_checkpoint,
+    take_special_tokens,
+)
 from opt_parallel.config import Run
 from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, divide, rendered
 from opt_parallel.overrides import checked
 
 
-def run_of(*arguments: str, judge: bool = False, configs: Path = ROOT / "configs") -> Run:
-    """The run of a command line of train.py, or with `judge` of scripts/evaluate.py."""
+def run_of(*arguments: str, judge: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
+    """The run of a command line of train.py, or with `judge` of scripts/evaluate.py; `tokenizer`: after a look into
+    it, which may be elsewhere."""
     overrides = checked(arguments, TEXTS)
     register_schema()
     with initialize_config_dir(str(configs), version_base="1.3"):
@@ -32,6 +40,8 @@ def run_of(*arguments: str, judge: bool = False, configs: Path = ROOT / "configs
     if judge:
         judge_as_trained(config, overrides)
     start_from_checkpoint(config, overrides)
+    if tokenizer:
+        take_special_tokens(config, overrides)
     return run_from(config)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from command import ROOT, python, torchrun, write_text
+from tampering import edit
 
 from opt_parallel.checkpoint.reading import open_checkpoint
 from opt_parallel.data.tokens import decode_continuation, save_tokenizer, train_tokenizer
+from opt_parallel.data_config import SpecialTokens
 from opt_parallel.errors import UserError
 from opt_parallel.model.decoding import Decoding
 from opt_parallel.topology import ALONE
@@ -84,6 +86,26 @@ def test_a_single_prompt_appears_as_it_is_made(checkpoint: Path, monkeypatch: py
         assert len([piece for piece in Terminal.pieces if piece.strip()]) > 4  # not all at the end
         seen_whole += "\ufffd" not in text[:-1]
     assert seen_whole < 8  # some text did have cut characters
+
+
+def test_a_special_token_that_a_prompt_spells(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text, where nobody says otherwise; of our checkpoints as the training text was read."""
+    texts = []
+    for option in ([], ["--special-tokens", "text"], ["--special-tokens", "tokens"]):
+        run_script(monkeypatch, "--checkpoint", str(checkpoint), "--prompt", "x</s>7", *SAMPLED, *option)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("x</s>7")
+    assert texts[2].startswith("x7")  # what is special is not printed
+    saved = shutil.copytree(ROOT / "tests" / "saved_before" / "checkpoint", tmp_path / "saved")
+    assert open_checkpoint(saved).special_tokens is SpecialTokens.text  # written before there was a choice
+    edit(saved, lambda manifest: manifest["config"]["data"].update(special_tokens="tokens"))
+    assert open_checkpoint(saved).special_tokens is SpecialTokens.tokens
+    edit(saved, lambda manifest: manifest["config"]["data"].update(special_tokens=["x"]))
+    with pytest.raises(UserError, match=r"data.special_tokens="):
+        _ = open_checkpoint(saved).special_tokens
 
 
 def test_a_continuation_keeps_its_first_space() -> None:

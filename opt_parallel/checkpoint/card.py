@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ tags:
 
 
 def model_card(
-    model: ModelConfig, manifest: dict[str, Any] | None, rows: list[dict[str, Any]], labels: Labels | None = None
+    model: ModelConfig,
+    manifest: dict[str, Any] | None,
+    rows: list[dict[str, Any]],
+    labels: Labels | None = None,
+    tokens: Mapping[int, str] | None = None,
 ) -> bytes:
     """README.md. `manifest` is a training checkpoint's, None for weights whose training is unknown; `rows` are its
-    run's metrics up to it; `labels` are a classifier's."""
+    run's metrics up to it; `labels` are a classifier's; `tokens` the tokenizer's special ones by id."""
     name = "OPT" if manifest is None else manifest["config"]["run"]["name"]
     network = {
         "parameters": f"{model.parameters():,}",
@@ -39,12 +43,18 @@ def model_card(
         "vocabulary": model.vocab_size,
         "positions": model.max_position_embeddings,
     }
+    for what, number in (
+        ("begins", model.bos_token_id),
+        ("ends", model.eos_token_id),
+        ("is padded", model.pad_token_id),
+    ):
+        network[f"a text {what} with"] = f"{code((tokens or {}).get(number, ''))} {number}".strip()
     kind, theirs, pipeline = LANGUAGE_MODEL if labels is None else SEQUENCE_CLASSIFIER
     parts = [HEAD.format(pipeline=pipeline), f"# {name}\n", f"{kind}, written by opt-parallel for `{theirs}`.\n"]
     parts += ["## Network\n", _table(network.items())]
     if labels is not None:
         problem = "unknown" if labels.problem_type is None else labels.problem_type.value
-        parts += ["## Labels\n", f"{', '.join(f'`{label}`' for label in labels.names)} ({problem})\n"]
+        parts += ["## Labels\n", f"{', '.join(map(code, labels.names))} ({problem})\n"]
     if manifest is not None:
         unit = "nats a token" if labels is None else "mean of the examples"
         parts += ["## Training\n", _table(_training(manifest, rows, unit))]
@@ -80,8 +90,15 @@ def _training(manifest: dict[str, Any], rows: list[dict[str, Any]], unit: str) -
     return [(name, value) for name, value in facts if value]
 
 
+def code(text: str) -> str:
+    """Text as Markdown's code, in a table too: in a line, with nothing in it that ends either."""
+    plain = text if text.isprintable() else repr(text)
+    quotes = "``" if "`" in plain else "`"
+    return f"{quotes}{plain}{quotes}".replace("|", "\\|") if text else ""
+
+
 def _listed(texts: Any) -> str:
-    return ", ".join(f"`{text}`" for text in ([texts] if isinstance(texts, str) else texts or []))
+    return ", ".join(code(str(text)) for text in ([texts] if isinstance(texts, str) else texts or []))
 
 
 def _table(facts: Iterable[tuple[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,14 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opt_parallel.checkpoint.damage import check_sizes, read_whole
+from opt_parallel.checkpoint.grown import Grown
 from opt_parallel.checkpoint.merged import Base, Merged, Weights, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.compose import labels_at, model_at
+from opt_parallel.data_config import SpecialTokens
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import read_labels
 from opt_parallel.hub import find_checkpoint
 from opt_parallel.log import say
-from opt_parallel.manifest import MANIFEST, Damaged
+from opt_parallel.manifest import MANIFEST, Damaged, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.model.hf import HuggingFaceWeights
 from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
@@ -49,6 +51,15 @@ class Opened:
         return torch.float32 if self.stored.dtype is torch.float64 else self.stored.dtype
 
     @property
+    def special_tokens(self) -> SpecialTokens:
+        """What a special token was that its training text spelled; text, where nobody knows."""
+        data = read_manifest(self.folder)["config"]["data"] if (self.folder / MANIFEST).is_file() else {}
+        name = str(data.get("special_tokens", SpecialTokens.text.name))
+        if name not in SpecialTokens.__members__:
+            raise Damaged(self.folder, f"{MANIFEST} says data.special_tokens={name!r:.80}")
+        return SpecialTokens[name]
+
+    @property
     def is_classifier(self) -> bool:
         """Whether it has a classification head."""
         return self.stored.holds(SCORE)
@@ -59,6 +70,17 @@ class Opened:
         if values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):  # NaN is both ends
             self.not_finite.append(name)
         return values
+
+    def grown(self, rows: int) -> Opened:
+        """The same with `rows` rows in its embedding, as many as there are or more; says so."""
+        if rows == self.config.vocab_size:
+            return self
+        say(
+            f"{self.folder}: the embedding grows from {self.config.vocab_size} rows to model.vocab_size={rows}; each "
+            "new row is the mean of the others"
+        )
+        stored = Grown(self.stored, self.config.vocab_size)
+        return replace(self, config=replace(self.config, vocab_size=rows), stored=stored)
 
     def as_base(self, name: str) -> Base:
         """This checkpoint, which the user calls `name`, as what a LoRA run stands on; it may be a classifier's.

@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from opt_parallel.data.records import require_good
-from opt_parallel.data.tokens import CHAT_TEMPLATE
-from opt_parallel.errors import UserError, one_line
-from opt_parallel.storage.foreign import content_of, file_in, read_json
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
@@ -38,17 +34,6 @@ TEMPLATE = """\
 def chat_template(tokenizer: Tokenizer, end: int) -> str:
     """The template of a tokenizer whose end of text is the token `end`."""
     return TEMPLATE.replace("END", json.dumps(tokenizer.id_to_token(end)))
-
-
-def brings_another(tokenizer: Path, template: str) -> bool:
-    """Whether the folder of a tokenizer has a chat template, and not this one. Raises: UserError if it is damaged."""
-    own, settings = content_of(tokenizer, CHAT_TEMPLATE), file_in(tokenizer, "tokenizer_config.json")
-    if own is not None:
-        return own != template.encode()
-    try:
-        return settings is not None and "chat_template" in read_json(settings)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{settings} cannot be read ({one_line(error)}): bring a whole copy") from error
 
 
 def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:

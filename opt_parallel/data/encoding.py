@@ -15,8 +15,10 @@ from tokenizers import Tokenizer
 
 from opt_parallel.data.records import BadRecord, Item, Record
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
-from opt_parallel.data.tokens import count_tokens, encode_documents
+from opt_parallel.data.tokens import encode_documents
+from opt_parallel.data_config import SpecialTokens
 from opt_parallel.errors import one_line
+from opt_parallel.hf_tokenizer import count_tokens
 
 PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
 BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
@@ -96,12 +98,18 @@ def require_characters(text: str, where: str) -> None:
 class TextEncoder:
     """Pretraining's: documents, white space at their ends removed, each followed by the token `end`."""
 
-    def __init__(self, tokenizer: Tokenizer, end: int, text: Text | None = None) -> None:
-        self.tokenizer, self.end, self.text = tokenizer, end, text or Text()
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        end: int,
+        text: Text | None = None,
+        spelled: SpecialTokens = SpecialTokens.text,
+    ) -> None:
+        self.tokenizer, self.end, self.text, self.spelled = tokenizer, end, text or Text(), spelled
         self.columns = {"ids": ids_column(count_tokens(tokenizer)), "lengths": LENGTHS}
 
     def identity(self) -> list[Any]:
-        return ["text", self.tokenizer.to_str(), self.end, self.text.field, self.text.template]
+        return ["text", self.tokenizer.to_str(), self.end, self.text.field, self.text.template, *how(self.spelled)]
 
     def check(self, record: Record) -> None:
         self.text.of(record)
@@ -110,7 +118,7 @@ class TextEncoder:
         texts = [text for record in records if (text := self.text.of(record).rstrip())]
         parts = [list(_parts(text)) for text in texts]
         dtype = self.columns["ids"].dtype
-        pieces = iter(_encoded([part for each in parts for part in each], self.tokenizer, dtype))
+        pieces = iter(_encoded([part for each in parts for part in each], self.tokenizer, dtype, self.spelled))
         end, ids, lengths = np.array([self.end], dtype), [], []
         for each in parts:
             document = [*islice(pieces, len(each)), end]
@@ -122,7 +130,12 @@ class TextEncoder:
         return Encoded(columns, counts, size)
 
 
-def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Iterator[np.ndarray]:
+def how(spelled: SpecialTokens) -> list[str]:
+    """What a store's identity says of special tokens that its text spells: nothing where they are text, as always."""
+    return [] if spelled is SpecialTokens.text else ["special tokens"]
+
+
+def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str, spelled: SpecialTokens) -> Iterator[np.ndarray]:
     """The ids of each text, some at a time: what the tokenizer hands out is many times larger than the arrays."""
     start = 0
     while start < len(texts):
@@ -130,7 +143,7 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Iterator[np.
         while stop < len(texts) and characters < BATCH_CHARACTERS:
             characters += len(texts[stop])
             stop += 1
-        for ids in encode_documents(tokenizer, texts[start:stop]):
+        for ids in encode_documents(tokenizer, texts[start:stop], spelled):
             yield np.array(ids, dtype)
         start = stop
 

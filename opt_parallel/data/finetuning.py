@@ -17,10 +17,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.chat import read_messages, turns_of
-from opt_parallel.data.encoding import columns_of, require_characters
+from opt_parallel.data.encoding import columns_of, how, require_characters
 from opt_parallel.data.records import BadRecord, Record, require_good
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
-from opt_parallel.data.tokens import count_tokens, encode_documents
+from opt_parallel.data.tokens import encode_documents
+from opt_parallel.data_config import SpecialTokens
+from opt_parallel.hf_tokenizer import count_tokens
 from opt_parallel.task_config import TaskConfig, Truncation
 
 PROMPT_CUT, COMPLETION_CUT = "examples with their prompt cut", "examples with their completion cut"
@@ -32,8 +34,15 @@ Turn = tuple[list[int], list[int]]  # what is answered, and the answer
 class ExampleEncoder:
     """Records of `task`'s fields as examples of at most `length` + 1 tokens, the last of which is only a target."""
 
-    def __init__(self, tokenizer: Tokenizer, end: int, task: TaskConfig, length: int) -> None:
-        self.tokenizer, self.end, self.task, self.length = tokenizer, end, task, length
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        end: int,
+        task: TaskConfig,
+        length: int,
+        spelled: SpecialTokens = SpecialTokens.text,
+    ) -> None:
+        self.tokenizer, self.end, self.task, self.length, self.spelled = tokenizer, end, task, length, spelled
         self.columns = {
             "ids": ids_column(count_tokens(tokenizer)),
             "targets": Column("uint8", per_token=True),  # 1 where the token is to be learnt
@@ -43,7 +52,7 @@ class ExampleEncoder:
     def identity(self) -> list[Any]:
         task = self.task
         fields = [task.prompt_field, task.completion_field, task.messages_field, task.truncation.value]
-        return ["finetune", self.tokenizer.to_str(), self.end, *fields, self.length]
+        return ["finetune", self.tokenizer.to_str(), self.end, *fields, self.length, *how(self.spelled)]
 
     def check(self, record: Record) -> None:
         self._turns(record, Counter())
@@ -51,7 +60,8 @@ class ExampleEncoder:
     def encode(self, records: list[Record]) -> Encoded:
         counts: Counter[str] = Counter()
         examples = [self._turns(record, counts) for record in records]
-        ids = iter(encode_documents(self.tokenizer, [text for turns in examples for turn in turns for text in turn]))
+        texts = [text for turns in examples for turn in turns for text in turn]
+        ids = iter(encode_documents(self.tokenizer, texts, self.spelled))
         made = [self._example([(next(ids), next(ids)) for _ in turns], counts) for turns in examples]
         targets = np.fromiter((flag for _, flags in made for flag in flags), np.uint8)
         return Encoded({**columns_of([tokens for tokens, _ in made]), "targets": targets}, counts)

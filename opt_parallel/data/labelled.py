@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from opt_parallel.data.encoding import EMPTY, columns_of, require_characters
+from opt_parallel.data.encoding import EMPTY, columns_of, how, require_characters
 from opt_parallel.data.records import BadRecord, Record
 from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
-from opt_parallel.data.tokens import count_tokens, encode_documents
+from opt_parallel.data.tokens import encode_documents
+from opt_parallel.data_config import SpecialTokens
 from opt_parallel.errors import UserError
+from opt_parallel.hf_tokenizer import count_tokens
 from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.task_config import TaskConfig, Truncation, name_of
 
@@ -31,10 +33,17 @@ class LabelledEncoder:
     """Classification's: ids of at most `length` tokens, and a `label` for each example."""
 
     def __init__(
-        self, tokenizer: Tokenizer, end: int, text_field: str, task: TaskConfig, labels: Labels, length: int
+        self,
+        tokenizer: Tokenizer,
+        end: int,
+        text_field: str,
+        task: TaskConfig,
+        labels: Labels,
+        length: int,
+        spelled: SpecialTokens = SpecialTokens.text,
     ) -> None:
         """`end`: the token `</s>`."""
-        self.tokenizer, self.end, self.length = tokenizer, end, length
+        self.tokenizer, self.end, self.length, self.spelled = tokenizer, end, length, spelled
         self.text_field, self.task, self.labels = text_field, task, labels
         self.numbers = {name: number for number, name in enumerate(labels.names)}
         least = 2 if task.pair_field is None else 4
@@ -47,7 +56,8 @@ class LabelledEncoder:
         task, labels = self.task, self.labels
         fields = [self.text_field, task.pair_field, task.label_field, task.truncation.value]
         kind = labels.problem_type and labels.problem_type.value
-        return ["labelled", self.tokenizer.to_str(), self.end, self.length, fields, list(labels.names), kind]
+        own = [self.tokenizer.to_str(), self.end, self.length, fields, list(labels.names), kind]
+        return ["labelled", *own, *how(self.spelled)]
 
     def check(self, record: Record) -> tuple[list[str], int | list[float]]:
         """The texts and the label of a record."""
@@ -57,7 +67,7 @@ class LabelledEncoder:
     def encode(self, records: list[Record]) -> Encoded:
         examples = [self.check(record) for record in records]
         kept = [(texts, label) for texts, label in examples if any(text.strip() for text in texts)]
-        ids = iter(encode_documents(self.tokenizer, [text for texts, _ in kept for text in texts]))
+        ids = iter(encode_documents(self.tokenizer, [text for texts, _ in kept for text in texts], self.spelled))
         counts: Counter[str] = Counter({EMPTY: len(records) - len(kept)} if len(kept) < len(records) else {})
         documents = []
         for texts, _ in kept:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from opt_parallel.config import Run
 from opt_parallel.data.cache import cached, fingerprint, whole
-from opt_parallel.data.chat import brings_another, chat_template
+from opt_parallel.data.chat import chat_template
 from opt_parallel.data.encoding import Encoder, Text, TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.finetuning import ExampleEncoder
@@ -30,11 +30,12 @@ from opt_parallel.data.tokens import (
     check_padding,
     check_tokenizer,
     load_tokenizer,
-    save_tokenizer,
+    of_opt,
     train_tokenizer,
 )
 from opt_parallel.data_config import BadRecordsPolicy, SourceConfig
 from opt_parallel.errors import UserError
+from opt_parallel.hf_tokenizer import other_ids, read_tokenizer, write_tokenizer
 from opt_parallel.log import say
 from opt_parallel.shapes import Labels, ProblemType, require
 from opt_parallel.task_config import Task
@@ -135,14 +136,14 @@ def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | N
 
 def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
     """What the run's task makes of its records; `labels` are a classifier's. Raises: UserError."""
-    end, length = run.model.eos_token_id, run.data.sequence_length
+    end, length, spelled = run.model.eos_token_id, run.data.sequence_length, run.data.special_tokens
     if run.task.name is Task.finetune:
-        return ExampleEncoder(tokenizer, end, run.task, length)
+        return ExampleEncoder(tokenizer, end, run.task, length, spelled)
     if run.task.name is Task.classify:
         assert labels is not None
         check_padding(tokenizer, run.model)
-        return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length)
-    return TextEncoder(tokenizer, end, text)
+        return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length, spelled)
+    return TextEncoder(tokenizer, end, text, spelled)
 
 
 def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
@@ -217,17 +218,17 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
     With a chat template of ours where the training data begins with a chat."""
     name = run.data.tokenizer or (str(before) if before else None)
     if name is not None:
-        brought = load_tokenizer(name)
-        check_tokenizer(brought, name, run.model)
-        check_padding(brought, run.model)
-        template = None
+        brought = read_tokenizer(name)
+        check_tokenizer(brought.tokenizer, name, run.model, brought.ids.get("eos_token_id"))
+        check_padding(brought.tokenizer, run.model)
+        brought = brought.of_model(run.model)
         if run.task.name is Task.finetune and any(map(partial(_begins_with_chat, run), train)):
-            template = chat_template(brought, run.model.eos_token_id)
-            if brings_another(Path(name), template):
+            template = chat_template(brought.tokenizer, run.model.eos_token_id)
+            if brought.chat_template not in (None, template):
                 say(f"warning: the chat template of data.tokenizer={name} is not used: chats are written as documented "
                     "in docs/finetuning.md, and the run's tokenizer gets that template")  # fmt: skip
-        target = cached(run, "tokenizer", [brought.to_str(), *([template] if template else [])])
-        return whole(target, lambda folder: save_tokenizer(brought, folder, template))
+            brought = replace(brought, chat_template=template)
+        return whole(cached(run, "tokenizer", brought.identity()), lambda folder: write_tokenizer(brought, folder))
     require(
         run.task.name is Task.pretrain,
         f"task={run.task.name.value} needs a tokenizer: start from a checkpoint, init_from=…, or set data.tokenizer",
@@ -242,7 +243,8 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
 
     def fill_in(folder: Path) -> None:
         try:
-            save_tokenizer(train_tokenizer(in_proportion(train, weights), run.model.vocab_size), folder)
+            trained = of_opt(train_tokenizer(in_proportion(train, weights), run.model.vocab_size))
+            write_tokenizer(trained.of_model(run.model), folder)
         except BadRecord as error:
             bad = BadRecords()
             for corpus in train:
@@ -254,6 +256,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
             [[text, corpus.text.template] for text, corpus in zip(texts, train, strict=True)],
             [str(weight) for weight in weights],
             run.model.vocab_size,
+            *other_ids(run.model),
         ]
         for texts in ([corpus.made_from() for corpus in train], [corpus.identity() for corpus in train])
     )

@@ -30,7 +30,7 @@ def parse_checked(text: bytes) -> dict[str, Any]:
 
     Raises: ValueError, with the reason, if it is anything else."""
     try:
-        values = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        values = json.loads(text.decode(), object_pairs_hook=without_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):
@@ -67,7 +67,7 @@ def is_deep(values: Any) -> bool:
     return any(isinstance(each, dict | list) for each in level)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):  # readers in other languages may take the first of two
         raise ValueError("a key is there twice")

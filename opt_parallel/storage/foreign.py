@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.errors import UserError, one_line
+from opt_parallel.storage.checked import without_duplicates
 
 MOST_BYTES = 100_000_000  # of a file that is read whole; an index of 175B's weights has 0.1 MB, a large tokenizer 35
 
@@ -70,8 +71,13 @@ def content_of(folder: Path, name: str) -> bytes | None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises: OSError; ValueError if it is not JSON, too large or nested too deeply."""
+    """What a JSON file holds. Raises: OSError; ValueError as `parse_json`, or if it is too large."""
+    return parse_json(read_whole(path))
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON says. Raises: ValueError if it is none, is nested too deeply or has a key twice."""
     try:
-        return json.loads(read_whole(path).decode("utf-8"))
+        return json.loads(content.decode("utf-8"), object_pairs_hook=without_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from finetuning import encode, examples_of, some_records, store_of, tokenizer
 
-from opt_parallel.data.chat import brings_another, chat_template
+from opt_parallel.data.chat import chat_template
 from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.packing import Examples, pack
 from opt_parallel.data.records import Record
 from opt_parallel.data.store import Encoded
 from opt_parallel.data.tokens import encode_documents, save_tokenizer
 from opt_parallel.errors import UserError
+from opt_parallel.hf_tokenizer import read_tokenizer
 from opt_parallel.shapes import IGNORED
 from opt_parallel.task_config import TaskConfig, Truncation
 
@@ -78,12 +79,6 @@ def test_answers_are_learnt() -> None:
     ])  # fmt: skip
 
 
-def test_a_tokenizer_with_damaged_settings(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{half")
-    with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read"):
-        brings_another(tmp_path, "")
-
-
 def test_transformers_writes_the_same_chats(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -99,17 +94,14 @@ def test_transformers_writes_the_same_chats(tmp_path: Path) -> None:
         theirs.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_another_chat_template_is_seen(tmp_path: Path) -> None:
-    ours = chat_template(tokenizer(), END)
+def test_a_chat_template_is_brought_in_either_file(tmp_path: Path) -> None:
     save_tokenizer(tokenizer(), tmp_path)
-    assert not brings_another(tmp_path, ours)
+    assert read_tokenizer(str(tmp_path)).chat_template is None
     settings = tmp_path / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace("{", '{"chat_template": "x",', 1))
-    assert brings_another(tmp_path, ours)
-    save_tokenizer(tokenizer(), tmp_path, ours)
-    assert not brings_another(tmp_path, ours)
-    (tmp_path / "chat_template.jinja").write_text("x")
-    assert brings_another(tmp_path, ours)
+    assert read_tokenizer(str(tmp_path)).chat_template == "x"
+    (tmp_path / "chat_template.jinja").write_text("y")
+    assert read_tokenizer(str(tmp_path)).chat_template == "y"
 
 
 def test_what_nobody_answers_is_left_out_and_counted() -> None:

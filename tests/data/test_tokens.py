@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from opt_parallel.data import tokens
+from opt_parallel import hf_tokenizer
+from opt_parallel.data.encoding import TextEncoder
+from opt_parallel.data.finetuning import ExampleEncoder
+from opt_parallel.data.labelled import LabelledEncoder
+from opt_parallel.data.records import Record
 from opt_parallel.data.tokens import (
     check_tokenizer,
     encode_documents,
+    encode_prompt,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
+from opt_parallel.data_config import SpecialTokens
 from opt_parallel.errors import UserError
-from opt_parallel.shapes import ModelConfig
+from opt_parallel.shapes import Labels, ModelConfig, ProblemType
+from opt_parallel.task_config import TaskConfig
 
 TEXT = ["the cat sat on the mat and the dog sat on the cat", "  déjà vu, 日本 🙂\n\n\tthe end"]
 
@@ -52,6 +60,40 @@ def test_text_that_spells_a_special_token_stays_text(trained: Tokenizer) -> None
     assert not {0, 1, 2, 3} & set(ids)
     assert trained.decode(ids) == "a</s>b<pad>"
     assert 2 in trained.encode("a</s>b").ids[1:]  # and encoding elsewhere is as it was
+
+
+def test_one_rule_for_documents_and_prompts(trained: Tokenizer) -> None:
+    text, spelled = "a</s>b<pad>", SpecialTokens.tokens
+    as_text = encode_documents(trained, [text])[0]
+    as_tokens = encode_documents(trained, [text], spelled)[0]
+    assert as_tokens == [trained.token_to_id("a"), 2, trained.token_to_id("b"), 1]
+    assert encode_prompt(trained, text, model()) == [2, *as_text]
+    assert encode_prompt(trained, text, model(), spelled) == [2, *as_tokens]
+    trained.add_tokens(["<|user|>"])
+    try:  # of a word that was added, and is not special, there is no doubt
+        for rule in SpecialTokens:
+            assert trained.token_to_id("<|user|>") in encode_documents(trained, ["a<|user|>"], rule)[0]
+    finally:
+        assert trained.token_to_id("<|user|>") == trained.get_vocab_size() - 1
+
+
+def test_every_task_goes_by_the_rule_and_its_store_by_another_name() -> None:
+    tokenizer = train_tokenizer(TEXT, 300)
+    record = Record("line 1", {"text": "the</s>cat", "prompt": "the</s>", "completion": " cat</s>", "label": "x"})
+    labels = Labels(("x", "y"), ProblemType.single_label_classification)
+
+    def encoders(spelled: SpecialTokens) -> list[Any]:
+        return [
+            TextEncoder(tokenizer, 2, None, spelled),
+            ExampleEncoder(tokenizer, 2, TaskConfig(), 32, spelled),
+            LabelledEncoder(tokenizer, 2, "text", TaskConfig(), labels, 32, spelled),
+        ]
+
+    for as_text, as_tokens, ends in zip(*map(encoders, SpecialTokens), (1, 2, 1), strict=True):
+        counts = [each.encode([record]).columns["ids"].tolist().count(2) for each in (as_text, as_tokens)]
+        assert counts == [ends, ends + (2 if isinstance(as_text, ExampleEncoder) else 1)]
+        assert as_text.identity() != as_tokens.identity()
+    assert TextEncoder(tokenizer, 2).identity() == ["text", tokenizer.to_str(), 2, "text", None]  # as ever
 
 
 @pytest.mark.parametrize("beside", [None, {"model_type": "opt"}])
@@ -103,7 +145,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str, **_: object) -> str:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(tokens, "snapshot_download", unreachable)
+    monkeypatch.setattr(hf_tokenizer, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"data.tokenizer=some/where is no folder here.*no route; to host") as raised:
         load_tokenizer("some/where")
     assert "\n" not in str(raised.value)
@@ -111,7 +153,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_id(trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tokenizer(trained, tmp_path)
-    monkeypatch.setattr(tokens, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    monkeypatch.setattr(hf_tokenizer, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert load_tokenizer("some/where").to_str() == trained.to_str()
 
 
