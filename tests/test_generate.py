@@ -179,6 +179,7 @@ def test_mistakes(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_heads_that_tensor_does_not_divide(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="num_attention_heads=4 is not divisible by --tensor 3"):
         run_script(monkeypatch, "--checkpoint", str(checkpoint), "--prompt", "x", "--tensor", "3",

@@ -224,7 +224,7 @@ def test_on_a_gpu_the_device_keeps_the_time(
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12345)
-    run = run_in(tmp_path)
+    run = run_in(tmp_path, precision=PrecisionConfig(name=Precision.bf16))
     metrics = Metrics.open(run, 1, True, torch.device("cuda", 0), Clock())
     Event.device_clock += 100.0
     take(metrics, 1)

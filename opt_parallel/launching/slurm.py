@@ -52,6 +52,11 @@ def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
     """Apptainer's words: home and working folder it shows by itself, the run's and this repository it is told to."""
     if launch.container is None:
         return []
+    for path in (root, folder):
+        if set(str(path)) & set(",:"):
+            raise UserError(
+                f"{path} holds a comma or a colon, which Apptainer takes for its own: choose another folder"
+            )
     gpus = ["--nv"] if launch.gpus_per_node else []
     return ["apptainer", "exec", *gpus, "--bind", f"{root},{folder}", os.path.expanduser(launch.container)]
 
