@@ -96,5 +96,5 @@ def options_of(name: str) -> list[tuple[str | None, Action]]:
     return list(walk(parser_of(name), None))
 
 
-OF_HYDRA = {"evaluate", "preflight", "prepare"}
-SCRIPTS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - OF_HYDRA)
+# those that take options; no other is called here, since its `main` would do its work
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "parsed(" in path.read_text())

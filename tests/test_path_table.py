@@ -244,6 +244,14 @@ def check_line(line: str, tree: Path, key: str, case: str, value: str) -> None:
     assert "\n" not in line
 
 
+def test_every_script_reads_its_options_through_the_one_door() -> None:
+    """Which argparse's own `parse_args` would pass by."""
+    for path in (ROOT / "scripts").glob("*.py"):
+        source = path.read_text()
+        assert "parse_args" not in source
+        assert ("argparse.ArgumentParser(" in source) == (path.stem in SCRIPTS)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_option_is_forgotten(script: str) -> None:
     numbers = {"_positive", "int", "float"}
