@@ -257,7 +257,12 @@ def test_no_option_is_forgotten(script: str) -> None:
     numbers = {"_positive", "int", "float"}
     for verb, action in options_of(script):
         name = name_of(action)
-        if name in TEXTS_OF_SCRIPTS or action.nargs == 0 or getattr(action.type, "__name__", "") in numbers:
+        if (
+            name in TEXTS_OF_SCRIPTS
+            or action.choices
+            or action.nargs == 0
+            or getattr(action.type, "__name__", "") in numbers
+        ):
             continue
         assert (script, verb, name) in OPTIONS, f"is {name} of scripts/{script}.py a path?"
 
