@@ -12,14 +12,16 @@ import torch
 
 from opt_parallel.checkpoint.card import metrics_of, model_card
 from opt_parallel.checkpoint.damage import checksum_of, read_whole
-from opt_parallel.checkpoint.merged import lora_of
+from opt_parallel.checkpoint.merged import Merged, lora_of
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.room import require_room
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, as_json, generation_config, write_folder
-from opt_parallel.compose import model_at
+from opt_parallel.compose import labels_at, model_at
 from opt_parallel.errors import UserError
-from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER
+from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER, read_labels
 from opt_parallel.hf_tokenizer import files_for, special_tokens_in
+from opt_parallel.hub import INDEX_SUFFIX
+from opt_parallel.hub import WEIGHTS as FORMATS
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
@@ -27,10 +29,12 @@ from opt_parallel.model.hf import config_for_hf, labels_for_hf
 from opt_parallel.model.lora import ADAPTER_WEIGHTS, config_for_peft, to_peft
 from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import Constant, Shard, marked
-from opt_parallel.storage.foreign import content_of
+from opt_parallel.shapes import Labels
+from opt_parallel.storage.foreign import content_of, file_in
 from opt_parallel.topology import ALONE
 
-CARD = "README.md"
+CARD, BASE = "README.md", "base"
+SHARD = 5 * 10**9  # bytes of a file of the base beside an adapter
 ORIGIN = "checkpoint.json"  # which checkpoint of ours an export is of
 COPIES = 3  # of a tensor in fp32 that are in memory at most: as it was read, merged or rearranged, as it is written
 
@@ -75,7 +79,10 @@ def _origin(checkpoint: Path) -> dict[str, Any]:
 
 
 def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
-    """Write what a LoRA run trained to `output` as a PEFT adapter: whole or absent. The base is not read.
+    """Write what a LoRA run trained to `output` as a PEFT adapter: whole or absent.
+
+    peft takes the network and a classifier's labels from the base that an adapter names. Where transformers cannot read
+    the run's base, or that one does not have these labels, `output`/base is written, which does: the same weights.
 
     Raises: UserError."""
     if output.exists():
@@ -83,25 +90,53 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
     if not (checkpoint / MANIFEST).is_file():
         raise UserError(f"--adapter --checkpoint {checkpoint} is no training checkpoint (…/checkpoints/step-<N>)")
     trained = read_whole(checkpoint)
-    lora = lora_of(trained.manifest)
+    lora, labels = lora_of(trained.manifest), labels_at(checkpoint)
     if lora.rank == 0:
         raise UserError(f"--adapter: {checkpoint} trained every parameter, not LoRA: export it without --adapter")
-    base: str | None = trained.manifest["base"]["checkpoint"]
-    if base is not None and (Path(base) / MANIFEST).is_file():
-        say(f"warning: the base {base} is a training checkpoint, so the adapter names none: export the base too")
-        base = None
+    model, base = model_at(checkpoint, "--checkpoint "), str(trained.manifest["base"]["checkpoint"])
+    tokenizer = files_for(checkpoint / "tokenizer", model)
+    serves = _serves(base, labels)
+    named = base if serves else str((output / BASE).absolute())
+    metrics = metrics_of(checkpoint, trained.manifest["clock"]["step"])
+    card = model_card(model, trained.manifest, metrics, labels, special_tokens_in(tokenizer), named)
     write_folder(
         output,
-        config_for_peft(lora, base, trained.holds(SCORE)),
+        config_for_peft(lora, named, trained.holds(SCORE)),
         [(name, Shard(shape, 0, 0, 1, Constant(0.0), False)) for name, shape in trained.shapes.items()],
         trained,
         torch.float32 if dtype is ExportDtype.auto else getattr(torch, dtype.value),
         sys.maxsize,  # peft knows no adapter of several files
-        files_for(checkpoint / "tokenizer", model_at(checkpoint, "--checkpoint "))
-        | {ORIGIN: as_json(_origin(checkpoint))},
+        tokenizer | {ORIGIN: as_json(_origin(checkpoint)), CARD: card},
         to_theirs=lambda name, values: to_peft(name, values, lora.targets),
         names=(ADAPTER_WEIGHTS, ADAPTER_CONFIG),
+        beside=lambda folder: None if serves else _write_base(checkpoint, folder / BASE, labels, tokenizer),
     )
+    if not serves:
+        say(f"{named} is the base, {base}, with what peft does not find there: the adapter names it")
+
+
+def _serves(base: str, labels: Labels | None) -> bool:
+    """Whether peft, which loads a base by transformers, finds the run's network there, and `labels`."""
+    folder = Path(base)
+    if not folder.is_dir():
+        return labels is None  # a hub id
+    readable = [name for single in FORMATS[:2] for name in (single, single + INDEX_SUFFIX) if file_in(folder, name)]
+    if (folder / MANIFEST).is_file() or not readable:
+        return False
+    return labels is None or read_labels(folder) == labels
+
+
+def _write_base(checkpoint: Path, output: Path, labels: Labels | None, tokenizer: dict[str, bytes]) -> None:
+    """The language model that a LoRA run stands on, with `labels` in its configuration."""
+    opened = open_checkpoint(checkpoint)
+    assert isinstance(opened.stored, Merged)
+    weights = opened.stored.base
+    dtype = torch.float32 if weights.dtype is torch.float64 else weights.dtype
+    content = config_for_hf(opened.config, dtype) | (labels_for_hf(labels) if labels else {})
+    with torch.device("meta"):
+        parameters = [(name, shard) for name, _, shard in marked(CausalLM(opened.config, ALONE))]
+    files = tokenizer | {GENERATION_CONFIG: generation_config(opened.config)}
+    write_folder(output, content, parameters, weights, dtype, SHARD, files)
 
 
 def _contents(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from hugging_face import VARIANTS, random_model
@@ -28,7 +29,7 @@ def run_on(
     base: Path, folder: Path, layout: Layout, steps: int = 4, targets: tuple[str, ...] = LORA_TARGETS, **model: Any
 ) -> Run:
     """A run in `folder` that adapts `base`, spread as `layout` says; `model` changes its dropouts."""
-    from opt_parallel.hf_config import read_config
+    from opt_parallel.compose import model_at
 
     if not (folder / "tokenizer").exists():
         (folder / "tokenizer").mkdir(parents=True)
@@ -36,7 +37,7 @@ def run_on(
     rates = {"dropout": 0.1, "attention_dropout": 0.0, "layerdrop": 0.2, **model}
     return dataclasses.replace(
         run_for(layout, steps=steps, lr=0.01),
-        model=dataclasses.replace(read_config(base), **rates),
+        model=dataclasses.replace(model_at(base, ""), **rates),
         task=TaskConfig(lora=LoraConfig(RANK, ALPHA, list(targets))),
         run=RunConfig("lora", str(folder)),
         init_from=str(base),
@@ -148,23 +149,28 @@ def go_with_peft(run: Run, model: Any) -> list[float]:
     return losses
 
 
-def random_adapter(run: Run, number_of_labels: int) -> None:
-    """On the crew: a checkpoint of step 0 whose trained tensors are random, B and a classifier's score included."""
+def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ()) -> None:
+    """On the crew: a checkpoint of step 0 whose trained tensors are random, B and a classifier's score included.
+
+    `names`: of the labels; numbered without."""
     from opt_parallel.checkpoint.reading import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.engine import Engine
     from opt_parallel.loop import _weights
-    from opt_parallel.shapes import Labels
+    from opt_parallel.shapes import Labels, ProblemType
     from opt_parallel.topology import Topology
+    from opt_parallel.zero import held_fragments
 
     labels = Labels.numbered(number_of_labels) if run.task.name is Task.classify else None
+    labels = Labels(names, ProblemType.single_label_classification) if names else labels
     start = open_checkpoint(str(run.init_from))
     with Topology.open(run.parallel.tensor) as topology:
         base = start.as_base(str(run.init_from))
         store = Store(run, topology, Path(run.run.dir) / "tokenizer", labels, base)
         engine = Engine.build(run, topology, _weights(run, start, None), labels)
-        for fragment in engine.owned():
-            fragment.weights.normal_(0.0, 0.1)
+        for fragment in held_fragments(engine.wrapped, run.zero.stage, topology.data.rank, engine.moments):
+            where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # ranks that hold the same draw the same
+            fragment.weights.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(crc32(where.encode())))
         store.save(engine, Clock())
         store.finish()
         engine.close()

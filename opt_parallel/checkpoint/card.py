@@ -8,20 +8,13 @@ from typing import Any
 
 import yaml
 
+from opt_parallel.hub import HUB_ID
 from opt_parallel.shapes import Labels, ModelConfig
 from opt_parallel.storage.rows import METRICS, rows_of
 
 # what it is, transformers' class, the hub's word for its use
 LANGUAGE_MODEL = ("An OPT language model", "OPTForCausalLM", "text-generation")
 SEQUENCE_CLASSIFIER = ("An OPT classifier", "OPTForSequenceClassification", "text-classification")
-HEAD = """---
-library_name: transformers
-pipeline_tag: {pipeline}
-tags:
-- opt
-- opt-parallel
----
-"""
 
 
 def model_card(
@@ -30,9 +23,11 @@ def model_card(
     rows: list[dict[str, Any]],
     labels: Labels | None = None,
     tokens: Mapping[int, str] | None = None,
+    base: str | None = None,
 ) -> bytes:
     """README.md. `manifest` is a training checkpoint's, None for weights whose training is unknown; `rows` are its
-    run's metrics up to it; `labels` are a classifier's; `tokens` the tokenizer's special ones by id."""
+    run's metrics up to it; `labels` are a classifier's; `tokens` the tokenizer's special ones by id; `base`: of an
+    adapter, what peft loads it upon."""
     name = "OPT" if manifest is None else manifest["config"]["run"]["name"]
     network = {
         "parameters": f"{model.parameters():,}",
@@ -50,7 +45,13 @@ def model_card(
     ):
         network[f"a text {what} with"] = f"{code((tokens or {}).get(number, ''))} {number}".strip()
     kind, theirs, pipeline = LANGUAGE_MODEL if labels is None else SEQUENCE_CLASSIFIER
-    parts = [HEAD.format(pipeline=pipeline), f"# {name}\n", f"{kind}, written by opt-parallel for `{theirs}`.\n"]
+    parts = [_head(pipeline, base), f"# {name}\n"]
+    if base is None:
+        parts.append(f"{kind}, written by opt-parallel for `{theirs}`.\n")
+    else:
+        auto = "AutoPeftModelForCausalLM" if labels is None else "AutoPeftModelForSequenceClassification"
+        parts.append(f"A LoRA adapter of {kind[0].lower()}{kind[1:]}, written by opt-parallel for `peft.{auto}`, which "
+                     f"loads it upon {code(base)}; adapter_config.json names that, and it may be moved.\n")  # fmt: skip
     parts += ["## Network\n", _table(network.items())]
     if labels is not None:
         problem = "unknown" if labels.problem_type is None else labels.problem_type.value
@@ -61,6 +62,18 @@ def model_card(
         configuration = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True)
         parts += ["## Configuration\n", f"```yaml\n{configuration}```\n"]
     return "\n".join(parts).encode()
+
+
+def _head(pipeline: str, base: str | None) -> str:
+    """The hub's metadata. A base that lies here means nothing there."""
+    facts: dict[str, Any] = {
+        "library_name": "transformers" if base is None else "peft",
+        "pipeline_tag": pipeline,
+        "tags": ["opt", "opt-parallel", *([] if base is None else ["lora"])],
+    }
+    if base is not None and HUB_ID.fullmatch(base):
+        facts["base_model"] = base
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
 
 
 def metrics_of(checkpoint: Path, step: int) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ def write_folder(
     group: Group = ALONE,
     replace: bool = False,
     names: tuple[str, str] = (WEIGHTS, CONFIG),
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write `output` under a name beside it and rename it at the end; its configuration comes last.
 
@@ -60,6 +61,7 @@ def write_folder(
         to_theirs: a logical tensor under the names in the files.
         replace: an earlier export of that name gives way once the new one is whole; any other folder does not.
         names: of the file of weights, where one is enough, and of the configuration.
+        beside: writes folders that belong into the new one, on rank 0, before it has its name.
 
     Raises: UserError, on every rank alike: the disk is full or closed, or a value is too large for `dtype`.
     """
@@ -75,6 +77,7 @@ def write_folder(
                 _write_weights(partial, shards, tensors, dtype, names[0])
                 for name, data in (files or {}).items():
                     (partial / name).write_bytes(data)
+                beside(partial)
                 (partial / names[1]).write_bytes(as_json(content))
         except (OSError, UserError) as error:
             failure = error
