@@ -229,8 +229,7 @@ def test_a_fine_tuned_model_answers(tmp_path: Path, checkpoint: Path) -> None:
         "optimizer.lr=3e-3", "optimizer.weight_decay=0", "model.dropout=0", "export.at_end=true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    examples = next(line for line in done.stdout.splitlines() if "examples of" in line)
-    assert examples.startswith("data.train: 20 examples of ")
+    (examples,) = [line for line in done.stdout.splitlines() if line.startswith("data.train: 20 examples of ")]
     assert examples.endswith("% full")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows if row["kind"] == "validation"][-1] < 0.05
