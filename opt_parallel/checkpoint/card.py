@@ -27,7 +27,7 @@ def model_card(
 ) -> bytes:
     """README.md. `manifest` is a training checkpoint's, None for weights whose training is unknown; `rows` are its
     run's metrics up to it; `labels` are a classifier's; `tokens` the tokenizer's special ones by id; `base`: of an
-    adapter, what peft loads it upon."""
+    adapter, the checkpoint that peft puts it on."""
     name = "OPT" if manifest is None else manifest["config"]["run"]["name"]
     network = {
         "parameters": f"{model.parameters():,}",
@@ -51,7 +51,7 @@ def model_card(
     else:
         auto = "AutoPeftModelForCausalLM" if labels is None else "AutoPeftModelForSequenceClassification"
         parts.append(f"A LoRA adapter of {kind[0].lower()}{kind[1:]}, written by opt-parallel for `peft.{auto}`, which "
-                     f"loads it upon {code(base)}; adapter_config.json names that, and it may be moved.\n")  # fmt: skip
+                     f"puts it on {code(base)}; adapter_config.json names that, and it may be moved.\n")  # fmt: skip
     parts += ["## Network\n", _table(network.items())]
     if labels is not None:
         problem = "unknown" if labels.problem_type is None else labels.problem_type.value

@@ -52,8 +52,8 @@ class Cycle:
         """Of each source, its turns among the first `turns`."""
         order, _, counts = self._laid_out
         cycles, rest = divmod(turns, len(order))
-        begun = np.bincount(order[:rest], minlength=len(counts)).tolist()
-        return [cycles * count + more for count, more in zip(counts, begun, strict=True)]
+        counted = np.bincount(order[:rest], minlength=len(counts)).tolist()
+        return [cycles * count + more for count, more in zip(counts, counted, strict=True)]
 
     @cached_property
     def _laid_out(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
