@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,11 +27,15 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",  # the crew is of CPUs; tests marked gpu start their own processes
 }
 torch.set_num_threads(1)
+# A job in the background of a shell, or under nohup, ignores these, and so would every command that a test starts.
+for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored is signal.SIGINT else signal.SIG_DFL)
 
 
 # CPU seconds of a test that is not marked long, all its processes together. Wall time would depend on what else the
 # machine does. A ceiling against runaways: a machine under load has shown twice the CPU time of a quiet one.
-BUDGET = 120.0
+BUDGET = 60.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

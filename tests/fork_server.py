@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import multiprocessing.process
 import os
 import runpy
 import select
@@ -72,9 +73,9 @@ class Forked:
     def ended_within(self, seconds: float) -> bool:
         if not select.select([self.connection], [], [], seconds)[0]:
             return False
-        status, seconds = self.answers.readline().split()
+        status, used = self.answers.readline().split()
         self.status = int(status)
-        Forked.all_seconds += float(seconds)
+        Forked.all_seconds += float(used)
         return True
 
     def kill(self) -> None:
@@ -133,6 +134,8 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    # Spawned processes look for the command's relative path in the folder that multiprocessing saw at its import.
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     sys.argv = request["arguments"]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

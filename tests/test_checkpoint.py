@@ -102,12 +102,21 @@ def largest_change(checkpoints: Path) -> float:
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Another text keeps the checkpoint's tokenizer; a tokenizer of other words cannot continue the run."""
     arguments = [*small(tmp_path), "steps=2"]
     assert python("train.py", *arguments).returncode == 0
     (tmp_path / "text.jsonl").write_text('{"text": "Wholly other words make wholly other tokens."}\n' * 40)
-    process = python("train.py", *arguments, "steps=4")
-    assert process.returncode == 2
-    assert "another tokenizer" in process.stderr
+    elsewhere = [*arguments, f"run.dir={tmp_path / 'other'}"]
+    assert python("train.py", *elsewhere).returncode == 0
+    tokenizers = [tmp_path / run / "checkpoints" / "step-2" / "tokenizer" for run in ("run", "other")]
+    refused = python("train.py", *arguments, "steps=4", f"data.tokenizer={tokenizers[1]}")
+    assert refused.returncode == 2
+    assert "another tokenizer" in refused.stderr
+    again = python("train.py", *arguments, "steps=4")
+    assert again.returncode == 0, again.stderr
+    assert "warning: the training text of train is not what the checkpoint was trained on" in again.stdout
+    kept = tmp_path / "run" / "checkpoints" / "step-4" / "tokenizer" / "tokenizer.json"
+    assert kept.read_bytes() == (tokenizers[0] / "tokenizer.json").read_bytes()
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import ROOT, environment, python, small, torchrun, train_rows
+from command import ROOT, environment, launch, python, small, torchrun, train_rows
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["modle.dropout=0.1"], ["modle does not exist", "did you mean model?"]),
@@ -119,18 +119,18 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
     steps = [row["step"] for row in train_rows(tmp_path / "run")]
     assert 3 <= len(steps) < 600
     arguments.append(f"stop_at={steps[-1] + 5}")
-    again = python(*launcher, "train.py", *arguments)
+    again = launch(processes, "train.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert f"continuing at step {steps[-1]}" in again.stdout
     if processes == 1:
         return  # the rest is the same, and each process costs seconds
-    straight = python(*launcher, "train.py", *arguments, f"run.dir={tmp_path / 'straight'}")
+    straight = launch(processes, "train.py", *arguments, f"run.dir={tmp_path / 'straight'}")
     assert straight.returncode == 0
     assert [(row["step"], row["loss"]) for row in train_rows(tmp_path / "run")] == [
         (row["step"], row["loss"]) for row in train_rows(tmp_path / "straight")
     ]
     (tmp_path / "run" / "state").unlink()
-    finished = python(*launcher, "train.py", *arguments)
+    finished = launch(processes, "train.py", *arguments)
     assert finished.returncode == 0
     assert (tmp_path / "run" / "state").read_text() == "done\n"
     assert "a later stop_at continues it" in finished.stdout

@@ -182,7 +182,8 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "secret.txt")  # root may read everything
+    # root may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode, **how: Path(path).name != "secret.txt")
     for name in ("open.txt", "secret.txt"):
         (tmp_path / name).write_text("text")
     fails("secret.txt cannot be read: change its permissions or leave it out", tmp_path)
