@@ -8,7 +8,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from opt_parallel.compose import command, run_from, start_from_checkpoint, take, take_special_tokens
+from opt_parallel.compose import command, run_from, take
+from opt_parallel.inherit import start_from_checkpoint, take_special_tokens
 from opt_parallel.place import take_place, world_size
 from opt_parallel.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
 

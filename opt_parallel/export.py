@@ -16,12 +16,12 @@ from opt_parallel.checkpoint.merged import Merged, lora_of
 from opt_parallel.checkpoint.reading import Opened, open_checkpoint
 from opt_parallel.checkpoint.room import require_room
 from opt_parallel.checkpoint.writing import GENERATION_CONFIG, as_json, generation_config, write_folder
-from opt_parallel.compose import labels_at, model_at
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import ADAPTER_CONFIG, CLASSIFIER, read_labels
 from opt_parallel.hf_tokenizer import files_for, special_tokens_in
 from opt_parallel.hub import INDEX_SUFFIX
 from opt_parallel.hub import WEIGHTS as FORMATS
+from opt_parallel.inherit import labels_at, model_at
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier

@@ -15,21 +15,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opt_parallel.compose import (
-    command,
-    judge_as_trained,
-    run_from,
-    said_in_one_line,
-    start_from_checkpoint,
-    take_special_tokens,
-)
+from opt_parallel.compose import command, run_from, said_in_one_line
+from opt_parallel.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
 from opt_parallel.log import say
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
 def main(config: DictConfig) -> None:
     with said_in_one_line():
-        judge_as_trained(config, HydraConfig.get().overrides.task)
+        inherit_for_evaluation(config, HydraConfig.get().overrides.task)
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)

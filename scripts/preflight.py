@@ -11,7 +11,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint, take_special_tokens
+from opt_parallel.compose import command, run_from, said_in_one_line
+from opt_parallel.inherit import start_from_checkpoint, take_special_tokens
 from opt_parallel.log import say
 from opt_parallel.place import world_size
 

@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from opt_parallel.clock import Clock
-from opt_parallel.compose import command, run_from, said_in_one_line, start_from_checkpoint, take_special_tokens
+from opt_parallel.compose import command, run_from, said_in_one_line
+from opt_parallel.inherit import start_from_checkpoint, take_special_tokens
 from opt_parallel.log import aligned
 from opt_parallel.manifest import read_manifest
 from opt_parallel.shapes import require

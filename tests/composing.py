@@ -14,15 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
-from opt_parallel.compose import (
-    TEXTS,
-    judge_as_trained,
-    register_schema,
-    run_from,
-    start_from_checkpoint,
-    take_special_tokens,
-)
+from opt_parallel.compose import TEXTS, register_schema, run_from
 from opt_parallel.config import Run
+from opt_parallel.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
 from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, divide, rendered
 from opt_parallel.overrides import checked
 
@@ -38,7 +32,7 @@ def run_of(*arguments: str, judge: bool = False, configs: Path = ROOT / "configs
         with open_dict(config):
             del config["hydra"]
     if judge:
-        judge_as_trained(config, overrides)
+        inherit_for_evaluation(config, overrides)
     start_from_checkpoint(config, overrides)
     if tokenizer:
         take_special_tokens(config, overrides)

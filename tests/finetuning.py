@@ -8,10 +8,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from opt_parallel.data.columns import Encoded
 from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.packing import Examples
 from opt_parallel.data.records import Record
-from opt_parallel.data.store import Encoded, PartWriter, TokenStore, write_manifest
+from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
 from opt_parallel.data.tokens import train_tokenizer
 from opt_parallel.task_config import TaskConfig
 

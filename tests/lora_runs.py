@@ -29,7 +29,7 @@ def run_on(
     base: Path, folder: Path, layout: Layout, steps: int = 4, targets: tuple[str, ...] = LORA_TARGETS, **model: Any
 ) -> Run:
     """A run in `folder` that adapts `base`, spread as `layout` says; `model` changes its dropouts."""
-    from opt_parallel.compose import model_at
+    from opt_parallel.inherit import model_at
 
     if not (folder / "tokenizer").exists():
         (folder / "tokenizer").mkdir(parents=True)

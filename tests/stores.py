@@ -8,11 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from opt_parallel.data.batches import Feed
-from opt_parallel.data.encoding import columns_of
+from opt_parallel.data.columns import LENGTHS, Encoded, columns_of, ids_column
 from opt_parallel.data.mixture import Mixture, Source
 from opt_parallel.data.order import Shuffled
 from opt_parallel.data.samples import Rows
-from opt_parallel.data.store import LENGTHS, Encoded, PartWriter, TokenStore, ids_column, write_manifest
+from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
 
 
 def store_of(folder: Path, parts: Sequence[Sequence[list[int]]], tokens: int = 1 << 16) -> TokenStore:

@@ -19,7 +19,7 @@ from layouts import Layout, run_for
 from tampering import edit
 
 from opt_parallel.checkpoint.whole import partial_of
-from opt_parallel.compose import model_at
+from opt_parallel.inherit import model_at
 from opt_parallel.shapes import ModelConfig
 
 

@@ -16,12 +16,13 @@ from hydra import compose, initialize_config_dir
 from layouts import Layout
 from safetensors.torch import load_file, save_file
 
-from opt_parallel.compose import judge_as_trained, register_schema, run_from, start_from_checkpoint
+from opt_parallel.compose import register_schema, run_from
 from opt_parallel.config import ParallelConfig, Run
 from opt_parallel.data.prepare import prepare_validation
 from opt_parallel.data.tasks import open_validation
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
+from opt_parallel.inherit import inherit_for_evaluation, start_from_checkpoint
 
 
 def configured(*overrides: str) -> Run:
@@ -29,7 +30,7 @@ def configured(*overrides: str) -> Run:
     register_schema()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("config", overrides=[*overrides, "run.name=test"])
-    judge_as_trained(config, overrides)
+    inherit_for_evaluation(config, overrides)
     start_from_checkpoint(config, overrides)
     return run_from(config)
 

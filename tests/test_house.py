@@ -21,6 +21,7 @@ FLOORS = [
     ["config", "hf_config", "hf_tokenizer"],
     ["overrides"],
     ["compose", "reference"],
+    ["inherit"],
     ["topology", "trackers", "sweep", "launching"],
     ["parallel", "data", "metrics", "precision"],
     ["model", "optim", "zero"],

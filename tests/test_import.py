@@ -15,8 +15,9 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from stores import feed_of
 
-from opt_parallel.compose import register_schema, run_from, start_from_checkpoint
+from opt_parallel.compose import register_schema, run_from
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
+from opt_parallel.inherit import start_from_checkpoint
 
 STORED = [(dtype, size) for dtype in ("float32", "float16", "bfloat16") for size in ("1GB", "40KB")]
 # every variant, and every way of storing at least once

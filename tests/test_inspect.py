@@ -17,7 +17,7 @@ from layouts import Layout, run_for
 from safetensors.numpy import load_file
 from tampering import edit
 
-from opt_parallel.compose import model_at
+from opt_parallel.inherit import model_at
 
 RANKS = ("rank-00000.safetensors", "rank-00001.safetensors")
 

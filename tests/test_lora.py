@@ -18,11 +18,11 @@ from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, writ
 from tampering import edit
 
 from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.compose import model_at
 from opt_parallel.config import Run
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.export import export, export_adapter
+from opt_parallel.inherit import model_at
 from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import Constant, Shard
 from opt_parallel.task_config import Task, TaskConfig

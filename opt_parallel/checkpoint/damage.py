@@ -14,8 +14,8 @@ from opt_parallel.checkpoint.coverage import VALUE
 from opt_parallel.checkpoint.reshard import CheckpointReader
 from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.checkpoint.whole import step_of, steps_in
-from opt_parallel.compose import model_at
 from opt_parallel.errors import UserError
+from opt_parallel.inherit import model_at
 from opt_parallel.manifest import MANIFEST, STEP, Damaged, file_in, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM
 from opt_parallel.parallel.shard import logical_shapes

@@ -13,11 +13,11 @@ from opt_parallel.checkpoint.damage import check_sizes, read_whole
 from opt_parallel.checkpoint.grown import Grown
 from opt_parallel.checkpoint.merged import Base, Merged, Weights, lora_of
 from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.compose import labels_at, model_at
 from opt_parallel.data_config import SpecialTokens
 from opt_parallel.errors import UserError
 from opt_parallel.hf_config import read_labels
 from opt_parallel.hub import find_checkpoint
+from opt_parallel.inherit import labels_at, model_at
 from opt_parallel.log import say
 from opt_parallel.manifest import MANIFEST, Damaged, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from opt_parallel.data.records import BadRecord, Item, Record
-from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
+from opt_parallel.data.columns import LENGTHS, Column, Encoded, ids_column
+from opt_parallel.data.records import Item, Record, Text
 from opt_parallel.data.tokens import encode_documents
 from opt_parallel.data_config import SpecialTokens
-from opt_parallel.errors import one_line
 from opt_parallel.hf_tokenizer import count_tokens
 
 PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
@@ -40,59 +37,6 @@ class Encoder(Protocol):
     def encode(self, records: list[Record]) -> Encoded:
         """Raises: BadRecord."""
         ...
-
-
-@dataclass(frozen=True)
-class Text:
-    """Where the text of a record is: in `field`, or in several, as `template` puts them together."""
-
-    field: str = "text"
-    template: str | None = None
-
-    def of(self, record: Record) -> str:
-        """The text of `record`. Raises: BadRecord."""
-        if self.template is None:
-            value = self._value(record, self.field)
-            if not isinstance(value, str):
-                raise BadRecord(f"{record.where}: {self.field!r} is {value!r:.40}, not a string: {self._wanted}")
-            text = value
-        else:
-            values = {}
-            for name in self._names:
-                values[name] = self._value(record, name)
-                if not isinstance(values[name], (str, int, float)):
-                    raise BadRecord(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
-            try:
-                text = self.template.format(**values)
-            except (ValueError, KeyError, OverflowError) as error:  # of a format in it, such as {score:.2f}
-                fix = f"{self._wanted}, in a format that suits it"
-                raise BadRecord(f"{record.where}: {one_line(error)}: {fix}") from error
-        if not text.isascii():
-            require_characters(text, record.where)
-        return text
-
-    def _value(self, record: Record, name: str) -> Any:
-        if name not in record.fields:
-            raise BadRecord(f"{record.where} has no field {name!r}, only {record.names}: {self._wanted}")
-        return record.fields[name]
-
-    @property
-    def _names(self) -> list[str]:
-        return [name for _, name, _, _ in string.Formatter().parse(self.template or "") if name]
-
-    @property
-    def _wanted(self) -> str:
-        if self.template is None:
-            return f"set data.text_field={self.field} to the field that holds the text"
-        return f"data.template={self.template!r} needs text or a number in each of its fields"
-
-
-def require_characters(text: str, where: str) -> None:
-    """Raise BadRecord, which begins with `where`, if there is half of a character in `text`: JSON can say it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
 
 
 class TextEncoder:
@@ -146,13 +90,6 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str, spelled: Specia
         for ids in encode_documents(tokenizer, texts[start:stop], spelled):
             yield np.array(ids, dtype)
         start = stop
-
-
-def columns_of(documents: list[list[int]]) -> dict[str, np.ndarray]:
-    """`ids` and `lengths` of some documents."""
-    lengths = np.array([len(ids) for ids in documents], np.int64)
-    ids = np.fromiter((token for ids in documents for token in ids), np.int64, int(lengths.sum()))
-    return {"ids": ids, "lengths": lengths}
 
 
 def _parts(document: str) -> Iterator[str]:

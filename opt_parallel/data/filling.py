@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from opt_parallel.data.blocks import checksums_of
-from opt_parallel.data.encoding import Encoder, Text, batches_of
-from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item, Record, sift
+from opt_parallel.data.columns import Encoded
+from opt_parallel.data.encoding import Encoder, batches_of
+from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item, Record, Text, sift
 from opt_parallel.data.selection import (
     DUPLICATES,
     HELD_OUT,
@@ -29,7 +30,7 @@ from opt_parallel.data.selection import (
     identity_of,
 )
 from opt_parallel.data.sources import Corpus, Unit
-from opt_parallel.data.store import META, Damaged, Encoded, Part, PartWriter, part_name, read_part
+from opt_parallel.data.store import META, Damaged, Part, PartWriter, part_name, read_part
 from opt_parallel.data.workers import Report, progress, run_jobs
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.machine import cpus

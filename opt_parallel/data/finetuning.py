@@ -17,9 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.chat import read_messages, turns_of
-from opt_parallel.data.encoding import columns_of, how, require_characters
-from opt_parallel.data.records import BadRecord, Record, require_good
-from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
+from opt_parallel.data.columns import LENGTHS, Column, Encoded, columns_of, ids_column
+from opt_parallel.data.encoding import how
+from opt_parallel.data.records import BadRecord, Record, require_characters, require_good
 from opt_parallel.data.tokens import encode_documents
 from opt_parallel.data_config import SpecialTokens
 from opt_parallel.hf_tokenizer import count_tokens

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from opt_parallel.data.encoding import EMPTY, columns_of, how, require_characters
-from opt_parallel.data.records import BadRecord, Record
-from opt_parallel.data.store import LENGTHS, Column, Encoded, ids_column
+from opt_parallel.data.columns import LENGTHS, Column, Encoded, columns_of, ids_column
+from opt_parallel.data.encoding import EMPTY, how
+from opt_parallel.data.records import BadRecord, Record, require_characters
 from opt_parallel.data.tokens import encode_documents
 from opt_parallel.data_config import SpecialTokens
 from opt_parallel.errors import UserError

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from opt_parallel.config import Run
 from opt_parallel.data.cache import cached, fingerprint, whole
 from opt_parallel.data.chat import chat_template
-from opt_parallel.data.encoding import Encoder, Text, TextEncoder
+from opt_parallel.data.encoding import Encoder, TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.labelled import LabelledEncoder, check_label, find_labels
 from opt_parallel.data.python_text import python_documents, split, write_split
-from opt_parallel.data.records import LEFT_OUT, BadRecord, BadRecords, sift
+from opt_parallel.data.records import LEFT_OUT, BadRecord, BadRecords, Text, sift
 from opt_parallel.data.sameness import content_of
 from opt_parallel.data.selection import HeldOut
 from opt_parallel.data.sources import Corpus

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_parallel.data.encoding import Text
-from opt_parallel.data.records import Record
+from opt_parallel.data.records import Record, Text
 
 DIGEST = 16  # bytes: two different texts share one with a chance of 1 in 10²⁰ among 10⁹
 BUCKET = 1 << 22  # hashes compared at a time

@@ -9,12 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.data.encoding import Text
 from opt_parallel.data.files import PARQUET, PIECE_BYTES, Piece, numbered, pieces_of, records_of, shown
 from opt_parallel.data.finding import Found, find, in_words
 from opt_parallel.data.hub_data import Dataset
 from opt_parallel.data.parquet import names_in
-from opt_parallel.data.records import BadRecords, Item, Record, sift
+from opt_parallel.data.records import BadRecords, Item, Record, Text, sift
 from opt_parallel.data.unpacking import ending_of
 from opt_parallel.errors import UserError
 from opt_parallel.paths import reach

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from opt_parallel.data.columns import Column
 from opt_parallel.data.filling import WORDS, PartMeta, add_counts
 from opt_parallel.data.records import LISTED
-from opt_parallel.data.store import Column, TokenStore, write_manifest
+from opt_parallel.data.store import TokenStore, write_manifest
 
 EXAMPLES, EXAMPLE_TOKENS = 3, 32
 

@@ -20,7 +20,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NotRequired
@@ -30,6 +30,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from opt_parallel.data.blocks import BLOCK, first_wrong
+from opt_parallel.data.columns import Column, Encoded
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.manifest import Count, Size
 from opt_parallel.storage.atomic import write_text
@@ -52,28 +53,6 @@ class Damaged(UserError):
 
 
 @dataclass(frozen=True)
-class Column:
-    """Arrays of one name: `dtype` as NumPy names it, `width` numbers for each token or each document."""
-
-    dtype: str
-    per_token: bool = False
-    width: int = 1
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an entry."""
-        return np.dtype(self.dtype).itemsize * self.width
-
-
-LENGTHS = Column("uint32")  # tokens of each document
-
-
-def ids_column(tokens: int) -> Column:
-    """The column of ids below `tokens`, in the smallest type that holds them."""
-    return Column(str(np.min_scalar_type(tokens - 1)), per_token=True)
-
-
-@dataclass(frozen=True)
 class Part:
     """A stretch of whole documents. `checksum`: of its part.json, None where an earlier version made it."""
 
@@ -81,16 +60,6 @@ class Part:
     documents: int
     tokens: int
     checksum: str | None = None
-
-
-@dataclass
-class Encoded:
-    """Some documents in arrays: `ids` (tokens,), `lengths` (documents,) and the encoder's own columns; `counts` says
-    in words what was left out or cut; `text_bytes` of the documents in UTF-8, where the encoder counts them."""
-
-    columns: dict[str, np.ndarray]
-    counts: Counter[str] = field(default_factory=Counter)
-    text_bytes: int = 0
 
 
 class PartWriter:

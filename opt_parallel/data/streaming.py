@@ -22,13 +22,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from opt_parallel.data import workers
+from opt_parallel.data.columns import Column
 from opt_parallel.data.encoding import batches_of
 from opt_parallel.data.failure import failure_of, forget_failure, tell_failure
 from opt_parallel.data.filling import Material, PartMaker, PartMeta, read_meta
 from opt_parallel.data.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
-from opt_parallel.data.store import MANIFEST, META, Column, Part, TokenStore, part_name
+from opt_parallel.data.store import MANIFEST, META, Part, TokenStore, part_name
 from opt_parallel.data.workers import Pulse, Unfinished
 from opt_parallel.errors import UserError
 from opt_parallel.interrupt import ignore_all

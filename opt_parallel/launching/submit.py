@@ -13,9 +13,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opt_parallel.compose import TEXTS, register_schema, run_from, start_from_checkpoint, verbatim
+from opt_parallel.compose import TEXTS, register_schema, run_from, verbatim
 from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line
+from opt_parallel.inherit import start_from_checkpoint
 from opt_parallel.launching.commands import Command, accelerate, deepspeed, torchrun
 from opt_parallel.launching.kubernetes import manifests, to_yaml
 from opt_parallel.launching.settings import (

@@ -17,12 +17,12 @@ import pytest
 from command import ROOT, environment
 
 from opt_parallel.data import files, filling, selection, sources, workers
-from opt_parallel.data.encoding import Text, TextEncoder
+from opt_parallel.data.columns import Encoded
+from opt_parallel.data.encoding import TextEncoder
 from opt_parallel.data.filling import Material, fill
-from opt_parallel.data.records import Record
+from opt_parallel.data.records import Record, Text
 from opt_parallel.data.selection import digests_of, find_duplicates
 from opt_parallel.data.sources import Corpus
-from opt_parallel.data.store import Encoded
 from opt_parallel.data.tokens import train_tokenizer
 from opt_parallel.data.workers import Pulse, Unfinished, run_jobs
 from opt_parallel.errors import UserError

@@ -11,10 +11,10 @@ import pytest
 from finetuning import encode, examples_of, some_records, store_of, tokenizer
 
 from opt_parallel.data.chat import chat_template
+from opt_parallel.data.columns import Encoded
 from opt_parallel.data.finetuning import ExampleEncoder
 from opt_parallel.data.packing import Examples, pack
 from opt_parallel.data.records import Record
-from opt_parallel.data.store import Encoded
 from opt_parallel.data.tokens import encode_documents, save_tokenizer
 from opt_parallel.errors import UserError
 from opt_parallel.hf_tokenizer import read_tokenizer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from stores import store_of
 
-from opt_parallel.data.encoding import columns_of
-from opt_parallel.data.store import LENGTHS, Column, Encoded, PartWriter, TokenStore, ids_column, write_manifest
+from opt_parallel.data.columns import LENGTHS, Column, Encoded, columns_of, ids_column
+from opt_parallel.data.store import PartWriter, TokenStore, write_manifest
 from opt_parallel.errors import UserError
 
 PARTS = [[[1, 2, 3], [4]], [[5, 6]], [[7], [8, 9, 10, 11]]]

@@ -20,21 +20,13 @@ from stores import store_of
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import blocks, files, sources, verifying
 from opt_parallel.data import store as store_module
-from opt_parallel.data.encoding import TextEncoder, columns_of
+from opt_parallel.data.columns import LENGTHS, Column, Encoded, columns_of, ids_column
+from opt_parallel.data.encoding import TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.samples import Labelled, Samples
 from opt_parallel.data.statistics import line_of, table_of
-from opt_parallel.data.store import (
-    LENGTHS,
-    Column,
-    Damaged,
-    Encoded,
-    PartWriter,
-    TokenStore,
-    ids_column,
-    write_manifest,
-)
+from opt_parallel.data.store import Damaged, PartWriter, TokenStore, write_manifest
 from opt_parallel.data.streaming import Filling, GrowingStore, whole_parts
 from opt_parallel.data.tasks import open_samples
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer

@@ -20,6 +20,7 @@ from test_mixture import ids_of
 from opt_parallel.clock import Clock
 from opt_parallel.config import DataConfig, Run
 from opt_parallel.data import streaming, tasks, workers
+from opt_parallel.data.columns import Encoded
 from opt_parallel.data.encoding import TextEncoder
 from opt_parallel.data.filling import Material, fill
 from opt_parallel.data.order import Streamed
@@ -27,7 +28,7 @@ from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.records import Record
 from opt_parallel.data.sources import Corpus
 from opt_parallel.data.statistics import finish_store
-from opt_parallel.data.store import Encoded, TokenStore
+from opt_parallel.data.store import TokenStore
 from opt_parallel.data.streaming import Filling, GrowingStore, whole_parts
 from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
 from opt_parallel.errors import UserError
