@@ -9,20 +9,17 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NotRequired
 
-from annotated_types import Ge, Gt, Lt, MaxLen, MinLen
+from annotated_types import Gt, Lt, MaxLen, MinLen
 from typing_extensions import TypedDict
 
 from opt_parallel.errors import UserError
-from opt_parallel.storage.checked import is_deep, read_checked
+from opt_parallel.storage.checked import Count, Integer, Size, is_deep, read_checked
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # a checkpoint's folder; one name for each step
 LARGEST = 2**29  # bytes; a thousand ranks that each hold a fragment of every tensor of opt-175b write a third of that
 
-Integer = Annotated[int, Ge(-(2**63)), Lt(2**63)]
-Count = Annotated[Integer, Ge(0)]
-Size = Annotated[Integer, Ge(1)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 
 

@@ -32,9 +32,8 @@ from typing_extensions import TypedDict
 from opt_parallel.data.blocks import BLOCK, first_wrong
 from opt_parallel.data.columns import Column, Encoded
 from opt_parallel.errors import UserError, one_line
-from opt_parallel.manifest import Count, Size
 from opt_parallel.storage.atomic import write_text
-from opt_parallel.storage.checked import dump_checked, parse_checked, read_checked
+from opt_parallel.storage.checked import Count, Size, dump_checked, parse_checked, read_checked
 
 MANIFEST, META = "store.json", "part.json"
 FORMAT = 2  # 1 had no checksums

@@ -10,13 +10,20 @@ import re
 import stat
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
 
 CHECKSUM = "checksum"
 END = re.compile(rb', "checksum": "([0-9a-f]{8})"\}\n?\Z')
 LONGEST_END = 40  # bytes, more than END ever matches
 DEEPEST = 32  # levels of lists and objects; what walks through them must not run out of stack
 MOST = 2**16  # bytes of a file, unless the reader expects more
+
+# types of the fields that readers check
+Integer = Annotated[int, Ge(-(2**63)), Lt(2**63)]
+Count = Annotated[Integer, Ge(0)]
+Size = Annotated[Integer, Ge(1)]
 
 
 def dump_checked(values: dict[str, Any], ascii_only: bool = True) -> str:
