@@ -81,6 +81,14 @@ def check_fetched(path: Path, where: str) -> None:
         require(not pointer, f"{where} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
 
 
+def check_document(size: int, where: str) -> None:
+    """Raise UserError if a file that is one document would fill the memory."""
+    require(
+        size <= LONGEST_DOCUMENT,
+        f"{where} is one document of over {LONGEST_DOCUMENT >> 30} GiB: cut it into several files, or write a .jsonl",
+    )
+
+
 def numbered(piece: Piece) -> Piece:
     """The same piece with the number of its first line, for messages: finding it reads all that is before."""
     if ending_of(piece.path)[0] not in LINES or piece.start == 0:
@@ -124,13 +132,13 @@ def has_text(path: Path) -> bool:
 
 def _document(piece: Piece, where: str, text_field: str) -> Item:
     """A whole file; line ends as Python's text files have them."""
+    blocks, size = [], 0
     with opened(piece.path) as file:
-        content = file.read(LONGEST_DOCUMENT + 1)
-    require(
-        len(content) <= LONGEST_DOCUMENT,
-        f"{where} is one document of over {LONGEST_DOCUMENT >> 30} GiB: cut it into several files, or write a .jsonl",
-    )
-    text = _decoded(content, where)
+        while block := file.read(CHUNK):
+            size += len(block)
+            check_document(size, where)
+            blocks.append(block)
+    text = _decoded(b"".join(blocks), where)
     if isinstance(text, BadRecord):
         return text
     return Record(where, {text_field: text.replace("\r\n", "\n").replace("\r", "\n")})
@@ -192,12 +200,16 @@ def _row(line: bytes, where: str) -> Item:
         return BadRecord(f"{where} is not JSON ({reason}): each line must be an object, {{…}}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         return BadRecord(f"{where} cannot be read ({one_line(error)}): leave it out")
-    return _object(row, where, "each line must be an object, {…}")
+    brackets = text.count("{") + text.count("[")
+    return _object(row, where, "each line must be an object, {…}", brackets)
 
 
-def _object(row: Any, where: str, rule: str) -> Item:
+def _object(row: Any, where: str, rule: str, brackets: int) -> Item:
+    """The record of a parsed object in which there are no more than so many brackets."""
     if not isinstance(row, dict):
         return BadRecord(f"{where} is a {type(row).__name__}: {rule}")
+    if brackets <= DEEPEST:
+        return Record(where, row)
     level: list[Any] = [row]
     for _ in range(DEEPEST):
         level = list(chain.from_iterable(map(_inside, level)))
@@ -259,7 +271,8 @@ def _array(piece: Piece, where: str) -> Iterator[Item]:
                 require(more(), f"{here} is not JSON, or the array does not end: correct it")
                 continue
             number += 1
-            yield _object(row, here, "each must be an object, {…}")
+            brackets = buffer.count("{", place, end) + buffer.count("[", place, end)
+            yield _object(row, here, "each must be an object, {…}", brackets)
             place = end + (buffer[end] == ",")
         place += 1
         require(mark() == "", f"{where}: something follows the array: remove it")

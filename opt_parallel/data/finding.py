@@ -19,7 +19,7 @@ from stat import S_ISREG
 
 import yaml
 
-from opt_parallel.data.files import ENDINGS, PLAIN, READ, has_text, shown
+from opt_parallel.data.files import ENDINGS, PLAIN, READ, check_document, has_text, shown
 from opt_parallel.data.unpacking import ending_of
 from opt_parallel.errors import UserError
 from opt_parallel.paths import local, reach
@@ -201,6 +201,8 @@ def _check_file(key: str, path: Path) -> int:
     require(
         os.access(path, os.R_OK, effective_ids=True), f"{where} cannot be read: change its permissions or leave it out"
     )
+    if ending_of(path)[0] in PLAIN:
+        check_document(status.st_size, where)
     return status.st_size
 
 

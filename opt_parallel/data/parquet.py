@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.data.records import BadRecord, Item, Record
-from opt_parallel.data.unpacking import ALWAYS_ALLOWED, MOST_TIMES
+from opt_parallel.data.unpacking import Unbelievable, believe, unbelievable
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.shapes import require
 
@@ -27,7 +27,8 @@ def row_groups(path: Path, where: str, size: int) -> list[tuple[int, int, int]]:
         sizes = [group.total_byte_size for group in groups]
         rows = sum(group.num_rows for group in groups)  # said twice, and checked by no checksum
         require(rows == metadata.num_rows, f"{where} has {rows:,} or {metadata.num_rows:,} rows: bring a good copy")
-    _check_size(sum(sizes), path, where)
+        for group in groups:
+            believe(group.total_byte_size, _packed_size(group))
     found, start, gathered = [], 0, 0
     for number, each in enumerate(sizes, start=1):
         gathered += each
@@ -40,13 +41,13 @@ def row_groups(path: Path, where: str, size: int) -> list[tuple[int, int, int]]:
 def parquet_records(path: Path, start: int, stop: int, where: str) -> Iterator[Item]:
     """The rows of row groups `start` to `stop`. Raises: UserError."""
     with _opened(path, where) as file:
-        number = sum(file.metadata.row_group(before).num_rows for before in range(start))
-        names, size = class_names(_features(file.schema_arrow)), 0
-        last = number + sum(file.metadata.row_group(group).num_rows for group in range(start, stop))
+        groups = [file.metadata.row_group(number) for number in range(stop)]
+        number, last = sum(group.num_rows for group in groups[:start]), sum(group.num_rows for group in groups)
+        names, size, packed = class_names(_features(file.schema_arrow)), 0, sum(map(_packed_size, groups[start:]))
         for batch in file.iter_batches(ROWS_READ, row_groups=list(range(start, stop)), use_threads=False):
             rows = _rows(batch)
             size += max(batch.nbytes, sum(map(_text_size, rows)))
-            _check_size(size, path, where)
+            believe(size, packed)
             for row in rows:
                 number += 1
                 here = f"{where}, row {number}"
@@ -122,12 +123,8 @@ def _text_size(row: Any) -> int:
     return sum(len(value) for value in row.values() if isinstance(value, (str, bytes))) if isinstance(row, dict) else 0
 
 
-def _check_size(unpacked: int, path: Path, where: str) -> None:
-    require(
-        unpacked <= max(ALWAYS_ALLOWED, MOST_TIMES * path.stat().st_size),
-        f"{where} unpacks to over {MOST_TIMES} times its size, as no text does: leave it out, or write it anew if that "
-        "is right",
-    )
+def _packed_size(group: Any) -> int:
+    return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
 
 @contextmanager
@@ -140,7 +137,9 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
             yield pyarrow.parquet.ParquetFile(
                 file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
             )
-    except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError) as error:
+    except Unbelievable as error:
+        raise unbelievable(where) from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(
             f"{where} is no whole parquet file ({one_line(error)}): bring a good copy or leave it out"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -87,7 +88,8 @@ def _records(rows: _Rows, where: str) -> Iterator[Item]:
         if names is None and row:
             names, rows.width = row, len(row)
             require(rows.fault is None, str(rows.fault))
-            require(len(set(names)) == len(names), f"{here}: a column's name stands there twice: {names}")
+            twice = next((name for name, count in Counter(names).items() if count > 1), None)
+            require(twice is None, f"{here}: a column's name stands there twice: {twice!r:.60}")
         elif row and rows.fault is not None:
             yield rows.fault
         elif row and names is not None:

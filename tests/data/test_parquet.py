@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from opt_parallel.data import parquet as ours
+from opt_parallel.data import unpacking
 from opt_parallel.data.files import pieces_of, records_of
 from opt_parallel.data.parquet import class_names
 from opt_parallel.data.records import BadRecord, Record, sift
@@ -118,7 +119,7 @@ def test_damage_anywhere_is_an_error(tmp_path: Path) -> None:
 
 def test_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few bytes that say a long text a million times, or a page that is packed well."""
-    monkeypatch.setattr(ours, "ALWAYS_ALLOWED", 1 << 20)
+    monkeypatch.setattr(unpacking, "ALWAYS_ALLOWED", 1 << 20)
     many = pyarrow.array(["a long text " * 100]).dictionary_encode().take(pyarrow.array([0] * 20000))
     path = write(tmp_path / "rows.parquet", {"text": many})
     with pytest.raises(UserError, match=r"rows.parquet unpacks to over 200 times its size"):
