@@ -1,5 +1,5 @@
-"""Ctrl-C, a terminal's SIGHUP and SIGQUIT, a launcher's SIGTERM and SIGUSR1, turned into a question the loop asks
-between two steps.
+"""Ctrl-C, a terminal's SIGHUP and SIGQUIT, a launcher's SIGTERM and SIGUSR1, and a launcher's own end, turned into a
+question the loop asks between two steps.
 
 The signals are read by a thread, through Python's wake-up descriptor: the main thread may hang in a collective, and a
 second signal must end it all the same.
@@ -8,6 +8,7 @@ second signal must end it all the same.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -16,11 +17,13 @@ from contextlib import contextmanager, suppress
 
 from opt_parallel import place
 from opt_parallel.errors import INTERRUPTED, STOPPED, leave
+from opt_parallel.log import say
 
 STATUS = {
     signal.SIGINT: INTERRUPTED,
     **dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT), STOPPED),
 }
+LOOK = 1.0  # seconds between two looks whether the launcher is gone
 SAME_REQUEST = 5.0  # seconds: one request reaches a rank twice, from a terminal or Slurm and from its launcher
 
 
@@ -62,10 +65,19 @@ class Interrupt:
         ignore_all()
 
     def _listen(self, reader: int) -> None:
-        while numbers := os.read(reader, 64):
-            for number in numbers:
-                if number in STATUS:
-                    self._note(signal.Signals(number))
+        signals = select.poll()
+        signals.register(reader, select.POLLIN)
+        while True:
+            if not signals.poll(LOOK * 1000):
+                if not self.status and place.launcher_is_gone():
+                    say(f"warning: the launcher, process {place.PARENT}, is gone: this run stops as on SIGTERM")
+                    self._note(signal.SIGTERM)
+            elif numbers := os.read(reader, 64):
+                for number in numbers:
+                    if number in STATUS:
+                        self._note(signal.Signals(number))
+            else:
+                break
         os.close(reader)
 
     def _note(self, number: signal.Signals) -> None:

@@ -11,6 +11,8 @@ OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOC
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LAUNCHERS = (*PLACE, "MASTER_", "OMPI_", "SLURM_")  # how the names of their variables begin
 SLURM_PORTS = 20_000, 10_000  # a job's own out of this many from here
+WATCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun, and accelerate with it; by DeepSpeed's launcher
+PARENT = os.getppid()  # at the start: a process whose parent ends is given another one
 
 
 def rank() -> int:
@@ -39,6 +41,12 @@ def _number(name: str, default: int) -> int:
 def is_main() -> bool:
     """Whether this process is rank 0."""
     return rank() == 0
+
+
+def launcher_is_gone() -> bool:
+    """Whether torchrun, or another launcher that outlives its ranks, ended before this process did: by SIGKILL, or a
+    signal that it does not hand on. Who started Python by hand may end on purpose, as a shell does after `&`."""
+    return os.getppid() != PARENT and any(name in os.environ for name in WATCHED)
 
 
 def host() -> str:

@@ -4,7 +4,8 @@ if it had never been ended.
     PYTHONPATH=.:tests python tests/signals.py                      # the whole table, half an hour and more
     PYTHONPATH=.:tests python tests/signals.py --launchers python --signals HUP QUIT
 
-A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too.
+A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too; torchrun's ranks do not,
+they are sessions of their own. Plain torchrun hands SIGUSR1 and SIGKILL on to nobody: the ranks must see that it is gone.
 """
 
 from __future__ import annotations
@@ -32,15 +33,24 @@ from opt_parallel.log import aligned
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCHERS = {"python": [sys.executable], "torchrun": TORCHRUN, "nohup torchrun": ["nohup", *TORCHRUN]}
 TERMINALS = ("terminal", "| tee", "| head", "closed terminal")
-SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1")
+SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "KILL")  # the last one for launchers alone
+CELLS = [
+    (launcher, terminal, name)
+    for launcher in LAUNCHERS
+    for terminal in TERMINALS
+    for name in SIGNALS
+    if (launcher, name) != ("python", "KILL")
+]
 ROWS, LENGTH, LONGER = 12, 2000, 3  # rows at the signal; steps of a run; those made after going on
 STRAIGHT = 200  # steps that the straight run makes of them
-PATIENCE = 240.0
+PATIENCE = 600.0
+MARK = "OPT_PARALLEL_TEST_RUN"  # the variable that all of a run's processes inherit
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of one run. `losses`: whether all of them, after going on too, are the straight run's."""
+    """What came of one run. `losses`: whether all of them, after going on too, are the straight run's. `left`: how many
+    processes did not end."""
 
     launcher: str
     terminal: str
@@ -50,12 +60,14 @@ class Cell:
     rows: int
     checkpoint: int | None
     losses: str
+    left: int
 
     @property
     def right(self) -> bool:
         """The launcher's own status is its own matter, but for plain Python's."""
         alone = self.launcher != "python" or self.status == (130 if self.signal == "INT" else 75)
-        return alone and self.state == "stopped" and self.checkpoint == self.rows and self.losses == "the same"
+        saved = self.state == "stopped" and self.checkpoint == self.rows and self.losses == "the same"
+        return alone and saved and not self.left
 
 
 class Running:
@@ -65,7 +77,8 @@ class Running:
         """`hangs_up`: the terminal is the group's own, so that its end is a SIGHUP; else only its output goes there."""
         self.reader: subprocess.Popen[bytes] | None = None
         self.master: int | None = None
-        env = environment()
+        self.name = folder.name
+        env = environment(**{MARK: self.name})
         folder.mkdir(exist_ok=True)
         if terminal in ("terminal", "closed terminal"):
             if hangs_up or terminal == "terminal":
@@ -119,19 +132,28 @@ class Running:
         else:
             os.killpg(self.pid, getattr(signal, f"SIG{name}"))
 
-    def end(self) -> int:
-        """The status, once all of the group have ended."""
+    def end(self) -> tuple[int, int]:
+        """The status, once all of its processes have ended; how many had to be killed."""
         _, status = os.waitpid(self.pid, 0)
         if self.master is not None:
             self.close_terminal()
         if self.reader is not None:
             self.reader.wait()
         patience = time.monotonic() + PATIENCE
-        with suppress(ProcessLookupError):
-            while time.monotonic() < patience:
-                os.killpg(self.pid, 0)
-                time.sleep(0.1)
-        return os.waitstatus_to_exitcode(status)
+        while (left := self._processes()) and time.monotonic() < patience:
+            time.sleep(0.1)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(status), len(left)
+
+    def _processes(self) -> list[int]:
+        """Those that inherited the mark, of whatever group and parent."""
+        mark, found = f"{MARK}={self.name}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
 
 
 def losses_in(run: Path) -> list[float]:
@@ -165,14 +187,15 @@ def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
         time.sleep(0.3)  # some steps without it
     if not (terminal == "closed terminal" and name == "HUP"):  # which was that already
         running.send(name)
-    status = running.end()
+    status, left = running.end()
     rows, last = len(losses_in(run)), newest(run / "checkpoints")
     processes = 1 if launcher == "python" else 2
     state = (run / "state").read_text().strip()
     again = launch(processes, "train.py", *arguments(folder, run), f"stop_at={rows + LONGER}")
     there, expected = losses_in(run), straight(folder, processes)
     same = again.returncode == 0 and len(there) == rows + LONGER and there == expected[: len(there)]
-    return Cell(launcher, terminal, name, status, state, rows, last and step_of(last), "the same" if same else "others")
+    losses = "the same" if same else "others"
+    return Cell(launcher, terminal, name, status, state, rows, last and step_of(last), losses, left)
 
 
 def main() -> int:
@@ -183,11 +206,10 @@ def main() -> int:
     chosen = parser.parse_args()
     cells = []
     with tempfile.TemporaryDirectory() as folder:
-        for launcher in chosen.launchers:
-            for terminal in chosen.terminals:
-                for name in chosen.signals:
-                    cells.append(end_one(Path(folder), launcher, terminal, name))
-                    print(json.dumps(cells[-1].__dict__ | {"right": cells[-1].right}), file=sys.stderr, flush=True)
+        for launcher, terminal, name in CELLS:
+            if launcher in chosen.launchers and terminal in chosen.terminals and name in chosen.signals:
+                cells.append(end_one(Path(folder), launcher, terminal, name))
+                print(json.dumps(cells[-1].__dict__ | {"right": cells[-1].right}), file=sys.stderr, flush=True)
     names = [field.name for field in fields(Cell)]
     print(aligned([[*names, ""], *([*(str(getattr(cell, name)) for name in names), "" if cell.right else "WRONG"]
                                    for cell in cells)]))  # fmt: skip

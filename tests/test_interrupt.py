@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from command import ROOT, environment
 PROGRAM = """
 import sys, time
 from opt_parallel import interrupt as module
-module.SAME_REQUEST = float(sys.argv[1])
+module.SAME_REQUEST, module.LOOK = float(sys.argv[1]), 0.02
 with module.Interrupt.watch() as interrupt:
     interrupt.patient = sys.argv[2] != "impatient"
     interrupt.last_words = lambda: print("last words", flush=True)
@@ -34,9 +36,10 @@ print("ended")
 """
 
 
-def started(how: str, same_request: float = 5.0, nohup: bool = False, **env: str) -> subprocess.Popen[str]:
+def started(how: str, *before: str, same_request: float = 5.0, **env: str) -> subprocess.Popen[str]:
+    """`before`: the words in front of the program's."""
     process = subprocess.Popen(
-        ["nohup"] * nohup + [sys.executable, "-c", PROGRAM, str(same_request), how], cwd=ROOT,
+        [*before, sys.executable, "-c", PROGRAM, str(same_request), how], cwd=ROOT,
         env=environment(PYTHONPATH=str(ROOT), **env), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -61,12 +64,58 @@ def test_once_is_noted_and_twice_at_the_same_time_is_once(number: int, status: i
 
 
 def test_nohup_keeps_a_hangup_off() -> None:
-    with started("patient", nohup=True) as process:
+    with started("patient", "nohup") as process:
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
         assert process.stdout.readline() == "asked 130\n"
         process.communicate("\n", timeout=60)
+
+
+PARENT = ("sh", "-c", '"$@"; exit', "sh")  # a process between, with the program's end of its pipes
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "CROSS_RANK"])
+def test_a_launcher_s_end_is_a_request(launcher: str) -> None:
+    with started("patient", *PARENT, **{launcher: "0"}) as process:
+        process.kill()
+        output, errors = process.communicate("\n", timeout=50)
+    gone = f"warning: the launcher, process {process.pid}, is gone: this run stops as on SIGTERM\n"
+    assert (output, errors) == (f"{gone}asked 75\nended\n", "")
+
+
+def test_a_launcher_s_end_is_none_once_it_was_asked() -> None:
+    """torchrun may end while its ranks save, as a second Ctrl-C has it."""
+    with started("patient", *PARENT, same_request=0.0, TORCHELASTIC_RUN_ID="0") as process:
+        assert process.stdout is not None
+        os.kill(child_of(process.pid), signal.SIGTERM)
+        assert process.stdout.readline() == "asked 75\n"
+        process.kill()
+        time.sleep(1.0)  # for many looks
+        output, errors = process.communicate("\n", timeout=50)
+    assert (output, errors) == ("ended\n", "")
+
+
+def test_before_the_first_step_a_launcher_s_end_is_the_end() -> None:
+    with started("impatient", *PARENT, TORCHELASTIC_RUN_ID="0") as process:
+        process.kill()
+        output, errors = process.communicate(timeout=50)
+    assert (output.count("is gone"), errors) == (1, "error: interrupted\n")
+
+
+def test_a_shell_may_end() -> None:
+    """After `python train.py &`, in which no launcher has a part."""
+    with started("patient", *PARENT) as process:
+        program = child_of(process.pid)
+        process.kill()
+        time.sleep(1.0)  # for many looks
+        os.kill(program, signal.SIGINT)
+        output, errors = process.communicate("\n", timeout=50)
+    assert (output, errors) == ("asked 130\nended\n", "")
+
+
+def child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
 
 def test_a_second_one_ends_it_though_it_hangs() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from signals import LAUNCHERS, SIGNALS, TERMINALS, end_one
+from signals import CELLS, end_one
 
 SHARE = {("python", "closed terminal", "HUP"), ("python", "| tee", "INT")}
-CELLS = [(launcher, terminal, name) for launcher in LAUNCHERS for terminal in TERMINALS for name in SIGNALS]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,12 +57,12 @@ def threads(cpus: int | None, processes: int) -> dict[str, str]:
     return {} if cpus is None else {"OMP_NUM_THREADS": str(max(1, cpus // processes))}
 
 
-def torchrun_options(launch: Elastic) -> list[str]:
-    """torchrun's options but for where its machines meet and under which name."""
+def torchrun_options(launch: Elastic, signals: str = SIGNALS) -> list[str]:
+    """torchrun's options but for where its machines meet and under which name; `signals` are those it hands on."""
     patience = launch.rendezvous_timeout
     return [
         "--nnodes", launch.nodes, "--nproc-per-node", str(launch.processes),
-        "--max-restarts", str(launch.restarts), "--signals-to-handle", SIGNALS,
+        "--max-restarts", str(launch.restarts), "--signals-to-handle", signals,
         "--shutdown-timeout", str(launch.shutdown_timeout),
         "--rdzv-backend", "c10d", "--rdzv-conf", f"join_timeout={patience},read_timeout={patience}",
     ]  # fmt: skip
@@ -74,7 +75,9 @@ def torchrun(launch: Torchrun, name: str, script: Path, overrides: Sequence[str]
     else:
         endpoint = launch.endpoint if ":" in launch.endpoint else f"{launch.endpoint}:{PORT}"
         place = ["--rdzv-endpoint", endpoint, "--rdzv-id", name]
-    words = ["torchrun", *torchrun_options(launch), *place, str(script), *overrides]
+    kept_off = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup, which torchrun would undo
+    signals = SIGNALS.replace("SIGHUP,", "") if kept_off else SIGNALS
+    words = ["torchrun", *torchrun_options(launch, signals), *place, str(script), *overrides]
     return Command(words, torchrun_environment(launch))
 
 
