@@ -4,8 +4,8 @@ if it had never been ended.
     PYTHONPATH=.:tests python tests/signals.py                      # the whole table, half an hour and more
     PYTHONPATH=.:tests python tests/signals.py --launchers python --signals HUP QUIT
 
-A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too; torchrun's ranks do not,
-they are sessions of their own. Plain torchrun hands SIGUSR1 and SIGKILL on to nobody: the ranks must see that it is gone.
+A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too. torchrun's ranks do not:
+each is a session of its own. Plain torchrun hands SIGUSR1 and SIGKILL on to nobody: the ranks must see that it is gone.
 """
 
 from __future__ import annotations
@@ -204,6 +204,8 @@ def main() -> int:
     parser.add_argument("--terminals", nargs="+", choices=TERMINALS, default=list(TERMINALS))
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
     chosen = parser.parse_args()
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # in the background of a script, under nohup
+        signal.signal(ignored, signal.SIG_DFL)
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         for launcher, terminal, name in CELLS:
