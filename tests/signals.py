@@ -4,8 +4,9 @@ if it had never been ended.
     PYTHONPATH=.:tests python tests/signals.py                      # the whole table, half an hour and more
     PYTHONPATH=.:tests python tests/signals.py --launchers python --signals HUP QUIT
 
-A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too. torchrun's ranks do not:
-each is a session of its own. Plain torchrun hands SIGUSR1 and SIGKILL on to nobody: the ranks must see that it is gone.
+A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too. torchrun's ranks do
+not: each is a session of its own. Plain torchrun hands SIGUSR1 and SIGKILL on to nobody: the ranks must see that it is
+gone.
 """
 
 from __future__ import annotations

@@ -98,7 +98,14 @@ def test_torchrun_on_one_machine_and_on_many() -> None:
 
 def test_under_nohup_torchrun_leaves_sighup_alone() -> None:
     """It would take the signal for itself. A job's torchrun has no part in this shell's nohup."""
-    words = ["nohup", sys.executable, "launch/submit.py", "launch.dry_run=true", "data.train=/data", "launch.processes=2"]
+    words = [
+        "nohup",
+        sys.executable,
+        "launch/submit.py",
+        "launch.dry_run=true",
+        "data.train=/data",
+        "launch.processes=2",
+    ]
     for system, handled in (("torchrun", SIGNALS.replace("SIGHUP,", "")), ("slurm", SIGNALS)):
         done = subprocess.run([*words, f"launch={system}"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert f"--signals-to-handle {handled} " in done.stdout, done.stderr
