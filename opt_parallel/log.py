@@ -3,6 +3,7 @@ is wrong, and once."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from opt_parallel import machine, place, terminal
 from opt_parallel.errors import Lost, UserError
@@ -59,6 +60,7 @@ def quiet_libraries() -> None:
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger(SAYS_IT_AGAIN).setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # else a library's own log on a full disk would be a traceback a line
     OURS.setLevel(logging.INFO)
     OURS.propagate = False
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -78,12 +80,15 @@ def own_file(folder: Path) -> Iterator[None]:
     A warning is written once. What fails here is named on the terminal, too: by a line, the rest is in the file.
     Libraries in C++ print past Python: on rank 0 they reach the terminal alone."""
     path, main = log_of(folder, place.rank()), place.is_main()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+    raw = _open(path)
+    with io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+    ) as file:
         print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}  {place.host()}, process {os.getpid()}", file=file)
         for line in terminal.gone.values():
             print(line, file=file)
         earlier = None if main else _redirect(file.fileno(), file.fileno())
+        raw.terminal = earlier and earlier[1]
         handlers = _collect(file, also_here=main)
         try:
             yield
@@ -101,6 +106,44 @@ def own_file(folder: Path) -> Iterator[None]:
         if earlier is not None:
             for old in _redirect(*earlier) + earlier:
                 os.close(old)
+
+
+class _LogFile(io.FileIO):
+    """What lies below a log's buffer. What the disk does not take is lost, and said once: no run ends for it.
+
+    `terminal`: a descriptor to say it to, where standard output is the log itself."""
+
+    terminal: int | None = None
+    said = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not self.said:
+                self.said = True
+                _tell_unwritable(str(self.name), error, self.terminal)
+            return len(data)
+
+
+def _open(path: Path) -> _LogFile:
+    """A rank's log to append to; nowhere, if it cannot be opened."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _LogFile(path, "a")
+    except OSError as error:
+        _tell_unwritable(str(path), error, None)
+        return _LogFile(os.devnull, "a")
+
+
+def _tell_unwritable(path: str, error: OSError, terminal: int | None) -> None:
+    """Not by `say`, which writes to the log, too."""
+    line = f"warning: {path} cannot be written ({error.strerror}): the run goes on, and lacks what is said there"
+    if terminal is None:
+        print(line, flush=True)
+    else:
+        with suppress(OSError):  # that terminal may be gone
+            os.write(terminal, f"{line}\n".encode())
 
 
 def _redirect(output: int, errors: int) -> tuple[int, int]:

@@ -29,7 +29,9 @@ from opt_parallel.clock import Clock
 from opt_parallel.config import ActivationCheckpointing, Precision, Run
 from opt_parallel.curve import draw, losses_of, perplexity_of
 from opt_parallel.log import say
+from opt_parallel.storage.atomic import optional
 from opt_parallel.storage.checked import dump_checked
+from opt_parallel.storage.lines import Lines
 from opt_parallel.storage.rows import METRICS, Row, keep_rows, rows_of
 from opt_parallel.task_config import Task
 from opt_parallel.trackers import open_trackers
@@ -122,11 +124,12 @@ class _Recorder(Metrics):
         self._pending: Callable[[], None] | None = None  # writes the row of the latest step
         self._trackers = open_trackers(run, clock, wandb_id)
         self._path = run.folder / METRICS
-        keep_rows(self._path, clock.step)
-        self._samples = run.folder / "samples.jsonl"
-        if run.evaluation.prompts or self._samples.exists():
-            keep_rows(self._samples, clock.step)
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)  # a line is out as soon as it is written
+        samples = run.folder / "samples.jsonl"
+        for path in (self._path, samples):
+            with optional(path, f"taken back to step {clock.step}"):
+                keep_rows(path, clock.step)
+        self._lines, self._samples = Lines(self._path), Lines(samples)
+        self._lines.flush()  # who follows the file finds it
         self._progress = _Progress(run, clock)
         self._opened_at, self._since = time.perf_counter(), _mark(device)
 
@@ -171,13 +174,11 @@ class _Recorder(Metrics):
     def samples(self, clock: Clock, texts: list[str]) -> None:
         self._flush()
         pairs = list(zip(self._run.evaluation.prompts, texts, strict=True))
-        with self._samples.open("a", encoding="utf-8") as file:
-            for prompt, text in pairs:
-                row = {"step": clock.step, "prompt": prompt, "text": text}
-                file.write(dump_checked(row, ascii_only=False) + "\n")
-        for tracker in self._trackers:
-            said = {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(pairs, start=1)}
-            tracker.log(said, step=clock.step)
+        for prompt, text in pairs:
+            row = {"step": clock.step, "prompt": prompt, "text": text}
+            self._samples.write(dump_checked(row, ascii_only=False))
+        said = {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(pairs, start=1)}
+        self._trackers.log(said, clock.step)
         self.note(f"sample at step {clock.step}: {''.join(pairs[0])!r}")
 
     def note(self, text: str) -> None:
@@ -191,28 +192,27 @@ class _Recorder(Metrics):
 
     def abandon(self) -> None:
         self._flush()
-        self._file.close()
+        self._lines.close()
+        self._samples.close()
         self._progress.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        self._trackers.finish()
 
     def close(self, finished: bool) -> None:
-        self._flush()
-        self._file.close()
-        self._progress.close()
-        rows = rows_of(self._path)
+        self.abandon()
+        rows: list[Row] = []
+        with optional(self._path, "read"):
+            rows = rows_of(self._path)
         parts = [self._reached(finished), self._losses(rows)]
         if rows:
             curve = self._run.folder / "curve.png"
             unit = "example" if self._run.task.name is Task.classify else "token"
-            draw(curve, self._run.run.name, rows, self._unigram_entropy, unit)
-            parts.append(str(curve))
+            with optional(curve):
+                draw(curve, self._run.run.name, rows, self._unigram_entropy, unit)
+                parts.append(str(curve))
         if not finished:
             early = self._clock.step < self._run.stop
             auto = "" if self._run.resume == "auto" else " with resume=auto"
             parts.append(f"{'the same command' if early else 'a later stop_at'}{auto} continues it")
-        for tracker in self._trackers:
-            tracker.finish()
         say("; ".join(part for part in parts if part), anywhere=True)
 
     def _flush(self) -> None:
@@ -238,11 +238,10 @@ class _Recorder(Metrics):
     def _write(self, kind: str, row: Row) -> None:
         unsayable = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         row = {"kind": kind} | row | dict.fromkeys(unsayable)  # JSON has no word for them but null
-        self._file.write(dump_checked(row) + "\n")
+        self._lines.write(dump_checked(row))
         values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step", "epochs"} if row[key] is not None}
         values |= {f"epochs/{source}": passed for source, passed in row.get("epochs", {}).items()}
-        for tracker in self._trackers:
-            tracker.log(values, step=row["step"])
+        self._trackers.log(values, row["step"])
 
     def _reached(self, finished: bool) -> str:
         clock, opened, run = self._clock, self._opened, self._run

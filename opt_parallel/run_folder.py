@@ -13,9 +13,20 @@ from opt_parallel.manifest import read_manifest
 from opt_parallel.storage.atomic import PARTIAL, optional, remove, remove_leftovers, write_text
 from opt_parallel.storage.lock import only_writer
 from opt_parallel.storage.rows import METRICS
+from opt_parallel.trackers import WANDB_ID
 
 EXPORT = "export"
-WRITTEN = (STATE, CONFIG, METRICS, "samples.jsonl", "curve.png", "confusion.png", EXPORT, "checkpoints/best.json")
+WRITTEN = (
+    STATE,
+    CONFIG,
+    METRICS,
+    "samples.jsonl",
+    "curve.png",
+    "confusion.png",
+    WANDB_ID,
+    EXPORT,
+    "checkpoints/best.json",
+)
 
 
 def only_run_in(run: Run) -> AbstractContextManager[None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from opt_parallel.clock import Clock
@@ -13,7 +15,7 @@ from opt_parallel.config import Run
 from opt_parallel.errors import UserError, one_line
 from opt_parallel.log import say
 from opt_parallel.output_config import Wandb
-from opt_parallel.storage.atomic import write_text
+from opt_parallel.storage.atomic import optional, write_text
 
 Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported only where it is used
 WANDB_ID = "wandb-id"  # a file in a run's folder: its name at wandb, however often it is started
@@ -48,8 +50,9 @@ def wandb_id(run: Run, saved: str | None = None, anew: bool = False) -> str | No
     if anew and saved:
         say(f"wandb: run {name} branches off run {saved}")
     if name != kept:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, f"{name}\n")
+        with optional(path):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, f"{name}\n")
     return name
 
 
@@ -71,33 +74,67 @@ def check_trackers(run: Run) -> None:
         )
 
 
-def open_trackers(run: Run, clock: Clock, name: str | None = None) -> list[Tracker]:
+class Trackers:
+    """Those of a run. One that fails, as on a full disk, is said and left out: the run does not depend on it."""
+
+    def __init__(self, trackers: Iterable[Tracker]) -> None:
+        self.active = list(trackers)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._with_each(lambda tracker: tracker.log(values, step=step))
+
+    def finish(self) -> None:
+        self._with_each(lambda tracker: tracker.finish())
+
+    def _with_each(self, work: Callable[[Tracker], Any]) -> None:
+        for tracker in list(self.active):
+            try:
+                work(tracker)
+            except Exception as error:  # theirs are of many types
+                self.active.remove(tracker)
+                say(f"warning: {tracker.name} failed ({_reason(error)}): the run goes on without it")
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
+def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
     """The experiment trackers, started and told the resolved configuration. `name`: the run's at wandb."""
     followed = [f"{each}={os.environ[each]}" for each in FOLLOWED if os.environ.get(each)]
     if followed and run.logging.wandb is not Wandb.disabled:
         say(f"wandb follows the environment: {', '.join(followed)}")
     name = name or wandb_id(run)
     if name is None and not run.logging.tensorboard:
-        return []
+        return Trackers([])
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker
     from torch.utils.tensorboard.summary import hparams
 
+    threading.excepthook = _quiet_tensorboard
     PartialState()  # the trackers ask it who is main; it takes the process group it finds and makes none
     settings, trackers = _flat(recorded(run)), []
     if name is not None:
-        wandb = _open_wandb(run, name)
-        wandb.store_init_configuration(settings)
-        trackers.append(wandb)
+        with optional(run.folder / "wandb"):
+            wandb = _open_wandb(run, name)
+            wandb.store_init_configuration(settings)
+            trackers.append(wandb)
     if run.logging.tensorboard:
-        # purge_step hides the events of steps that will be run again, as `_keep_rows` does
-        tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
-        tensorboard.start()
-        # not by the tracker, which makes two folders at each start
-        for summary in hparams(settings, {}):
-            tensorboard.writer.file_writer.add_summary(summary)
-        trackers.append(tensorboard)
-    return trackers
+        with optional(run.folder / "logs" / "tensorboard"):
+            # purge_step hides the events of steps that will be run again, as `keep_rows` does
+            tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
+            tensorboard.start()
+            # not by the tracker, which makes two folders at each start
+            for summary in hparams(settings, {}):
+                tensorboard.writer.file_writer.add_summary(summary)
+            trackers.append(tensorboard)
+    return Trackers(trackers)
+
+
+def _quiet_tensorboard(told: threading.ExceptHookArgs) -> None:
+    """For `threading.excepthook`: what fails in TensorBoard's thread is raised at the next `log`, too."""
+    if not type(told.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(told)
 
 
 def _open_wandb(run: Run, name: str) -> Tracker:

@@ -84,11 +84,12 @@ def test_what_else_the_environment_says_counts_too(
     from opt_parallel.clock import Clock
     from opt_parallel.trackers import open_trackers
 
+    wandb.teardown()  # of an earlier test, which remembers its environment
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name, value in {"PROJECT": "my-project", "NAME": "my-name", "DIR": str(elsewhere), "RUN_ID": "my-id"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    (tracker,) = open_trackers(run_in(tmp_path / "run"), Clock())
+    (tracker,) = open_trackers(run_in(tmp_path / "run"), Clock()).active
     tracker.finish()
     wandb.teardown()
     (recorded,) = elsewhere.glob("wandb/offline-run-*-my-id/run-my-id.wandb")

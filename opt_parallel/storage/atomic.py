@@ -182,7 +182,8 @@ def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
         yield partial, file
     finally:
         if file is not None:
-            file.close()
+            with suppress(OSError):  # what could not be written is tried once more; after an error, which is on its way
+                file.close()
         if partial != path:
             remove(partial)
 

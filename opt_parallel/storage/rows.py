@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,8 +57,16 @@ def keep_rows(path: Path, last_step: int) -> None:
         aside = free_name(path, "damaged")
         shutil.copyfile(path, aside)
         say(f"warning: {in_words(path, damaged)}, and left out; the file as it was is {aside.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, b"".join(line for line, row in lines if row is not None and row["step"] <= last_step))
+    kept = b"".join(line for line, row in lines if row is not None and row["step"] <= last_step)
+    if path.is_file() and not damaged and _begins_with(path, kept):
+        os.truncate(path, len(kept))  # a full disk has room for it
+    elif path.exists():
+        write_bytes(path, kept)
+
+
+def _begins_with(path: Path, content: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(content)) == content
 
 
 def in_words(path: Path, damaged: list[int]) -> str:

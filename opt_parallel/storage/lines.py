@@ -1,0 +1,70 @@
+"""A file that grows line by line while a run goes on, whatever its disk does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from opt_parallel.log import say
+from opt_parallel.storage.atomic import write_bytes
+
+
+class Lines:
+    """Appends to a file. What the disk does not take is kept, which is said once, and written as soon as it does; where
+    the file or its folder was removed, it is made anew with all that was in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        self._kept = bytearray()
+        self._failed = False
+
+    def write(self, line: str) -> None:
+        """Append a line. Never fails."""
+        self._kept += line.encode() + b"\n"
+        self.flush()
+
+    def close(self) -> None:
+        """Nothing more is written; lines that the disk never took are lost, and that is said."""
+        if self._kept:
+            self.flush()
+        if lost := self._kept.count(b"\n"):
+            say(f"warning: the last {lost} lines of {self.path} could not be written")
+        if self._file is not None:
+            self._file.close()
+
+    def flush(self) -> None:
+        """Write what is kept, and make the file where there is none. Never fails."""
+        try:
+            file = self._opened()
+            while self._kept:
+                del self._kept[: file.write(self._kept)]
+        except OSError as error:
+            if not self._failed:
+                say(f"warning: {self.path} cannot be written ({error.strerror}): the run goes on and keeps its lines")
+            self._failed = True
+            return
+        if self._failed:
+            say(f"{self.path} is written again, and lacks no line")
+        self._failed = False
+
+    def _opened(self) -> BinaryIO:
+        """The file that has the path. Raises: OSError."""
+        if self._file is not None and self._is_there(self._file):
+            return self._file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._file is not None:
+            self._file.seek(0)
+            write_bytes(self.path, self._file.read())
+            say(f"warning: {self.path} was removed or moved in mid-run: it is made anew, with all its lines")
+            self._file.close()
+            self._file = None
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        return self._file
+
+    def _is_there(self, file: BinaryIO) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            return False
