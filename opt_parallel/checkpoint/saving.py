@@ -120,19 +120,19 @@ class Saver:
             self._write_file(folder, shapes, records)
         except Exception as error:  # whatever it is: a thread has nobody to raise to, and the others wait
             failure = _why(error)
-        failures = self._failures(failure)
-        if not failures and self.topology.is_main:
+        failed = self._failed(failure)
+        if failed is None and self.topology.is_main:
             try:
                 complete()
             except Exception as error:
                 failure = _why(error)
-        failures = failures or self._failures(failure)
+        failed = failed or self._failed(failure)
         if self.topology.is_main:
-            if failures:
+            if failed:
                 remove(folder)  # all ranks are done with it
             else:
                 tidy_up()
-        return (failure or "another rank could not write") if failures else None
+        return failed
 
     def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:
         """The file, and beside it a note for the manifest."""
@@ -150,12 +150,16 @@ class Saver:
         note = {"bytes": len(header) + len(data), "crc32": f"{checksum:08x}", "fragments": records}
         path.with_suffix(".json").write_text(json.dumps(note))
 
-    def _failures(self, failure: str | None) -> int:
-        """On how many ranks something failed."""
-        count = torch.tensor(int(failure is not None))
+    def _failed(self, failure: str | None) -> str | None:
+        """Why something failed on the first rank where it did, and where if that is not rank 0; None if on none."""
+        told: list[str | None] = [failure]
         if self.group is not None:
-            dist.all_reduce(count, group=self.group)
-        return int(count)
+            told *= self.topology.world.size
+            dist.all_gather_object(told, failure, group=self.group)
+        for rank, why in enumerate(told):
+            if why is not None:
+                return f"{why} on {self.topology.where(rank)}" if rank else why
+        return None
 
 
 def _why(error: Exception) -> str:
