@@ -33,6 +33,10 @@ class Diverged(UserError):
     """The training came to numbers that are not finite: a mistake of one run, and a result among those of a sweep."""
 
 
+class Unread(UserError):
+    """Text that was there at the start cannot be read any more: what was trained is as good as before."""
+
+
 class Lost(Exception):
     """Another rank is gone, or cannot be reached: no mistake, and the newest checkpoint goes on. `speaks`: whether this
     rank is the one of its host that says so on the terminal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from opt_parallel.config import Run
-from opt_parallel.data.batches import validation_batches
+from opt_parallel.data.batches import read_together, validation_batches
 from opt_parallel.data.samples import Batch, Samples
 from opt_parallel.data.tokens import decode_continuation, encode_prompt, load_tokenizer
 from opt_parallel.engine import Engine
@@ -75,11 +76,14 @@ class Validation:
 
 
 def validate(judged: Judged, samples: Samples, labels: Labels | None = None) -> Validation:
-    """Every one of `samples` once, over all data ranks, which take part together. `labels` are a classifier's."""
+    """Every one of `samples` once, over all data ranks, which take part together. `labels` are a classifier's.
+
+    Raises: Unread, on every rank, if one cannot read a sample."""
     run, data = judged.run, judged.topology.data
     total, targets = torch.zeros((), device=judged.topology.device, dtype=torch.float64), 0
     tallied = np.zeros(1)
-    for batch in validation_batches(samples, run.micro_batch, data.rank, data.size, run.model.pad_token_id):
+    batches = validation_batches(samples, run.micro_batch, data.rank, data.size, run.model.pad_token_id)
+    while (batch := read_together(partial(next, batches, None), judged.topology)) is not None:
         targets += batch.targets
         if labels is None:
             total += judged.evaluate(batch)

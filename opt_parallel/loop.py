@@ -17,14 +17,14 @@ from opt_parallel.checkpoint.whole import choose, newest, precision_of, step_of
 from opt_parallel.clock import Clock
 from opt_parallel.config import Run
 from opt_parallel.curve import draw_confusion
-from opt_parallel.data.batches import Feed, Loader
+from opt_parallel.data.batches import Feed, Loader, read_together
 from opt_parallel.data.mixture import Mixture
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.resuming import go_on
 from opt_parallel.data.samples import Rows, Samples
 from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
-from opt_parallel.errors import Diverged, UserError
+from opt_parallel.errors import Diverged, Unread, UserError
 from opt_parallel.evaluate import Prompts, validate
 from opt_parallel.export import export, is_of
 from opt_parallel.interrupt import Interrupt
@@ -44,6 +44,7 @@ from opt_parallel.run_folder import (
     write_config,
     write_state,
 )
+from opt_parallel.storage.atomic import optional
 from opt_parallel.task_config import Task
 from opt_parallel.topology import Topology
 from opt_parallel.trackers import check_trackers, wandb_id
@@ -117,15 +118,12 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
         if topology.world.size > 1:
             say(line)
     materials = topology.together(lambda: Materials.gather(run, begun))
-    data = materials.data
     if topology.is_main:
         write_config(run)
         write_state(run, "running")
-    store = Store(run, topology, data.tokenizer, data.labels, materials.base, data.text, _wandb_id(run, begun))
+    store = _open_store(run, begun, topology, materials)
     engine, clock, mixture = _begin(run, topology, store, materials)
-    place = (topology.data.rank, topology.data.size)
-    feed = Feed(mixture, run.global_batch, run.micro_batch, *place, run.model.pad_token_id)
-    loader = Loader(feed, clock, run.stop, topology.device)
+    loader = Loader(_feed(run, topology, mixture), clock, run.stop, topology.device)
     metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock, store.wandb_id)
     metrics.note(_greeting(run, why, topology, clock, engine, mixture))
     topology.set_timeout(run.parallel.timeout)
@@ -134,7 +132,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     status = 0
     try:
         while clock.step < run.stop and not status:
-            result = engine.step(loader.next(), clock)
+            result = engine.step(read_together(loader.next, topology), clock)
             clock = clock.after(run.global_batch, result.tokens)
             metrics.step(
                 clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,
@@ -150,8 +148,12 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
             if status or last or best is not None or _due(run.checkpoint.every, clock, last):
                 with metrics.pause():
                     store.save(engine, clock, best)
+        loader.close()
+        store.finish()
     except UserError as error:
         metrics.abandon()
+        if isinstance(error, Unread):
+            raise Unread(f"{error}; {store.rescue(engine, clock)}", shared=True) from error
         store.wait()
         if isinstance(error, Diverged):
             if topology.is_main:
@@ -160,8 +162,6 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
             engine.close()
         raise
 
-    loader.close()
-    store.finish()
     metrics.close(finished=clock.step == run.steps)
     if topology.is_main:
         write_state(run, "stopped" if status else "done")
@@ -170,6 +170,16 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
         topology.exchange(None)  # nobody ends before all ignore, and the state is written: launchers kill the rest
     engine.close()
     return status
+
+
+def _open_store(run: Run, begun: Path | None, topology: Topology, materials: Materials) -> Store:
+    data = materials.data
+    return Store(run, topology, data.tokenizer, data.labels, materials.base, data.text, _wandb_id(run, begun))
+
+
+def _feed(run: Run, topology: Topology, mixture: Mixture) -> Feed:
+    rank, size = topology.data.rank, topology.data.size
+    return Feed(mixture, run.global_batch, run.micro_batch, rank, size, run.model.pad_token_id)
 
 
 def _begin(run: Run, topology: Topology, store: Store, materials: Materials) -> tuple[Engine, Clock, Mixture]:
@@ -195,7 +205,9 @@ def _evaluate(engine: Engine, clock: Clock, materials: Materials, metrics: Metri
         metrics.validation(clock, found.loss, unigrams, found.figures)
         if labels and found.confusion is not None and engine.topology.is_main:
             title = f"{engine.run.run.name}, step {clock.step}"
-            draw_confusion(engine.run.folder / "confusion.png", title, labels.names, found.confusion)
+            picture = engine.run.folder / "confusion.png"
+            with optional(picture):
+                draw_confusion(picture, title, labels.names, found.confusion)
     if materials.prompts is not None:
         metrics.samples(clock, materials.prompts.texts(engine, clock.step))
     return None if found is None else found.loss

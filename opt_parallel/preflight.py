@@ -36,6 +36,7 @@ from opt_parallel.optim import OPTIMIZERS
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.paths import make_folder
 from opt_parallel.shapes import Labels
+from opt_parallel.storage.atomic import remove
 from opt_parallel.task_config import Task
 from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
 
@@ -197,7 +198,7 @@ def _check_shared_folder(run: Run, topology: Topology) -> None:
         topology.together(look)
     finally:
         if topology.is_main:
-            probe.unlink()
+            remove(probe)
 
 
 def _said(work: Callable[[], Any], run: Run) -> Any:

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import math
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-from opt_parallel.checkpoint.damage import checksum_of, read_share
+from opt_parallel.checkpoint.damage import read_share
 from opt_parallel.checkpoint.merged import Base, lora_of
 from opt_parallel.checkpoint.replicas import differing
 from opt_parallel.checkpoint.reshard import CheckpointReader
@@ -74,6 +73,8 @@ class Store:
         """`labels` are a classifier's; `base` is what a LoRA run stands on; `text`: each source's prepared store;
         `wandb_id`: the run's name at wandb, which rank 0 knows."""
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
+        # in memory: a checkpoint can be written when data.cache is gone
+        self.tokenizer_files = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
         self.labels, self.base, self.text = labels, base, dict(text or {})
         self.wandb_id = wandb_id
         self.root = run.folder / "checkpoints"
@@ -176,6 +177,16 @@ class Store:
                 + (f"{kept} is whole" if kept else "there is no earlier checkpoint")
             )
 
+    def rescue(self, engine: Engine, clock: Clock) -> str:
+        """Save, unless this step is saved, before an end that training is not to blame for; where the same command goes
+        on, in words."""
+        self.wait()
+        final = self.root / f"step-{clock.step}"
+        if clock.step and self.topology.any(self.topology.is_main and step_of(final) is None):
+            self.save(engine, clock)
+            self.wait()
+        return f"the same command goes on from {newest(self.root) or 'the beginning'}"
+
     def _on_main(self, work: Callable[[], None]) -> None:
         """Raises: UserError on every rank, if rank 0 does."""
         self.topology.together(lambda: work() if self.topology.is_main else None)
@@ -202,10 +213,11 @@ class Store:
         for note in sorted(beside.glob("rank-*.json")):
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
             note.unlink()
-        shutil.copytree(self.tokenizer, beside / "tokenizer")
-        for path in sorted((beside / "tokenizer").iterdir()):
-            written = {"bytes": path.stat().st_size, "crc32": checksum_of(path), "fragments": []}
-            manifest["files"][f"tokenizer/{path.name}"] = written
+        (beside / "tokenizer").mkdir()
+        for name, content in self.tokenizer_files.items():
+            (beside / "tokenizer" / name).write_bytes(content)
+            written = {"bytes": len(content), "crc32": f"{crc32(content):08x}", "fragments": []}
+            manifest["files"][f"tokenizer/{name}"] = written
         (beside / MANIFEST).write_text(dump_checked(manifest))
         publish(beside, final)
 
@@ -276,7 +288,7 @@ class Store:
                 )
         self._check_labels(folder, manifest.get("labels"))
         self._check_adapts(folder, manifest)
-        if not filecmp.cmp(folder / "tokenizer" / TOKENIZER, self.tokenizer / TOKENIZER, shallow=False):
+        if (folder / "tokenizer" / TOKENIZER).read_bytes() != self.tokenizer_files[TOKENIZER]:
             raise UserError(
                 f"{folder} was trained with another tokenizer than {self.tokenizer}, whose ids mean other words: set "
                 f"data.tokenizer={folder / 'tokenizer'}, or start in another run.dir"

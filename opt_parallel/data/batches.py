@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Thread
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +16,11 @@ import torch
 from opt_parallel.clock import Clock
 from opt_parallel.data.mixture import Mixture
 from opt_parallel.data.samples import Batch, Sample, Samples, collate
+from opt_parallel.errors import Unread, UserError
 from opt_parallel.shapes import IGNORED
+from opt_parallel.topology import Topology
 
+T = TypeVar("T")
 STEPS_AHEAD = 2  # made before they are asked for
 
 
@@ -81,6 +85,21 @@ class Loader:
                     return
         except Exception as error:  # whatever it is, it is the loop's
             self._ready.put(error)
+
+
+def read_together(read: Callable[[], T], topology: Topology) -> T:
+    """What `read` returns on this rank, once no rank's has failed: they then end together, and can save first.
+
+    Raises: Unread, on every rank, if one's raises UserError."""
+    result, mistake = None, None
+    try:
+        result = read()
+    except UserError as error:
+        mistake = error
+    if topology.any(mistake is not None):
+        told = topology.exchange(mistake and str(mistake))
+        raise Unread(next(line for line in told if line), shared=True) from mistake
+    return result  # type: ignore[return-value]
 
 
 def validation_batches(

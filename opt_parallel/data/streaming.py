@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,8 @@ class Filling:
                     raise
         except OSError as error:  # the sources' own are UserErrors
             line = f"data.cache={self.folder.parent} cannot be written ({error}): choose another data.cache"
+            with suppress(OSError):
+                tell_failure(self.folder, line)
             raise UserError(line) from error
 
     def _fill(self) -> None:
@@ -176,6 +179,14 @@ class GrowingStore(TokenStore):
         """Wait until `rows` rows are there, or all there will be: how many, once that is known.
 
         Raises: UserError if they will not come."""
+        try:
+            return self._arrived(rows)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be read any more ({error.strerror}): start again, it goes on from there"
+            ) from error
+
+    def _arrived(self, rows: int) -> int | None:
         seen = time.monotonic()
         while not self.look(rows * self.length + 1):
             failed = failure_of(self.folder)
@@ -239,5 +250,9 @@ def _fill_beside(filling: Filling) -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_the_trainer, daemon=True).start()
-    with suppress(UserError):  # the trainer says it
+    try:
         filling.complete()
+    except UserError as error:
+        told = failure_of(filling.folder)
+        if told is None or told.words != str(error):  # else the trainer says it
+            print(f"warning: {error}", file=sys.stderr, flush=True)

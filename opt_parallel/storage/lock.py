@@ -147,7 +147,17 @@ def _beat(number: int, path: Path, key: str, this: Writer, ended: threading.Even
         if other is not None and other != this:
             leave(f"{key}: another run trains there now, {other}, and this one ends: they would mix", patience=0.0)
         with suppress(OSError):  # the disk may be full for now; the lock holds all the same
+            if not path.exists():
+                _make_anew(number, path)
             _write(number, path, this, count)
+
+
+def _make_anew(number: int, path: Path) -> None:
+    """After somebody removed the file: lock a new one, under the same descriptor. Raises: OSError."""
+    new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    hold(new)
+    os.dup2(new, number, inheritable=False)
+    os.close(new)
 
 
 def _write(number: int, path: Path, this: Writer, count: int) -> None:

@@ -90,6 +90,16 @@ def test_a_killed_one_keeps_nobody_out(tmp_path: Path) -> None:
     second.kill()
 
 
+def test_a_file_that_was_removed_is_held_anew(tmp_path: Path) -> None:
+    first = Process(tmp_path)
+    assert first.line() == "writes"
+    (tmp_path / LOCK).unlink()
+    while not ((tmp_path / LOCK).exists() and (tmp_path / LOCK).read_bytes()):
+        time.sleep(0.02)
+    assert_refused(Process(tmp_path), first)
+    assert first.end() == (0, [])
+
+
 def test_a_stopped_one_still_holds_it(tmp_path: Path) -> None:
     first = Process(tmp_path)
     assert first.line() == "writes"
