@@ -64,13 +64,13 @@ def torchrun(processes: int, *arguments: str, timeout: float = 240) -> subproces
     return cold_python(*module, *arguments, timeout=timeout)
 
 
-def launch(processes: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def launch(processes: int, *arguments: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
     """Forked ranks with the variables that a launcher sets. As a launcher does, end all with SIGTERM once one failed;
     the status is then that rank's."""
-    server = fork_server()
+    server = fork_server(env["LD_PRELOAD"]) if "LD_PRELOAD" in env else fork_server()
     with socket.socket() as free, TemporaryFile() as out, TemporaryFile() as err:
         free.bind(("127.0.0.1", 0))
-        common = environment()
+        common = environment(**env)
         if processes > 1:
             common |= {
                 "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
@@ -109,8 +109,9 @@ def _wait_for_all(ranks: list[Forked], timeout: float, command: list[str]) -> in
 
 
 @functools.cache
-def fork_server() -> ForkServer:
-    return ForkServer(environment())
+def fork_server(preloaded: str = "") -> ForkServer:
+    """`preloaded`: a library in front of the C library's calls (`faults`), which no fork can load any more."""
+    return ForkServer(environment(LD_PRELOAD=preloaded))
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:

@@ -10,10 +10,18 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+// The call waits until a file is there, for good without one, and is made then.
+static int hang(void) {
+  const char *until = getenv("FAULTS_UNTIL");
+  while (!until || access(until, F_OK)) usleep(10000);
+  return 0;
+}
 
 static int refused(const char *call, const char *path) {
   const char *rules = getenv("FAULTS"), *when = getenv("FAULTS_WHEN");
@@ -24,6 +32,7 @@ static int refused(const char *call, const char *path) {
   copy[sizeof copy - 1] = 0;
   while ((rule = strsep(&rest, "\n")))
     if (sscanf(rule, "%63s %d %2047[^\n]", name, &number, pattern) == 3 && !strcmp(name, call) && !fnmatch(pattern, path, 0)) {
+      if (!number) return hang();
       errno = number;
       return 1;
     }
@@ -71,6 +80,12 @@ int open64(const char *p, int f, ...) { MODE(f) return TO_WRITE(f) && refused_at
 int openat(int d, const char *p, int f, ...) { MODE(f) return TO_WRITE(f) && refused_at("open", d, p) ? -1 : REAL(openat)(d, p, f, mode); }
 int openat64(int d, const char *p, int f, ...) { MODE(f) return TO_WRITE(f) && refused_at("open", d, p) ? -1 : REAL(openat64)(d, p, f, mode); }
 ssize_t write(int n, const void *b, size_t s) { return refused_file("write", n) ? -1 : REAL(write)(n, b, s); }
+ssize_t pwrite(int n, const void *b, size_t s, off_t o) { return refused_file("write", n) ? -1 : REAL(pwrite)(n, b, s, o); }
+ssize_t pwrite64(int n, const void *b, size_t s, off64_t o) { return refused_file("write", n) ? -1 : REAL(pwrite64)(n, b, s, o); }
+ssize_t sendfile(int n, int from, off_t *o, size_t s) { return refused_file("write", n) ? -1 : REAL(sendfile)(n, from, o, s); }
+ssize_t sendfile64(int n, int from, off64_t *o, size_t s) { return refused_file("write", n) ? -1 : REAL(sendfile64)(n, from, o, s); }
+int truncate(const char *p, off_t s) { return refused_at("truncate", AT_FDCWD, p) ? -1 : REAL(truncate)(p, s); }
+int truncate64(const char *p, off64_t s) { return refused_at("truncate", AT_FDCWD, p) ? -1 : REAL(truncate64)(p, s); }
 int fsync(int n) { return refused_file("fsync", n) ? -1 : REAL(fsync)(n); }
 int rename(const char *a, const char *b) { return refused_at("rename", AT_FDCWD, b) ? -1 : REAL(rename)(a, b); }
 int link(const char *a, const char *b) { return refused_at("link", AT_FDCWD, b) ? -1 : REAL(link)(a, b); }

@@ -2,9 +2,10 @@
 
     python("train.py", …, **faults("write ENOSPC */metrics.jsonl", "fsync EINVAL */", when=folder / "now"))
 
-Each rule is a call, an error and a pattern (fnmatch) of absolute paths; a folder's ends with a slash. `when`: rules
-hold while that file exists. Calls: open (to write), write, fsync, rename, link, mkdir, remove (of files and folders),
-flock. Needs gcc and Linux; `why_not` says what is missing.
+Each rule is a call, an error and a pattern (fnmatch) of absolute paths; a folder's ends with a slash. The error HANG is
+none: the call waits for the file `until`, and is made then. `when`: rules hold while that file exists. Calls: open (to
+write), write, truncate, fsync, rename, link, mkdir, remove (of files and folders), flock. Needs gcc and Linux;
+`why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ def why_not() -> str | None:
     return None if sys.platform == "linux" and shutil.which("gcc") else "a played file system needs Linux and gcc"
 
 
-def faults(*rules: str, when: Path | None = None) -> dict[str, str]:
+def faults(*rules: str, when: Path | None = None, until: Path | None = None) -> dict[str, str]:
     """The environment of a process for which the rules hold."""
     numbered = []
     for rule in rules:
         call, name, pattern = rule.split(" ", 2)
-        numbered.append(f"{call} {getattr(errno, name)} {pattern}")
+        numbered.append(f"{call} {0 if name == 'HANG' else getattr(errno, name)} {pattern}")
     found = {"LD_PRELOAD": str(_library()), "FAULTS": "\n".join(numbered)}
-    return found if when is None else {**found, "FAULTS_WHEN": str(when)}
+    files = {"FAULTS_WHEN": when, "FAULTS_UNTIL": until}
+    return found | {name: str(path) for name, path in files.items() if path is not None}
 
 
 @functools.cache
