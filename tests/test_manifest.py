@@ -20,6 +20,7 @@ from layouts import Layout
 from tampering import edit
 from test_resume import go, run_of, with_tokenizer
 
+from opt_parallel.checkpoint.whole import set_aside
 from opt_parallel.config import Run
 
 NAME = "decoder.final_layer_norm.weight"
@@ -402,3 +403,14 @@ def test_names_that_no_save_gives_are_left_alone(crew: Any, run: Path) -> None:
     (answers,) = crew(1)(read_by_all, run)
     assert answers == [f"read {digest(checkpoints / 'step-4')}"] * 3
     assert {path.name for path in checkpoints.iterdir()} == {"step-2", "step-4", *others}
+
+
+def test_a_name_that_is_taken_is_never_taken_again(tmp_path: Path) -> None:
+    """A run that goes back again and again, whose earlier branches were deleted in part."""
+    for kept, name in (("", "step-8.abandoned"), ("1", "step-8.abandoned"), ("", "step-8.abandoned2")):
+        if kept == "1":
+            shutil.move(tmp_path / "step-8.abandoned", tmp_path / "step-8.abandoned1")
+        (tmp_path / "step-8").mkdir()
+        (tmp_path / "step-8" / "file").touch()
+        assert set_aside(tmp_path / "step-8", "abandoned").name == name
+    assert {path.name for path in tmp_path.iterdir()} == {"step-8.abandoned", "step-8.abandoned1", "step-8.abandoned2"}
