@@ -13,7 +13,7 @@ PROMPT ?= The function returns
 # two processes, that is tensor parallelism, on CPUs or on two GPUs; a single GPU takes one process
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PROCESSES := $(if $(filter 1,$(GPUS)),1,2)
-export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "from opt_parallel.machine import cpus; print(max(1, cpus() // 2))")
+export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "from opt_parallel.runtime.machine import cpus; print(max(1, cpus() // 2))")
 
 # what make bench trains, in bf16 where the device multiplies it, else in fp32: on a CPU a four-layer 125m, and with two threads the whole one
 BENCH := $(BIN)/python scripts/benchmark.py
@@ -47,10 +47,10 @@ test-all: .venv/installed
 	$(MAKE) test-interop
 
 test-slurm: .venv/installed
-	$(BIN)/python -m pytest --long tests/launch/test_slurm.py
+	$(BIN)/python -m pytest --long tests/launching/test_slurm.py
 
 test-nodes: .venv/installed
-	$(BIN)/python -m pytest --long tests/launch/test_nodes.py
+	$(BIN)/python -m pytest --long tests/launching/test_nodes.py
 
 .venv-interop/installed: tests/interop/requirements.txt
 	$(PYTHON) -m venv .venv-interop

@@ -8,10 +8,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from opt_parallel.compose import command, run_from, take
-from opt_parallel.inherit import start_from_checkpoint, take_special_tokens
-from opt_parallel.place import take_place, world_size
-from opt_parallel.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
+from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
+from opt_parallel.config.compose import command, run_from, take
+from opt_parallel.launching.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
+from opt_parallel.runtime.process import take_place, world_size
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")

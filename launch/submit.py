@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from opt_parallel.compose import said_in_one_line
+from opt_parallel.config.compose import said_in_one_line
 from opt_parallel.launching.submit import submit
 
 if __name__ == "__main__":

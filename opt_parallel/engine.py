@@ -14,24 +14,17 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import Offload, Precision, Run
-from opt_parallel.data.samples import Batch
-from opt_parallel.errors import Diverged, UserError
-from opt_parallel.model.network import network
-from opt_parallel.optim import (
-    OPTIMIZERS,
-    LossScaler,
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    learning_rate,
-)
+from opt_parallel.config.model import Labels
+from opt_parallel.config.run import Offload, Precision, Run
+from opt_parallel.data.samples.samples import Batch
+from opt_parallel.model.build import network
+from opt_parallel.optim import OPTIMIZERS, LossScaler, build_optimizer, clip_gradients, gradient_norm, learning_rate
 from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Source, fill, trained
-from opt_parallel.shapes import Labels
-from opt_parallel.topology import DTYPES, Topology
+from opt_parallel.parallel.topology import DTYPES, Topology
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import Diverged, UserError
 from opt_parallel.zero import (
     Fragment,
     Replica,

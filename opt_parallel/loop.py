@@ -9,33 +9,30 @@ from functools import partial
 from pathlib import Path
 
 from opt_parallel.checkpoint.damage import tokenizer_of
-from opt_parallel.checkpoint.merged import Base, over
-from opt_parallel.checkpoint.reading import Opened, open_checkpoint
-from opt_parallel.checkpoint.reshard import CheckpointReader
+from opt_parallel.checkpoint.folders import choose, newest, precision_of, step_of
+from opt_parallel.checkpoint.lora import Base, over
+from opt_parallel.checkpoint.manifest import read_manifest
+from opt_parallel.checkpoint.reader import CheckpointReader
+from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.checkpoint.store import Store
-from opt_parallel.checkpoint.whole import choose, newest, precision_of, step_of
-from opt_parallel.clock import Clock
-from opt_parallel.config import Run
-from opt_parallel.curve import draw_confusion
-from opt_parallel.data.batches import Feed, Loader, read_together
-from opt_parallel.data.mixture import Mixture
+from opt_parallel.config.paths import absolute
+from opt_parallel.config.run import Run
+from opt_parallel.config.task import Task
+from opt_parallel.config.units import bytes_of
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.resuming import go_on
-from opt_parallel.data.samples import Rows, Samples
+from opt_parallel.data.samples.batches import Feed, Loader, read_together
+from opt_parallel.data.samples.mixture import Mixture
+from opt_parallel.data.samples.samples import Rows, Samples
 from opt_parallel.data.tasks import open_mixture, open_validation
 from opt_parallel.engine import Engine
-from opt_parallel.errors import Diverged, Unread, UserError
-from opt_parallel.evaluate import Prompts, validate
-from opt_parallel.export import export, is_of
-from opt_parallel.interrupt import Interrupt
-from opt_parallel.log import own_file, say
-from opt_parallel.manifest import read_manifest
-from opt_parallel.metrics import Metrics
+from opt_parallel.parallel.precision import settle
 from opt_parallel.parallel.shard import Source, random_source
-from opt_parallel.paths import absolute
-from opt_parallel.place import is_main
-from opt_parallel.precision import settle
+from opt_parallel.parallel.topology import Topology
 from opt_parallel.preflight import check_same, claim_folder, preflight
+from opt_parallel.report.metrics import Metrics
+from opt_parallel.report.plots import draw_confusion
+from opt_parallel.report.trackers import check_trackers, wandb_id
 from opt_parallel.run_folder import (
     EXPORT,
     forget_what_the_last_save_would,
@@ -44,11 +41,14 @@ from opt_parallel.run_folder import (
     write_config,
     write_state,
 )
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import Diverged, Unread, UserError
+from opt_parallel.runtime.log import own_file, say
+from opt_parallel.runtime.process import is_main
+from opt_parallel.runtime.signals import Interrupt
 from opt_parallel.storage.atomic import optional
-from opt_parallel.task_config import Task
-from opt_parallel.topology import Topology
-from opt_parallel.trackers import check_trackers, wandb_id
-from opt_parallel.units import bytes_of
+from opt_parallel.tools.export import export, is_of
+from opt_parallel.validation import Prompts, validate
 
 
 @dataclass(frozen=True)

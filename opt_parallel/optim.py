@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import OptimizerConfig, OptimizerName, PrecisionConfig, Run, Scaler, ScheduleName
-from opt_parallel.errors import Diverged
+from opt_parallel.config.run import OptimizerConfig, OptimizerName, PrecisionConfig, Run, Scaler, ScheduleName
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import marked, trained
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import Diverged
 
 
 @dataclass(frozen=True)

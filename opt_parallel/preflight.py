@@ -23,22 +23,22 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from opt_parallel.checkpoint.whole import steps_in
-from opt_parallel.compose import to_dict
-from opt_parallel.config import Run
+from opt_parallel.checkpoint.folders import steps_in
+from opt_parallel.checkpoint.manifest import changes
+from opt_parallel.config.compose import to_dict
+from opt_parallel.config.model import Labels
+from opt_parallel.config.paths import make_folder
+from opt_parallel.config.run import Run
+from opt_parallel.config.task import Task
 from opt_parallel.data.prepare import corpora
-from opt_parallel.data.sameness import ends_of
-from opt_parallel.errors import UserError
-from opt_parallel.log import aligned, bytes_in_words, say
-from opt_parallel.manifest import changes
-from opt_parallel.model.network import network
+from opt_parallel.data.store.sameness import ends_of
+from opt_parallel.model.build import network
 from opt_parallel.optim import OPTIMIZERS
 from opt_parallel.parallel.shard import trained_shapes
-from opt_parallel.paths import make_folder
-from opt_parallel.shapes import Labels
+from opt_parallel.parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import aligned, bytes_in_words, say
 from opt_parallel.storage.atomic import remove
-from opt_parallel.task_config import Task
-from opt_parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
 
 PATIENCE = timedelta(seconds=20)
 LIBRARIES = (

@@ -17,20 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.checkpoint.writing import write_folder
-from opt_parallel.errors import UserError
+from opt_parallel.checkpoint.sources import open_checkpoint
+from opt_parallel.config.model import IGNORED, Labels, ProblemType
+from opt_parallel.config.units import bytes_of
+from opt_parallel.huggingface.folder import write_folder
+from opt_parallel.huggingface.names import config_for_hf, labels_for_hf, to_hf
 from opt_parallel.model.cache import Cache, positions_held
 from opt_parallel.model.decoding import Decoding
 from opt_parallel.model.generation import generate
-from opt_parallel.model.heads import (
-    CausalLM,
-    SequenceClassifier,
-    classification_loss,
-    last_tokens,
-    problem_type_of,
-)
-from opt_parallel.model.hf import config_for_hf, labels_for_hf, to_hf
+from opt_parallel.model.heads import CausalLM, SequenceClassifier, classification_loss, last_tokens, problem_type_of
 from opt_parallel.model.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -40,9 +35,8 @@ from opt_parallel.model.outputs import (
 from opt_parallel.model.tracing import Trace, traced
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import marked, whole
-from opt_parallel.shapes import IGNORED, Labels, ProblemType
-from opt_parallel.topology import ALONE, Group
-from opt_parallel.units import bytes_of
+from opt_parallel.parallel.topology import ALONE, Group
+from opt_parallel.runtime.errors import UserError
 
 Output = TypeVar("Output", bound=ModelOutput)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from opt_parallel.checkpoint.whole import forget_old, newest, remove_unfinished, renew_best
-from opt_parallel.comparison import CONFIG, STATE
-from opt_parallel.compose import to_yaml
-from opt_parallel.config import Run
-from opt_parallel.errors import UserError
-from opt_parallel.manifest import read_manifest
+from opt_parallel.checkpoint.folders import forget_old, newest, remove_unfinished, renew_best
+from opt_parallel.checkpoint.manifest import read_manifest
+from opt_parallel.config.compose import to_yaml
+from opt_parallel.config.run import Run
+from opt_parallel.report.trackers import WANDB_ID
+from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.atomic import PARTIAL, optional, remove, remove_leftovers, write_text
 from opt_parallel.storage.lock import only_writer
 from opt_parallel.storage.rows import METRICS
-from opt_parallel.trackers import WANDB_ID
+from opt_parallel.tools.compare import CONFIG, STATE
 
 EXPORT = "export"
 WRITTEN = (

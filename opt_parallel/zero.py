@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opt_parallel.parallel.shard import Shard, marked, trained
-from opt_parallel.topology import Topology
+from opt_parallel.parallel.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ import statistics
 import time
 from pathlib import Path
 
-from opt_parallel.config import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import aligned, quiet_libraries
-from opt_parallel.machine import cpus
-from opt_parallel.options import parsed
-from opt_parallel.paths import make_folder
-from opt_parallel.units import bytes_of
+from opt_parallel.config.options import parsed
+from opt_parallel.config.paths import make_folder
+from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
+from opt_parallel.config.units import bytes_of
+from opt_parallel.runtime.errors import UserError, reporting
+from opt_parallel.runtime.log import aligned, quiet_libraries
+from opt_parallel.runtime.machine import cpus
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
 AUTO = "auto (default): bf16 if this device multiplies it, else fp32"
@@ -108,7 +108,7 @@ def run_race(arguments: argparse.Namespace) -> None:
     from benchmarks.race import race
     from benchmarks.report import rows_of, table, write
 
-    from opt_parallel.topology import local_device
+    from opt_parallel.parallel.topology import local_device
 
     device = local_device()
     done = race(arguments.contenders, run, world, threads, arguments.steps, arguments.rounds)
@@ -149,7 +149,7 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from opt_parallel.compose import explain, register_schema, run_from
+    from opt_parallel.config.compose import explain, register_schema, run_from
 
     if any(override.startswith("batch.global") for override in overrides):
         raise UserError("batch.global is batch.micro × --accumulation × data here: set those")
@@ -173,7 +173,7 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
 
 def settled(run: Run) -> Run:
     """`run` in a precision by name: a race in bf16 that this device emulates would compare emulations."""
-    from opt_parallel.precision import settle_alone
+    from opt_parallel.parallel.precision import settle_alone
 
     run, why = settle_alone(run)
     if why:
@@ -185,7 +185,7 @@ def run_loss(arguments: argparse.Namespace) -> None:
     import torch
     from benchmarks.loss import measure, row
 
-    from opt_parallel.topology import DTYPES
+    from opt_parallel.parallel.topology import DTYPES
 
     torch.set_num_threads(arguments.threads)
     precision = settled(Run(precision=PrecisionConfig(Precision(arguments.precision)))).precision.name

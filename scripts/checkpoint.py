@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import aligned, bytes_in_words, quiet_libraries
-from opt_parallel.options import parsed
+from opt_parallel.config.options import parsed
+from opt_parallel.runtime.errors import UserError, reporting
+from opt_parallel.runtime.log import aligned, bytes_in_words, quiet_libraries
 
 NONE = "—"
 
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def list_run(arguments: argparse.Namespace) -> int:
-    from opt_parallel.checkpoint.inspect import layout_of, listed
+    from opt_parallel.tools.inspect import layout_of, listed
 
     lines = [["checkpoint", "tokens", "size", "layout", "train loss", "validation loss", "written", "state"]]
     for each in listed(arguments.run):
@@ -54,9 +54,9 @@ def list_run(arguments: argparse.Namespace) -> int:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    from opt_parallel.checkpoint.card import metrics_of
-    from opt_parallel.checkpoint.inspect import groups_of, layout_of, losses_at
-    from opt_parallel.manifest import read_manifest
+    from opt_parallel.checkpoint.manifest import read_manifest
+    from opt_parallel.huggingface.card import metrics_of
+    from opt_parallel.tools.inspect import groups_of, layout_of, losses_at
 
     folder = arguments.folder
     manifest = read_manifest(folder)
@@ -92,7 +92,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     from opt_parallel.checkpoint.damage import damage_in
-    from opt_parallel.manifest import MANIFEST
+    from opt_parallel.checkpoint.manifest import MANIFEST
 
     if not (arguments.folder / MANIFEST).exists():
         raise UserError(f"{arguments.folder} has no {MANIFEST}: name a checkpoint, …/checkpoints/step-<N>")
@@ -106,9 +106,9 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def diff(arguments: argparse.Namespace) -> int:
     from opt_parallel.checkpoint.damage import check_sizes
-    from opt_parallel.checkpoint.inspect import KINDS, differences, only_in_one
-    from opt_parallel.checkpoint.reshard import CheckpointReader
-    from opt_parallel.manifest import changes
+    from opt_parallel.checkpoint.manifest import changes
+    from opt_parallel.checkpoint.reader import CheckpointReader
+    from opt_parallel.tools.inspect import KINDS, differences, only_in_one
 
     if arguments.most < 1:
         raise UserError(f"--most {arguments.most} must be at least 1")

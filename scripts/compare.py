@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from opt_parallel.comparison import AXES, diverged, draw, read_runs, table
-from opt_parallel.errors import reporting
-from opt_parallel.log import quiet_libraries
-from opt_parallel.options import parsed
+from opt_parallel.config.options import parsed
+from opt_parallel.runtime.errors import reporting
+from opt_parallel.runtime.log import quiet_libraries
+from opt_parallel.tools.compare import AXES, diverged, draw, read_runs, table
 
 
 def main() -> int:

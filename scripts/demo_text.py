@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from opt_parallel.data.python_text import python_documents, split, write_split
-from opt_parallel.data.sources import Corpus
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.options import parsed
-from opt_parallel.shapes import require
+from opt_parallel.config.model import require
+from opt_parallel.config.options import parsed
+from opt_parallel.data.text.python_text import python_documents, split, write_split
+from opt_parallel.data.text.sources import Corpus
+from opt_parallel.runtime.errors import UserError, reporting
 
 
 def main() -> int:

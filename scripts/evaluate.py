@@ -15,9 +15,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opt_parallel.compose import command, run_from, said_in_one_line
-from opt_parallel.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
-from opt_parallel.log import say
+from opt_parallel.checkpoint.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
+from opt_parallel.config.compose import command, run_from, said_in_one_line
+from opt_parallel.runtime.log import say
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
-        from opt_parallel.judge import judge  # only now: torch takes seconds
+        from opt_parallel.tools.evaluate import judge  # only now: torch takes seconds
 
         for name, value in judge(run).items():
             say(f"{name}: {value:,.6g}" if isinstance(value, float) else f"{name}: {value}")

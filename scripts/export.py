@@ -7,11 +7,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opt_parallel.errors import reporting
-from opt_parallel.log import quiet_libraries
-from opt_parallel.options import parsed
-from opt_parallel.output_config import ExportDtype
-from opt_parallel.units import bytes_of
+from opt_parallel.config.options import parsed
+from opt_parallel.config.output import ExportDtype
+from opt_parallel.config.units import bytes_of
+from opt_parallel.runtime.errors import reporting
+from opt_parallel.runtime.log import quiet_libraries
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parsed(parser)
     quiet_libraries()
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
-    from opt_parallel.export import export, export_adapter
+    from opt_parallel.tools.export import export, export_adapter
 
     if arguments.adapter:
         export_adapter(arguments.checkpoint, arguments.output, ExportDtype(arguments.dtype))

@@ -12,21 +12,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opt_parallel import place
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import quiet_libraries, say
-from opt_parallel.options import parsed
+from opt_parallel.config.options import parsed
+from opt_parallel.runtime import process as place
+from opt_parallel.runtime.errors import UserError, reporting
+from opt_parallel.runtime.log import quiet_libraries, say
 from opt_parallel.storage.atomic import write_text
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from opt_parallel.checkpoint.reading import Opened
+    from opt_parallel.checkpoint.sources import Opened
+    from opt_parallel.config.model import ModelConfig
     from opt_parallel.model.decoding import Decoding
     from opt_parallel.model.heads import CausalLM
-    from opt_parallel.shapes import ModelConfig
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
 
 def main() -> None:
@@ -36,11 +36,11 @@ def main() -> None:
     quiet_libraries()
     import torch
 
-    from opt_parallel.checkpoint.reading import open_checkpoint
-    from opt_parallel.data.tokens import encode_prompt
-    from opt_parallel.data_config import SpecialTokens
+    from opt_parallel.checkpoint.sources import open_checkpoint
+    from opt_parallel.config.data import SpecialTokens
+    from opt_parallel.data.encode.tokenizer import encode_prompt
     from opt_parallel.model.decoding import Decoding, check_fits
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     settings = ("max_new_tokens", "temperature", "top_k", "top_p", "beams", "length_penalty", "seed")
     decoding = Decoding(**{name: getattr(arguments, name) for name in settings})
@@ -140,8 +140,8 @@ def _prompt_of(line: str, where: str, suffix: str) -> str:
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
     """The checkpoint's tokenizer. Raises: UserError if it has none, or one for more words than the model has."""
-    from opt_parallel.data.tokens import load_tokenizer
-    from opt_parallel.hf_tokenizer import count_tokens
+    from opt_parallel.data.encode.tokenizer import load_tokenizer
+    from opt_parallel.huggingface.tokenizer import count_tokens
 
     if not any((opened.tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"--checkpoint: {opened.tokenizer} has no tokenizer: put its tokenizer.json there")
@@ -194,7 +194,7 @@ def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: D
 
 def write(model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], decoding: Decoding, batch: int) -> list[str]:
     """The text that follows each prompt, `batch` prompts at a time."""
-    from opt_parallel.data.tokens import decode_continuation
+    from opt_parallel.data.encode.tokenizer import decode_continuation
     from opt_parallel.model.generation import generate, left_padded
 
     config: ModelConfig = model.decoder.config

@@ -11,10 +11,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opt_parallel.compose import command, run_from, said_in_one_line
-from opt_parallel.inherit import start_from_checkpoint, take_special_tokens
-from opt_parallel.log import say
-from opt_parallel.place import world_size
+from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
+from opt_parallel.config.compose import command, run_from, said_in_one_line
+from opt_parallel.runtime.log import say
+from opt_parallel.runtime.process import world_size
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
@@ -24,10 +24,10 @@ def main(config: DictConfig) -> None:
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
         run.check_world(world_size())
-        from opt_parallel.checkpoint.whole import choose, precision_of
-        from opt_parallel.precision import settle
+        from opt_parallel.checkpoint.folders import choose, precision_of
+        from opt_parallel.parallel.precision import settle
+        from opt_parallel.parallel.topology import Topology
         from opt_parallel.preflight import check_same, claim_folder, preflight  # torch takes seconds
-        from opt_parallel.topology import Topology
 
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)

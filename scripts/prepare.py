@@ -12,12 +12,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opt_parallel.clock import Clock
-from opt_parallel.compose import command, run_from, said_in_one_line
-from opt_parallel.inherit import start_from_checkpoint, take_special_tokens
-from opt_parallel.log import aligned
-from opt_parallel.manifest import read_manifest
-from opt_parallel.shapes import require
+from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
+from opt_parallel.checkpoint.manifest import read_manifest
+from opt_parallel.config.compose import command, run_from, said_in_one_line
+from opt_parallel.config.model import require
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.log import aligned
 
 VERIFY = "verify"  # no key of a run
 
@@ -29,10 +29,10 @@ def main(config: DictConfig) -> None:
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
         from opt_parallel.checkpoint.damage import tokenizer_of  # torch comes with it
-        from opt_parallel.checkpoint.whole import choose
+        from opt_parallel.checkpoint.folders import choose
         from opt_parallel.data.prepare import prepare
-        from opt_parallel.data.statistics import table_of
-        from opt_parallel.data.store import TokenStore
+        from opt_parallel.data.store.statistics import table_of
+        from opt_parallel.data.store.store import TokenStore
 
         begun = choose(run)
         prepared = prepare(run, tokenizer_of(begun))
@@ -50,7 +50,7 @@ def main(config: DictConfig) -> None:
             print(f"\n{name}\n{aligned(table_of(opened[name]))}")
         print(f"\ntokenizer: {prepared.tokenizer}")
         if verify:
-            from opt_parallel.data.verifying import verify as verified
+            from opt_parallel.data.store.verify import verify as verified
 
             for name, store in opened.items():
                 print(verified(name, store))

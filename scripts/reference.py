@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opt_parallel.log import say
-from opt_parallel.reference import PAGES
+from opt_parallel.config.reference import PAGES
+from opt_parallel.runtime.log import say
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import quiet_libraries
-from opt_parallel.options import parsed
+from opt_parallel.config.options import parsed
+from opt_parallel.runtime.errors import UserError, reporting
+from opt_parallel.runtime.log import quiet_libraries
 
 
 def main() -> None:
@@ -20,9 +20,9 @@ def main() -> None:
     quiet_libraries()
     if arguments.output.exists():
         raise UserError(f"--output {arguments.output} exists: remove it or choose another folder")
+    from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
     from opt_parallel.data.prepare import in_proportion
-    from opt_parallel.data.sources import Corpus
-    from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
+    from opt_parallel.data.text.sources import Corpus
 
     corpus = Corpus.find("--input", arguments.input, arguments.text_field)
     tokenizer = train_tokenizer(in_proportion([corpus]), arguments.vocab_size, "--vocab-size ")

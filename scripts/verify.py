@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.log import quiet_libraries, say
-from opt_parallel.options import parsed
+from opt_parallel.config.options import parsed
+from opt_parallel.runtime.errors import UserError, reporting
+from opt_parallel.runtime.log import quiet_libraries, say
 
 MOST = 20  # findings to print
 
@@ -25,7 +25,7 @@ def main() -> int:
     if arguments.tensor < 1:
         raise UserError(f"--tensor {arguments.tensor} must be at least 1")
     quiet_libraries()
-    from opt_parallel.verify import verify
+    from opt_parallel.tools.verify import verify
 
     verdict = verify(arguments.checkpoint, arguments.against, arguments.tensor)
     if verdict is None:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.options import parsed
-from opt_parallel.scores import figures, tally
-from opt_parallel.shapes import ProblemType
+from opt_parallel.config.model import ProblemType
+from opt_parallel.config.options import parsed
+from opt_parallel.report.scores import figures, tally
+from opt_parallel.runtime.errors import UserError, reporting
 
 SEEN = 2  # training glosses that a word must occur in to be a feature
 EPOCHS, BATCH, RATE = 6, 256, 5e-3

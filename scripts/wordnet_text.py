@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.data.python_text import split
-from opt_parallel.errors import UserError, reporting
-from opt_parallel.options import parsed
-from opt_parallel.shapes import require
+from opt_parallel.config.model import require
+from opt_parallel.config.options import parsed
+from opt_parallel.data.text.python_text import split
+from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.storage.atomic import new_file
 
 SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}

@@ -14,14 +14,14 @@ from classifying import HELD_OUT, PROBLEMS, Examples, run_of, their_model, train
 from command import launch, python
 from layouts import Layout, assemble
 
-from opt_parallel.config import Run
-from opt_parallel.data.samples import collate
-from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
-from opt_parallel.errors import UserError
+from opt_parallel.config.output import EvaluationConfig
+from opt_parallel.config.run import Run
+from opt_parallel.config.task import Task, TaskConfig
+from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
+from opt_parallel.data.samples.samples import collate
 from opt_parallel.model.heads import classification_loss, example_losses
-from opt_parallel.output_config import EvaluationConfig
-from opt_parallel.scores import figures, tally
-from opt_parallel.task_config import Task, TaskConfig
+from opt_parallel.report.scores import figures, tally
+from opt_parallel.runtime.errors import UserError
 
 WORDS = {"good": ["fine", "lovely", "great"], "bad": ["awful", "dull", "poor"]}
 
@@ -59,7 +59,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("problem", "layout"), LAYOUTS, ids=str)
 def test_losses_weights_and_figures_are_transformers(crew: Any, tmp_path: Path, problem: str, layout: Layout) -> None:
-    from opt_parallel.model.hf import to_hf
+    from opt_parallel.huggingface.names import to_hf
 
     run = run_of(layout, problem)
     theirs = their_model(problem, tmp_path)
@@ -185,9 +185,9 @@ def test_from_a_language_model_to_an_export_in_two_layouts(trained: tuple[Path, 
 
 
 def test_ours_and_the_export_open_alike_and_verify(trained: tuple[Path, list[str], str]) -> None:
-    from opt_parallel.checkpoint.reading import open_checkpoint
+    from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.pretrained import OPTForSequenceClassification
-    from opt_parallel.verify import verify
+    from opt_parallel.tools.verify import verify
 
     checkpoint, exported = trained[0] / "run" / "checkpoints" / "step-6", trained[0] / "run" / "export"
     ours, theirs = (OPTForSequenceClassification.from_pretrained(each) for each in (checkpoint, exported))

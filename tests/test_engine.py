@@ -12,8 +12,8 @@ import pytest
 import torch
 from layouts import STYLE_350M, Layout, assemble, micro_batches, pairwise, run_for, train, train_plainly
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import Scaler
+from opt_parallel.config.run import Scaler
+from opt_parallel.runtime.clock import Clock
 
 # float32 sums in another order, carried through five Adam steps
 RELATIVE = 1e-5
@@ -122,9 +122,9 @@ def long_truth() -> Any:
 def diverge(run: Any) -> str:
     """On the crew: the words of the error that a weight of infinity leads to, and whether the weights stayed."""
     from opt_parallel.engine import Engine
-    from opt_parallel.errors import UserError
     from opt_parallel.parallel.shard import random_source
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
+    from opt_parallel.runtime.errors import UserError
 
     good = random_source(run.seed)
 

@@ -18,17 +18,17 @@ from layouts import Layout, run_for
 from torch import Tensor
 from torch.nn import functional as F
 
-from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.clock import Clock
-from opt_parallel.config import DataConfig, Run
-from opt_parallel.data.chat import chat_template
+from opt_parallel.checkpoint.sources import open_checkpoint
+from opt_parallel.config.run import DataConfig, Run
+from opt_parallel.config.task import Task, TaskConfig
+from opt_parallel.data.encode.chat import chat_template
+from opt_parallel.data.encode.tokenizer import save_tokenizer
 from opt_parallel.data.prepare import prepare
-from opt_parallel.data.samples import Batch, collate
-from opt_parallel.data.tokens import save_tokenizer
+from opt_parallel.data.samples.samples import Batch, collate
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import fill, random_source
-from opt_parallel.task_config import Task, TaskConfig
-from opt_parallel.topology import ALONE
+from opt_parallel.parallel.topology import ALONE
+from opt_parallel.runtime.clock import Clock
 
 PAD = 1
 LENGTH = 48
@@ -126,11 +126,11 @@ UNEVEN = [
 
 def step_and_evaluate(run: Any, folder: str) -> tuple[float, float, float, int]:
     """On the crew: the loss and norm of a step whose samples are all rows in order, the validation loss, targets."""
-    from opt_parallel.data.packing import Examples
-    from opt_parallel.data.store import TokenStore
+    from opt_parallel.data.samples.packing import Examples
+    from opt_parallel.data.store.store import TokenStore
     from opt_parallel.engine import Engine
-    from opt_parallel.evaluate import validate
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
+    from opt_parallel.validation import validate
 
     rows = Examples(TokenStore(folder), run.data.sequence_length, run.task.packing)
     with Topology.open(run.parallel.tensor) as topology:

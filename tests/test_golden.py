@@ -1,6 +1,6 @@
 """Losses of opt-tiny that may only change on purpose: then rewrite golden.json and say why in the commit.
 
-`PYTHONPATH=tests python tests/test_golden.py` rewrites it.
+`PYTHONPATH=.:tests/support python tests/test_golden.py` rewrites it.
 """
 
 from __future__ import annotations

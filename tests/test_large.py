@@ -16,10 +16,10 @@ def peak_memory() -> int:
 
 def build_block() -> tuple[int, int, int, int, float]:
     """On the crew: peak memory before and after, bytes of the part and of its largest tensor while read, the spread."""
+    from opt_parallel.config.model import ModelConfig
     from opt_parallel.model.opt import Block
     from opt_parallel.parallel.shard import fill, marked, random_source
-    from opt_parallel.shapes import ModelConfig
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     large = ModelConfig(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=49152)
     small = ModelConfig(hidden_size=128, num_hidden_layers=96, num_attention_heads=32, ffn_dim=512)

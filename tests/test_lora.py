@@ -17,17 +17,17 @@ from layouts import Layout
 from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, write_base
 from tampering import edit
 
-from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.config import Run
-from opt_parallel.data.tokens import save_tokenizer, train_tokenizer
-from opt_parallel.errors import UserError
-from opt_parallel.export import export, export_adapter
-from opt_parallel.inherit import model_at
-from opt_parallel.output_config import ExportDtype
+from opt_parallel.checkpoint.inherit import model_at
+from opt_parallel.checkpoint.sources import open_checkpoint
+from opt_parallel.config.output import ExportDtype
+from opt_parallel.config.run import Run
+from opt_parallel.config.task import Task, TaskConfig
+from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.parallel.shard import Constant, Shard
-from opt_parallel.task_config import Task, TaskConfig
-from opt_parallel.topology import ALONE
-from opt_parallel.verify import verify
+from opt_parallel.parallel.topology import ALONE
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.tools.export import export, export_adapter
+from opt_parallel.tools.verify import verify
 
 LAYOUTS = {
     "t1d1z0": Layout(),

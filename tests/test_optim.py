@@ -9,13 +9,13 @@ import pytest
 import torch
 from layouts import Layout, run_for
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import OptimizerConfig, PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
-from opt_parallel.errors import UserError
+from opt_parallel.config.run import OptimizerConfig, PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.optim import LossScaler, build_optimizer, clip_gradients, gradient_norm, learning_rate
 from opt_parallel.parallel.shard import fill, random_source
-from opt_parallel.topology import ALONE
+from opt_parallel.parallel.topology import ALONE
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import UserError
 
 
 def rates(name: str, steps: int = 10, warmup: int = 4) -> list[float]:

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from command import ROOT, environment, small, write_text
 
-from opt_parallel.config import OptimizerConfig, ParallelConfig, Run, RunConfig
-from opt_parallel.data_config import DataConfig
-from opt_parallel.errors import UserError
-from opt_parallel.output_config import CheckpointConfig
-from opt_parallel.shapes import ModelConfig
+from opt_parallel.config.data import DataConfig
+from opt_parallel.config.model import ModelConfig
+from opt_parallel.config.output import CheckpointConfig
+from opt_parallel.config.run import OptimizerConfig, ParallelConfig, Run, RunConfig
+from opt_parallel.runtime.errors import UserError
 
 TINY = ModelConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=256)
 
@@ -35,8 +35,8 @@ def said(runs: list[Run], hosts: list[str], folders: list[Path]) -> tuple[bool, 
     """On the crew: each rank with its own settings, host and folder; whether all were refused, with which words,
     and after how many seconds."""
     rank = int(os.environ["RANK"])
+    from opt_parallel.parallel.topology import Topology
     from opt_parallel.preflight import check_same, claim_folder, preflight
-    from opt_parallel.topology import Topology
 
     before, began = Path.cwd(), time.monotonic()
     os.environ["SLURMD_NODENAME"] = hosts[rank]

@@ -10,7 +10,7 @@ import pytest
 from layouts import Layout, micro_batches
 from test_resume import run_of, with_tokenizer
 
-from opt_parallel.config import Run
+from opt_parallel.config.run import Run
 
 
 def go_back(run: Run, saved_at: int) -> tuple[list[float], list[float]]:
@@ -19,10 +19,10 @@ def go_back(run: Run, saved_at: int) -> tuple[list[float], list[float]]:
     from deepspeed.accelerator import get_accelerator
 
     from opt_parallel.checkpoint.store import Store
-    from opt_parallel.clock import Clock
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
+    from opt_parallel.runtime.clock import Clock
 
     get_accelerator().is_fp16_supported = lambda: True  # as in layouts.train
     with Topology.open(run.parallel.tensor) as topology:

@@ -1,6 +1,6 @@
 """The learning rate over a run whose batch changes when it goes on: continuous, in tokens or in steps as it was given.
 
-`PYTHONPATH=.:tests python tests/test_schedule.py` prints the whole table.
+`PYTHONPATH=.:tests/support python tests/test_schedule.py` prints the whole table.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import pytest
 from command import python, small, train_rows
 from layouts import Layout, run_for
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import Run, ScheduleConfig, ScheduleName
-from opt_parallel.log import aligned
+from opt_parallel.config.run import Run, ScheduleConfig, ScheduleName
 from opt_parallel.optim import learning_rate
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.log import aligned
 
 STEPS, CHANGED, WARMUP = 24, 5, 8  # of the run; after so many the change; of the warm-up, before the change
 TOKENS = WARMUP * 64  # of the warm-up: 4 rows of 16 a step

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from opt_parallel import place
 from opt_parallel.checkpoint.coverage import VALUE
-from opt_parallel.checkpoint.reshard import CheckpointReader
+from opt_parallel.checkpoint.folders import step_of, steps_in
+from opt_parallel.checkpoint.inherit import model_at
+from opt_parallel.checkpoint.manifest import MANIFEST, STEP, Damaged, file_in, read_manifest
+from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.checkpoint.stored import StoredFile
-from opt_parallel.checkpoint.whole import step_of, steps_in
-from opt_parallel.errors import UserError
-from opt_parallel.inherit import model_at
-from opt_parallel.manifest import MANIFEST, STEP, Damaged, file_in, read_manifest
 from opt_parallel.model.heads import SCORE, CausalLM
 from opt_parallel.parallel.shard import logical_shapes
-from opt_parallel.topology import ALONE
+from opt_parallel.parallel.topology import ALONE
+from opt_parallel.runtime import process
+from opt_parallel.runtime.errors import UserError
 
 CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -42,7 +42,7 @@ def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | No
 
 def read_whole(folder: Path) -> CheckpointReader:
     """A checkpoint of which this process has read its share of the files. Raises: Damaged."""
-    reader, wrong = read_share(folder, place.rank(), place.world_size())
+    reader, wrong = read_share(folder, process.rank(), process.world_size())
     if reader is None or wrong:
         raise Damaged(folder, wrong[0])
     return reader

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opt_parallel.checkpoint.merged import Weights
+from opt_parallel.checkpoint.lora import Weights
 from opt_parallel.parallel.shard import Constant, Shard
 
 EMBEDDING = "decoder.embed_tokens.weight"

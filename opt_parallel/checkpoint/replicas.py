@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opt_parallel.log import say
-from opt_parallel.topology import Group, Topology
+from opt_parallel.parallel.topology import Group, Topology
+from opt_parallel.runtime.log import say
 from opt_parallel.zero import Replica
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of a number

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from opt_parallel import place
-from opt_parallel.checkpoint.reading import Opened
-from opt_parallel.errors import UserError
-from opt_parallel.log import bytes_in_words
-from opt_parallel.machine import memory_free
+from opt_parallel.checkpoint.sources import Opened
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
+from opt_parallel.parallel.precision import device_name, native
 from opt_parallel.parallel.shard import marked
-from opt_parallel.precision import device_name, native
-from opt_parallel.topology import ALONE, DTYPES, Group, Topology
+from opt_parallel.parallel.topology import ALONE, DTYPES, Group, Topology
+from opt_parallel.runtime import process
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import bytes_in_words
+from opt_parallel.runtime.machine import memory_free
 
 WORK = 2**28  # bytes that a process takes besides what is counted here: activations, what libraries keep
 PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
@@ -111,5 +111,5 @@ def _name(dtype: torch.dtype) -> str:
 
 def _note(text: str) -> None:
     """To standard error: what is written to the other is the text."""
-    if place.is_main():
+    if process.is_main():
         print(text, file=sys.stderr, flush=True)

@@ -17,11 +17,7 @@ from typing import Any
 from zlib import crc32
 
 from opt_parallel.checkpoint.damage import read_share
-from opt_parallel.checkpoint.merged import Base, lora_of
-from opt_parallel.checkpoint.replicas import differing
-from opt_parallel.checkpoint.reshard import CheckpointReader
-from opt_parallel.checkpoint.saving import Saver
-from opt_parallel.checkpoint.whole import (
+from opt_parallel.checkpoint.folders import (
     BEST,
     any_number,
     best_in,
@@ -37,20 +33,24 @@ from opt_parallel.checkpoint.whole import (
     torn_in,
     write_best,
 )
-from opt_parallel.clock import Clock
-from opt_parallel.compose import recorded, to_dict
-from opt_parallel.config import Run
+from opt_parallel.checkpoint.lora import Base, lora_of
+from opt_parallel.checkpoint.manifest import FORMAT, MANIFEST, changes
+from opt_parallel.checkpoint.reader import CheckpointReader
+from opt_parallel.checkpoint.replicas import differing
+from opt_parallel.checkpoint.writer import Saver
+from opt_parallel.config.compose import recorded, to_dict
+from opt_parallel.config.model import MAY_DIFFER, Labels
+from opt_parallel.config.paths import absolute, change_paths
+from opt_parallel.config.run import Run
 from opt_parallel.engine import Engine
-from opt_parallel.errors import UserError
-from opt_parallel.log import aligned, say
-from opt_parallel.manifest import FORMAT, MANIFEST, changes
-from opt_parallel.model.network import network
+from opt_parallel.model.build import network
 from opt_parallel.parallel.shard import trained_shapes
-from opt_parallel.paths import absolute, change_paths
-from opt_parallel.shapes import MAY_DIFFER, Labels
+from opt_parallel.parallel.topology import ALONE, Topology
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import aligned, say
 from opt_parallel.storage.atomic import PARTIAL, optional, publish
 from opt_parallel.storage.checked import dump_checked
-from opt_parallel.topology import ALONE, Topology
 
 TOKENIZER = "tokenizer.json"
 LIBRARIES = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # what a run's numbers may depend on

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opt_parallel.manifest import Damaged
+from opt_parallel.checkpoint.manifest import Damaged
 
 
 class StoredFile:

@@ -12,33 +12,27 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from opt_parallel.config import Run
-from opt_parallel.data.cache import cached, fingerprint, whole
-from opt_parallel.data.chat import chat_template
-from opt_parallel.data.encoding import Encoder, TextEncoder
-from opt_parallel.data.filling import Material, fill
-from opt_parallel.data.finetuning import ExampleEncoder
-from opt_parallel.data.labelled import LabelledEncoder, check_label, find_labels
-from opt_parallel.data.python_text import python_documents, split, write_split
-from opt_parallel.data.records import LEFT_OUT, BadRecord, BadRecords, Text, sift
-from opt_parallel.data.sameness import content_of
-from opt_parallel.data.selection import HeldOut
-from opt_parallel.data.sources import Corpus
-from opt_parallel.data.statistics import finish_store, line_of
-from opt_parallel.data.store import TokenStore
-from opt_parallel.data.tokens import (
-    check_padding,
-    check_tokenizer,
-    load_tokenizer,
-    of_opt,
-    train_tokenizer,
-)
-from opt_parallel.data_config import BadRecordsPolicy, SourceConfig
-from opt_parallel.errors import UserError
-from opt_parallel.hf_tokenizer import other_ids, read_tokenizer, write_tokenizer
-from opt_parallel.log import say
-from opt_parallel.shapes import Labels, ProblemType, require
-from opt_parallel.task_config import Task
+from opt_parallel.config.data import BadRecordsPolicy, SourceConfig
+from opt_parallel.config.model import Labels, ProblemType, require
+from opt_parallel.config.run import Run
+from opt_parallel.config.task import Task
+from opt_parallel.data.encode.chat import chat_template
+from opt_parallel.data.encode.classify import LabelledEncoder, check_label, find_labels
+from opt_parallel.data.encode.finetune import ExampleEncoder
+from opt_parallel.data.encode.pretrain import Encoder, TextEncoder
+from opt_parallel.data.encode.tokenizer import check_padding, check_tokenizer, load_tokenizer, of_opt, train_tokenizer
+from opt_parallel.data.store.build import Material, fill
+from opt_parallel.data.store.cache import cached, fingerprint, whole
+from opt_parallel.data.store.sameness import content_of
+from opt_parallel.data.store.selection import HeldOut
+from opt_parallel.data.store.statistics import finish_store, line_of
+from opt_parallel.data.store.store import TokenStore
+from opt_parallel.data.text.python_text import python_documents, split, write_split
+from opt_parallel.data.text.records import LEFT_OUT, BadRecord, BadRecords, Text, sift
+from opt_parallel.data.text.sources import Corpus
+from opt_parallel.huggingface.tokenizer import other_ids, read_tokenizer, write_tokenizer
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import say
 
 LABELS = "labels.json"
 TOKENIZER_BYTES = 10**9  # of text that a tokenizer is trained on

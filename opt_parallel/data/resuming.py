@@ -13,13 +13,13 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import Run
-from opt_parallel.data.mixture import Cycle, turns_of
+from opt_parallel.config.data import DataConfig
+from opt_parallel.config.run import Run
+from opt_parallel.config.task import Task
 from opt_parallel.data.prepare import PreparedSource
-from opt_parallel.data_config import DataConfig
-from opt_parallel.log import say
-from opt_parallel.task_config import Task
+from opt_parallel.data.samples.mixture import Cycle, turns_of
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.log import say
 
 
 def go_on(run: Run, sources: Sequence[PreparedSource], manifest: dict[str, Any]) -> Clock:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import Run
-from opt_parallel.data.mixture import Mixture, Order, Source
-from opt_parallel.data.order import Shuffled, Streamed
-from opt_parallel.data.packing import Examples
+from opt_parallel.config.model import Labels, require
+from opt_parallel.config.run import Run
+from opt_parallel.config.task import Task
 from opt_parallel.data.prepare import Prepared
-from opt_parallel.data.records import LEFT_OUT
 from opt_parallel.data.resuming import order_of
-from opt_parallel.data.samples import Labelled, Rows, Samples
-from opt_parallel.data.store import TokenStore
-from opt_parallel.data.streaming import BLOCK, Filling, GrowingStore
-from opt_parallel.log import say
-from opt_parallel.shapes import Labels, require
-from opt_parallel.task_config import Task
+from opt_parallel.data.samples.mixture import Mixture, Order, Source
+from opt_parallel.data.samples.order import Shuffled, Streamed
+from opt_parallel.data.samples.packing import Examples
+from opt_parallel.data.samples.samples import Labelled, Rows, Samples
+from opt_parallel.data.store.store import TokenStore
+from opt_parallel.data.store.stream import BLOCK, Filling, GrowingStore
+from opt_parallel.data.text.records import LEFT_OUT
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.log import say
 
 
 def open_samples(run: Run, folder: Path, key: str, labels: Labels | None) -> Samples:

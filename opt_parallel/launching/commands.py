@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from opt_parallel.errors import UserError
+from opt_parallel.config.paths import reach
 from opt_parallel.launching.settings import Accelerate, DeepSpeed, Elastic, Launch, Torchrun
-from opt_parallel.paths import reach
+from opt_parallel.runtime.errors import UserError
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and what Slurm sends before a time limit
 PORT = 29500

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from opt_parallel.config.units import quantity_of
 from opt_parallel.launching.commands import PORT, threads, torchrun_environment, torchrun_options
 from opt_parallel.launching.settings import Kubernetes
-from opt_parallel.units import quantity_of
 
 LABEL = "batch.kubernetes.io/job-name"  # which the Job controller gives to its pods
 

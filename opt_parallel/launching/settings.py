@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from opt_parallel.errors import UserError
-from opt_parallel.paths import PATH
-from opt_parallel.shapes import Section, require
-from opt_parallel.units import bytes_of
+from opt_parallel.config.model import Section, require
+from opt_parallel.config.paths import PATH
+from opt_parallel.config.units import bytes_of
+from opt_parallel.runtime.errors import UserError
 
 UNITS_OF_TIME = {  # Slurm's ways to write a time, as its manual lists them
     r"(?P<m>\d+)(:(?P<s>\d+))?": "minutes or minutes:seconds",

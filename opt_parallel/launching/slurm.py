@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jinja2
 
-from opt_parallel.errors import UserError
 from opt_parallel.launching.commands import threads, torchrun_environment, torchrun_options
 from opt_parallel.launching.settings import Slurm
+from opt_parallel.runtime.errors import UserError
 
 TEMPLATE = "launch/slurm/job.sbatch"
 

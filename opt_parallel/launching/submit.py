@@ -13,27 +13,18 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opt_parallel.compose import TEXTS, register_schema, run_from, verbatim
-from opt_parallel.config import Run
-from opt_parallel.errors import UserError, one_line
-from opt_parallel.inherit import start_from_checkpoint
+from opt_parallel.checkpoint.inherit import start_from_checkpoint
+from opt_parallel.config.compose import TEXTS, register_schema, run_from, verbatim
+from opt_parallel.config.model import require
+from opt_parallel.config.overrides import checked
+from opt_parallel.config.paths import change_paths, local, refuse_breaks, text_keys
+from opt_parallel.config.run import Run
+from opt_parallel.config.values import check_values
 from opt_parallel.launching.commands import Command, accelerate, deepspeed, torchrun
 from opt_parallel.launching.kubernetes import manifests, to_yaml
-from opt_parallel.launching.settings import (
-    SECTIONS,
-    Accelerate,
-    DeepSpeed,
-    Kubernetes,
-    Launch,
-    Slurm,
-    System,
-    Torchrun,
-)
+from opt_parallel.launching.settings import SECTIONS, Accelerate, DeepSpeed, Kubernetes, Launch, Slurm, System, Torchrun
 from opt_parallel.launching.slurm import job
-from opt_parallel.overrides import checked
-from opt_parallel.paths import change_paths, local, refuse_breaks, text_keys
-from opt_parallel.shapes import require
-from opt_parallel.values import check_values
+from opt_parallel.runtime.errors import UserError, one_line
 
 LAUNCH_TEXTS = {key for section in SECTIONS.values() for key in text_keys(section, "launch.")}
 

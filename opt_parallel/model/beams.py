@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opt_parallel.model.decoding import Continuation, Decoding, check_finite
 from opt_parallel.parallel.collectives import broadcast
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 
 @dataclass

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opt_parallel.config.model import ModelConfig, require
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.random import uniform
-from opt_parallel.shapes import ModelConfig, require
 
 
 @dataclass(frozen=True)

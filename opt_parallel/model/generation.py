@@ -15,7 +15,7 @@ from opt_parallel.model.beams import beam_search
 from opt_parallel.model.decoding import Continuation, Decoding, check_fits, next_tokens
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.collectives import broadcast
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 
 @torch.no_grad()

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opt_parallel.config import ActivationCheckpointing
+from opt_parallel.config.model import IGNORED, ModelConfig, ProblemType
+from opt_parallel.config.run import ActivationCheckpointing
 from opt_parallel.model.cache import Cache
 from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.linear import Linear
 from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelHead
-from opt_parallel.shapes import IGNORED, ModelConfig, ProblemType
-from opt_parallel.topology import Group
 
 SCORE = "score.weight"  # the tensor that a classifier has besides a language model's
 

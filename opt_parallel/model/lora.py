@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from opt_parallel.config.task import LoraConfig
+from opt_parallel.huggingface.names import hf_names
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
-from opt_parallel.model.hf import hf_names
 from opt_parallel.model.opt import Block
-from opt_parallel.task_config import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 QKV = ("q_proj", "k_proj", "v_proj")  # the blocks of qkv_proj

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from opt_parallel.config import ActivationCheckpointing
+from opt_parallel.config.model import POSITION_OFFSET, Activation, Init, ModelConfig
+from opt_parallel.config.run import ActivationCheckpointing
 from opt_parallel.model.cache import Cache, positions_held
 from opt_parallel.parallel.linear import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Normal, replicated
+from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
-from opt_parallel.shapes import POSITION_OFFSET, Activation, Init, ModelConfig
-from opt_parallel.topology import Group
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu: F.relu,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 
 def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:

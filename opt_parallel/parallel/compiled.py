@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from opt_parallel.log import say
+from opt_parallel.runtime.log import say
 
 COMPILED_FROM = 2**19  # elements; below, compiling takes longer than a small run can save
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from opt_parallel.parallel.collectives import copy, reduce
 from opt_parallel.parallel.lora import column_term, initial_a, row_term
 from opt_parallel.parallel.shard import Constant, Normal, parameter, replicated, shard_of
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 
 class ColumnParallelLinear(nn.Module):

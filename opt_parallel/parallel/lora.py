@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from opt_parallel.parallel.collectives import copy, reduce
 from opt_parallel.parallel.shard import Normal
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 AT_ONCE = 2**22  # elements merged at a time
 

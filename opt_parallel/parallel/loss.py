@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opt_parallel.config.model import IGNORED
 from opt_parallel.parallel.collectives import all_gather_last
 from opt_parallel.parallel.compiled import compiled
-from opt_parallel.shapes import IGNORED
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 # Logits of one chunk. A larger chunk reads and writes the weight's gradient less often, which costs a GPU as much as a
 # product where chunks are small; on a CPU the products themselves are slower on more.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opt_parallel.parallel.compiled import compiled
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 # The odd constants and shifts of a two-round 32-bit integer hash (Wellons 2018, "Prospecting for hash functions",
 # lowbias32), written as the signed numbers that int32 tensors want.

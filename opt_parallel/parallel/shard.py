@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opt_parallel.errors import UserError
 from opt_parallel.parallel.collectives import all_gather_last
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
+from opt_parallel.runtime.errors import UserError
 
 TILE = 1024  # random initialisation is drawn in tiles of TILE × TILE
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opt_parallel.config.model import IGNORED
 from opt_parallel.parallel.collectives import copy, gather, reduce
 from opt_parallel.parallel.loss import vocab_parallel_linear_cross_entropy
 from opt_parallel.parallel.shard import Normal, parameter, shard_of
-from opt_parallel.shapes import IGNORED
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from opt_parallel import place
-from opt_parallel.log import say
+from opt_parallel.runtime import process
+from opt_parallel.runtime.log import say
 
 PARTIAL = ".partial"  # what the name of anything unfinished ends with
 HELD = ".writing"  # the locked file in an unfinished folder: a folder itself cannot be locked on NFS
@@ -96,7 +96,7 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 def beside(path: Path) -> Path:
     """A name for what will be `path`, that no other process writes to."""
-    return path.with_name(f"{path.name}.{place.host()}-{secrets.token_hex(4)}{PARTIAL}")
+    return path.with_name(f"{path.name}.{process.host()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -148,7 +148,7 @@ def remove(path: Path) -> bool:
 def remove_leftovers(path: Path, any_host: bool = False) -> None:
     """Delete what killed processes left beside `path` of what they wrote there: those of this host, since locks may not
     reach another; those of `any_host` where only one process writes at a time."""
-    host = "*" if any_host else glob.escape(place.host())
+    host = "*" if any_host else glob.escape(process.host())
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.{host}-????????{PARTIAL}"):
         held = leftover / HELD if leftover.is_dir() else leftover
         if any_host and not held.exists():

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.errors import UserError, one_line
+from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.checked import without_duplicates
 
 MOST_BYTES = 100_000_000  # of a file that is read whole; an index of 175B's weights has 0.1 MB, a large tokenizer 35

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from opt_parallel.log import say
+from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import write_bytes
 
 

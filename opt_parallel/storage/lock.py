@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from opt_parallel import place
-from opt_parallel.errors import UserError, leave
-from opt_parallel.log import say
+from opt_parallel.runtime import process
+from opt_parallel.runtime.errors import UserError, leave
+from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import confirm, hold
 
 LOCK = "lock"
@@ -44,7 +44,7 @@ class Writer:
     @classmethod
     def this(cls) -> Writer:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(place.host(), os.getpid(), now, _kernel(), secrets.token_hex(8))
+        return cls(process.host(), os.getpid(), now, _kernel(), secrets.token_hex(8))
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}, since {self.since}"
@@ -187,4 +187,4 @@ def _kernel() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return place.host()
+        return process.host()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opt_parallel.log import say
+from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import free_name, write_bytes
 from opt_parallel.storage.checked import CHECKSUM, parse_checked
 

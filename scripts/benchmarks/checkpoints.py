@@ -21,17 +21,17 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from opt_parallel.checkpoint.store import TOKENIZER, Store
-from opt_parallel.clock import Clock
-from opt_parallel.config import Run, RunConfig
-from opt_parallel.data.samples import Batch
+from opt_parallel.config.output import CheckpointConfig
+from opt_parallel.config.run import Run, RunConfig
+from opt_parallel.data.samples.samples import Batch
 from opt_parallel.engine import Engine
-from opt_parallel.errors import UserError
-from opt_parallel.log import quiet_libraries
-from opt_parallel.metrics import forget_peak_memory, peak_memory
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.output_config import CheckpointConfig
 from opt_parallel.parallel.shard import fill, logical_parameters, marked, random_source
-from opt_parallel.topology import DTYPES, Topology
+from opt_parallel.parallel.topology import DTYPES, Topology
+from opt_parallel.report.metrics import forget_peak_memory, peak_memory
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import quiet_libraries
 from opt_parallel.zero import Fragment, base_optimizer, held_fragments
 
 Rounds = dict[str, list[float]]

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opt_parallel.clock import Clock
-from opt_parallel.config import Precision, Run
-from opt_parallel.data.samples import Batch
-from opt_parallel.topology import DTYPES, local_device
+from opt_parallel.config.run import Precision, Run
+from opt_parallel.data.samples.samples import Batch
+from opt_parallel.parallel.topology import DTYPES, local_device
+from opt_parallel.runtime.clock import Clock
 
 Step = Callable[[int], float]  # number of the optimizer step → its loss on this rank
 PRODUCTS, PRODUCT_SIZE = 20, {"cpu": 2048, "cuda": 8192}
@@ -56,7 +56,7 @@ def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> Iterat
 def build_ours(run: Run) -> Step:
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     opened = contextlib.ExitStack()
     topology = opened.enter_context(Topology.open(run.parallel.tensor))

@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.checkpoint.writing import write_folder
-from opt_parallel.export import export
-from opt_parallel.log import quiet_libraries
-from opt_parallel.metrics import forget_peak_memory, peak_memory
+from opt_parallel.checkpoint.sources import open_checkpoint
+from opt_parallel.config.model import ModelConfig
+from opt_parallel.config.output import ExportDtype
+from opt_parallel.huggingface.folder import write_folder
+from opt_parallel.huggingface.names import config_for_hf
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.model.hf import config_for_hf
-from opt_parallel.output_config import ExportDtype
 from opt_parallel.parallel.shard import marked, random_source
-from opt_parallel.shapes import ModelConfig
-from opt_parallel.topology import ALONE, DTYPES, Topology
+from opt_parallel.parallel.topology import ALONE, DTYPES, Topology
+from opt_parallel.report.metrics import forget_peak_memory, peak_memory
+from opt_parallel.runtime.log import quiet_libraries
+from opt_parallel.tools.export import export
 
 GB = 10**9
 CPU = torch.device("cpu")

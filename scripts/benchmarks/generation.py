@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opt_parallel.errors import UserError
+from opt_parallel.config.model import ModelConfig
+from opt_parallel.huggingface.names import config_for_hf, to_hf
 from opt_parallel.model.decoding import Decoding
 from opt_parallel.model.generation import generate
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.model.hf import config_for_hf, to_hf
 from opt_parallel.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from opt_parallel.parallel.shard import fill, marked, random_source
+from opt_parallel.parallel.topology import ALONE, local_device
 from opt_parallel.parallel.vocab import VocabParallelHead
-from opt_parallel.shapes import ModelConfig
-from opt_parallel.topology import ALONE, local_device
+from opt_parallel.runtime.errors import UserError
 
 HEAD = [["batch", "ours (range)", "transformers (range)", "ours ÷ theirs (range)", "products alone (range)"]]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opt_parallel.metrics import forget_peak_memory, peak_memory
 from opt_parallel.parallel.loss import vocab_parallel_linear_cross_entropy
-from opt_parallel.topology import ALONE, local_device
+from opt_parallel.parallel.topology import ALONE, local_device
+from opt_parallel.report.metrics import forget_peak_memory, peak_memory
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from opt_parallel.data.python_text import python_documents
-from opt_parallel.data.store import TokenStore
-from opt_parallel.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
-from opt_parallel.errors import UserError
+from opt_parallel.data.encode.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from opt_parallel.data.store.store import TokenStore
+from opt_parallel.data.text.python_text import python_documents
+from opt_parallel.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGED = 0.05  # of the words, in each copy of the text

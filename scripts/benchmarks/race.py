@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from benchmarks.contenders import CONTENDERS, PRODUCT, PRODUCT_SIZE, PRODUCTS, Contender
-from opt_parallel.config import Run
-from opt_parallel.errors import one_line
-from opt_parallel.log import quiet_libraries
-from opt_parallel.metrics import forget_peak_memory, peak_memory
-from opt_parallel.topology import local_device
+from opt_parallel.config.run import Run
+from opt_parallel.parallel.topology import local_device
+from opt_parallel.report.metrics import forget_peak_memory, peak_memory
+from opt_parallel.runtime.errors import one_line
+from opt_parallel.runtime.log import quiet_libraries
 
 WARM_UP = 2  # steps before the memory is watched: compiling, the allocator's first requests
 PATIENCE = 1200.0  # seconds for one answer

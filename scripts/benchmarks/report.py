@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.race import Race, Result
-from opt_parallel.config import Run
-from opt_parallel.curve import save_figure
-from opt_parallel.log import aligned
+from opt_parallel.config.run import Run
+from opt_parallel.report.plots import save_figure
+from opt_parallel.runtime.log import aligned
 from opt_parallel.storage.atomic import write_text
 
 Row = dict[str, Any]

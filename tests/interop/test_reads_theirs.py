@@ -22,8 +22,8 @@ import jax
 import tensorflow as tf
 import transformers
 
-from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.topology import ALONE
+from opt_parallel.checkpoint.sources import open_checkpoint
+from opt_parallel.parallel.topology import ALONE
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96,

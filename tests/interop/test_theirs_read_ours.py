@@ -21,10 +21,10 @@ import numpy as np
 import transformers
 from safetensors.torch import save_file
 
-from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.export import export
-from opt_parallel.output_config import ExportDtype
-from opt_parallel.topology import ALONE
+from opt_parallel.checkpoint.sources import open_checkpoint
+from opt_parallel.config.output import ExportDtype
+from opt_parallel.parallel.topology import ALONE
+from opt_parallel.tools.export import export
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96,

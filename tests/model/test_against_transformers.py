@@ -51,9 +51,9 @@ def next_labels(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def ours(folder: str, dtype: str, padding: str, tensor: int) -> tuple[float, dict[str, Any]]:
     """On the crew: loss and this rank's part of every gradient."""
-    from opt_parallel.checkpoint.reading import open_checkpoint
+    from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.parallel.shard import marked
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     ids, mask = ids_and_mask(padding)
     labels = next_labels(ids, mask)
@@ -87,7 +87,7 @@ def theirs(variant: dict[str, Any], dtype: str, padding: str, folder: Path) -> t
 
 
 def compare(crew: Any, variant: str, dtype: str, padding: str, tensor: int, folder: Path) -> None:
-    from opt_parallel.model.hf import hf_names
+    from opt_parallel.huggingface.names import hf_names
 
     expected_loss, expected = theirs(VARIANTS[variant], dtype, padding, folder)
     answers = crew(tensor)(ours, str(folder), dtype, padding, tensor)
@@ -119,8 +119,8 @@ def test_padding(crew: Any, tmp_path: Path, variant: str, padding: str, tensor: 
 
 
 def logits_of_padding(folder: str) -> bool:
-    from opt_parallel.checkpoint.reading import open_checkpoint
-    from opt_parallel.topology import ALONE
+    from opt_parallel.checkpoint.sources import open_checkpoint
+    from opt_parallel.parallel.topology import ALONE
 
     ids, _ = ids_and_mask("none")
     segments = torch.ones_like(ids)

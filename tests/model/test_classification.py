@@ -56,8 +56,8 @@ def their_model(style: str, problem: str, named: bool, folder: Path) -> Any:
 def ours(folder: str, problem: str, padding: str, tensor: int) -> tuple[Any, float, dict[str, Any]]:
     """On the crew: scores, loss and this rank's part of every gradient, in float64."""
     from opt_parallel.parallel.shard import marked
+    from opt_parallel.parallel.topology import Topology
     from opt_parallel.pretrained import OPTForSequenceClassification
-    from opt_parallel.topology import Topology
 
     ids, mask = ids_and_mask(padding)
     with Topology.open(tensor) as topology:
@@ -78,7 +78,7 @@ def ours(folder: str, problem: str, padding: str, tensor: int) -> tuple[Any, flo
 def test_scores_losses_and_gradients(
     crew: Any, tmp_path: Path, style: str, problem: str, padding: str, tensor: int
 ) -> None:
-    from opt_parallel.model.hf import hf_names
+    from opt_parallel.huggingface.names import hf_names
 
     theirs = their_model(style, problem, problem not in FOUND, tmp_path)
     ids, mask = ids_and_mask(padding)
@@ -102,8 +102,8 @@ def test_scores_losses_and_gradients(
 
 def from_a_language_model(folder: str, tensor: int, output: str) -> tuple[Any, list[str], str]:
     """On the crew: a classifier on a language model's weights, saved; its scores and labels, and what was said."""
+    from opt_parallel.parallel.topology import Topology
     from opt_parallel.pretrained import OPTForSequenceClassification
-    from opt_parallel.topology import Topology
 
     ids, mask = ids_and_mask("left")
     with Topology.open(tensor) as topology, contextlib.redirect_stdout(io.StringIO()) as said:

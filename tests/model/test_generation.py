@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from opt_parallel.checkpoint.reading import open_checkpoint
-from opt_parallel.errors import UserError
+from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.model.decoding import Decoding, narrowed, next_tokens
 from opt_parallel.model.generation import generate, left_padded
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.topology import ALONE
+from opt_parallel.parallel.topology import ALONE
+from opt_parallel.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 # 23 words, so that the end-of-text token comes up now and then; no multiple of 2, so that a rank's part is padded
@@ -47,7 +47,7 @@ def prompts_of(seed: int) -> list[list[int]]:
 
 def continued(folder: str, seed: int, decoding: Decoding, tensor: int) -> list[list[int]]:
     """On the crew: the rows of a left-padded batch with what follows them."""
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     ids, mask = left_padded(prompts_of(seed), 1, CPU)
     with Topology.open(tensor) as topology:
@@ -113,7 +113,7 @@ def test_a_row_of_a_batch_is_the_row_alone(model: CausalLM, decoding: Decoding) 
 
 def told_another_model(folders: list[str], decoding: Decoding) -> list[list[int]]:
     """On the crew: ranks with models of their own that go together, as no user's do."""
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     ids, mask = left_padded(prompts_of(4), 1, CPU)
     with Topology.open(1) as topology:

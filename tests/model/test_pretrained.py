@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opt_parallel.errors import UserError
+from opt_parallel.runtime.errors import UserError
 
 STYLES: dict[str, dict[str, Any]] = {
     "pre-norm": {},
@@ -50,8 +50,8 @@ def mask_of(batch: int, length: int, seed: int = 6) -> Tensor:
 
 def opened(function: Callable[..., Any], folder: Path, tensor: int, *arguments: Any) -> Any:
     """On the crew: `function(model, …)` with our language model at a tensor degree."""
+    from opt_parallel.parallel.topology import Topology
     from opt_parallel.pretrained import OPTForCausalLM
-    from opt_parallel.topology import Topology
 
     with Topology.open(tensor) as topology:
         result = function(OPTForCausalLM.from_pretrained(folder, topology.tensor), *arguments)
@@ -332,11 +332,11 @@ def test_generate(crew: Any, folder: Path, how: str, tensor: int) -> None:
 
 def overfit(tensor: int) -> tuple[list[float], list[int]]:
     """On the crew: 300 steps on 1 … 19, over and over; the losses, and what greedy decoding makes of the beginning."""
+    from opt_parallel.config.model import Init, ModelConfig
     from opt_parallel.model.heads import CausalLM
     from opt_parallel.parallel.shard import fill, random_source
+    from opt_parallel.parallel.topology import Topology
     from opt_parallel.pretrained import OPTForCausalLM
-    from opt_parallel.shapes import Init, ModelConfig
-    from opt_parallel.topology import Topology
 
     config = ModelConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, init=Init.huggingface,
@@ -372,7 +372,7 @@ def test_overfitting(crew: Any, tensor: int) -> None:
 def saved(folder: str, tensor: int, output: str, name: str, dtype: str) -> None:
     """On the crew: read at a tensor degree, written again."""
     from opt_parallel import pretrained
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     with Topology.open(tensor) as topology:
         model = getattr(pretrained, name).from_pretrained(folder, topology.tensor, dtype=getattr(torch, dtype))

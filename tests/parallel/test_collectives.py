@@ -16,7 +16,7 @@ def inputs(rank: int) -> Tensor:
 
 
 def apply(name: str, size: int) -> tuple[Tensor, Tensor]:
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     with Topology.open(size) as topology:
         tensor = inputs(topology.tensor.rank)
@@ -51,7 +51,7 @@ def test_forward_and_backward(crew: Any, size: int) -> None:
 
 
 def compiled_gradient(size: int) -> tuple[Tensor, Tensor]:
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     with Topology.open(size) as topology:
 
@@ -75,10 +75,10 @@ def counted(size: int) -> dict[str, int]:
     """Collectives of one decoder block, forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from opt_parallel.config.model import ModelConfig
     from opt_parallel.model.opt import Block, Context
     from opt_parallel.parallel.shard import fill, random_source
-    from opt_parallel.shapes import ModelConfig
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     counts: dict[str, int] = {"forward": 0, "backward": 0}
 
@@ -108,7 +108,7 @@ def test_a_block_communicates_twice_each_way(crew: Any, size: int, expected: int
 
 
 def told_by_the_first(size: int) -> list[list[int]]:
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     with Topology.open(size) as topology:
         mine = torch.full((3,), topology.world.rank)

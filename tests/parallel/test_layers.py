@@ -11,8 +11,8 @@ from layouts import assemble
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opt_parallel.parallel.topology import ALONE, Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
-from opt_parallel.topology import ALONE, Group
 
 SIZES = [1, 2, 4]
 VOCABULARY, WIDTH, PAD = 11, 8, 1  # 11 divides by neither 2 nor 4: padded rows are in play
@@ -66,7 +66,7 @@ LAYERS: dict[str, Callable[[Group], nn.Module]] = {
 def one_step(name: str, size: int) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]:
     """Output, input gradient, this rank's parts of the weights' gradients and of the weights after an SGD step."""
     from opt_parallel.parallel.shard import fill, marked, random_source
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     with Topology.open(size) as topology:
         with torch.device("meta"):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opt_parallel.parallel import compiled, loss
-from opt_parallel.topology import ALONE, Group
+from opt_parallel.parallel.topology import ALONE, Group
 
 SIZES = [1, 2, 4]
 VOCABULARY, WIDTH, SHAPE = 515, 64, (3, 37)  # 515 divides by neither 2 nor 4: padded rows are in play
@@ -108,7 +108,7 @@ def fused(
     kind: str, dtype: torch.dtype, size: int, chunk: int | None, upstream: float = UPSTREAM
 ) -> tuple[Tensor, Tensor, Tensor]:
     """On the crew: the loss, this rank's summand of the hidden states' gradient, its rows of the weight's."""
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     with Topology.open(size) as topology, in_chunks(chunk, size, dtype):
         hidden, weight, labels, words = leaves(kind, dtype, topology.tensor.rank, size)
@@ -248,7 +248,7 @@ def print_two_losses() -> None:
 
 def alone(function: str, *arguments: str, **env: str) -> list[str]:
     """What a function of this file prints in a process of its own, line by line."""
-    here = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests")])
+    here = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests" / "support")])
     process = python("-c", f"import test_loss; test_loss.{function}(*{arguments})", PYTHONPATH=here, **env)
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()
@@ -288,7 +288,7 @@ def collectives(size: int) -> dict[str, dict[str, int]]:
     """On the crew: collectives of the forward and the backward, by name."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opt_parallel.parallel.lora import merge
-from opt_parallel.topology import Group
+from opt_parallel.parallel.topology import Group
 
 WIDTH, INNER, RANK, ALPHA = 8, 12, 3, 5.0
 BLOCKS = {"column then row": (0,), "q and v": (0, 2), "v": (2,), "all three": (0, 1, 2)}
@@ -62,7 +62,7 @@ def split(name: str, size: int) -> tuple[Tensor, Tensor, dict[str, Any], dict[st
     backward by the elements they carry, and the names of the parameters without a gradient."""
     from opt_parallel.parallel import collectives
     from opt_parallel.parallel.shard import fill, marked
-    from opt_parallel.topology import Topology
+    from opt_parallel.parallel.topology import Topology
 
     sent: list[str] = []
     real = collectives.functional.all_reduce

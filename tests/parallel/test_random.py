@@ -9,7 +9,7 @@ import torch
 
 from opt_parallel.parallel import compiled
 from opt_parallel.parallel.random import Draw, hash_dropped
-from opt_parallel.topology import ALONE, Group
+from opt_parallel.parallel.topology import ALONE, Group
 
 DRAW = Draw(seed=1, step=3, micro=0, data_rank=0, samples=torch.arange(64))
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from opt_parallel.config.model import ModelConfig
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel import shard as shard_module
 from opt_parallel.parallel.shard import Constant, Normal, Shard, fill, logical_parameters, marked, random_source
-from opt_parallel.shapes import ModelConfig
-from opt_parallel.topology import ALONE, Group
+from opt_parallel.parallel.topology import ALONE, Group
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def test_fill_keeps_marks_ties_and_values() -> None:
 
 
 def test_the_papers_and_hugging_faces_initialisation() -> None:
-    from opt_parallel.shapes import Init
+    from opt_parallel.config.model import Init
 
     for init, std, residual in ((Init.paper, 0.006, 0.006 / 2), (Init.huggingface, 0.02, 0.02)):
         with torch.device("meta"):

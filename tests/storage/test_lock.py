@@ -13,7 +13,7 @@ import pytest
 from command import ROOT, environment
 from faults import faults, why_not
 
-from opt_parallel.errors import UserError
+from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.lock import LOCK, Writer, only_writer
 
 needs_faults = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -22,7 +22,7 @@ NO_LOCKS = "flock ENOSYS *"
 WRITER = """
 import sys, time
 from pathlib import Path
-from opt_parallel.errors import reporting
+from opt_parallel.runtime.errors import reporting
 from opt_parallel.storage import lock
 folder, kernel, silent = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 if kernel:

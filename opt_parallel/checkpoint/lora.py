@@ -1,0 +1,115 @@
+"""A checkpoint of a LoRA run: trained tensors alone, which stand on the weights of another checkpoint, its base."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from opt_parallel.checkpoint.reader import CheckpointReader
+from opt_parallel.config.model import ModelConfig
+from opt_parallel.config.paths import absolute
+from opt_parallel.config.task import LoraConfig
+from opt_parallel.model.heads import CausalLM
+from opt_parallel.model.lora import qkv_blocks, terms_of
+from opt_parallel.parallel.lora import merge
+from opt_parallel.parallel.shard import Constant, Shard, Source, logical_shapes, require_same_tensors
+from opt_parallel.parallel.topology import ALONE
+
+CORNER = 8  # elements along each dim of a tensor that its base's checksum reads
+
+
+class Weights(Protocol):
+    """A source for `fill` that can be asked first what it holds, and which dtype holds all of it exactly."""
+
+    dtype: torch.dtype
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None: ...
+
+    def holds(self, name: str) -> bool: ...
+
+    def __call__(self, name: str, shard: Shard) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint whose weights a LoRA run leaves alone: a folder or hub id, and a checksum of its values."""
+
+    checkpoint: str
+    checksum: str
+
+    @classmethod
+    def of(cls, name: str, config: ModelConfig, weights: Source) -> Base:
+        """`name`'s, of the network `config`. The checksum is the CRC-32 of a corner of each tensor in fp32: cheap, and
+        another one for any other training of the network, though not for a single changed value.
+
+        Raises: UserError if a file is damaged."""
+        with torch.device("meta"):
+            shapes = logical_shapes(CausalLM(config, ALONE))
+        checksum = 0
+        for tensor, shape in sorted(shapes.items()):
+            corner = weights(tensor, _Corner(shape, 0, 0, 1, Constant(0), False)).float().contiguous()
+            checksum = zlib.crc32(corner.numpy().tobytes(), checksum)
+        return cls(absolute("", name), f"{checksum:08x}")
+
+
+class _Corner(Shard):
+    """The first elements along each dim."""
+
+    @property
+    def range(self) -> tuple[slice, ...]:
+        return tuple(slice(0, min(size, CORNER)) for size in self.shape)
+
+
+class Merged:
+    """A source of W + alpha / rank · B A, range by range, and of what else was trained; the rest is the base's."""
+
+    def __init__(self, base: Weights, trained: CheckpointReader, lora: LoraConfig) -> None:
+        self.base, self.trained, self.lora = base, trained, lora
+        self.dtype = torch.float32  # of the sums
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError unless base and adapter are those of `wanted`; what both have is the adapter's."""
+        other = {name: shape for name, shape in self.trained.shapes.items() if ".lora_" not in name}
+        here = {name: shape for name, shape in wanted.items() if name in other}
+        require_same_tensors(str(self.trained.folder), here, other)
+        self.base.check({name: shape for name, shape in wanted.items() if name not in other or self.base.holds(name)})
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a logical tensor of that name."""
+        return self.trained.holds(name) or self.base.holds(name)
+
+    def __call__(self, name: str, shard: Shard) -> Tensor:
+        """The values of `shard.range` of the logical tensor `name`, fp32. Raises: UserError if a file is damaged."""
+        if self.trained.holds(name):
+            return self.trained(name, shard)
+        values = self.base(name, shard).float()
+        a, b = terms_of(name)
+        if not self.trained.holds(a):
+            return values
+        values = values.clone()  # of a file that is mapped
+        *outer, rows, columns = shard.range
+        products = [(values, outer)]
+        if outer:  # of query, key and value, which are all there
+            products = [(values[n], [slice(k, k + 1)]) for k, n in enumerate(qkv_blocks(self.lora.targets))]
+        for weight, block in products:
+            whole_rank = slice(0, self.lora.rank)
+            of_a = self.trained.read("weights", a, (*block, whole_rank, columns)).view(self.lora.rank, -1)
+            of_b = self.trained.read("weights", b, (*block, rows, whole_rank)).view(-1, self.lora.rank)
+            merge(weight, of_a, of_b, self.lora.alpha / self.lora.rank)
+        return values
+
+
+def over(holds: Callable[[str], bool], weights: Source, below: Source) -> Source:
+    """`weights` of the tensors that it holds, of all others `below`."""
+    return lambda name, shard: weights(name, shard) if holds(name) else below(name, shard)
+
+
+def lora_of(manifest: dict[str, Any]) -> LoraConfig:
+    """The low-rank terms that a checkpoint's run trained; of rank 0 where it trained everything."""
+    saved = manifest["config"].get("task", {}).get("lora", {})
+    return LoraConfig(**{name: saved[name] for name in ("rank", "alpha", "targets") if name in saved})

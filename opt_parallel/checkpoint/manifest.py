@@ -1,0 +1,230 @@
+"""What one of our checkpoints says of itself: `manifest.json`, written last (docs/checkpoint-format.md)."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import Gt, Lt, MaxLen, MinLen
+from typing_extensions import TypedDict
+
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.storage.checked import Count, Integer, Size, is_deep, read_checked
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # a checkpoint's folder; one name for each step
+LARGEST = 2**29  # bytes; a thousand ranks that each hold a fragment of every tensor of opt-175b write a third of that
+
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
+
+
+class Clock(TypedDict):
+    step: Count
+    samples: Count
+    tokens: Count
+    mixed: NotRequired[Count]
+    taken: NotRequired[dict[str, Count]]
+    orders: NotRequired[dict[str, str]]
+
+
+class LossScale(TypedDict):
+    scale: Positive
+    good_steps: Count
+    moved_window: Size | None
+
+
+Layout = TypedDict(
+    "Layout",
+    {
+        "world size": Size,
+        "tensor": Size,
+        "data": Size,
+        "zero.stage": Count,
+        "zero.offload": str,
+        "precision": str,
+    },
+)
+
+
+class Lora(TypedDict):
+    rank: Count
+    alpha: Positive
+    targets: list[str]
+
+
+class Task(TypedDict):
+    lora: NotRequired[Lora]
+
+
+Texts = str | list[Any] | dict[str, Any] | None
+
+
+class Data(TypedDict):
+    train: Texts
+    validation: Texts
+    sequence_length: Size
+
+
+class Named(TypedDict):
+    name: str
+
+
+class Optimizer(TypedDict):
+    name: NotRequired[str]
+
+
+class Checkpoint(TypedDict):
+    keep: Size
+    keep_every: NotRequired[Count]
+    keep_best: NotRequired[bool]
+
+
+class Config(TypedDict):
+    """Of the run's configuration what is read without its types."""
+
+    model: dict[str, bool | Integer | float | str | None]
+    data: Data
+    run: Named
+    steps: Size
+    seed: Count
+    task: NotRequired[Task]
+    precision: NotRequired[dict[str, Any]]
+    optimizer: NotRequired[Optimizer]
+    checkpoint: NotRequired[Checkpoint]
+    init_from: NotRequired[str | None]
+
+
+class Base(TypedDict):
+    checkpoint: str
+    checksum: str
+
+
+class Labels(TypedDict):
+    names: list[str]
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None
+
+
+class Tensor(TypedDict):
+    shape: Annotated[list[Size], MinLen(1), MaxLen(4)]
+    dim: Count
+    parts: Size
+
+
+class Fragment(TypedDict):
+    name: str
+    part: Count
+    parts: Size
+    start: Count
+    count: Size
+    kinds: list[str]
+
+
+class File(TypedDict):
+    bytes: Count
+    crc32: str
+    fragments: list[Fragment]
+
+
+class Manifest(TypedDict):
+    """Keys that later versions add are no mistake."""
+
+    format: Literal[1]
+    clock: Clock
+    updates: Count
+    loss_scale: LossScale | None
+    layout: Layout
+    versions: dict[str, str]
+    config: Config
+    text: NotRequired[dict[str, Any]]
+    base: NotRequired[Base | None]
+    labels: NotRequired[Labels]
+    tensors: dict[str, Tensor]
+    files: dict[str, File]
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written: `what` is wrong with it."""
+
+    def __init__(self, folder: Path, what: str, way_out: str = "choose another checkpoint") -> None:
+        super().__init__(f"{folder} is not a whole checkpoint: {what}; {way_out}")
+        self.what = what
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the checkpoint says of itself.
+
+    Raises: Damaged if `folder` is not a checkpoint of ours or of another format, or if the manifest was changed."""
+    another = f"choose another checkpoint, or remove {MANIFEST} if the folder is not one of ours"
+    try:
+        manifest = read_checked(folder / MANIFEST, LARGEST)
+    except OSError as error:
+        raise Damaged(folder, f"{MANIFEST} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise Damaged(folder, f"{MANIFEST} cannot be read ({error})", another) from error
+    if manifest.get("format") != FORMAT:
+        raise Damaged(folder, f"{MANIFEST} is not of format {FORMAT}, which this version reads", another)
+    wrong = _wrong(manifest)
+    if wrong is not None:
+        raise Damaged(folder, f"{MANIFEST} is not what was written ({wrong})")
+    return manifest
+
+
+def _wrong(manifest: dict[str, Any]) -> str | None:
+    """The first value that is not of its type."""
+    from pydantic import ValidationError
+
+    if is_deep({key: value for key, value in manifest.items() if key not in ("tensors", "files")}):
+        return "it is nested too deeply"
+    try:
+        _types().validate_python(manifest, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if bool(manifest.get("base")) != (manifest["config"].get("task", {}).get("lora", {}).get("rank", 0) > 0):
+        return "base and config.task.lora contradict each other"
+    return next((f"{name!r} is not a file in the folder" for name in manifest["files"] if not _is_inside(name)), None)
+
+
+@functools.cache
+def _types() -> Any:
+    """pydantic is imported where a manifest is read first, and not by every command."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name.isprintable() and not path.is_absolute() and ".." not in path.parts and path.parts != ()
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """A file of a checkpoint. Raises: Damaged if it is not there, or is a device, a pipe or a link to elsewhere."""
+    path = folder / name
+    try:
+        inside = path.resolve(strict=True).is_relative_to(folder.resolve())
+        regular = inside and stat.S_ISREG(path.stat().st_mode)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise Damaged(folder, f"{name} is missing") from error
+    if not regular:
+        raise Damaged(folder, f"{name} is not a regular file in the folder")
+    return path
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
+    """What differs between two manifests' (or nested sections') values: `section.key`, then, now."""
+    then, now = _flat(before), _flat(after)
+    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    return [[key, str(then.get(key, "—")), str(now.get(key, "—"))] for key in differing]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

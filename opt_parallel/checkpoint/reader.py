@@ -1,0 +1,109 @@
+"""Logical tensors and fragments of any layout, out of the fragments that ranks of any other layout wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opt_parallel.checkpoint.boxes import Box, Ranges, Shared, boxes_of, shared_by
+from opt_parallel.checkpoint.coverage import fault_of, shard_of_part
+from opt_parallel.checkpoint.manifest import MANIFEST, Damaged, file_in, read_manifest
+from opt_parallel.checkpoint.stored import StoredFile
+from opt_parallel.parallel.shard import Shard, require_same_tensors
+from opt_parallel.zero import Fragment
+
+AT_ONCE = 2**22  # elements read at a time where they have to be rearranged
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored fragment of a logical tensor: its file, what is in it, and the boxes that it covers."""
+
+    file: str
+    kinds: list[str]  # weights, and Adam's moments where there were any
+    boxes: list[Box]
+
+
+class CheckpointReader:
+    """A training checkpoint's contents, read as slices of its files: a source of weights for `fill`, and of what an
+    optimizer goes on with."""
+
+    dtype = torch.float32
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: Damaged unless `folder` is a checkpoint of ours whose fragments hold each element exactly once."""
+        self.folder, self.manifest = folder, read_manifest(folder)
+        fault = fault_of(self.manifest)
+        if fault is not None:
+            raise Damaged(folder, f"{MANIFEST} is not what was written ({fault})")
+        self.files: dict[str, StoredFile] = {}  # those opened so far
+        self.shapes = {name: tuple(saved["shape"]) for name, saved in self.manifest["tensors"].items()}
+        self.pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+        for file, content in self.manifest["files"].items():
+            for fragment in content["fragments"]:
+                name = fragment["name"]
+                written = shard_of_part(self.manifest["tensors"][name], fragment["part"])
+                boxes = boxes_of(written, fragment["start"], fragment["count"])
+                self.pieces[name].append(Piece(file, fragment["kinds"], boxes))
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError unless exactly the tensors `wanted` are there."""
+        require_same_tensors(str(self.folder), wanted, self.shapes)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a logical tensor of that name."""
+        return name in self.shapes
+
+    def __call__(self, name: str, shard: Shard) -> Tensor:
+        """The fp32 weights of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
+        return self.read("weights", name, shard.range)
+
+    def whole(self, kind: str, name: str) -> Tensor | None:
+        """A logical tensor, or one of its moments; None where there were no moments yet.
+
+        Raises: UserError if a file is damaged."""
+        if not any(kind in piece.kinds for piece in self.pieces[name]):
+            return None
+        return self.read(kind, name, tuple(slice(0, size) for size in self.shapes[name]))
+
+    def read(self, kind: str, name: str, ranges: Ranges) -> Tensor:
+        """`ranges` of a logical tensor, or of one of its moments, fp32. Raises: UserError if a file is damaged."""
+        box = Box(0, ranges)
+        values = torch.empty(box.numel)
+        self._copy(kind, name, values, [box])
+        return box.of(values)
+
+    def restore(self, fragment: Fragment) -> None:
+        """Write into a rank's live fragment what was saved of it. Raises: UserError if a file is damaged."""
+        boxes = boxes_of(fragment.shard, fragment.start, len(fragment.weights))
+        for kind, values in fragment.tensors.items():
+            self._copy(kind, fragment.name, values, boxes)
+
+    def _copy(self, kind: str, name: str, values: Tensor, boxes: list[Box]) -> None:
+        for piece in self.pieces[name]:
+            shared = list(shared_by(boxes, piece.boxes))
+            if not shared or kind not in piece.kinds:
+                continue
+            if piece.file not in self.files:
+                self.files[piece.file] = StoredFile(file_in(self.folder, piece.file))
+            for each in shared:
+                _read(self.files[piece.file], f"{kind}/{name}", each, each.mine.of(values)[each.into])
+
+
+def _read(file: StoredFile, key: str, shared: Shared, into: Tensor) -> None:
+    """The values of a rectangle, straight to their place where the file has them in that order."""
+    box, ranges = shared.theirs, shared.out_of
+    row = box.numel // box.shape[0]
+    first, last = ranges[0].start, ranges[0].stop
+    whole_rows = all(part == slice(0, size) for part, size in zip(ranges[1:], box.shape[1:], strict=True))
+    if whole_rows and into.is_contiguous() and into.device.type == "cpu":
+        file.read(key, box.offset + first * row, into)
+        return
+    some = max(1, AT_ONCE // row)
+    for begin in range(first, last, some):
+        end = min(begin + some, last)
+        rows = file.new(key, box.offset + begin * row, (end - begin, *box.shape[1:]))
+        into[begin - first : end - first] = rows[(slice(None), *ranges[1:])].to(into.device)

@@ -1,0 +1,216 @@
+"""A checkpoint of ours, a Hugging Face folder or a hub id, opened alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from opt_parallel.checkpoint.damage import check_sizes, read_whole
+from opt_parallel.checkpoint.grown import Grown
+from opt_parallel.checkpoint.inherit import labels_at, model_at
+from opt_parallel.checkpoint.lora import Base, Merged, Weights, lora_of
+from opt_parallel.checkpoint.manifest import MANIFEST, Damaged, read_manifest
+from opt_parallel.checkpoint.reader import CheckpointReader
+from opt_parallel.config.data import SpecialTokens
+from opt_parallel.config.model import Labels, ModelConfig
+from opt_parallel.huggingface.config import read_labels
+from opt_parallel.huggingface.hub import find_checkpoint
+from opt_parallel.huggingface.names import HuggingFaceWeights
+from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
+from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
+from opt_parallel.parallel.topology import ALONE, Group
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import say
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The network's shape, a source of its weights, and the folder that holds its tokenizer, where it has one."""
+
+    config: ModelConfig
+    stored: Weights
+    tokenizer: Path
+    folder: Path
+    not_finite: list[str] = field(default_factory=list)  # of what this rank read
+
+    @property
+    def labels(self) -> Labels:
+        """What its classifier tells apart; a language model's are transformers' default."""
+        if (self.folder / MANIFEST).is_file():
+            return labels_at(self.folder) or Labels.numbered(2)
+        return read_labels(self.folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest of fp32, bf16 and fp16 that holds its weights exactly: fp32 for one of ours, also of a bf16
+        run; and for fp64, which is rounded."""
+        return torch.float32 if self.stored.dtype is torch.float64 else self.stored.dtype
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """What a special token was that its training text spelled; text, where nobody knows."""
+        data = read_manifest(self.folder)["config"]["data"] if (self.folder / MANIFEST).is_file() else {}
+        name = str(data.get("special_tokens", SpecialTokens.text.name))
+        if name not in SpecialTokens.__members__:
+            raise Damaged(self.folder, f"{MANIFEST} says data.special_tokens={name!r:.80}")
+        return SpecialTokens[name]
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it has a classification head."""
+        return self.stored.holds(SCORE)
+
+    def weights(self, name: str, shard: Shard) -> Tensor:
+        """The values of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
+        values = self.stored(name, shard)
+        if values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):  # NaN is both ends
+            self.not_finite.append(name)
+        return values
+
+    def grown(self, rows: int) -> Opened:
+        """The same with `rows` rows in its embedding, as many as there are or more; says so."""
+        if rows == self.config.vocab_size:
+            return self
+        say(
+            f"{self.folder}: the embedding grows from {self.config.vocab_size} rows to model.vocab_size={rows}; each "
+            "new row is the mean of the others"
+        )
+        stored = Grown(self.stored, self.config.vocab_size)
+        return replace(self, config=replace(self.config, vocab_size=rows), stored=stored)
+
+    def as_base(self, name: str) -> Base:
+        """This checkpoint, which the user calls `name`, as what a LoRA run stands on; it may be a classifier's.
+
+        Raises: UserError unless just the tensors of a network are there."""
+        self.check_classifier()
+        return Base.of(name, self.config, self.stored)
+
+    def check_language_model(self) -> None:
+        """Raise UserError unless just the tensors of a language model are there. Reads no values."""
+        if self.is_classifier:
+            raise UserError(
+                f"{self.folder} is a classifier ({SCORE} is unexpected), not a language model: name another one; "
+                "task=classify trains and evaluates this one"
+            )
+        with torch.device("meta"):
+            self.stored.check(logical_shapes(CausalLM(self.config, ALONE)))
+
+    def check_classifier(self) -> None:
+        """Raise UserError unless just the tensors of a classifier are there, or those of a language model, to which a
+        head can be added. Reads no values."""
+        with torch.device("meta"):
+            wanted = logical_shapes(CausalLM(self.config, ALONE))
+        if self.is_classifier:
+            wanted[SCORE] = (len(self.labels.names), self.config.embedding_size)
+        self.stored.check(wanted)
+
+    def check_labels(self, labels: Labels) -> None:
+        """Raise UserError if there is a head for another number of `labels`; say so if there is none."""
+        names, number = self.labels.names, len(labels.names)
+        if not self.is_classifier:
+            say(f"{self.folder} has no classification head: one for {number} labels is begun")
+        elif len(names) != number:
+            raise UserError(
+                f"{self.folder} tells {len(names)} labels apart ({', '.join(names[:5])}), the run {number} "
+                f"({', '.join(labels.names[:5])}): set task.labels, or start from a language model"
+            )
+
+    def model(self, group: Group, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
+        """The language model itself, this rank's part of it. Raises: UserError."""
+        self.config.check_splits(group.size, "tensor degree ")
+        self.check_language_model()
+        with torch.device("meta"):
+            model = CausalLM(self.config, group)
+        self._fill(model, self.weights, group, device, dtype)
+        return model.eval()
+
+    def classifier(
+        self,
+        num_labels: int,
+        group: Group,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        new_head: bool = False,
+        seed: int = 1,
+    ) -> SequenceClassifier:
+        """A classifier, this rank's part of it. `new_head` allows that the checkpoint has none: a language model's.
+        Its head is then drawn from `seed`. Raises: UserError."""
+        self.config.check_splits(group.size, "tensor degree ")
+        with torch.device("meta"):
+            model = SequenceClassifier(self.config, num_labels, group)
+        source: Source = self.weights
+        wanted = logical_shapes(model)
+        if new_head and not self.stored.holds(SCORE):
+            say(f"{self.folder} has no classification head: one for {num_labels} labels is drawn from seed {seed}")
+            source = with_new_head(self.weights, seed)
+            del wanted[SCORE]
+        self.stored.check(wanted)
+        self._fill(model, source, group, device, dtype)
+        return model.eval()
+
+    def warn_of_not_finite(self, group: Group) -> None:
+        """Say which of the tensors that `group`'s ranks read have a NaN or an infinity. Every rank takes part."""
+        named: list[list[str]] = [self.not_finite]
+        if group.size > 1:
+            named = [[] for _ in range(group.size)]
+            dist.all_gather_object(named, self.not_finite, group=group.handle)
+        names = sorted({name for part in named for name in part})
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            say(f"warning: {self.folder} has values that are not finite, in {', '.join(names[:5])}{more}")
+
+    def _fill(self, model: nn.Module, source: Source, group: Group, device: torch.device, dtype: torch.dtype) -> None:
+        self.not_finite.clear()
+        fill(model, source, device, dtype)
+        self.warn_of_not_finite(group)
+
+
+def with_new_head(weights: Source, seed: int) -> Source:
+    """`weights`, and the initial values of a classification head that they lack."""
+    drawn = random_source(seed)
+
+    def source(name: str, shard: Shard) -> Tensor:
+        return drawn(name, shard) if name == SCORE else weights(name, shard)
+
+    return source
+
+
+def open_checkpoint(
+    checkpoint: str | Path, key: str = "--checkpoint ", checksums: bool = False, above: tuple[Path, ...] = ()
+) -> Opened:
+    """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
+
+    One of a LoRA run is opened with its base, and gives the merged weights. `checksums`: read every file of ours first,
+    each process a share, where damage must not go on into other files. `above`: the LoRA checkpoints that stand on it.
+
+    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, lacks a file or is damaged;
+    or if a base is not where it was, or another."""
+    folder = find_checkpoint(checkpoint, key)
+    config = model_at(folder, key)
+    if not (folder / MANIFEST).is_file():
+        weights = HuggingFaceWeights(folder)
+        weights.check_layers(config.num_hidden_layers)
+        return Opened(config, weights, folder, folder)
+    reader = read_whole(folder) if checksums else CheckpointReader(folder)
+    check_sizes(reader)
+    stored = _on_its_base(reader, checksums, above) if reader.manifest.get("base") else reader
+    return Opened(config, stored, folder / "tokenizer", folder)
+
+
+def _on_its_base(reader: CheckpointReader, checksums: bool, above: tuple[Path, ...]) -> Merged:
+    saved, here = Base(**reader.manifest["base"]), reader.folder.resolve()
+    if here in above:
+        raise Damaged(reader.folder, f"{MANIFEST} says that it stands on itself")
+    key = f"{reader.folder} is of a LoRA run and stands on its base: "
+    opened = open_checkpoint(saved.checkpoint, key, checksums, (*above, here))
+    found = opened.as_base(saved.checkpoint)
+    if found.checksum != saved.checksum:
+        raise UserError(
+            f"{reader.folder} is of a LoRA run, and {saved.checkpoint} is not the base any more that it was trained on "
+            f"(checksum {found.checksum}, then {saved.checksum}): bring that one back"
+        )
+    return Merged(opened.stored, reader, lora_of(reader.manifest))

@@ -1,0 +1,177 @@
+"""A rank's file of a checkpoint, written while training goes on.
+
+`Saver.start` copies the rank's fragments into one host buffer, laid out as the file will be, and returns; a thread
+writes the file, makes the disk confirm it, and waits for the other ranks' threads in a process group of their own. Then
+the first rank completes the checkpoint. The buffer is kept: 12 bytes a parameter that the rank saves (fp32 weight and
+two moments), pinned where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opt_parallel.huggingface.folder import safetensors_header
+from opt_parallel.parallel.topology import UNHURRIED, Topology
+from opt_parallel.storage.atomic import confirm, remove
+from opt_parallel.zero import Fragment
+
+CHUNK = 2**20  # bytes written and summed up at a time: few enough to be in the cache the second time
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+class Saver:
+    """Writes at most one checkpoint at a time."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        several = topology.world.size > 1
+        # threads must not meet the loop's collectives; and one rank may write much longer than a step may take
+        self.group = dist.new_group(backend="gloo", group_desc=UNHURRIED) if several else None
+        self.buffer = torch.empty(0)
+        self.thread: threading.Thread | None = None
+        self.failure: str | None = None
+        self.lost: Exception | None = None
+
+    def start(
+        self,
+        fragments: Iterable[Fragment],
+        folder: Path,
+        complete: Callable[[], None],
+        tidy_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy what this rank saves, and have it written to `folder`; `complete` is called on the first rank once all
+        ranks have written, and `tidy_up` when that has succeeded."""
+        assert self.thread is None
+        shapes, records = self._copy(list(fragments))
+        self.failure = None
+        write = partial(self._write_together, folder, shapes, records, complete, tidy_up)
+        self.thread = threading.Thread(target=self._in_thread, args=(write,))
+        self.thread.start()
+
+    def join(self) -> None:
+        """Until what was started is done."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def wait(self) -> str | None:
+        """Until what was started is done: why it failed, on some rank, or None.
+
+        Raises: RuntimeError, torch's, if another rank is gone; what it wrote is then left for the next start."""
+        self.join()
+        if self.lost is not None:
+            raise self.lost
+        failure, self.failure = self.failure, None
+        return failure
+
+    def close(self) -> None:
+        """Give the threads' group back."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+    def _copy(self, fragments: list[Fragment]) -> tuple[dict[str, tuple[int, ...]], list[dict[str, Any]]]:
+        """Fill the buffer; the shapes of the file's tensors in their order, and what the manifest says of fragments."""
+        total = sum(len(values) for fragment in fragments for values in fragment.tensors.values())
+        on_gpu = self.topology.device.type == "cuda"
+        if len(self.buffer) != total:
+            self.buffer = torch.empty(total, pin_memory=on_gpu)
+        shapes: dict[str, tuple[int, ...]] = {}
+        records, end = [], 0
+        for fragment in fragments:
+            for kind, values in fragment.tensors.items():
+                shapes[f"{kind}/{fragment.name}"] = tuple(values.shape)
+                self.buffer[end : end + len(values)].copy_(values, non_blocking=True)
+                end += len(values)
+            records.append(_record(fragment))
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return shapes, records
+
+    def _in_thread(self, write: Callable[[], str | None]) -> None:
+        try:
+            self.failure = write()
+        except Exception as error:  # a rank is gone, and the group with it
+            self.lost = error
+
+    def _write_together(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        records: list[dict[str, Any]],
+        complete: Callable[[], None],
+        tidy_up: Callable[[], None],
+    ) -> str | None:
+        """Why the checkpoint could not be written, on this rank or another; None if it is there."""
+        failure: str | None = None
+        try:
+            self._write_file(folder, shapes, records)
+        except Exception as error:  # whatever it is: a thread has nobody to raise to, and the others wait
+            failure = _why(error)
+        failed = self._failed(failure)
+        if failed is None and self.topology.is_main:
+            try:
+                complete()
+            except Exception as error:
+                failure = _why(error)
+        failed = failed or self._failed(failure)
+        if self.topology.is_main:
+            if failed:
+                remove(folder)  # all ranks are done with it
+            else:
+                tidy_up()
+        return failed
+
+    def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:
+        """The file, and beside it a note for the manifest."""
+        path = folder / rank_file(self.topology.world.rank)
+        header = safetensors_header(shapes, torch.float32)
+        data = memoryview(self.buffer.numpy()).cast("B")  # type: ignore[arg-type]
+        with open(path, "wb") as file:
+            file.write(header)
+            checksum = zlib.crc32(header)
+            for begin in range(0, len(data), CHUNK):
+                file.write(data[begin : begin + CHUNK])
+                checksum = zlib.crc32(data[begin : begin + CHUNK], checksum)
+            file.flush()
+            confirm(file.fileno(), path)
+        note = {"bytes": len(header) + len(data), "crc32": f"{checksum:08x}", "fragments": records}
+        path.with_suffix(".json").write_text(json.dumps(note))
+
+    def _failed(self, failure: str | None) -> str | None:
+        """Why something failed on the first rank where it did, and where if that is not rank 0; None if on none."""
+        told: list[str | None] = [failure]
+        if self.group is not None:
+            told *= self.topology.world.size
+            dist.all_gather_object(told, failure, group=self.group)
+        for rank, why in enumerate(told):
+            if why is not None:
+                return f"{why} on {self.topology.where(rank)}" if rank else why
+        return None
+
+
+def _why(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or repr(error)
+
+
+def _record(fragment: Fragment) -> dict[str, Any]:
+    return {
+        "name": fragment.name,
+        "part": fragment.shard.index,
+        "parts": fragment.shard.count,
+        "start": fragment.start,
+        "count": len(fragment.weights),
+        "kinds": list(fragment.tensors),
+    }

@@ -1,0 +1,1 @@
+"""The configuration: its types and checks, and Hydra's side of it."""

@@ -1,0 +1,174 @@
+"""Hydra's and OmegaConf's side of the configuration: composed YAML in, `Run` out, and back."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from opt_parallel.config.overrides import checked
+from opt_parallel.config.paths import absolute, change_paths, local, reach, refuse_breaks, text_keys
+from opt_parallel.config.run import Run
+from opt_parallel.config.secrets import looks_secret, masked, refuse_secret_value
+from opt_parallel.config.values import check_values
+from opt_parallel.runtime.errors import UserError, one_line, reporting
+from opt_parallel.runtime.log import quiet_libraries
+from opt_parallel.runtime.process import take_place
+from opt_parallel.runtime.terminal import outlive
+
+PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a Hydra command line, `main` decorated with `hydra.main`: its mistakes are one line and status 2, and it
+    works on when nobody reads what it prints."""
+    with said_in_one_line():
+        outlive()
+        take_place()
+        quiet_libraries()
+        register_schema()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
+        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # Hydra itself writes down what a multirun was given
+        main()
+
+
+class CheckConfig(Callback):
+    """Checks what Hydra composed before Hydra makes its folders and writes the configuration of a multirun."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        with said_in_one_line():  # Hydra would turn an exception into a warning
+            check_values(OmegaConf.to_container(config))
+            HydraConfig.instance().set_config(copy.deepcopy(config))  # run.name asks it for the model's name
+            for key in PATHS_OF_HYDRA:
+                name = str(OmegaConf.select(config, key))
+                if (whole := local(f"{key}=", name)) != name:
+                    raise UserError(f"{key}={name}: Hydra knows no ~: write {key}={whole}")
+                reach(f"{key}=", name)
+
+    on_multirun_start = on_run_start
+
+
+def _from_environment(name: str, *default: Any) -> Any:
+    """`${oc.env:NAME}`, but of no secret: a configuration is written beside the run, and sent to trackers."""
+    if looks_secret(name):
+        raise UserError(
+            f"${{oc.env:{name}}} looks like a secret, and a run's configuration is written to files: leave it out; "
+            "what needs it reads the environment itself"
+        )
+    value = oc.env(name, *default)
+    refuse_secret_value(f"${{oc.env:{name}}}", str(value))
+    return value
+
+
+OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
+
+
+def verbatim(value: Any) -> Any:
+    """Plain values with all text escaped, so that OmegaConf gives it back as it stands and interpolates nothing."""
+    if isinstance(value, dict):
+        return {key: verbatim(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [verbatim(inner) for inner in value]
+    return re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", value) if isinstance(value, str) else value
+
+
+def take(config: DictConfig, key: str, value: Any) -> None:
+    """Set a key to what a file or a folder's name says. The only way for text into a configuration that the user did
+    not type into it."""
+    OmegaConf.update(config, key, verbatim(value))
+
+
+def register_schema() -> None:
+    """Make the types known to Hydra as `schema`, first in the defaults of `configs/config.yaml`."""
+    ConfigStore.instance().store(name="schema", node=Run)
+
+
+def run_from(config: DictConfig) -> Run:
+    """The composed configuration as a checked, sealed `Run`.
+
+    Raises: `UserError`, OmegaConf's errors."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    check_values(values)
+    refuse_breaks("run.name=", str(values["run"]["name"]))
+    change_paths(values, Run, local)
+    plain = OmegaConf.create(verbatim(values))
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses what `+key=…` added
+    assert isinstance(run, Run)
+    return run
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's errors in one line that names the key and the way out, and repeats no secret."""
+    return masked(_explained(error))
+
+
+def _explained(error: BaseException) -> str:
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice} does not exist: choose {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        why = one_line(Exception(str(error.__cause__ or error).partition("See https")[0]))
+        example = '\'key=["a=b", "größe"]\''
+        return f"{error.override} is not of Hydra's grammar ({why}): put quotes around each text within it, {example}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
+        siblings = [str(key) for key in cause.parent_node]
+        full_key = str(cause.full_key)
+        close = difflib.get_close_matches(str(cause.key), siblings, n=1)
+        meant = f"did you mean {full_key.removesuffix(str(cause.key))}{close[0]}?" if close else ""
+        return f"{full_key} does not exist: {meant or 'there are ' + ', '.join(siblings)}"
+    key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
+    return f"{key}{_of_ours(error) or one_line(cause)}"
+
+
+def _of_ours(error: BaseException | None) -> UserError | None:
+    """The mistake that a resolver of ours named, which OmegaConf wraps."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
+
+
+def to_yaml(run: Run) -> str:
+    """What `recorded` says as YAML for Hydra, which reads the same values again: text is escaped."""
+    return OmegaConf.to_yaml(OmegaConf.create(verbatim(recorded(run))))
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    """The configuration as it is written beside the run: as `to_dict`, with paths from / on."""
+    values = to_dict(run)
+    change_paths(values, Run, absolute)
+    return values
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """The resolved configuration in plain values (enums by name)."""
+    return {each.name: _plain(getattr(run, each.name)) for each in fields(run)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value

@@ -1,0 +1,235 @@
+"""The shape of an OPT network, and what follows from it without building one: parameters and FLOPs.
+
+Field names are those of Hugging Face's `OPTConfig`. The nine published shapes are the files of `configs/model/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from opt_parallel.runtime.errors import UserError
+
+IGNORED = -100  # a label that counts nowhere
+POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15  # a config.json may say anything; OPT-175B has 96 and 1.75 · 10¹¹
+MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between runs that share weights
+
+
+class Activation(Enum):
+    relu = "relu"
+    gelu = "gelu"
+    silu = "silu"
+    gelu_new = "gelu_new"
+
+
+class Init(Enum):
+    """`paper`: N(0, 0.006), the two products that end in the residual stream divided by sqrt(2 · layers)
+    (Zhang et al. 2022, section 2.2, and its launcher). `huggingface`: N(0, 0.02) throughout."""
+
+    paper = "paper"
+    huggingface = "huggingface"
+
+
+class ProblemType(Enum):
+    """What a classifier's labels are, in Hugging Face's words: numbers, one label of several, or any of several."""
+
+    regression = "regression"
+    single_label_classification = "single_label_classification"
+    multi_label_classification = "multi_label_classification"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A classifier's labels by number, and what they are; None: as the first labels show."""
+
+    names: tuple[str, ...]
+    problem_type: ProblemType | None = None
+
+    @classmethod
+    def numbered(cls, count: int, problem_type: ProblemType | None = None) -> Labels:
+        """`count` labels by the names that transformers gives where there are none."""
+        return cls(tuple(f"LABEL_{number}" for number in range(count)), problem_type)
+
+
+class Section:
+    """A part of the configuration: checked once made, and sealed."""
+
+    def __post_init__(self) -> None:
+        self.check()
+        object.__setattr__(self, "_sealed", True)
+
+    def check(self) -> None:
+        """Raise `UserError` if the values contradict one another."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_sealed", False):
+            raise AttributeError(f"{type(self).__name__} is sealed; {name} cannot be set")
+        object.__setattr__(self, name, value)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class ModelConfig(Section):
+    """The network. Defaults are the paper's 125M; `OPTConfig`'s differ only in dropping nothing in attention."""
+
+    # tokens of the vocabulary; a tokenizer may have fewer
+    vocab_size: int = 50272
+    # width H of the hidden states
+    hidden_size: int = 768
+    # decoder layers
+    num_hidden_layers: int = 12
+    # attention heads of a layer; divides hidden_size, and parallel.tensor divides it
+    num_attention_heads: int = 12
+    # width of the feed-forward layer; parallel.tensor divides it
+    ffn_dim: int = 3072
+    # positions that the network knows, the longest sequence
+    max_position_embeddings: int = 2048
+    # width of the token embedding; null: hidden_size. The 350m has 512, with projections in and out
+    word_embed_proj_dim: int | None = None
+    # LayerNorm before attention and feed-forward; false: after the residual sum, as in the 350m
+    do_layer_norm_before: bool = True
+    # leave out the LayerNorm after the last layer, as some early conversions of OPT do
+    remove_final_layer_norm: bool = False
+    # biases in the linear layers
+    enable_bias: bool = True
+    # weights and biases in the LayerNorms
+    layer_norm_elementwise_affine: bool = True
+    # of the feed-forward layer
+    activation_function: Activation = Activation.relu
+    # probability of dropping an element after attention and after feed-forward
+    dropout: float = 0.1
+    # probability of dropping an attention weight
+    attention_dropout: float = 0.1
+    # probability of skipping a whole layer in a training step (Fan et al. 2019)
+    layerdrop: float = 0.0
+    # paper: N(0, 0.006), output layers divided by √(2 · layers); huggingface: N(0, 0.02)
+    init: Init = Init.paper
+    # standard deviation of the initial weights; null: that of init
+    init_std: float | None = None
+    # id of the token that begins a prompt
+    bos_token_id: int = 2
+    # id of padding
+    pad_token_id: int = 1
+    # id of the token that ends a document
+    eos_token_id: int = 2
+
+    def check(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "ffn_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name}={value} must be at least 1")
+        require(
+            self.num_hidden_layers <= MOST_LAYERS,
+            f"model.num_hidden_layers={self.num_hidden_layers} is more than any network has: {MOST_LAYERS} at most",
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"model.hidden_size={self.hidden_size} is not divisible by "
+            f"model.num_attention_heads={self.num_attention_heads} "
+            f"({self.hidden_size} = {self.num_attention_heads} × {self.hidden_size // self.num_attention_heads} "
+            f"+ {self.hidden_size % self.num_attention_heads}); choose a head count that divides it",
+        )
+        for name in ("dropout", "attention_dropout", "layerdrop"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"model.{name}={value} must be a probability, 0 ≤ p < 1")
+        for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            require(
+                0 <= value < self.vocab_size,
+                f"model.{name}={value} is not in the vocabulary: choose 0 to model.vocab_size − 1 = "
+                f"{self.vocab_size - 1}",
+            )
+        require(self.embedding_size >= 1, f"model.word_embed_proj_dim={self.word_embed_proj_dim} must be at least 1")
+        require(self.std >= 0, f"model.init_std={self.init_std} must not be negative")
+        require(
+            self.parameters() <= MOST_PARAMETERS,
+            f"the network has {self.parameters():,} parameters (model.vocab_size={self.vocab_size}, hidden_size="
+            f"{self.hidden_size}, ffn_dim={self.ffn_dim}, max_position_embeddings={self.max_position_embeddings}, "
+            f"word_embed_proj_dim={self.word_embed_proj_dim}), more than any: {MOST_PARAMETERS:,} at most",
+        )
+
+    def check_splits(self, tensor: int, key: str) -> None:
+        """Raise `UserError` unless `tensor` ranks can share heads, feed-forward and words; `key` is what set it."""
+        for what in ("num_attention_heads", "ffn_dim"):
+            size = getattr(self, what)
+            require(
+                size % tensor == 0,
+                f"model.{what}={size} is not divisible by {key}{tensor} "
+                f"({size} = {tensor} × {size // tensor} + {size % tensor}); choose a tensor degree that divides it",
+            )
+        rows = -(-self.vocab_size // tensor)
+        require(
+            (tensor - 1) * rows < self.vocab_size,
+            f"model.vocab_size={self.vocab_size} leaves a rank of {key}{tensor} without words ({rows} each): "
+            "choose a smaller tensor degree",
+        )
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the token embedding; the hidden size unless projected, as in the 350m."""
+        return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
+
+    @property
+    def projected(self) -> bool:
+        return self.embedding_size != self.hidden_size
+
+    @property
+    def has_final_layer_norm(self) -> bool:
+        return self.do_layer_norm_before and not self.remove_final_layer_norm
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the initial weights: `init_std`, or the initialisation's own."""
+        if self.init_std is not None:
+            return self.init_std
+        return 0.006 if self.init is Init.paper else 0.02
+
+    def parameters(self) -> int:
+        """Number of parameters, the tied output projection counted once."""
+        hidden, ffn, embedding = self.hidden_size, self.ffn_dim, self.embedding_size
+        biases = 4 * hidden + ffn + hidden if self.enable_bias else 0
+        layer_norm = 2 * hidden if self.layer_norm_elementwise_affine else 0
+        layer = 4 * hidden * hidden + 2 * hidden * ffn + biases + 2 * layer_norm
+        embeddings = self.vocab_size * embedding + (self.max_position_embeddings + POSITION_OFFSET) * hidden
+        projections = 2 * embedding * hidden if self.projected else 0
+        final_layer_norm = layer_norm if self.has_final_layer_norm else 0
+        return embeddings + projections + self.num_hidden_layers * layer + final_layer_norm
+
+    def flops_per_token(self, sequence_length: int, frozen: bool = False) -> float:
+        """Model FLOPs of one trained token, forward and backward, causal attention not halved.
+
+        The formula of Narayanan et al. 2021 (Megatron-LM), section 5.1, without recomputation, for any
+        feed-forward and embedding width; a backward pass counts twice its forward. `frozen`: no gradient of a weight is
+        formed, which is one of the two; LoRA's own terms are left out.
+        """
+        projections = 4 * self.embedding_size * self.hidden_size if self.projected else 0
+        head = 2 * self.vocab_size * self.embedding_size
+        full = 3.0 * (self._layers_forward_flops(sequence_length) + projections + head)
+        return full - (self._layers_forward_flops(0) + projections + head if frozen else 0)
+
+    def hardware_flops_per_token(self, sequence_length: int, recompute: bool, frozen: bool = False) -> float:
+        """FLOPs really done: `flops_per_token`, and one more forward of every layer where it is recomputed."""
+        again = self._layers_forward_flops(sequence_length) if recompute else 0
+        return self.flops_per_token(sequence_length, frozen) + again
+
+    def _layers_forward_flops(self, sequence_length: int) -> int:
+        products = 2 * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim)
+        attention = 4 * sequence_length * self.hidden_size
+        return self.num_hidden_layers * (products + attention)

@@ -1,0 +1,58 @@
+"""The options of scripts that argparse reads: no secrets, and where a path is named, one of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from opt_parallel.config.paths import local, reach
+from opt_parallel.config.secrets import refuse_secret_name, refuse_secret_value
+from opt_parallel.config.values import check_values
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's options. Those of `type=Path` have their `~` replaced.
+
+    Raises: UserError for a secret in any of them, a URL for a path, a path that is there and cannot be read, a number
+    that is not finite or too large."""
+    _refuse_secrets(sys.argv[1:])
+    for action in actions_of(parser):
+        if action.type is Path:
+            action.type = partial(_path, name_of(action))
+    arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        check_values(value, f"--{name.replace('_', '-')}")
+    return arguments
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """What a parser takes, its verbs' included."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                yield from actions_of(verb)
+
+
+def name_of(action: argparse.Action) -> str:
+    """An option as the user types it, or a positional argument's name."""
+    return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
+
+
+def _path(option: str, text: str) -> Path:
+    reach(f"{option} ", text)
+    return Path(local(f"{option} ", text))
+
+
+def _refuse_secrets(words: Sequence[str]) -> None:
+    """Before argparse repeats an option that it does not know."""
+    option = "the command line"
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+            refuse_secret_name(option)
+        refuse_secret_value(option, value)

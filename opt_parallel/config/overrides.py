@@ -1,0 +1,59 @@
+"""Overrides, `key=value` on a command line of Hydra's: checked before anything repeats them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from opt_parallel.config.secrets import refuse_secret_name, refuse_secret_value
+from opt_parallel.config.values import check_values
+from opt_parallel.runtime.errors import UserError
+
+KEY = re.compile(r"[\w./-]+(@[\w.:/-]*)?")
+
+
+def checked(arguments: Sequence[str], texts: Collection[str]) -> list[str]:
+    """The command line as Hydra is to read it: overrides of the keys `texts` are in quotes where its grammar would
+    read none, or another value than was typed (1e3, true).
+
+    Raises: UserError for a secret, and for a number that no key takes."""
+    parser = OverridesParser.create()
+    several = bool({"-m", "--multirun"} & set(arguments))
+    return [_checked(parser, argument, texts, several) for argument in arguments]
+
+
+def _checked(parser: OverridesParser, argument: str, texts: Collection[str], several: bool) -> str:
+    head, equals, value = argument.partition("=")
+    key = head.lstrip("+~-")
+    if not equals or not KEY.fullmatch(key):
+        refuse_secret_name(key)
+        refuse_secret_value("the command line", argument)
+        return argument
+    if key not in texts:  # of ours launch.secret alone looks like one, and is a name
+        refuse_secret_name(key)
+    refuse_secret_value(key, value)
+    try:
+        value_read = _value(parser.parse_override(argument))
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise UserError(f"{key} is a number of {len(value):,} characters: give one below 2⁶³") from error
+    except HydraException:  # a list with a mistake in it is for Hydra to explain, and so is what may be a sweep
+        is_text = not re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL) and not (several and "," in value)
+    else:
+        is_text = isinstance(value_read, (bool, int, float))  # 1e3 is the text 1e3, not 1000.0
+        if not (is_text and key in texts):
+            check_values(value_read, key)
+    return f"{head}={_in_quotes(value)}" if is_text and key in texts else argument
+
+
+def _value(override: Override) -> Any:
+    value = override.value()
+    return value.list if isinstance(value, ChoiceSweep) else value
+
+
+def _in_quotes(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()

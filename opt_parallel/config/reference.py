@@ -1,0 +1,122 @@
+"""Every key of the configuration with its values, default and explanation: for `--help` and docs/configuration.md.
+
+Each field of a section is explained by the comment above it, in the dataclass and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from opt_parallel.config.run import Run
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: `name` in full, such as `zero.stage`; its `values` and `default` as one types them."""
+
+    name: str
+    values: str
+    default: str
+    explanation: str
+
+
+def keys(section: type = Run, prefix: str = "") -> Iterator[Key]:
+    """All keys of a section and those within it, in the order of their definition."""
+    hints, comments = typing.get_type_hints(section), comments_of(section)
+    for field in dataclasses.fields(section):
+        kind = hints[field.name]
+        name = prefix + field.metadata.get("key", field.name)
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from keys(kind, f"{name}.")
+        else:
+            made = field.default_factory() if callable(field.default_factory) else field.default
+            if isinstance(made, dict):  # batch: `global` cannot be the name of a field
+                told = dict(part.split(": ", 1) for part in comments[field.name].split("; "))
+                yield from (Key(f"{name}.{each}", "integer", str(value), told[each]) for each, value in made.items())
+            else:
+                yield Key(name, _values(kind), _typed(made), comments.get(field.name, ""))
+
+
+def comments_of(section: type) -> dict[str, str]:
+    """The comment lines above each field of a dataclass, joined."""
+    lines = textwrap.dedent(inspect.getsource(section)).splitlines()
+    (definition,) = ast.parse("\n".join(lines)).body
+    assert isinstance(definition, ast.ClassDef)
+    comments = {}
+    for statement in definition.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            first = statement.lineno - 1
+            while lines[first - 1].strip().startswith("#"):
+                first -= 1
+            words = [line.strip().removeprefix("#").strip() for line in lines[first : statement.lineno - 1]]
+            comments[statement.target.id] = " ".join(words)
+    return comments
+
+
+def _values(kind: Any) -> str:
+    parts = typing.get_args(kind)
+    if parts and typing.get_origin(kind) not in (list, dict, tuple):
+        return ", ".join(_values(part) for part in parts)
+    if kind is type(None):
+        return "null"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(str(each.value) for each in kind)
+    names = {int: "integer", float: "number", bool: "true, false", str: "text"}
+    return "list" if typing.get_origin(kind) is list else names.get(kind, "text or list")
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{', '.join(map(_typed, value))}]" if isinstance(value, list) else str(value)
+
+
+def markdown() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key, as `python train.py --help` lists them. This page is written by `make docs` from the comments in",
+        "`opt_parallel/`. Defaults are those of the sections; a file of `configs/` may set others.",
+    ]
+    group = None
+    for key in keys():
+        head, _, _ = key.name.rpartition(".")
+        if head != group:
+            group = head
+            lines += ["", f"## {head or 'the run'}", "", "| key | values | default | |", "|---|---|---|---|"]
+        lines.append(f"| `{key.name}` | {key.values} | `{key.default}` | {key.explanation} |".replace("| `` |", "| |"))
+    return "\n".join(lines) + "\n"
+
+
+def hydra_help() -> str:
+    """configs/hydra/help/keys.yaml: what `python train.py --help` prints."""
+    width = max(len(f"{key.name}={key.default}") for key in keys() if len(key.default) < 12)
+    lines = [
+        "python train.py model=opt-125m data.train=/data/text steps=1000 …",
+        "",
+        "Files of configs/ to choose from, as in task=finetune:",
+        "",
+        "$APP_CONFIG_GROUPS",
+        "Keys with the sections' defaults; `python train.py --cfg job …` shows what a command line makes of them:",
+        "",
+        *(f"{key.name + '=' + key.default:{width}}  {key.explanation}" for key in keys()),
+        "",
+        "-m runs every combination of values that are separated by commas. More: README.md, docs/configuration.md",
+    ]
+    head = "# Written by make docs from the comments in opt_parallel/.\napp_name: train.py\ntemplate: |-\n"
+    return head + "".join(f"  {line}\n" if line else "\n" for line in lines)
+
+
+PAGES = {"docs/configuration.md": markdown, "configs/hydra/help/keys.yaml": hydra_help}

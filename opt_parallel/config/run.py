@@ -1,0 +1,352 @@
+"""The typed configuration of a run: one section a file group, and the checks that reach across sections.
+
+Hydra composes YAML and command line into these types (`compose.py`), so an unknown key or a wrong type fails there;
+`Run` checks the rest as it is made and is sealed after. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from opt_parallel.config.data import DataConfig
+from opt_parallel.config.model import ModelConfig, Section, require
+from opt_parallel.config.output import CheckpointConfig, EvaluationConfig, ExportConfig, LoggingConfig
+from opt_parallel.config.paths import PATH
+from opt_parallel.config.task import Task, TaskConfig
+from opt_parallel.runtime.clock import Clock
+
+
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+
+
+class Precision(Enum):
+    """`auto`: bf16 where the device multiplies it, else fp32; `precision.settle` makes it one of the others."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Scaler(Enum):
+    """`paper`: window and floor as OPT-175B was trained, the window doubling and halving with the scale.
+    `standard`: a fixed window."""
+
+    paper = "paper"
+    standard = "standard"
+
+
+class OptimizerName(Enum):
+    """The keys of `optim.OPTIMIZERS`."""
+
+    adamw = "adamw"
+
+
+class ScheduleName(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    full = "full"
+
+
+@dataclass
+class ParallelConfig(Section):
+    """`allow_cross_node`: a tensor group may lie on several hosts. `timeout`: seconds that a step's collectives wait
+    for a rank before the run fails."""
+
+    # tensor-parallel degree: processes that share each layer; the rest of the world size is data parallelism
+    tensor: int = 1
+    # a tensor group may lie on several hosts; every layer then waits for their network
+    allow_cross_node: bool = False
+    # seconds that a step waits for a rank before the run fails and its launcher starts it again
+    timeout: float = 600.0
+
+    def check(self) -> None:
+        require(self.tensor >= 1, f"parallel.tensor={self.tensor} must be at least 1")
+        require(self.timeout > 0, f"parallel.timeout={self.timeout} must be positive: seconds to wait for a rank")
+
+
+@dataclass
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
+
+    # 0: nothing is split (fp32 only); 1: optimizer state over the data ranks; 2: gradients too; 3: weights too
+    stage: int = 1
+    # cpu: the optimizer's state and step on the host
+    offload: Offload = Offload.none
+    # elements of a gradient reduction
+    reduce_bucket_size: int = 50_000_000
+    # elements of an all-gather of weights, stages 1 and 2
+    allgather_bucket_size: int = 50_000_000
+    # elements gathered ahead, stage 3
+    prefetch_bucket_size: int = 50_000_000
+    # parameters of fewer elements stay gathered, stage 3
+    persistence_threshold: int = 100_000
+
+    def check(self) -> None:
+        require(0 <= self.stage <= 3, f"zero.stage={self.stage} does not exist: choose 0, 1, 2 or 3")
+        require(
+            self.offload is Offload.none or self.stage >= 1,
+            f"zero.offload={self.offload.value} moves ZeRO's optimizer state, which zero.stage=0 does not have: "
+            "use zero.stage=1, 2 or 3, or zero.offload=none",
+        )
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):
+            require(getattr(self, name) >= 1, f"zero.{name}={getattr(self, name)} must be at least 1")
+        for name in ("prefetch_bucket_size", "persistence_threshold"):
+            require(getattr(self, name) >= 0, f"zero.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass
+class PrecisionConfig(Section):
+    """Training dtype, and for fp16 the loss scale: where it starts, after how many good steps it doubles, its floor."""
+
+    # auto: bf16 where every rank's device multiplies it natively, else fp32; a resumed run keeps its own
+    name: Precision = Precision.auto
+    # fp16: paper: the window doubles and halves with the scale, as OPT-175B was trained; standard: fixed window
+    scaler: Scaler = Scaler.paper
+    # fp16: the loss scale at the start
+    initial_scale: float = 4.0
+    # fp16: steps without overflow before the scale doubles
+    window: int = 256
+    # fp16: the lowest loss scale; an overflow at it ends the run
+    floor: float = 2.0**-5
+
+    def check(self) -> None:
+        require(self.window >= 1, f"precision.window={self.window} must be at least 1")
+        require(self.floor > 0, f"precision.floor={self.floor} must be positive")
+        require(
+            self.initial_scale >= self.floor,
+            f"precision.initial_scale={self.initial_scale} is below precision.floor={self.floor}",
+        )
+
+
+@dataclass
+class OptimizerConfig(Section):
+    """The optimizer and gradient clipping; `clip=0` does not clip."""
+
+    # the optimizer
+    name: OptimizerName = OptimizerName.adamw
+    # peak learning rate
+    lr: float = 6e-4
+    # decay rates of the two moments
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # added to the root of the second moment
+    eps: float = 1e-8
+    # of matrices; biases and LayerNorms do not decay
+    weight_decay: float = 0.1
+    # largest norm of the gradients; 0: no clipping
+    clip: float = 1.0
+
+    def check(self) -> None:
+        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas={list(self.betas)} must be two numbers, 0 ≤ beta < 1",
+        )
+        require(self.eps > 0, f"optimizer.eps={self.eps} must be positive")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        require(self.clip >= 0, f"optimizer.clip={self.clip} must not be negative (0: no clipping)")
+
+
+@dataclass
+class ScheduleConfig(Section):
+    """Linear warm-up, counted in steps or in tokens, then `name` down to `final_ratio` of the peak at the run's end."""
+
+    # after the warm-up; docs/resuming.md has the formulas
+    name: ScheduleName = ScheduleName.linear
+    # steps of linear warm-up; null: counted in tokens, or none
+    warmup_steps: int | None = None
+    # tokens of linear warm-up; null: counted in steps
+    warmup_tokens: int | None = None
+    # learning rate at the last step, as a share of the peak
+    final_ratio: float = 0.1
+
+    def check(self) -> None:
+        require(
+            self.warmup_steps is None or self.warmup_tokens is None,
+            f"schedule.warmup_steps={self.warmup_steps} and schedule.warmup_tokens={self.warmup_tokens} "
+            "say the same thing twice: set one to null",
+        )
+        for name in ("warmup_steps", "warmup_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"schedule.{name}={value} must not be negative")
+        require(0 <= self.final_ratio <= 1, f"schedule.final_ratio={self.final_ratio} must lie between 0 and 1")
+
+
+@dataclass
+class RunConfig(Section):
+    # the run's name in logs and trackers
+    name: str = "run"
+    # the run's folder
+    dir: str = field(default="runs/run", metadata=PATH)
+
+
+@dataclass
+class Run(Section):
+    """Everything that defines a run. `init_from`: the checkpoint it starts from, a Hugging Face folder, a hub id or one
+    of ours; `compose.start_from_checkpoint` has taken the network from it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    # global: sequences of one optimizer step; micro: sequences of one forward of one data-parallel rank
+    batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})
+    # full: recompute each layer in the backward instead of keeping its activations
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    # optimizer steps of the run, which the schedule spans
+    steps: int = 1000
+    # end this process at that step, saved, to be continued later; null: at steps
+    stop_at: int | None = None
+    # of weights, samples and dropout
+    seed: int = 1
+    # weights to start from: a Hugging Face folder, a hub id, or a checkpoint of ours; null: random
+    init_from: str | None = field(default=None, metadata=PATH)
+    # auto: the newest complete checkpoint of run.dir; never; or a checkpoint's folder
+    resume: str = field(default="auto", metadata={"path": ("auto", "never")})
+
+    def check(self) -> None:
+        require(
+            set(self.batch) == {"global", "micro"},
+            f"batch has {', '.join(sorted(self.batch)) or 'nothing'}: it needs global and micro, and nothing else",
+        )
+        for name, value in self.batch.items():
+            require(value >= 1, f"batch.{name}={value} must be at least 1")
+        require(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        require(self.stop_at is None or self.stop_at >= 1, f"stop_at={self.stop_at} must be at least 1")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        given = bool(self.data.validation_sources or self.evaluation.prompts)
+        require(
+            self.evaluation.every == 0 or given or self.holds_out,
+            f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, "
+            "data.held_out where data.train is no stream, or evaluation.prompts; or evaluation.every=0",
+        )
+        require(
+            self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
+            f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
+        )
+        validates = self.evaluation.every > 0 and bool(self.data.validation_sources or self.holds_out)
+        require(
+            validates or not self.checkpoint.keep_best,
+            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every}, "
+            f"data.validation={self.data.validation}: set both",
+        )
+        require(
+            self.task.name is not Task.classify or not self.evaluation.prompts,
+            f"evaluation.prompts={list(self.evaluation.prompts)}: a classifier (task=classify) writes no text: set []",
+        )
+        self._check_model_fits()
+        require(
+            self.task.name is Task.pretrain or not any(source.template for source in self.data.train_sources),
+            f"task={self.task.name.value} takes its texts from fields: a template is for task=pretrain, set it to null",
+        )
+        require(
+            self.task.lora.rank == 0 or self.init_from is not None,
+            f"task.lora.rank={self.task.lora.rank} adapts a network that has been trained: set init_from=… to its "
+            "checkpoint, or task.lora.rank=0 to train every parameter",
+        )
+        require(
+            self.zero.stage > 0 or self.precision.name in (Precision.fp32, Precision.auto),
+            f"precision={self.precision.name.value} needs ZeRO's fp32 master weights, which zero.stage=0 does not "
+            "keep: use zero.stage=1, 2 or 3, or precision=fp32",
+        )
+        require(
+            (self.schedule.warmup_steps or 0) <= self.steps,
+            f"the warm-up takes {self.schedule.warmup_steps} steps but steps={self.steps}: shorten "
+            "schedule.warmup_steps, or train longer",
+        )
+
+    def _check_model_fits(self) -> None:
+        self.model.check_splits(self.parallel.tensor, "parallel.tensor=")
+        require(
+            self.data.sequence_length <= self.model.max_position_embeddings,
+            f"data.sequence_length={self.data.sequence_length} > model.max_position_embeddings="
+            f"{self.model.max_position_embeddings}: shorten the sequence or lengthen the position table",
+        )
+
+    def check_warmup(self, clock: Clock) -> None:
+        """Raise `UserError` if a warm-up in tokens would outlast the run, which stands at `clock`."""
+        wanted, left = self.schedule.warmup_tokens or 0, self.steps - clock.step
+        require(
+            wanted <= clock.tokens + left * self.batch_tokens,
+            f"schedule.warmup_tokens={wanted:,} is more than the run will have seen at steps={self.steps}: "
+            f"{clock.tokens:,} tokens at step {clock.step}, and {self.batch_tokens:,} a step; shorten the warm-up or "
+            "train longer",
+        )
+
+    def check_world(self, world_size: int) -> None:
+        """Raise `UserError` unless the grid and the batch fit `world_size` processes."""
+        tensor = self.parallel.tensor
+        require(
+            world_size % tensor == 0,
+            f"data({world_size // tensor}) × tensor({tensor}) ≠ world size {world_size}: start a multiple of "
+            f"{tensor} processes (torchrun --nproc-per-node={tensor} train.py …) or change parallel.tensor",
+        )
+        data = world_size // tensor
+        stride = self.micro_batch * data
+        require(
+            self.global_batch % stride == 0,
+            f"batch.global={self.global_batch} is not a multiple of batch.micro({self.micro_batch}) × data({data}) = "
+            f"{stride}; choose {_nearest_multiple(self.global_batch, stride)}",
+        )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a share of the training documents is kept for validation."""
+        wanted = self.evaluation.every > 0 and self.data.held_out > 0 and not self.data.validation_sources
+        return wanted and not any(source.stream for source in self.data.train_sources)
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch["global"]
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch["micro"]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch * self.data.sequence_length
+
+    def samples_at_end(self, clock: Clock) -> int:
+        """Samples that the run, which stands at `clock`, will have consumed at its last step."""
+        return clock.samples + (self.steps - clock.step) * self.global_batch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up, tokens rounded up to whole steps of today's batch."""
+        if self.schedule.warmup_tokens is not None:
+            return -(-self.schedule.warmup_tokens // self.batch_tokens)
+        return self.schedule.warmup_steps or 0
+
+    @property
+    def stop(self) -> int:
+        """The step at which this process ends."""
+        return self.steps if self.stop_at is None else min(self.steps, self.stop_at)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir)
+
+
+def _nearest_multiple(value: int, stride: int) -> str:
+    below, above = value // stride * stride, -(-value // stride) * stride
+    return f"{below} or {above}" if below else f"{above}"

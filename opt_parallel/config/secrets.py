@@ -1,0 +1,88 @@
+"""What looks like a secret: the names of keys and variables, and values.
+
+A run's configuration is written to files and sent to trackers, so secrets come from the environment alone. No message
+repeats one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from opt_parallel.runtime.errors import UserError
+
+# the last word of a name: hf_token, X-Amz-Signature, SSH_KEY; not eos_token_id or max_new_tokens
+LAST = {
+    "apikey", "auth", "authorization", "credential", "credentials", "jwt", "key", "pass", "passphrase", "pat", "pwd",
+    "sas", "sig", "signature", "token",
+}  # fmt: skip
+ANYWHERE = re.compile(r"(access|account|api|private)_?key|connection_?string|passw(or)?d|secret", re.IGNORECASE)
+A_PATH = {"dir", "file", "folder", "home", "path", "sock"}  # HF_TOKEN_PATH says where a secret lies
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+FOLDERS = {"PWD", "OLDPWD"}
+SHORTEST = 16  # characters of a variable's value that is searched for: a password may be an ordinary word
+
+# https://user:password@host, https://token@host; and user:password@host as a whole value
+USER = re.compile(r"://([^\s@/:]*:(?!\d+/)[^\s@]+|[^\s@/:?#]{16,})@")
+BARE_USER = re.compile(r"[\w.+-]+:([^\s@/:]+)@[\w-]+(?:\.[\w-]+)*(?::\d+)?(?:/.*)?", re.DOTALL)
+# in the query of a URL or a connection string; elsewhere only longer values, since prose has "a token=1"
+PARAMETER = re.compile(r"[?&;#]([\w.%-]+)=([^\s&;#]+)")
+ASSIGNED = re.compile(r"(?<![^\s\[{(,'\"])([\w-]+)=([^\s,;'\"]{6,})")
+WORDS = {"auth", "key", "pass"}  # key=value is a folder of partitioned data
+# Hugging Face's, GitHub's and AWS's tokens, JSON web tokens, HTTP headers, keys in PEM
+TOKEN = re.compile(
+    r"(\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bAKIA[0-9A-Z]{16}"
+    r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}[\w.-]*|(?i:authorization\W{1,3}\w+\s+\S+)|-----BEGIN[ A-Z]* PRIVATE KEY-----.*)",
+    re.DOTALL,
+)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a key, a variable or a URL's parameter of that name holds a secret."""
+    words = [word.lower() for word in WORD.findall(name)]
+    if not words or words[-1] in A_PATH or name in FOLDERS:
+        return False
+    return words[-1] in LAST or ANYWHERE.search(name) is not None
+
+
+def secrets_in(text: str) -> Iterator[tuple[int, int, str]]:
+    """Where each secret in a value begins and ends, and what it is, in words that do not repeat it."""
+    users = [*USER.finditer(text), *filter(None, [BARE_USER.fullmatch(text)])]
+    yield from ((*match.span(1), "a user's password") for match in users)
+    yield from ((*match.span(2), f"{match[1]}=…") for match in PARAMETER.finditer(text) if looks_secret(match[1]))
+    for match in ASSIGNED.finditer(text):
+        if looks_secret(match[1]) and match[1] not in WORDS:
+            yield *match.span(2), f"{match[1]}=…"
+    yield from ((*match.span(1), "a token") for match in TOKEN.finditer(text))
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST and looks_secret(name) and (start := text.find(value)) >= 0:
+            yield start, start + len(value), f"the value of {name}"
+
+
+def masked(text: str) -> str:
+    """`text` with … in place of every secret."""
+    shown, end = "", 0
+    for start, stop, _ in sorted(secrets_in(text)):
+        if stop > end:
+            shown, end = f"{shown}{text[end:start]}…", stop
+    return shown + text[end:]
+
+
+def refuse_secret_name(key: str) -> None:
+    """Raise UserError if the last part of a dotted key names a secret."""
+    if looks_secret(key.rpartition(".")[2]):
+        raise UserError(
+            f"{masked(key)} looks like a secret, and a run's configuration is written to files: leave it out, and set "
+            "it in the environment, as HF_TOKEN or WANDB_API_KEY"
+        )
+
+
+def refuse_secret_value(key: str, text: str) -> None:
+    """Raise UserError if a value holds a secret. `key`: what the user set it by."""
+    for *_, what in secrets_in(text):
+        raise UserError(
+            f"{masked(key)} holds {what}, which looks like a secret, and what is given to a command is written to "
+            "files: leave it out, and set it in the environment, as HF_TOKEN or WANDB_API_KEY; text behind a signed "
+            "URL must be fetched first"
+        )

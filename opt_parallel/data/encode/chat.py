@@ -1,0 +1,73 @@
+"""Chats as text. OPT has no tokens for roles, so a message is a line that begins with its role's name:
+
+    </s>System: You are brief.
+    User: What is a synset?
+    Assistant: A set of synonyms.</s>User: And a gloss?
+    Assistant: Its definition.</s>
+
+An answer begins with the space after the colon and ends in `</s>`, where generation stops; the rest is what it answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from opt_parallel.data.text.records import require_good
+
+ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+# Jinja, as transformers' `apply_chat_template` runs it: the same text, so with a byte-level tokenizer the same ids.
+TEMPLATE = """\
+{{ END }}{% for message in messages %}\
+{% if message.role == 'assistant' %}{{ 'Assistant: ' + message.content + END }}\
+{% elif message.role == 'user' %}{{ 'User: ' + message.content + '\\n' }}\
+{% elif message.role == 'system' %}{{ 'System: ' + message.content + '\\n' }}\
+{% else %}{{ raise_exception('roles are system, user and assistant') }}\
+{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}
+"""
+
+
+def chat_template(tokenizer: Tokenizer, end: int) -> str:
+    """The template of a tokenizer whose end of text is the token `end`."""
+    return TEMPLATE.replace("END", json.dumps(tokenizer.id_to_token(end)))
+
+
+def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
+    """(what an answer answers, the answer) for each answer among (role, content), and how many messages nobody answers.
+
+    The two are cut where a byte-level tokenizer cuts too, before white space that follows a colon."""
+    turns, before, waiting = [], "", 0
+    for role, content in messages:
+        if role == "assistant":
+            turns.append((f"{before}{ROLES[role]}:", f" {content}"))
+            before, waiting = "", 0
+        else:
+            before, waiting = f"{before}{ROLES[role]}: {content}\n", waiting + 1
+    return turns, waiting
+
+
+def read_messages(value: Any, where: str) -> list[tuple[str, Any]]:
+    """Role and content of each message. Raises: BadRecord that begins with `where`."""
+    require_good(isinstance(value, list) and bool(value), f"{where} is {value!r:.40}: it must be a list of messages")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        require_good(
+            isinstance(message, dict) and {"role", "content"} <= set(message),
+            f'{where}: message {number} is {message!r:.60}: it must be an object such as {{"role": "user", '
+            '"content": "…"}',
+        )
+        role = message["role"]
+        require_good(
+            isinstance(role, str) and role in ROLES,
+            f"{where}: message {number} is of role {role!r:.40}: roles are {', '.join(ROLES)}",
+        )
+        messages.append((role, message["content"]))
+    require_good(
+        any(role == "assistant" for role, _ in messages),
+        f"{where} has no message of the assistant, so nothing to learn: add one, or leave the record out",
+    )
+    return messages

@@ -1,0 +1,125 @@
+"""Micro-batches: samples of the mixture for training, and of one store in order for validation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, Queue
+from threading import Thread
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from opt_parallel.config.model import IGNORED
+from opt_parallel.data.samples.mixture import Mixture
+from opt_parallel.data.samples.samples import Batch, Sample, Samples, collate
+from opt_parallel.parallel.topology import Topology
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import Unread, UserError
+
+T = TypeVar("T")
+STEPS_AHEAD = 2  # made before they are asked for
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The training samples of one data-parallel rank, from any position of the run.
+
+    `global_batch`: samples of an optimizer step, a multiple of `micro_batch` · `data_size`."""
+
+    mixture: Mixture
+    global_batch: int
+    micro_batch: int
+    data_rank: int
+    data_size: int
+    pad_token_id: int = 1
+
+    def at(self, samples: int) -> list[Batch]:
+        """The micro-batches of the optimizer step that begins at sample `samples` of the run."""
+        first = samples + self.data_rank * self.micro_batch
+        starts = range(first, samples + self.global_batch, self.micro_batch * self.data_size)
+        return [self._batch(range(start, start + self.micro_batch)) for start in starts]
+
+    def _batch(self, ordinals: range) -> Batch:
+        return collate([self.mixture.sample(ordinal) for ordinal in ordinals], ordinals, self.pad_token_id)
+
+
+class Loader:
+    """A feed's batches, made ahead by a thread of its own, in pinned memory where a GPU will copy them."""
+
+    def __init__(self, feed: Feed, clock: Clock, stop: int, device: torch.device) -> None:
+        """From where the run stands to its step `stop`."""
+        self.feed, self.pin = feed, device.type == "cuda"
+        self.waited = 0.0  # seconds that the last `next` took
+        self._wanted = True
+        self._ready: Queue[list[Batch] | Exception] = Queue(STEPS_AHEAD - 1)  # and one in the thread's hand
+        last = clock.samples + (stop - clock.step) * feed.global_batch
+        positions = range(clock.samples, last, feed.global_batch)
+        # a daemon: a process that fails must not wait for a thread that waits for data
+        Thread(target=self._load, args=(positions,), name="loader", daemon=True).start()
+
+    def next(self) -> list[Batch]:
+        """The next step's micro-batches. Raises what reading them raised."""
+        begun = time.perf_counter()
+        ready = self._ready.get()
+        self.waited = time.perf_counter() - begun
+        if isinstance(ready, Exception):
+            raise ready
+        return ready
+
+    def close(self) -> None:
+        """Let the thread end that has more than anybody wants."""
+        self._wanted = False
+        with suppress(Empty):
+            self._ready.get_nowait()
+
+    def _load(self, positions: range) -> None:
+        try:
+            for position in positions:
+                batches = self.feed.at(position)
+                self._ready.put([batch.pinned() for batch in batches] if self.pin else batches)
+                if not self._wanted:
+                    return
+        except Exception as error:  # whatever it is, it is the loop's
+            self._ready.put(error)
+
+
+def read_together(read: Callable[[], T], topology: Topology) -> T:
+    """What `read` returns on this rank, once no rank's has failed: they then end together, and can save first.
+
+    Raises: Unread, on every rank, if one's raises UserError."""
+    result, mistake = None, None
+    try:
+        result = read()
+    except UserError as error:
+        mistake = error
+    if topology.any(mistake is not None):
+        told = topology.exchange(mistake and str(mistake))
+        raise Unread(next(line for line in told if line), shared=True) from mistake
+    return result  # type: ignore[return-value]
+
+
+def validation_batches(
+    samples: Samples, micro_batch: int, data_rank: int, data_size: int, pad_token_id: int = 1
+) -> Iterator[Batch]:
+    """Every sample once, in order, over all data ranks: as many batches of the same number of samples on each.
+
+    ZeRO-3 gathers weights in every forward, so no rank may run one more; what is missing at the end is filled with
+    samples none of whose labels count."""
+    stride = micro_batch * data_size
+    for start in range(data_rank * micro_batch, -(-len(samples) // stride) * stride, stride):
+        ordinals = range(start, start + micro_batch)
+        found = [samples.sample(min(ordinal, len(samples) - 1)) for ordinal in ordinals]
+        rows = [
+            sample if ordinal < len(samples) else _not_counting(sample)
+            for sample, ordinal in zip(found, ordinals, strict=True)
+        ]
+        yield collate(rows, ordinals, pad_token_id)
+
+
+def _not_counting(sample: Sample) -> Sample:
+    filling = np.nan if sample.labels.dtype.kind == "f" else IGNORED
+    return Sample(sample.ids, np.full_like(sample.labels, filling), sample.segments, sample.positions)

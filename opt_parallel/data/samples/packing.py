@@ -1,0 +1,78 @@
+"""Fine-tuning's samples: one example a row, padded, or several that share a row and do not see each other."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+from opt_parallel.config.model import IGNORED
+from opt_parallel.data.samples.samples import Sample
+from opt_parallel.data.store.store import TokenStore
+
+OPEN_ROWS = 256  # rows that wait for an example that fits; one row is closed where one more would wait
+
+
+class Examples:
+    """The examples of a store in rows of at most `length` tokens, the same at every opening and in every epoch.
+
+    An example's last token is a target and never an input."""
+
+    def __init__(self, store: TokenStore, length: int, packing: bool) -> None:
+        self.store, self.length = store, length
+        self.ends = store.ends
+        lengths = np.diff(self.ends, prepend=0)
+        self.firsts = self.ends - lengths
+        rows = pack(lengths - 1, length) if packing else np.arange(len(lengths))
+        self.examples = np.argsort(rows, kind="stable")  # row after row
+        self.cuts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def sample(self, number: int) -> Sample:
+        numbers = self.examples[self.cuts[number] : self.cuts[number + 1]]
+        inputs, labels = zip(*(self._example(int(example)) for example in numbers), strict=True)
+        return Sample(
+            np.concatenate(inputs),
+            np.concatenate(labels),
+            np.concatenate([np.full(len(ids), segment) for segment, ids in enumerate(inputs, start=1)]),
+            np.concatenate([np.arange(len(ids)) for ids in inputs]),
+        )
+
+    def _example(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        place = (int(self.firsts[number]), int(self.ends[number]))
+        ids = self.store.of_tokens("ids", *place).astype(np.int64)
+        learnt = self.store.of_tokens("targets", *place)[1:]
+        return ids[:-1], np.where(learnt, ids[1:], IGNORED)
+
+    def words(self) -> str:
+        """How many examples there are, how long, and how full the rows."""
+        tokens = int((self.ends - self.firsts - 1).sum())
+        rows, mean = len(self), tokens / len(self.ends)
+        about = f"{len(self.ends):,} examples of {mean:.1f} tokens on average"
+        if rows == len(self.ends):
+            return f"{about}, one a row"
+        return f"{about} in {rows:,} rows of {self.length}, {tokens / (rows * self.length):.1%} full"
+
+
+def pack(sizes: np.ndarray, length: int) -> np.ndarray:
+    """The row of each example (examples,), given their `sizes`, none over `length`.
+
+    Best fit (Johnson et al. 1974, SIAM Journal on Computing 3) with a bounded number of open rows: an example goes
+    where the least room is left that suffices, else into a new row. Time and memory are linear in the examples."""
+    rows = np.empty(len(sizes), np.int64)
+    waiting: list[tuple[int, int]] = []  # (room left, row), the fullest first
+    begun = 0
+    for number, size in enumerate(sizes.tolist()):
+        place = bisect_left(waiting, (size, 0))
+        if place < len(waiting):
+            room, row = waiting.pop(place)
+        else:
+            room, row, begun = length, begun, begun + 1
+        rows[number] = row
+        if room > size:
+            insort(waiting, (room - size, row))
+        if len(waiting) > OPEN_ROWS:
+            waiting.pop(0)
+    return rows

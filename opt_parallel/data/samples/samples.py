@@ -1,0 +1,167 @@
+"""Samples: what a task reads from a token store, by number, and how several become a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opt_parallel.config.model import IGNORED
+from opt_parallel.data.store.store import Damaged, TokenStore
+
+TOKENS_READ = 1 << 20  # of the store held at a time while counting
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`ids` (S,); `labels` (S,) int64, each the token to come or `IGNORED`, or a classifier's own: () int64 or (N,)
+    float32.
+
+    `segments` (S,) from 1 on and `positions` (S,) within them where several texts share the sample, else None."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    segments: np.ndarray | None = None
+    positions: np.ndarray | None = None
+
+
+class Samples(Protocol):
+    """The samples of one store, as a task cuts them."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, number: int) -> Sample: ...
+
+
+class Rows:
+    """Pretraining's samples: the store as one stream, cut into rows of `length` tokens.
+
+    Row i has the tokens i·length to (i + 1)·length, both included: the next begins with this one's last token, so that
+    every token but the first is a target once."""
+
+    def __init__(self, store: TokenStore, length: int) -> None:
+        self.store, self.length = store, length
+
+    def __len__(self) -> int:
+        return max(0, self.store.tokens - 1) // self.length
+
+    def sample(self, number: int) -> Sample:
+        start = number * self.length
+        tokens = self.store.of_tokens("ids", start, start + self.length + 1).astype(np.int64)
+        return Sample(tokens[:-1], tokens[1:])
+
+    @cached_property
+    def unigram_entropy(self) -> float:
+        """Entropy in nats of the targets' own distribution: the loss of a model that knows only word counts."""
+        counts = np.zeros(0, np.int64)
+        last = len(self) * self.length + 1
+        for start in range(1, last, TOKENS_READ):
+            tokens = self.store.of_tokens("ids", start, min(start + TOKENS_READ, last))
+            more = np.bincount(tokens, minlength=len(counts))
+            more[: len(counts)] += counts
+            counts = more
+        share = counts[counts > 0] / counts.sum()
+        return float(-(share * np.log(share)).sum())
+
+
+class Labelled:
+    """A classifier's samples: the examples of a store, one a sample."""
+
+    def __init__(self, store: TokenStore, labels: int | None = None) -> None:
+        """`labels`: how many there are to tell apart."""
+        self.store, self.labels = store, labels
+
+    def __len__(self) -> int:
+        return self.store.documents
+
+    def sample(self, number: int) -> Sample:
+        start, stop = (int(place) for place in self._starts[number : number + 2])
+        label = self.store.of_documents("label", number, number + 1)[0]
+        whole = label.dtype.kind == "i"
+        if not (0 <= label < (self.labels or math.inf) if whole else np.isfinite(label).all()):
+            raise Damaged(self.store.folder, f"example {number} has the label {label}")
+        one = np.array(label, np.int64) if whole else np.atleast_1d(label)
+        return Sample(self.store.of_tokens("ids", start, stop).astype(np.int64), one)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], self.store.ends])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data-parallel rank, the same on all its tensor ranks.
+
+    `ids`: (batch, sequence) int64. `labels`: (batch, sequence) int64, each the next token or `IGNORED`; a classifier's:
+    (batch,) int64, or (batch, N) float32 with NaN where it does not count. `positions`: (batch, sequence) int64; None:
+    counted from the segments. `segments`: (batch, sequence) int64, tokens attend within theirs, 0 is padding; None: one
+    stream, nothing padded. `samples`: (batch,) int64, the ordinal of each sample in the run."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    segments: Tensor | None
+    samples: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`, without waiting for the copies."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            ids=change(self.ids),
+            labels=change(self.labels),
+            positions=None if self.positions is None else change(self.positions),
+            segments=None if self.segments is None else change(self.segments),
+            samples=change(self.samples),
+        )
+
+    @property
+    def targets(self) -> int:
+        """Number of labels that count: tokens, or a classifier's examples."""
+        return int(self.counting.sum())
+
+    @property
+    def counting(self) -> Tensor:
+        """Which labels count: (batch, sequence), a classifier's (batch,)."""
+        return ~self.labels.isnan().any(dim=-1) if self.labels.is_floating_point() else self.labels != IGNORED
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are not padding."""
+        return self.ids.numel() if self.segments is None else int((self.segments > 0).sum())
+
+
+def collate(samples: list[Sample], ordinals: range, pad_token_id: int) -> Batch:
+    """A batch of samples, padded at their ends to the longest of them."""
+    longest = max(len(sample.ids) for sample in samples)
+    padded = any(len(sample.ids) < longest for sample in samples)
+    of_tokens = samples[0].labels.ndim == 1 and samples[0].labels.dtype.kind == "i"
+
+    def stacked(arrays: list[np.ndarray], filling: int) -> Tensor:
+        rows = np.full((len(arrays), longest), filling, np.int64)
+        for row, array in zip(rows, arrays, strict=True):
+            row[: len(array)] = array
+        return torch.from_numpy(rows)
+
+    segments = [np.ones_like(each.ids) if each.segments is None else each.segments for each in samples]
+    positions = [np.arange(len(each.ids)) if each.positions is None else each.positions for each in samples]
+    marked = padded or any(each.segments is not None for each in samples)
+    labels = [each.labels for each in samples]
+    return Batch(
+        ids=stacked([each.ids for each in samples], pad_token_id),
+        labels=stacked(labels, IGNORED) if of_tokens else torch.from_numpy(np.stack(labels)),
+        positions=stacked(positions, -1) if marked else None,
+        segments=stacked(segments, 0) if marked else None,
+        samples=torch.tensor(list(ordinals)),
+    )

@@ -1,0 +1,1 @@
+"""The token store: building it, reading it, checking it."""

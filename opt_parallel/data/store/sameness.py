@@ -1,0 +1,120 @@
+"""Which text is the same: by what is in its files, wherever they lie and whenever they were written.
+
+All of it is read for that, once: `data.cache` remembers the checksums by path, size, time and the ends of the files. So
+a text that was moved or only touched is read again, and found to be the same. Of a stream, which is trained on before
+all of it could be read, the sizes and the ends count alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from zlib import crc32
+
+from filelock import FileLock
+
+from opt_parallel.config.run import Run
+from opt_parallel.data.store.cache import cached
+from opt_parallel.data.store.workers import progress
+from opt_parallel.data.text.sources import Corpus
+from opt_parallel.data.text.unpacking import ending_of
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.machine import cpus
+from opt_parallel.storage.atomic import write_text
+from opt_parallel.storage.checked import dump_checked, read_checked
+
+LOOKED_INTO, ENDS = 200, 2**16  # files whose first and last bytes are compared; of all others the size
+BLOCK, CHUNK = 2**26, 2**20  # bytes that one thread reads at a time, and holds
+AT_ONCE = 4096  # blocks that wait for a thread
+LARGEST = 2**30  # bytes of a file of checksums
+
+
+def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:
+    """Of each file, in their order, its ending and a checksum; of a data set's in a folder the path within it.
+
+    Raises: UserError if a file cannot be read."""
+    files = [(path, "".join(ending_of(path))) for path in corpus.files]
+    for folder in corpus.folders:
+        files += [(path, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path, _ in files]
+    try:
+        ends = list(ends_of(paths))
+        if stream:
+            checksums = [f"{size} {checksum:08x}" for size, checksum in ends]
+        else:
+            checksums = _checksums(run, corpus, paths, ends)
+    except OSError as error:
+        raise UserError(f"{corpus.key}: {error.filename} cannot be read ({error.strerror}): bring it back") from error
+    return tuple(f"{checksum} {what}" for checksum, (_, what) in zip(checksums, files, strict=True))
+
+
+def ends_of(paths: list[Path]) -> Iterator[tuple[int, int]]:
+    """Size of each file, and the checksum of a few bytes of some, of the others 0. Raises: OSError."""
+    step = max(1, len(paths) // LOOKED_INTO)
+    for number, path in enumerate(paths):
+        size = path.stat().st_size
+        if number % step:
+            yield size, 0
+            continue
+        with path.open("rb") as file:
+            first = file.read(ENDS)
+            file.seek(max(0, size - ENDS))
+            yield size, crc32(first + file.read(ENDS))
+
+
+def _checksums(run: Run, corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
+    """Of each file, remembered or made by one process while the others wait."""
+    times = [path.stat().st_mtime_ns for path in paths]
+    known_by = [[str(path), time, *end] for path, time, end in zip(paths, times, ends, strict=True)]
+    remembered = cached(run, "checksums", known_by).with_suffix(".json")
+    if (known := _remembered(remembered, len(paths))) is not None:
+        return known
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{remembered}.lock")
+        lock.acquire()
+    except OSError:  # a cache that is filled already may be read-only
+        return _read(corpus, paths, ends)
+    with lock:
+        if (known := _remembered(remembered, len(paths))) is None:
+            known = _read(corpus, paths, ends)
+            write_text(remembered, dump_checked({"checksums": known}))
+        return known
+
+
+def _remembered(path: Path, number: int) -> list[str] | None:
+    try:
+        known = read_checked(path, LARGEST)["checksums"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return known if isinstance(known, list) and len(known) == number else None
+
+
+def _read(corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
+    """SHA-256 of each file, by way of those of its blocks: several threads read one file."""
+    sizes = [size for size, _ in ends]
+    blocks = [(path, start) for path, size in zip(paths, sizes, strict=True) for start in range(0, size, BLOCK)]
+    digests = _digests(blocks, f"{corpus.key}: reading", sum(sizes))
+    return [hashlib.sha256(b"".join(islice(digests, -(-size // BLOCK)))).hexdigest() for size in sizes]
+
+
+def _digests(blocks: list[tuple[Path, int]], what: str, total: int) -> Iterator[bytes]:
+    with progress(what, total) as report, ThreadPoolExecutor(cpus()) as pool:
+        for first in range(0, len(blocks), AT_ONCE):
+            for size, digest in pool.map(_digest, blocks[first : first + AT_ONCE]):
+                report(size)
+                yield digest
+
+
+def _digest(block: tuple[Path, int]) -> tuple[int, bytes]:
+    path, start = block
+    digest, left = hashlib.sha256(), BLOCK
+    with path.open("rb") as file:
+        file.seek(start)
+        while left and (read := file.read(min(left, CHUNK))):
+            digest.update(read)
+            left -= len(read)
+    return BLOCK - left, digest.digest()

@@ -1,0 +1,93 @@
+"""What is in a store, counted while it was filled: printed and kept in its store.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from opt_parallel.data.encode.columns import Column
+from opt_parallel.data.store.build import WORDS, PartMeta, add_counts
+from opt_parallel.data.store.store import TokenStore, write_manifest
+from opt_parallel.data.text.records import LISTED
+
+EXAMPLES, EXAMPLE_TOKENS = 3, 32
+
+
+def finish_store(
+    folder: Path, columns: Mapping[str, Column], metas: list[PartMeta], tokenizer: Tokenizer | None
+) -> None:
+    """Write the manifest of a store that has all of its parts, with its statistics."""
+    counts, lengths, words = Counter[str](), Counter[int](), np.zeros(0, np.int64)
+    for meta in metas:
+        counts.update(meta.counts)
+        lengths.update(meta.lengths)
+        words = add_counts(words, np.load(folder / meta.part.name / WORDS))
+    statistics = {
+        "documents": sum(meta.part.documents for meta in metas),
+        "tokens": sum(meta.part.tokens for meta in metas),
+        "text_bytes": sum(meta.text_bytes for meta in metas),
+        "lengths": lengths_in_short(lengths),
+        "unigram_entropy": entropy(words),
+        "bad_records": [line for meta in metas for line in meta.bad][:LISTED],
+    }
+    parts = [meta.part for meta in metas]
+    write_manifest(folder, columns, parts, counts, statistics=statistics)
+    if tokenizer is not None:
+        statistics["examples"] = examples(TokenStore(folder), tokenizer)
+        write_manifest(folder, columns, parts, counts, statistics=statistics)
+
+
+def lengths_in_short(lengths: Mapping[int, int]) -> dict[str, float]:
+    """Of documents, `lengths[n]` of which have n tokens: the shortest, the median, the mean, that which 95% do not
+    exceed, the longest."""
+    if not lengths:
+        return {}
+    values = sorted(lengths)
+    up_to = np.cumsum([lengths[value] for value in values])
+
+    def quantile(share: float) -> int:
+        return values[int(np.searchsorted(up_to, share * up_to[-1]))]
+
+    mean = sum(value * count for value, count in lengths.items()) / int(up_to[-1])
+    return {"min": values[0], "median": quantile(0.5), "mean": mean, "p95": quantile(0.95), "max": values[-1]}
+
+
+def entropy(words: np.ndarray) -> float:
+    """Entropy in nats of a distribution of which there are so many of each: the loss of a model that knows it alone."""
+    share = words[words > 0] / max(words.sum(), 1)
+    return float(-(share * np.log(share)).sum())
+
+
+def examples(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
+    """The beginnings of some documents as the tokenizer reads them back."""
+    lengths = store.of_documents("lengths", 0, min(store.documents, EXAMPLES))
+    starts = np.cumsum([0, *lengths.tolist()])
+    pairs = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+    beginnings = [store.of_tokens("ids", start, min(stop, start + EXAMPLE_TOKENS)) for start, stop in pairs]
+    return [tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in beginnings]
+
+
+def line_of(key: str, store: TokenStore) -> str:
+    """What is said of a store at every start."""
+    left_out = "".join(f", {count:,} {what}" for what, count in store.counts.items())
+    size = store.statistics.get("text_bytes", 0)
+    rate = f" ({size / 1e6:,.1f} MB, {store.tokens / size:.3f} tokens a byte)" if size else ""
+    return f"{key}: {store.documents:,} documents, {store.tokens:,} tokens{rate}{left_out}; in {store.folder}"
+
+
+def table_of(store: TokenStore) -> list[list[str]]:
+    """The statistics in lines of name and value; none of a store that was put together otherwise."""
+    if not (known := store.statistics):
+        return []
+    lengths = ", ".join(f"{name} {value:,.0f}" for name, value in known["lengths"].items())
+    shown = [repr(text if len(text) < 80 else f"{text[:80]}…") for text in known.get("examples", [])]
+    return [
+        ["tokens of a document", lengths],
+        ["unigram entropy", f"{known['unigram_entropy']:.3f} nats"],
+        *(["begins" if number == 0 else "", text] for number, text in enumerate(shown)),
+        *(["left out" if number == 0 else "", line] for number, line in enumerate(known.get("bad_records", []))),
+    ]

@@ -1,0 +1,307 @@
+"""The token store: what preparation writes and training reads, a folder of flat binary arrays in parts.
+
+    store.json            the columns, the parts in order, what was counted
+    part-00000/ids.bin    token ids of all the part's documents, end to end, in the smallest type that holds them
+    part-00000/lengths.bin, …   one entry a document; further columns hold entries a token or a document
+    part-00000/part.json  the part's own words, with checksums of its files, block by block
+
+Parts follow each other in the order of the text, and rows of tokens are cut across them, so a store knows nothing of
+sequence lengths. Files are read at the places that are asked for, never mapped or read whole: memory does not grow with
+the text.
+
+store.json has a checksum of itself and one of each part.json. Each block is compared when it is read, so nothing that
+changed is trained on. Stores that earlier versions made have no checksums, and are read without.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NotRequired
+from zlib import crc32
+
+import numpy as np
+from typing_extensions import TypedDict
+
+from opt_parallel.data.encode.columns import Column, Encoded
+from opt_parallel.data.store.blocks import BLOCK, first_wrong
+from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.storage.atomic import write_text
+from opt_parallel.storage.checked import Count, Size, dump_checked, parse_checked, read_checked
+
+MANIFEST, META = "store.json", "part.json"
+FORMAT = 2  # 1 had no checksums
+LARGEST = 2**30  # bytes of a store.json
+LOOKED_INTO = 200  # parts that are looked at when a store is opened
+PART = re.compile(r"part-[0-9]+")
+PARTS_KNOWN = 1024  # parts whose checksums are kept in memory
+
+
+class Damaged(UserError):
+    """A store that is not as it was written: `what` is wrong with it."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{folder} is not a whole token store: {what}; remove it, and it is made anew")
+        self.what = what
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of whole documents. `checksum`: of its part.json, None where an earlier version made it."""
+
+    name: str
+    documents: int
+    tokens: int
+    checksum: str | None = None
+
+
+class PartWriter:
+    """Writes one part, a batch of documents at a time."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, Column]) -> None:
+        self.folder, self.columns = folder, columns
+        self.documents = self.tokens = 0
+        self.counts: Counter[str] = Counter()
+        folder.mkdir(parents=True)
+        self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in columns}
+
+    def write(self, encoded: Encoded) -> None:
+        """Append documents."""
+        lengths = encoded.columns["lengths"]
+        for name, column in self.columns.items():
+            values = encoded.columns[name].astype(column.dtype)
+            assert values.size == column.width * (int(lengths.sum()) if column.per_token else len(lengths))
+            self.files[name].write(values.tobytes())
+        self.documents += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.counts += encoded.counts
+
+    def close(self) -> Part:
+        """Finish the files."""
+        for file in self.files.values():
+            file.close()
+        return Part(self.folder.name, self.documents, self.tokens)
+
+
+def write_manifest(
+    folder: Path, columns: Mapping[str, Column], parts: Iterable[Part], counts: Mapping[str, int], **more: Any
+) -> None:
+    """store.json: what makes the parts a store. `more` is whatever else is worth knowing."""
+    content = {
+        "format": FORMAT,
+        "columns": {name: asdict(column) for name, column in columns.items()},
+        "parts": [asdict(part) for part in parts],
+        "counts": dict(counts),
+        **more,
+    }
+    write_text(folder / MANIFEST, dump_checked(content) + "\n")
+
+
+class _Column(TypedDict):
+    dtype: Literal["uint8", "uint16", "uint32", "uint64", "int32", "int64", "float32", "float64"]
+    per_token: bool
+    width: Size
+
+
+class _Part(TypedDict):
+    name: str
+    documents: Count
+    tokens: Count
+    checksum: NotRequired[str | None]
+
+
+class _Statistics(TypedDict):
+    text_bytes: Count
+    lengths: dict[str, float]
+    unigram_entropy: float
+    examples: NotRequired[list[str]]
+    bad_records: NotRequired[list[str]]
+
+
+class _Manifest(TypedDict):
+    format: Literal[1, 2]
+    columns: dict[str, _Column]
+    parts: list[_Part]
+    counts: dict[str, Count]
+    statistics: NotRequired[_Statistics]
+
+
+@functools.cache
+def _types() -> Any:
+    """pydantic takes a while to import, and who only writes a store does not need it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_Manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """store.json. Raises: Damaged."""
+    try:
+        manifest = read_checked(folder / MANIFEST, LARGEST)
+    except OSError as error:
+        raise Damaged(folder, f"{MANIFEST} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise Damaged(folder, f"{MANIFEST} cannot be read ({error})") from error
+    try:
+        _types().validate_python(manifest, strict=True)
+    except ValueError as error:
+        raise Damaged(folder, f"{MANIFEST} is not what was written ({one_line(error)})") from error
+    if unknown := manifest.keys() - _Manifest.__annotations__.keys():
+        raise Damaged(folder, f"{MANIFEST} is not what was written ({min(unknown)!r})")
+    if not {"ids", "lengths"} <= manifest["columns"].keys():
+        raise Damaged(folder, f"{MANIFEST} lacks the columns ids and lengths")
+    for part in manifest["parts"]:
+        if not PART.fullmatch(part["name"]):
+            raise Damaged(folder, f"{MANIFEST} names {part['name']!r}, which cannot be a part")
+    return manifest
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def read_part(folder: Path, name: str, checksum: str | None = None) -> tuple[dict[str, Any], str]:
+    """A part's part.json and its checksum, which is compared where it is known.
+
+    Raises: Damaged."""
+    try:
+        text = (folder / name / META).read_bytes()
+        found = f"{crc32(text):08x}"
+        if checksum not in (None, found):
+            raise ValueError("it differs from its checksum")
+        return parse_checked(text), found
+    except OSError as error:
+        raise Damaged(folder, f"{name}/{META} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise Damaged(folder, f"{name}/{META} cannot be read ({error})") from error
+
+
+class TokenStore:
+    """A store's documents and tokens by number. Each block of a file is compared with its checksum when it is read."""
+
+    def __init__(self, folder: Path | str, words: int | None = None) -> None:
+        """`words`: of the network's vocabulary, which ids must be in. The files of some parts are looked at.
+
+        Raises: Damaged."""
+        self.folder, self.words = Path(folder), words
+        self.manifest = read_manifest(self.folder)
+        self.columns = {name: Column(**column) for name, column in self.manifest["columns"].items()}
+        self.parts = [Part(**part) for part in self.manifest["parts"]]
+        self._first_token = list(accumulate((part.tokens for part in self.parts), initial=0))
+        self._first_document = list(accumulate((part.documents for part in self.parts), initial=0))
+        self.remember()
+        for number in range(0, len(self.parts), max(1, len(self.parts) // LOOKED_INTO)):
+            self._known(number)
+
+    def remember(self) -> None:
+        """Keep the checksums of the parts that were read last."""
+        self._known = functools.lru_cache(PARTS_KNOWN)(self._look_at)
+
+    @property
+    def tokens(self) -> int:
+        return self._first_token[-1]
+
+    @property
+    def documents(self) -> int:
+        return self._first_document[-1]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was left out or cut, in words."""
+        return self.manifest["counts"]
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """What was counted while it was filled; nothing in a store that was put together otherwise."""
+        return self.manifest.get("statistics", {})
+
+    def of_tokens(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries of tokens `start` to `stop` of the store, of a column that has one for each: (stop − start,).
+
+        Raises: Damaged, also if an id is none of the vocabulary."""
+        values = self._read(name, self._first_token, start, stop)
+        if name == "ids" and self.words is not None and len(values) and (most := int(values.max())) >= self.words:
+            part = self.parts[bisect_right(self._first_token, start + int(values.argmax())) - 1]
+            raise Damaged(
+                self.folder, f"{part.name} has the token {most}, and model.vocab_size={self.words} has no such word"
+            )
+        return values
+
+    def of_documents(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Entries of documents `start` to `stop`: (documents,), or (documents, width) where the width is not 1.
+
+        Raises: Damaged."""
+        return self._read(name, self._first_document, start, self.documents if stop is None else stop)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where each document ends among the tokens: (documents,) int64. Raises: Damaged."""
+        ends = np.cumsum(self.of_documents("lengths"), dtype=np.int64)
+        if self.documents and ends[-1] != self.tokens:
+            raise Damaged(self.folder, f"its documents have {ends[-1]:,} tokens, its parts {self.tokens:,}")
+        return ends
+
+    def size_of(self, number: int, name: str) -> int:
+        """Bytes of a part's column."""
+        part, column = self.parts[number], self.columns[name]
+        return column.itemsize * (part.tokens if column.per_token else part.documents)
+
+    def _look_at(self, number: int) -> dict[str, str]:
+        """The checksums of a part's blocks by column, none of one that earlier versions made, after a look at the part.
+
+        Raises: Damaged."""
+        part = self.parts[number]
+        for name, column in self.columns.items():
+            size, path = (
+                column.itemsize * (part.tokens if column.per_token else part.documents),
+                f"{part.name}/{name}.bin",
+            )
+            try:
+                found = (self.folder / path).stat().st_size
+            except OSError as error:
+                raise Damaged(self.folder, f"{path} cannot be read ({error.strerror})") from error
+            if found != size:
+                raise Damaged(self.folder, f"{path} has {found:,} bytes instead of {size:,}")
+        if part.checksum is None:
+            return {}
+        blocks = read_part(self.folder, part.name, part.checksum)[0].get("blocks")
+        if not isinstance(blocks, dict) or not all(isinstance(blocks.get(name), str) for name in self.columns):
+            raise Damaged(self.folder, f"{part.name}/{META} lacks checksums")
+        return blocks
+
+    def _read(self, name: str, firsts: list[int], start: int, stop: int) -> np.ndarray:
+        column, pieces = self.columns[name], []
+        number = bisect_right(firsts, start) - 1
+        while start < stop:
+            end = min(stop, firsts[number + 1])
+            if start < end:
+                first, last = ((place - firsts[number]) * column.itemsize for place in (start, end))
+                pieces.append(np.frombuffer(self.bytes_of(number, name, first, last), column.dtype))
+                start = end
+            number += 1
+        values = pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, column.dtype)])
+        return values if column.width == 1 else values.reshape(-1, column.width)
+
+    def bytes_of(self, number: int, name: str, first: int, last: int) -> bytes:
+        """Bytes `first` to `last` of a part's column, out of whole blocks that are as they were written.
+
+        Raises: Damaged."""
+        checksums, path = self._known(number).get(name), f"{self.parts[number].name}/{name}.bin"
+        start, stop = (first, last) if checksums is None else (first // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK)
+        try:
+            with open(self.folder / path, "rb") as file:
+                file.seek(start)
+                read = file.read(stop - start)
+        except OSError as error:
+            raise Damaged(self.folder, f"{path} cannot be read ({error.strerror})") from error
+        if len(read) < last - start:
+            raise Damaged(self.folder, f"{path} ends early")
+        if checksums is not None and (wrong := first_wrong(read, checksums, start // BLOCK)) is not None:
+            raise Damaged(self.folder, f"{path} differs from its checksum at byte {wrong * BLOCK:,} or behind it")
+        return read[first - start : last - start]

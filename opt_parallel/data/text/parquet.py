@@ -1,0 +1,145 @@
+"""Records out of parquet files, a few rows at a time; numbers that stand for the names of labels become these names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.config.model import require
+from opt_parallel.data.text.records import BadRecord, Item, Record
+from opt_parallel.data.text.unpacking import Unbelievable, believe, unbelievable
+from opt_parallel.runtime.errors import UserError, one_line
+
+ROWS_READ = 256  # at a time
+ClassNames = Mapping[str, list[str]]  # the names of a column's numbers
+
+
+def row_groups(path: Path, where: str, size: int) -> list[tuple[int, int, int]]:
+    """Row groups together, of about `size` bytes: the first, the one behind the last, and their bytes.
+
+    Raises: UserError."""
+    with _opened(path, where) as file:
+        metadata = file.metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        sizes = [group.total_byte_size for group in groups]
+        rows = sum(group.num_rows for group in groups)  # said twice, and checked by no checksum
+        require(rows == metadata.num_rows, f"{where} has {rows:,} or {metadata.num_rows:,} rows: bring a good copy")
+        for group in groups:
+            believe(group.total_byte_size, _packed_size(group))
+    found, start, gathered = [], 0, 0
+    for number, each in enumerate(sizes, start=1):
+        gathered += each
+        if gathered >= size or number == len(sizes):
+            found.append((start, number, gathered))
+            start, gathered = number, 0
+    return found
+
+
+def parquet_records(path: Path, start: int, stop: int, where: str) -> Iterator[Item]:
+    """The rows of row groups `start` to `stop`. Raises: UserError."""
+    with _opened(path, where) as file:
+        groups = [file.metadata.row_group(number) for number in range(stop)]
+        number, last = sum(group.num_rows for group in groups[:start]), sum(group.num_rows for group in groups)
+        names, size, packed = class_names(_features(file.schema_arrow)), 0, sum(map(_packed_size, groups[start:]))
+        for batch in file.iter_batches(ROWS_READ, row_groups=list(range(start, stop)), use_threads=False):
+            rows = _rows(batch)
+            size += max(batch.nbytes, sum(map(_text_size, rows)))
+            believe(size, packed)
+            for row in rows:
+                number += 1
+                here = f"{where}, row {number}"
+                yield Record(here, readable(row, names)) if isinstance(row, dict) else BadRecord(f"{here} {row}")
+        require(number == last, f"{where} has {number:,} rows instead of {last:,}: bring a good copy or leave it out")
+
+
+def class_names(features: Any) -> dict[str, list[str]]:
+    """The names of each column that holds numbers of classes, alone or in lists, by `features` as `datasets` writes
+    them: {"label": {"names": ["negative", "positive"], "_type": "ClassLabel"}}."""
+    found = {}
+    for column, feature in features.items() if isinstance(features, dict) else ():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else None
+        names = inner.get("names") if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            found[column] = names
+    return found
+
+
+def names_in(path: Path, where: str) -> dict[str, list[str]]:
+    """The names of classes that a file tells. Raises: UserError."""
+    with _opened(path, where) as file:
+        return class_names(_features(file.schema_arrow))
+
+
+def readable(row: Mapping[str, Any], names: ClassNames) -> dict[str, Any]:
+    """A row with text instead of bytes that are UTF-8, and with names instead of the numbers of classes."""
+    return {name: _named(value, names[name]) if name in names else _text(value) for name, value in row.items()}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_text(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _text(each) for name, each in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            pass  # a picture, perhaps; whoever wants text of it will say that it is none
+    return value
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """None for -1, by which `datasets` says that there is no label; a number without a name stays one."""
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    if isinstance(value, int) and -1 <= value < len(names):
+        return None if value == -1 else names[value]
+    return value
+
+
+def _features(schema: Any) -> Any:
+    """What `datasets` wrote into a schema of its columns, if it did."""
+    try:
+        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _rows(batch: Any) -> list[Any]:
+    """The rows of a batch, and instead of one that cannot be read what is wrong with it."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [f"is not UTF-8 ({error.reason}): convert it or leave it out"]
+        return [row for number in range(batch.num_rows) for row in _rows(batch.slice(number, 1))]
+
+
+def _text_size(row: Any) -> int:
+    """Of a row's own text: a batch may hold what is said many times once."""
+    return sum(len(value) for value in row.values() if isinstance(value, (str, bytes))) if isinstance(row, dict) else 0
+
+
+def _packed_size(group: Any) -> int:
+    return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
+
+
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[Any]:
+    """A parquet file. Raises: UserError for whatever is wrong with it, also later, while it is read."""
+    import pyarrow.parquet  # takes half a second
+
+    try:
+        with path.open("rb") as file:
+            yield pyarrow.parquet.ParquetFile(
+                file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+            )
+    except Unbelievable as error:
+        raise unbelievable(where) from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{where} is no whole parquet file ({one_line(error)}): bring a good copy or leave it out"
+        ) from error

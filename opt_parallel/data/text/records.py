@@ -1,0 +1,141 @@
+"""Rows of the user's data and the text in them; those that cannot be used are an error, or left out and counted."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from opt_parallel.runtime.errors import UserError, one_line
+
+LISTED = 10  # bad records that are told one by one
+LONGEST_NAMES = 200  # characters of what a message says of a record's fields
+LEFT_OUT = "bad records left out"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of the user's data, or a whole file of text as `{"text": …}`; `where` it stands, for messages."""
+
+    where: str
+    fields: Mapping[str, Any]
+
+    @property
+    def names(self) -> str:
+        """The names of its fields, for messages."""
+        names = str(list(self.fields))
+        return names if len(names) <= LONGEST_NAMES else f"{names[:LONGEST_NAMES]}…"
+
+
+class BadRecord(UserError):
+    """A record that cannot be used, while those beside it can. The message begins with where it stands."""
+
+
+def require_good(condition: bool, message: str) -> None:
+    """Raise `BadRecord(message)` unless `condition` holds."""
+    if not condition:
+        raise BadRecord(message)
+
+
+Item = Record | BadRecord  # what a reader yields: it goes on after a bad record
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where the text of a record is: in `field`, or in several, as `template` puts them together."""
+
+    field: str = "text"
+    template: str | None = None
+
+    def of(self, record: Record) -> str:
+        """The text of `record`. Raises: BadRecord."""
+        if self.template is None:
+            value = self._value(record, self.field)
+            if not isinstance(value, str):
+                raise BadRecord(f"{record.where}: {self.field!r} is {value!r:.40}, not a string: {self._wanted}")
+            text = value
+        else:
+            values = {}
+            for name in self._names:
+                values[name] = self._value(record, name)
+                if not isinstance(values[name], (str, int, float)):
+                    raise BadRecord(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
+            try:
+                text = self.template.format(**values)
+            except (ValueError, KeyError, OverflowError) as error:  # of a format in it, such as {score:.2f}
+                fix = f"{self._wanted}, in a format that suits it"
+                raise BadRecord(f"{record.where}: {one_line(error)}: {fix}") from error
+        if not text.isascii():
+            require_characters(text, record.where)
+        return text
+
+    def _value(self, record: Record, name: str) -> Any:
+        if name not in record.fields:
+            raise BadRecord(f"{record.where} has no field {name!r}, only {record.names}: {self._wanted}")
+        return record.fields[name]
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for _, name, _, _ in string.Formatter().parse(self.template or "") if name]
+
+    @property
+    def _wanted(self) -> str:
+        if self.template is None:
+            return f"set data.text_field={self.field} to the field that holds the text"
+        return f"data.template={self.template!r} needs text or a number in each of its fields"
+
+
+def require_characters(text: str, where: str) -> None:
+    """Raise BadRecord, which begins with `where`, if there is half of a character in `text`: JSON can say it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
+
+
+@dataclass
+class BadRecords:
+    """How many of `seen` records were bad, and the messages of the first."""
+
+    seen: int = 0
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, error: BadRecord) -> None:
+        self.count += 1
+        if len(self.first) < LISTED:
+            self.first.append(str(error))
+
+    def seek(self, items: Iterable[Item], check: Callable[[Record], Any]) -> None:
+        """Add those of `items` that cannot be read or that `check` raises BadRecord for."""
+        for _ in sift(items, check, self):
+            pass
+
+    def refusal(self) -> UserError:
+        """The error that says how many there are in all."""
+        are = "is" if self.count == 1 else "are"
+        return UserError(
+            f"{self.first[0]}; {self.count:,} of {self.seen:,} records {are} bad: data.bad_records=skip leaves them out"
+        )
+
+
+def sift(items: Iterable[Item], check: Callable[[Record], Any], bad: BadRecords | None) -> Iterator[Record]:
+    """The records that can be read and that `check` raises no BadRecord for; the others are added to `bad`.
+
+    Where `bad` is None the first unreadable one is raised, and nothing is checked."""
+    for item in items:
+        if bad is None:
+            if isinstance(item, BadRecord):
+                raise item
+            yield item
+            continue
+        bad.seen += 1
+        try:
+            if isinstance(item, BadRecord):
+                raise item
+            check(item)
+        except BadRecord as error:
+            bad.add(error)
+        else:
+            yield item

@@ -1,0 +1,219 @@
+"""Where text comes from: files, folders, globs and datasets of the hub, read record by record, apart or in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.config.model import require
+from opt_parallel.config.paths import reach
+from opt_parallel.data.text.files import PARQUET, PIECE_BYTES, Piece, numbered, pieces_of, records_of, shown
+from opt_parallel.data.text.finding import Found, find, in_words
+from opt_parallel.data.text.hub_data import Dataset
+from opt_parallel.data.text.parquet import names_in
+from opt_parallel.data.text.records import BadRecords, Item, Record, Text, sift
+from opt_parallel.data.text.unpacking import ending_of
+from opt_parallel.runtime.errors import UserError
+
+ROWS_APART = 4096  # of a dataset: a piece is a multiple of so many
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `start` to `stop` of a dataset that is `opened`; `size`: their bytes, about."""
+
+    dataset: Dataset
+    opened: Any
+    start: int
+    stop: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read at a time, by one process: small files together, or a part of a large one."""
+
+    pieces: tuple[Piece | Slice, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def name(self) -> str:
+        """Its first file or dataset, for a person."""
+        first = self.pieces[0]
+        more = f" and {len(self.pieces) - 1} more" if len(self.pieces) > 1 else ""
+        return f"{first.path if isinstance(first, Piece) else first.dataset.name}{more}"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of one setting `key` (data.train): files in the order of their names, then datasets of the hub, or in
+    folders of their form, with their `subset` and `split`. A file that several entries lead to counts once.
+
+    `left_out`: what a search did not take, in words; `skip_bad`: bad records are left out instead of raised."""
+
+    key: str
+    files: tuple[Path, ...]
+    hub: tuple[str, ...]
+    text: Text
+    subset: str | None = None
+    split: str = "train"
+    left_out: str = field(default="", compare=False)
+    skip_bad: bool = False
+    content: tuple[str, ...] = ()  # of its files, where it was looked into: data/sameness.py
+
+    @classmethod
+    def find(
+        cls,
+        key: str,
+        entries: list[str],
+        text_field: str = "text",
+        template: str | None = None,
+        subset: str | None = None,
+        split: str | None = None,
+        skip_bad: bool = False,
+    ) -> Corpus:
+        """The files and datasets that `entries` name; with `subset` or `split` all are datasets. Raises: UserError."""
+        require(bool(entries), f"{key} is not set: name a file, a folder, a glob or a hub id, or a list of them")
+        found = Found()
+        for entry in entries:
+            reach(f"{key}=", entry)
+            found.update(Found(datasets=[entry]) if subset or split else find(key, entry))
+        default = "validation" if key.startswith("data.validation") else "train"
+        return cls(
+            key,
+            tuple(sorted(found.files.values())),
+            tuple(sorted(set(found.datasets))),
+            Text(text_field, template),
+            subset,
+            split or default,
+            in_words(found.left_out),
+            skip_bad,
+        )
+
+    def made_from(self) -> list[Any]:
+        """What changes when the text does, and not where it lies."""
+        hub = [[None if Path(name).is_dir() else name, self.subset, self.split] for name in self.hub]
+        return [list(self.content), hub, self.text.field, *self._reading]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of data sets in the hub's form that lie here."""
+        return [Path(name) for name in self.hub if Path(name).is_dir()]
+
+    def identity(self) -> list[Any]:
+        """What changes when a file does, read from the file system alone. Raises: UserError if a file is gone."""
+        below = [path for folder in self.folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        try:
+            status = [(path, path.stat()) for path in (*self.files, *below)]
+        except OSError as error:
+            raise UserError(f"{self.key}: {error.filename} cannot be read ({error.strerror}): bring it back") from error
+        files = [[str(path), each.st_size, each.st_mtime_ns] for path, each in status]
+        return [files, [[name, self.subset, self.split] for name in self.hub], self.text.field, *self._reading]
+
+    @property
+    def _reading(self) -> list[str]:
+        """What sets its text apart from that of the same files in earlier versions."""
+        return ["quotation marks are text"] if any(ending_of(path)[0] == ".tsv" for path in self.files) else []
+
+    @property
+    def names(self) -> str:
+        """The first of what there is, and how many more."""
+        every = [*map(str, self.files), *self.hub]
+        return every[0] + (f" and {len(every) - 1} more" if len(every) > 1 else "")
+
+    def units(self, cut: bool = True) -> list[Unit]:
+        """Everything, in order; `cut`: large files in parts, which cannot tell the numbers of their lines."""
+        pieces: list[Piece | Slice] = [piece for path in self.files for piece in pieces_of(path, self.key, cut)]
+        for name in self.hub:
+            pieces += self._slices(name)
+        units: list[Unit] = []
+        gathered: list[Piece | Slice] = []
+        size = 0
+        for piece in pieces:
+            if gathered and size + piece.size > PIECE_BYTES:
+                units.append(Unit(tuple(gathered)))
+                gathered, size = [], 0
+            gathered.append(piece)
+            size += piece.size
+        return [*units, Unit(tuple(gathered))] if gathered else units
+
+    def read(self, unit: Unit, count_lines: bool = False) -> Iterator[Item]:
+        """The records of a unit, bad ones too; with `count_lines` messages name the right lines. Raises: UserError."""
+        for piece in unit.pieces:
+            if isinstance(piece, Slice):
+                yield from piece.dataset.rows(piece.opened, piece.start, piece.stop)
+            else:
+                yield from records_of(numbered(piece) if count_lines else piece, self.key, self.text.field)
+
+    def items(self) -> Iterator[Item]:
+        """Every record, bad ones too, in order. Raises: UserError."""
+        for unit in self.units(cut=False):
+            yield from self.read(unit)
+
+    def records(self) -> Iterator[Record]:
+        """Every record, in order. Raises: UserError that names file and line."""
+        return sift(self.items(), lambda record: None, self._bad())
+
+    def documents(self) -> Iterator[str]:
+        """The text of every record, white space at its end removed."""
+        return (self.text.of(record).rstrip() for record in sift(self.items(), self.text.of, self._bad()))
+
+    def sampled(self, share: float) -> Iterator[str]:
+        """About `share` of the text: the beginning of each unit."""
+        for unit in self.units():
+            left = share * unit.size
+            for record in sift(self.read(unit), self.text.of, self._bad()):
+                if left <= 0:
+                    break
+                left -= len(json.dumps(dict(record.fields), ensure_ascii=False, default=str)) + 1
+                yield self.text.of(record).rstrip()
+
+    def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Item]]:
+        """The records behind the first `taken` of a unit, bad ones too, with the numbers of their units: files first,
+        each whole, then each dataset, which arrives as it is read. Raises: UserError, also if a dataset ends before its
+        end."""
+        files = replace(self, hub=()).units(cut=False)
+        for number in range(unit, len(files) + len(self.hub)):
+            skip = taken if number == unit else 0
+            if number < len(files):
+                items: Iterator[Item] = islice(self.read(files[number]), skip, None)
+            else:
+                items = self._dataset(self.hub[number - len(files)]).stream(skip)
+            yield from ((number, item) for item in items)
+
+    @property
+    def tells_classes(self) -> bool:
+        """Whether there can be columns of numbers that stand for names."""
+        return bool(self.hub) or any(ending_of(path)[0] == PARQUET for path in self.files)
+
+    def class_names(self, column: str) -> list[str]:
+        """The names of the classes of a column that holds their numbers, in their order. Raises: UserError."""
+        files = [path for path in self.files if ending_of(path)[0] == PARQUET]
+        told = [names_in(path, f"{self.key}: {shown(path)}").get(column, []) for path in files]
+        told += [self._dataset(name).class_names(column) for name in self.hub]
+        return list(dict.fromkeys(name for names in told for name in names))
+
+    def _bad(self) -> BadRecords | None:
+        return BadRecords() if self.skip_bad else None
+
+    def _dataset(self, name: str) -> Dataset:
+        return Dataset(self.key, name, self.subset, self.split)
+
+    def _slices(self, name: str) -> list[Slice]:
+        dataset = self._dataset(name)
+        opened = dataset.load()
+        row_bytes = opened.data.nbytes / max(len(opened), 1)
+        rows = max(1, int(PIECE_BYTES / max(row_bytes, 1)) // ROWS_APART) * ROWS_APART
+        starts = range(0, len(opened), rows)
+        stops = [min(start + rows, len(opened)) for start in starts]
+        return [
+            Slice(dataset, opened, start, stop, int((stop - start) * row_bytes))
+            for start, stop in zip(starts, stops, strict=True)
+        ]

@@ -1,0 +1,145 @@
+"""Compressed files as plain bytes. Whatever is wrong with one is an error: there are never fewer bytes than went in."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from opt_parallel.runtime.errors import UserError, one_line
+
+XZ_MEMORY = 1 << 30
+ARROW = {".gz": "gzip", ".zst": "zstd"}
+STREAMS: dict[str, Callable[[], Any]] = {
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY),
+}
+AT_ONCE = 1 << 16  # bytes
+PACKED = (*ARROW, *STREAMS)
+UNPACKED_SIZE = 4  # times the packed one, about: for the choice of units, and progress
+MOST_TIMES = 200  # the packed size: text packs 3 to 15 times, copies of one row perhaps a hundred
+ALWAYS_ALLOWED = 1 << 24  # bytes out of however few
+DAMAGES = (OSError, EOFError, lzma.LZMAError)  # what reading a damaged file raises; Arrow's are OSErrors
+# The last block of a file that bgzip wrote. Its other blocks are members of their own, so a cut between two of them
+# shows in nothing else.
+BGZF_MARK, BGZF_END = b"BC\x02\x00", bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+
+
+def ending_of(path: Path) -> tuple[str, str]:
+    """The ending that says what `path` holds, and that of its compression or "", in small letters."""
+    name = path.name.lower()
+    packed = next((ending for ending in PACKED if name.endswith(ending)), "")
+    return Path(name.removesuffix(packed)).suffix, packed
+
+
+class Unbelievable(OSError):
+    """Far more comes out of a file than any text would give."""
+
+
+def opened(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked. Reading raises one of `DAMAGES` if it is damaged, ends early or is a bomb."""
+    packed = ending_of(path)[1]
+    return io.BufferedReader(_Unpacked(path, packed), AT_ONCE) if packed else path.open("rb")
+
+
+def check_whole(path: Path, where: str) -> None:
+    """Raise UserError, which begins with `where`, unless a compressed file is whole: unpacks all of it."""
+    try:
+        with opened(path) as file:
+            while file.read(1 << 20):
+                pass
+    except DAMAGES as error:
+        raise damaged(path, where, error) from error
+
+
+def damaged(path: Path, where: str, error: Exception) -> UserError:
+    """What is said of a file that cannot be read."""
+    if isinstance(error, Unbelievable):
+        return unbelievable(where)
+    packed = ending_of(path)[1]
+    reason = f"is no whole {packed} file" if packed else "cannot be read"
+    return UserError(f"{where} {reason} ({one_line(error)}): bring a good copy or leave it out")
+
+
+def believe(unpacked: int, packed: int) -> None:
+    """Raise Unbelievable if so many bytes came out of so few."""
+    if unpacked > max(ALWAYS_ALLOWED, MOST_TIMES * packed):
+        raise Unbelievable
+
+
+def unbelievable(where: str) -> UserError:
+    return UserError(
+        f"{where} unpacks to over {MOST_TIMES} times its size, as no text does: leave it out, or unpack it yourself if "
+        "that is right"
+    )
+
+
+class _Unpacked(io.RawIOBase):
+    """All members, frames or streams of a compressed file, one after the other."""
+
+    def __init__(self, path: Path, packed: str) -> None:
+        if path.stat().st_size == 0:
+            raise EOFError("it is empty")
+        if packed == ".gz":
+            _check_last_block(path)
+        self.size, self.file = 0, path.open("rb")
+        if packed in STREAMS:
+            self.stream: Any = _Streams(self.file, STREAMS[packed])
+        else:
+            import pyarrow  # Python's own reader of .gz bears with more, and it has none of .zst
+
+            self.stream = pyarrow.input_stream(self.file, compression=ARROW[packed])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self.stream.readinto(memoryview(buffer)[:AT_ONCE])
+        self.size += count
+        believe(self.size, self.file.tell())
+        return count
+
+    def close(self) -> None:
+        self.stream.close()
+        self.file.close()
+        super().close()
+
+
+class _Streams(io.RawIOBase):
+    """A file of any number of streams, each for a decompressor of its own: Python's own readers take a damaged one, and
+    all behind it, for rubbish that may be ignored."""
+
+    def __init__(self, file: BinaryIO, decompressor: Callable[[], Any]) -> None:
+        self.file, self.decompressor = file, decompressor
+        self.blocks = self._blocks()
+        self.left = b""
+
+    def readinto(self, buffer: Any) -> int:
+        self.left = self.left or next(self.blocks, b"")
+        taken, self.left = self.left[: len(buffer)], self.left[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def _blocks(self) -> Iterator[bytes]:
+        packed = self.file.read(AT_ONCE)
+        while packed:
+            stream = self.decompressor()
+            while not stream.eof:
+                if stream.needs_input and not packed and not (packed := self.file.read(AT_ONCE)):
+                    raise EOFError("it ends early")
+                block, packed = stream.decompress(packed, AT_ONCE), b""
+                if block:
+                    yield block
+            packed = stream.unused_data or self.file.read(AT_ONCE)
+
+
+def _check_last_block(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(16)[12:] != BGZF_MARK:
+            return
+        file.seek(-min(len(BGZF_END), path.stat().st_size), io.SEEK_END)
+        if file.read() != BGZF_END:
+            raise EOFError("its last block is missing")

@@ -1,0 +1,164 @@
+"""Hugging Face's config.json of an OPT: what shapes the network, read without torch.
+
+Every key is accounted for: taken over, allowed at the one value that changes nothing, known as bookkeeping, or refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from opt_parallel.config.model import Activation, Labels, ModelConfig, ProblemType
+from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.runtime.log import say
+from opt_parallel.storage.foreign import file_in, read_json
+
+CONFIG = "config.json"
+CLASSIFIER = "OPTForSequenceClassification"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+
+# OPTConfig's fields that shape the network and that ours shares by name
+INTEGERS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings",
+    "bos_token_id", "pad_token_id", "eos_token_id",
+)  # fmt: skip
+SWITCHES = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine")
+RATES = ("dropout", "attention_dropout", "layerdrop")
+SHARED = (*INTEGERS, *SWITCHES, *RATES)
+# OPTConfig's defaults where ours differ
+DEFAULTS: dict[str, Any] = {"attention_dropout": 0.0}
+INIT_STD = 0.02
+# what we do not implement, with the one value that means "as published"; files of older releases and of Galactica too
+FIXED: dict[str, Any] = {
+    "tie_word_embeddings": True, "activation_dropout": 0.0, "add_bias_logits": False, "add_cross_attention": False,
+    "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "is_encoder_decoder": False,
+    "learned_embeddings": True, "pruned_heads": {}, "quantization_config": None, "scale_embedding": False,
+    "scale_embeddings": False, "tie_encoder_decoder": False,
+}  # fmt: skip
+# names, dtypes, defaults of generation and of libraries: nothing of the network
+BOOKKEEPING = {
+    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation",
+    "auto_map", "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "label2id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "model_type", "name_or_path",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+}  # fmt: skip
+# what fine-tuners (DeepSpeed-Chat, Unsloth, trainers, scripts for other networks) leave in the file: no OPT reads it
+LEFT_BEHIND = {
+    "_flash_attn_2_enabled", "end_token_id", "gradient_checkpointing", "keys_to_ignore_at_inference", "loss_type",
+    "max_seq_length", "max_sequence_length", "model_max_length", "neftune_noise_alpha", "pretraining_tp",
+    "tokenizer_name", "tokenizer_name_or_path", "unsloth_fixed", "unsloth_version", "use_flash_attention",
+    "use_flash_attention_2", "use_flash_attn",
+}  # fmt: skip
+MOST_LABELS = 1_000_000
+OWN = {"_remove_final_layer_norm", "activation_function", "init_std", "word_embed_proj_dim"}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The network that a Hugging Face folder describes.
+
+    Raises: UserError if it is no OPT, or has a trait that we do not implement."""
+    values, path = _read(folder), folder / CONFIG
+    for name, published in FIXED.items():
+        if values.get(name, published) != published:
+            raise UserError(f"{path}: {name}={values[name]!r:.200} is not supported, only {published}")
+    unknown = sorted(values.keys() - {*SHARED, *FIXED, *OWN, *LEFT_BEHIND} - BOOKKEEPING)
+    if unknown:
+        raise UserError(
+            f"{path}: {', '.join(map(_printed, unknown)):.500} may change the network in a way that OPT does not know: "
+            "remove it from the file if it does not"
+        )
+    activation = values.get("activation_function", "relu")
+    if activation not in list(Activation.__members__):
+        raise UserError(
+            f"{path}: activation_function={activation!r:.200} is not one of {', '.join(Activation.__members__)}"
+        )
+    _check_types(path, values)
+    _note_left_behind(path, tuple(sorted(values.keys() & LEFT_BEHIND)))
+    shared = DEFAULTS | {name: values[name] for name in SHARED if name in values}
+    try:
+        return ModelConfig(
+            **shared,
+            remove_final_layer_norm=values.get("_remove_final_layer_norm", False),
+            word_embed_proj_dim=values.get("word_embed_proj_dim"),
+            activation_function=Activation[activation],
+            init_std=values.get("init_std", INIT_STD),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a Hugging Face folder says that it holds a classifier."""
+    architectures = _read(folder).get("architectures")
+    return isinstance(architectures, list) and CLASSIFIER in architectures
+
+
+def read_labels(folder: Path) -> Labels:
+    """The classes of a Hugging Face folder; OPTConfig's two where it names none.
+
+    Raises: UserError if they are not numbered from 0 on, or the problem type is none."""
+    values, path = _read(folder), folder / CONFIG
+    number = values.get("num_labels", 2)
+    if type(number) is not int or not 1 <= number <= MOST_LABELS:
+        raise UserError(f"{path}: num_labels={json.dumps(number):.200} must be a whole number, 1 to {MOST_LABELS:,}")
+    named = values.get("id2label") or {str(label): name for label, name in enumerate(Labels.numbered(number).names)}
+    problem = values.get("problem_type")
+    if problem not in [None, *ProblemType.__members__]:
+        raise UserError(f"{path}: problem_type={problem!r:.200} is not one of {', '.join(ProblemType.__members__)}")
+    if not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}:
+        raise UserError(f"{path}: id2label={named!s:.200} must name the labels 0, 1, … without a gap")
+    names = tuple(str(named[str(label)]) for label in range(len(named)))
+    return Labels(names, None if problem is None else ProblemType[problem])
+
+
+def _printed(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = file_in(folder, CONFIG)
+    if path is None:
+        raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no checkpoint: {CONFIG} cannot be read ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{folder} is no checkpoint: {CONFIG} holds no JSON object")
+    if values.get("model_type") != "opt":
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r:.200}, not 'opt'")
+    return values
+
+
+def _check_types(path: Path, values: dict[str, Any]) -> None:
+    """Raise UserError for a value of the wrong type: JSON's true would pass for 1, and 64.0 for a size."""
+    kinds = [
+        ("a whole number", (int,), INTEGERS),
+        ("true or false", (bool,), (*SWITCHES, "_remove_final_layer_norm")),
+        ("a number", (int, float), RATES),
+        ("a whole number or null", (int, type(None)), ("word_embed_proj_dim",)),
+        ("a number or null", (int, float, type(None)), ("init_std",)),
+    ]
+    for kind, types, names in kinds:
+        for name in names:
+            if name not in values:
+                continue
+            value = values[name]
+            if type(value) not in types or (type(value) is float and not math.isfinite(value)):
+                raise UserError(f"{path}: {name}={json.dumps(value):.200} must be {kind}")
+
+
+@cache
+def _note_left_behind(path: Path, names: tuple[str, ...]) -> None:
+    """Say once which keys of a file are ignored."""
+    if names:
+        say(f"note: {path}: {', '.join(names)}: ignored, as no OPT reads it")

@@ -1,0 +1,131 @@
+"""Hugging Face's names for OPT: our parameters ↔ theirs, one tensor or slice at a time.
+
+They keep query, key and value apart; ours are the three blocks of one parameter. Everything else is one to one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt_parallel.config.model import Labels, ModelConfig
+from opt_parallel.huggingface.arrays import Ranges
+from opt_parallel.huggingface.config import CONFIG, SHARED
+from opt_parallel.huggingface.hub import INDEX_SUFFIX
+from opt_parallel.huggingface.hub import WEIGHTS as FORMATS
+from opt_parallel.huggingface.weights import WeightFiles
+from opt_parallel.parallel.shard import Shard, require_same_tensors
+from opt_parallel.runtime.errors import UserError
+
+WEIGHTS = FORMATS[0]
+INDEX = WEIGHTS + INDEX_SUFFIX
+EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+HARMLESS = {"model.decoder.version"}  # a counter of fairseq's that early conversions kept
+
+
+def hf_names(name: str) -> list[str]:
+    """Their names of our parameter `name`: one, or three that ours stacks along its dim 0."""
+    theirs = f"model.{name}" if name.startswith("decoder.") else name
+    if ".qkv_proj." not in name:
+        return [theirs]
+    return [theirs.replace("qkv_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+
+
+def to_hf(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Our logical tensor under their names."""
+    names = hf_names(name)
+    parts = [values] if len(names) == 1 else list(values.unbind(0))
+    return dict(zip(names, parts, strict=True))
+
+
+def config_for_hf(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json."""
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        **{name: getattr(model, name) for name in SHARED},
+        "_remove_final_layer_norm": model.remove_final_layer_norm,
+        "activation_function": model.activation_function.value,
+        "word_embed_proj_dim": model.embedding_size,
+        "init_std": model.std,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def labels_for_hf(labels: Labels) -> dict[str, Any]:
+    """A classifier's part of config.json."""
+    return {
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+        "problem_type": None if labels.problem_type is None else labels.problem_type.value,
+    }
+
+
+class HuggingFaceWeights:
+    """A source for `fill`: reads just the slices that a shard needs from a folder's files, in any format.
+
+    Files of the bare decoder (OPTModel) lack the first word of the names, `model`; here they have it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: UserError if a file is missing or damaged."""
+        self.files = WeightFiles(folder)
+        self.dtype = self.files.dtype
+        self.folder = folder
+        self.stored: dict[str, str] = {}
+        for name in self.files.shapes:
+            theirs = f"model.{name}" if name.startswith("decoder.") else name
+            if theirs in self.stored:
+                raise UserError(f"{folder} holds {name} twice, as {self.stored[theirs]}, too: bring a whole copy")
+            self.stored[theirs] = name
+
+    def check_layers(self, layers: int) -> None:
+        """Raise UserError if that many layers cannot be there: before anything is made of that size."""
+        if layers > len(self.stored):
+            raise UserError(
+                f"{self.folder}: {CONFIG} says num_hidden_layers={layers}, and its files hold {len(self.stored)} "
+                "tensors: bring a whole copy"
+            )
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError unless just the logical tensors `wanted` are there; a head has the embedding's shape."""
+        theirs: dict[str, tuple[int, ...]] = {}
+        for name, shape in wanted.items():
+            names = hf_names(name)
+            theirs.update(dict.fromkeys(names, shape if len(names) == 1 else shape[1:]))
+        if HEAD in self.stored:
+            theirs[HEAD] = theirs[EMBEDDING]
+        held = {name: self.files.shapes[stored] for name, stored in self.stored.items() if name not in HARMLESS}
+        require_same_tensors(str(self.folder), theirs, held)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a logical tensor of that name."""
+        return all(part in self.stored for part in hf_names(name))
+
+    def __call__(self, name: str, shard: Shard) -> Tensor:
+        """The values of `shard.range` of our logical tensor `name`.
+
+        Raises: UserError if a file is damaged, or the head is not tied to the embedding."""
+        names = hf_names(name)
+        if len(names) > 1:
+            return torch.stack([self._read(part, shard.range[1:]) for part in names])
+        values = self._read(names[0], shard.range)
+        if names[0] == EMBEDDING and HEAD in self.stored:
+            self._require_tied(values, self._read(HEAD, shard.range))
+        return values
+
+    def _read(self, name: str, ranges: Ranges) -> Tensor:
+        return self.files.read(self.stored[name], ranges)
+
+    def _require_tied(self, embedding: Tensor, head: Tensor) -> None:
+        """Of equal values, in whatever width: torch compares in the wider one. A NaN equals itself."""
+        if not bool(((embedding == head) | (embedding.isnan() & head.isnan())).all()):
+            raise UserError(
+                f"{self.folder}: {HEAD} is not {EMBEDDING} a second time, and an output projection of its own is not "
+                "supported: OPT ties the two"
+            )

@@ -1,0 +1,307 @@
+"""Hugging Face's tokenizer files, read as transformers' `AutoTokenizer` reads them, without transformers.
+
+tokenizer.json, or vocab.json with merges.txt; the tokens that tokenizer_config.json, special_tokens_map.json and
+added_tokens.json add to them; and what these say of the tokenizer: which tokens begin, end and pad a text, how long one
+may be, a chat template. What is written both `AutoTokenizer` and `read_tokenizer` read as the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from opt_parallel.config.model import ModelConfig, require
+from opt_parallel.config.paths import reach
+from opt_parallel.huggingface.hub import HUB_ID
+from opt_parallel.huggingface.tokenizer_trial import require_quick
+from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.storage.foreign import content_of, file_in, parse_json, read_json, read_whole
+
+START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
+OF_GPT2 = "<|endoftext|>"
+TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+SETTINGS, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, VOCABULARY, MERGES, SETTINGS, SPECIALS, ADDED, CHAT_TEMPLATE)
+
+OF_MODELS = ("bos_token", "eos_token", "pad_token")  # what a network has an id for
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+EXTRA = ("additional_special_tokens", "extra_special_tokens")  # in transformers 4 and from 5 on
+LIKE_GPT2 = {None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# what tokenizer.json says itself; names of files and code of somebody else's
+NOT_KEPT = {
+    "added_tokens_decoder", "add_bos_token", "add_eos_token", "auto_map", "backend", "chat_template", "is_local",
+    "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", *EXTRA,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Brought:
+    """A tokenizer and what its files say of it: `settings` as tokenizer_config.json has them, each token as its text;
+    `extra`: special tokens without a role."""
+
+    tokenizer: Tokenizer
+    settings: dict[str, Any] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
+    chat_template: str | None = None
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """`bos_token_id`, `eos_token_id`, `pad_token_id`: those that the files name."""
+        found = {role: self.tokenizer.token_to_id(self.settings.get(role) or "") for role in OF_MODELS}
+        return {f"{role}_id": number for role, number in found.items() if number is not None}
+
+    def of_model(self, model: ModelConfig) -> Brought:
+        """The same, with the tokens by which `model` begins, ends and pads a text: who loads both finds that they
+        agree."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {number: token.content for number, token in added.items() if token.special}
+        return replace(self, settings=self.settings | roles_of(model, special))
+
+    def identity(self) -> list[Any]:
+        """What distinguishes its files from another's."""
+        return [self.tokenizer.to_str(), self.settings, list(self.extra), self.chat_template]
+
+
+def roles_of(model: ModelConfig, special: dict[int, str]) -> dict[str, str]:
+    """The text of each token that `model` has an id for, where that is one of the `special` tokens."""
+    ids = {role: getattr(model, f"{role}_id") for role in OF_MODELS}
+    return {role: special[number] for role, number in ids.items() if number in special}
+
+
+def other_ids(model: ModelConfig) -> list[list[int]]:
+    """`model`'s ids of these tokens where they are not OPT's: for identities, which say nothing of OPT's."""
+    ids, usual = ([getattr(of, f"{role}_id") for role in OF_MODELS] for of in (model, ModelConfig))
+    return [] if ids == usual else [ids]
+
+
+def find_tokenizer(name: str) -> Path:
+    """The file or folder `name`, or the snapshot of the hub id `name`. Raises: UserError."""
+    if path := reach("data.tokenizer=", name):
+        return path
+    way_out = "name a folder with tokenizer.json, or set data.tokenizer=null to train one on data.train"
+    require(HUB_ID.fullmatch(name) is not None, f"data.tokenizer={name} does not exist: {way_out}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:
+        raise UserError(
+            f"data.tokenizer={name} is no folder here, and the hub did not give it ({one_line(error)}): {way_out}"
+        ) from error
+
+
+def read_tokenizer(name: str) -> Brought:
+    """The tokenizer of a file of the tokenizers library, of a folder or of a hub id.
+
+    Raises: UserError."""
+    path = find_tokenizer(name)
+    try:
+        return Brought(_from_json(path, name)) if path.is_file() else _from_folder(path, name)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises nothing narrower, and its panics are no Exceptions
+        raise UserError(f"data.tokenizer={name} cannot be read ({one_line(error):.500}): bring a whole copy") from error
+
+
+def write_tokenizer(brought: Brought, folder: Path) -> None:
+    """Write into `folder` what `read_tokenizer` and transformers' `AutoTokenizer` read. Raises: OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files_of(brought).items():
+        (folder / name).write_bytes(content)
+
+
+def _files_of(brought: Brought) -> dict[str, bytes]:
+    roles = {role: text for role in ROLES if (text := brought.settings.get(role)) is not None}
+    extra = {EXTRA[0]: list(brought.extra)} if brought.extra else {}
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    files = {TOKENIZER: brought.tokenizer.to_str(pretty=True).encode()}
+    for name, content in ((SETTINGS, plain | brought.settings | extra), (SPECIALS, roles | extra)):
+        files[name] = (json.dumps(content, indent=2) + "\n").encode()
+    if brought.chat_template is not None:
+        files[CHAT_TEMPLATE] = brought.chat_template.encode()
+    return files
+
+
+def files_for(folder: Path, model: ModelConfig) -> dict[str, bytes]:
+    """A folder's tokenizer for an export of `model`: its own files where they name the tokens by which `model` begins,
+    ends and pads a text, else files of the same tokenizer that do. Raises: UserError."""
+    found = {name: content_of(folder, name) for name in FILES}
+    files = {name: content for name, content in found.items() if content is not None}
+    try:
+        wanted = roles_of(model, special_tokens_in(files))
+        if wanted.items() <= _named_in(files).items():
+            return files
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({one_line(error):.300}): bring a whole copy"
+        ) from error
+    return _files_of(read_tokenizer(str(folder)).of_model(model))
+
+
+def special_tokens_in(files: dict[str, bytes]) -> dict[int, str]:
+    """The special tokens of a tokenizer's files, by id; of vocab.json those that have a role.
+
+    Raises: ValueError, TypeError, KeyError or AttributeError if they are damaged."""
+    if TOKENIZER in files:
+        added = parse_json(files[TOKENIZER]).get("added_tokens", [])
+        return {token["id"]: token["content"] for token in added if token["special"]}
+    vocabulary = parse_json(files.get(VOCABULARY, b"{}"))
+    return {vocabulary[text]: text for text in _named_in(files).values() if text in vocabulary}
+
+
+def _named_in(files: dict[str, bytes]) -> dict[str, str]:
+    settings, specials = (parse_json(files.get(name, b"{}")) for name in (SETTINGS, SPECIALS))
+    return {role: _text(value) for role, value in (settings | specials).items() if role in OF_MODELS and value}
+
+
+def count_tokens(tokenizer: Tokenizer) -> int:
+    """Rows that the tokens need in an embedding: the largest id and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_size(tokenizer: Tokenizer, name: str, rows: int) -> None:
+    """Raise `UserError` unless every token has one of the `rows` of an embedding."""
+    tokens = count_tokens(tokenizer)
+    require(
+        tokens <= rows,
+        f"data.tokenizer={name} has {tokens} tokens, model.vocab_size={rows} rows: set model.vocab_size to {tokens} or "
+        "more, or bring a smaller tokenizer",
+    )
+
+
+def _from_folder(folder: Path, name: str) -> Brought:
+    settings, decoder, added = _settings(folder)
+    path = file_in(folder, TOKENIZER)
+    tokenizer = _from_vocabulary(folder, name, settings) if path is None else _from_json(path, name)
+    tokenizer.add_tokens([token for _, token in sorted(decoder.items())])  # of those that are there the flags
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    others = [*(token for _, token in sorted(added.items())), *_special_tokens(settings)]
+    tokenizer.add_tokens([token for token in others if token.content not in there])
+    for number, token in (decoder | added).items():
+        found = tokenizer.token_to_id(token.content)
+        require(
+            found == number,
+            f"data.tokenizer={name}: its files give {token.content!r:.80} the id {number}, and in the order of the "
+            f"tokens it has {found}: bring a whole copy",
+        )
+    if not any(settings.get(role) for role in ROLES) and OF_GPT2 in there:
+        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), OF_GPT2)  # as GPT2Tokenizer does
+    template, own = content_of(folder, CHAT_TEMPLATE), settings.get("chat_template")
+    own = own if isinstance(own, str) else None
+    roles = {role: _text(settings[role]) for role in ROLES if settings.get(role)}
+    kept = {key: value for key, value in settings.items() if key not in NOT_KEPT} | roles
+    extra = tuple(dict.fromkeys(_text(value) for value in _extra(settings)))
+    return Brought(tokenizer, kept, extra, own if template is None else template.decode())
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any], dict[int, AddedToken], dict[int, AddedToken]]:
+    """What the files say of the tokenizer, and the tokens that they add to it, by id: those whose flags hold in any
+    case, and those whose flags hold where tokenizer.json has none."""
+    settings = _json_in(folder, SETTINGS)
+    if "added_tokens_decoder" in settings:
+        return settings, {int(number): _token(value) for number, value in settings["added_tokens_decoder"].items()}, {}
+    settings |= _json_in(folder, SPECIALS)
+    special = {token.content for token in _special_tokens(settings)}
+    added = {
+        int(number): AddedToken(text, normalized=text not in special, special=text in special)
+        for text, number in _json_in(folder, ADDED).items()
+    }
+    return settings, {}, added
+
+
+def _json_in(folder: Path, name: str) -> dict[str, Any]:
+    path = file_in(folder, name)
+    content = {} if path is None else read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} holds no JSON object")
+    return content
+
+
+def _special_tokens(settings: dict[str, Any]) -> list[AddedToken]:
+    """The tokens that settings give a role, or name as special."""
+    others = [key for key in settings if key.endswith("_token") and key not in ROLES]
+    values = [settings.get(role) for role in (*ROLES, *others)] + _extra(settings)
+    return [_token(value, special=True) for value in values if value and isinstance(value, (str, dict))]
+
+
+def _extra(settings: dict[str, Any]) -> list[Any]:
+    found: Any = next((settings[key] for key in EXTRA if settings.get(key)), [])
+    return list(found.values()) if isinstance(found, dict) else list(found)
+
+
+def _text(value: Any) -> str:
+    return value["content"] if isinstance(value, dict) else str(value)
+
+
+def _token(value: Any, special: bool | None = None) -> AddedToken:
+    """A token as the files write it: its text, or that with its flags."""
+    flags = {name: value[name] for name in FLAGS if name in value} if isinstance(value, dict) else {}
+    return AddedToken(_text(value), **(flags if special is None else {**flags, "special": special}))
+
+
+def _from_json(path: Path, name: str) -> Tokenizer:
+    text = read_whole(path).decode()
+    require_quick(text, name)
+    tokenizer = Tokenizer.from_str(text)
+    require(tokenizer.get_vocab_size() > 0, f"data.tokenizer={name} has no tokens: bring another")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Tokenizer:
+    """OPT's and GPT-2's tokenizer of vocab.json and merges.txt, with the special tokens that the settings name."""
+    vocabulary, merges = file_in(folder, VOCABULARY), file_in(folder, MERGES)
+    if vocabulary is None or merges is None:
+        raise UserError(
+            f"data.tokenizer={name} holds neither {TOKENIZER} nor {VOCABULARY} with {MERGES}: name the folder that "
+            "does, or set data.tokenizer=null to train one on data.train"
+        )
+    require(
+        settings.get("tokenizer_class") in LIKE_GPT2,
+        f"data.tokenizer={name} is a {settings.get('tokenizer_class')!r:.80}, and {VOCABULARY} alone is read as "
+        f"GPT-2's: bring the {TOKENIZER} that transformers saves of it",
+    )
+    read_whole(vocabulary), read_whole(merges)  # or say that they are too large
+    model = models.BPE.from_file(str(vocabulary), str(merges))
+    named = [_text(settings[role]) for role in ROLES if settings.get(role)]
+    if not named:
+        named = [OF_GPT2] if model.token_to_id(OF_GPT2) is not None else [PAD, END]
+        if missing := [text for text in named if model.token_to_id(text) is None]:
+            raise UserError(
+                f"data.tokenizer={name}: {VOCABULARY} has no {missing[0]}, so it is not OPT's, and nothing names its "
+                f"special tokens: bring the {SETTINGS} or the {TOKENIZER} beside it"
+            )
+        settings |= dict.fromkeys(("bos_token", "eos_token"), named[-1])
+    if file_in(folder, SETTINGS) is None:
+        settings["add_bos_token"] = _text(settings.get("bos_token")) == END  # OPT's prompts begin with it
+    ends = [settings.get(f"{role}_token") if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
+    begin, end = (None if value is None else _text(value) for value in ends)
+    specials = [text for text in dict.fromkeys(named) if model.token_to_id(text) is not None]
+    return byte_level(model, specials, begin, end, bool(settings.get("add_prefix_space")))
+
+
+def byte_level(
+    model: models.Model, specials: list[str], begin: str | None = END, end: str | None = None, prefix: bool = False
+) -> Tokenizer:
+    """GPT-2's tokenizer around `model`: a text is split into words and these into bytes; `specials` are kept whole.
+
+    `begin`, `end`: what `encode` puts around a text where it is asked for special tokens; `prefix`: a space before."""
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.decoder = decoders.ByteLevel()
+    around = [token for token in (begin, end) if token is not None]
+    if around:
+        before, after = f"{begin} " if begin else "", f" {end}" if end else ""
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{before}$A{after}",
+            pair=f"{before}$A{after} {before}$B{after}",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(around)],
+        )
+    return tokenizer

@@ -1,0 +1,115 @@
+"""A tokenizer of somebody else's, tried before it is used: loaded and run in another process, of bounded time and size.
+
+Its regular expressions and replacements may take for ever or swell beyond any memory, and the library's failures end a
+process. Tokenizers of which neither can happen, as OPT's, are not tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.storage.foreign import parse_json
+
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# those whose time and result grow as the text does
+HARMLESS = {
+    "BertNormalizer", "BertPreTokenizer", "BertProcessing", "BPEDecoder", "ByteFallback", "ByteLevel",
+    "CharDelimiterSplit", "Digits", "Fuse", "Lowercase", "Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Nmt",
+    "Punctuation", "RobertaProcessing", "Sequence", "Strip", "StripAccents", "TemplateProcessing", "UnicodeScripts",
+    "Whitespace", "WhitespaceSplit",
+}  # fmt: skip
+HARMLESS_MODELS = {"BPE", "WordLevel"}
+# of CPU time to load one and then to try it, of waiting for both on a machine with other work; bytes, likewise
+TO_LOAD, TO_TRY, PATIENCE = 20, 4, 120
+BYTES_TO_LOAD, BYTES_TO_TRY = 4 * 10**9, 2 * 10**8
+RUN, MOST_CHARACTERS = 1000, 40  # of one character in a text; different ones that are tried
+TRIAL = """
+import contextlib, json, resource, sys
+
+def limit(seconds, size):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds += round(used.ru_utime + used.ru_stime)
+    with contextlib.suppress(ValueError, OSError):  # a system that has no such limit
+        size += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+
+limit(int(sys.argv[1]), int(sys.argv[2]))
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_str(sys.stdin.readline())
+print("loaded", flush=True)
+limit(int(sys.argv[3]), int(sys.argv[4]))
+for text in json.loads(sys.stdin.readline()):
+    tokenizer.decode(tokenizer.encode(text).ids)
+"""
+_tried: set[bytes] = set()
+
+
+def require_quick(content: str, name: str) -> None:
+    """Raise UserError unless the tokenizer.json with this `content` can be used in a bounded time.
+
+    Raises: ValueError if it is no tokenizer."""
+    values = parse_json(content.encode())
+    parts, model = [values.get(part) for part in PARTS], values.get("model") or {}
+    if _types_in(parts) <= HARMLESS and model.get("type") in HARMLESS_MODELS:
+        return
+    digest = hashlib.sha256(content.encode()).digest()
+    if digest in _tried:
+        return
+    given = f"{json.dumps(values)}\n{json.dumps(_texts(parts))}\n"
+    limits = map(str, (TO_LOAD, BYTES_TO_LOAD, TO_TRY, BYTES_TO_TRY))
+    try:
+        process = subprocess.run(
+            [sys.executable, "-P", "-c", TRIAL, *limits], input=given.encode(), capture_output=True, timeout=PATIENCE,
+            check=False, env={"TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UserError(_refusal(name, f"takes over {PATIENCE} s")) from None
+    lines = [line for line in process.stderr.decode(errors="replace").splitlines() if line.strip()]
+    if process.returncode == -signal.SIGXCPU:
+        raise UserError(_refusal(name, f"takes over {TO_TRY} s"))
+    if process.returncode:  # before a signal the library says why, of a traceback the end says it
+        said = lines[0 if process.returncode < 0 else -1] if lines else f"status {process.returncode}"
+        raise UserError(_refusal(name, f"fails ({said:.200})")) if process.stdout else ValueError(said)
+    _tried.add(digest)
+
+
+def _refusal(name: str, what: str) -> str:
+    return f"data.tokenizer={name} {what} on texts of {RUN:,} characters: bring another"
+
+
+def _types_in(part: Any) -> set[str]:
+    """The types of all parts of a tokenizer, at any depth."""
+    if isinstance(part, list):
+        return set().union(*map(_types_in, part))
+    if not isinstance(part, dict):
+        return set()
+    own = {str(part["type"])} if "type" in part else set()
+    return own.union(*map(_types_in, part.values()))
+
+
+def _texts(parts: list[Any]) -> list[str]:
+    """Long runs of each character that the tokenizer's patterns name and of other usual ones, alone and in turn, with
+    an end that fits no run."""
+    usual = "a0 \n.\té漢"
+    named = [character for pattern in _strings(parts) for character in pattern if character not in "\\()[]{}|?*+^$"]
+    characters = list(dict.fromkeys([*usual, *named]))[:MOST_CHARACTERS]
+    runs = [character * RUN for character in characters]
+    in_turn = [(one + other) * (RUN // 2) for one, other in pairwise(characters)]
+    return [f"{run}{end}" for run in (*runs, *in_turn, "".join(characters) * 20) for end in ("!", "\0")]
+
+
+def _strings(part: Any) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, (list, dict)):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _strings(inner)

@@ -1,0 +1,374 @@
+"""What a run tells of itself: `metrics.jsonl`, `samples.jsonl`, a progress bar or plain lines, wandb and TensorBoard,
+`curve.png`.
+
+The main rank alone records; every other rank holds a `Metrics` whose methods do nothing. A step's loss and norm are
+tensors the device may still be computing, so each step's row is written one step late, when reading it costs no wait.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from opt_parallel.config.run import ActivationCheckpointing, Precision, Run
+from opt_parallel.config.task import Task
+from opt_parallel.report.plots import draw, losses_of, perplexity_of
+from opt_parallel.report.trackers import open_trackers
+from opt_parallel.runtime import terminal
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.log import say
+from opt_parallel.storage.atomic import optional
+from opt_parallel.storage.checked import dump_checked
+from opt_parallel.storage.lines import Lines
+from opt_parallel.storage.rows import METRICS, Row, keep_rows, rows_of
+
+# Dense bf16/fp16 TFLOP/s of one device as torch counts devices, from the vendors' data sheets, by the words of its
+# name; the first entry whose words all occur counts. A MI250X is two devices, so half of its board's 383.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "V100 PCIE": 112.0,
+    "V100": 125.0,
+    "MI300X": 1307.4,
+    "MI250X": 191.5,
+}
+
+Mark = Any  # a moment: a CUDA event, or seconds of the host's clock
+
+
+class Metrics:
+    """What the loop reports to. Itself silent, as the ranks that are not the main one need it."""
+
+    @staticmethod
+    def open(
+        run: Run, world_size: int, is_main: bool, device: torch.device, clock: Clock, wandb_id: str | None = None
+    ) -> Metrics:
+        """Continue the records of `run.folder` at `clock`, or replace them where it is at step 0.
+        `wandb_id`: the run's name at wandb.
+
+        Needs the process group to exist. Raises: `UserError` where wandb is wanted online and cannot be."""
+        return _Recorder(run, world_size, device, clock, wandb_id) if is_main else Metrics()
+
+    def step(
+        self,
+        clock: Clock,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        loss_scale: float | None,
+        skipped: bool,
+        waited: float,
+        epochs: dict[str, float],
+    ) -> None:
+        """Report the optimizer step that led to `clock`; the 0-d tensors are read at the next call.
+
+        `waited`: seconds that the step waited for its data; `epochs`: how often each source has been gone through."""
+
+    def validation(
+        self, clock: Clock, loss: float, unigram_entropy: float | None, figures: dict[str, float] | None = None
+    ) -> None:
+        """Report a validation: loss and the text's unigram entropy in nats a token, or a classifier's `figures`."""
+
+    def samples(self, clock: Clock, texts: list[str]) -> None:
+        """Report the texts that follow the run's prompts."""
+
+    def note(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside (validation, checkpoints) does not count as training."""
+        yield
+
+    def abandon(self) -> None:
+        """Write what is still held back, and end the trackers: the run fails."""
+
+    def close(self, finished: bool) -> None:
+        """Draw the curve, print the summary, end the trackers."""
+
+
+class _Recorder(Metrics):
+    """The main rank's."""
+
+    def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock, wandb_id: str | None) -> None:
+        self._run, self._device = run, device
+        self._opened = self._clock = clock
+        length, recompute = run.data.sequence_length, run.activation_checkpointing is ActivationCheckpointing.full
+        peak = _peak_flops(run, device)
+        self._peak = None if peak is None else peak * world_size
+        frozen = run.task.lora.rank > 0
+        self._model_flops = run.model.flops_per_token(length, frozen)
+        self._hardware_flops = run.model.hardware_flops_per_token(length, recompute, frozen)
+        self._unigram_entropy: float | None = None
+        self._pending: Callable[[], None] | None = None  # writes the row of the latest step
+        self._trackers = open_trackers(run, clock, wandb_id)
+        self._path = run.folder / METRICS
+        samples = run.folder / "samples.jsonl"
+        for path in (self._path, samples):
+            with optional(path, f"taken back to step {clock.step}"):
+                keep_rows(path, clock.step)
+        self._lines, self._samples = Lines(self._path), Lines(samples)
+        self._lines.flush()  # who follows the file finds it
+        self._progress = _Progress(run, clock)
+        self._opened_at, self._since = time.perf_counter(), _mark(device)
+
+    def step(
+        self,
+        clock: Clock,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        loss_scale: float | None,
+        skipped: bool,
+        waited: float,
+        epochs: dict[str, float],
+    ) -> None:
+        tokens, start, end = clock.tokens - self._clock.tokens, self._since, _mark(self._device)
+        self._clock, self._since = clock, end
+        self._flush()
+        row: Row = {
+            "step": clock.step,
+            "samples": clock.samples,
+            "tokens": clock.tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "epochs": epochs,
+            "data_wait": waited,
+        }
+        if self._run.precision.name is Precision.fp16:
+            row |= {"loss_scale": loss_scale, "skipped": skipped}
+        self._pending = partial(self._write_step, row, tokens, start, end)
+
+    def validation(
+        self, clock: Clock, loss: float, unigram_entropy: float | None, figures: dict[str, float] | None = None
+    ) -> None:
+        self._flush()
+        self._unigram_entropy = unigram_entropy
+        figures = figures or {"perplexity": perplexity_of(loss)}
+        self._write("validation", {"step": clock.step, "loss": loss, **figures})
+        told = "".join(f", {name} {value:.{2 if name == 'perplexity' else 3}f}" for name, value in figures.items())
+        self.note(f"validation at step {clock.step}: loss {loss:.3f}{told}")
+
+    def samples(self, clock: Clock, texts: list[str]) -> None:
+        self._flush()
+        pairs = list(zip(self._run.evaluation.prompts, texts, strict=True))
+        for prompt, text in pairs:
+            row = {"step": clock.step, "prompt": prompt, "text": text}
+            self._samples.write(dump_checked(row, ascii_only=False))
+        said = {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(pairs, start=1)}
+        self._trackers.log(said, clock.step)
+        self.note(f"sample at step {clock.step}: {''.join(pairs[0])!r}")
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        self._flush()  # or a run killed after its checkpoint of this step would lack the step's row for good
+        yield
+        self._since = _mark(self._device)
+
+    def abandon(self) -> None:
+        self._flush()
+        self._lines.close()
+        self._samples.close()
+        self._progress.close()
+        self._trackers.finish()
+
+    def close(self, finished: bool) -> None:
+        self.abandon()
+        rows: list[Row] = []
+        with optional(self._path, "read"):
+            rows = rows_of(self._path)
+        parts = [self._reached(finished), self._losses(rows)]
+        if rows:
+            curve = self._run.folder / "curve.png"
+            unit = "example" if self._run.task.name is Task.classify else "token"
+            with optional(curve):
+                draw(curve, self._run.run.name, rows, self._unigram_entropy, unit)
+                parts.append(str(curve))
+        if not finished:
+            early = self._clock.step < self._run.stop
+            auto = "" if self._run.resume == "auto" else " with resume=auto"
+            parts.append(f"{'the same command' if early else 'a later stop_at'}{auto} continues it")
+        say("; ".join(part for part in parts if part), anywhere=True)
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
+
+    def _write_step(self, row: Row, tokens: int, start: Mark, end: Mark) -> None:
+        seconds = _seconds(start, end)
+        rate = tokens / seconds
+        row |= {
+            "loss": row["loss"].item(),
+            "grad_norm": row["grad_norm"].item(),
+            "data_wait": row["data_wait"] / seconds,
+            "tokens_per_second": rate,
+            "mfu": self._model_flops * rate / self._peak if self._peak else None,
+            "hfu": self._hardware_flops * rate / self._peak if self._peak else None,
+            "peak_memory_bytes": peak_memory(self._device),
+        }
+        self._write("train", row)
+        self._progress.step(row, seconds)
+
+    def _write(self, kind: str, row: Row) -> None:
+        unsayable = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        row = {"kind": kind} | row | dict.fromkeys(unsayable)  # JSON has no word for them but null
+        self._lines.write(dump_checked(row))
+        values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step", "epochs"} if row[key] is not None}
+        values |= {f"epochs/{source}": passed for source, passed in row.get("epochs", {}).items()}
+        self._trackers.log(values, row["step"])
+
+    def _reached(self, finished: bool) -> str:
+        clock, opened, run = self._clock, self._opened, self._run
+        state, of = ("finished", "") if finished else ("stopped", f" of {run.steps}")
+        since = f" since step {opened.step}" if opened.step else ""
+        spent = _duration(time.perf_counter() - self._opened_at)
+        return (
+            f"{state}: {run.run.name} at step {clock.step}{of}, "
+            f"{_short(clock.tokens - opened.tokens)} tokens in {spent}{since}"
+        )
+
+    def _losses(self, rows: list[Row]) -> str:
+        (_, training), (_, validation) = losses_of(rows, "train"), losses_of(rows, "validation")
+        unigram = self._unigram_entropy
+        text = [f"train loss {training[-1]:.2f}"] if training else []
+        if validation:
+            text.append(f"validation loss {validation[-1]:.2f}")
+            if unigram is not None:
+                gain = unigram - validation[-1]
+                text[-1] += f" (unigram entropy {unigram:.2f}, {abs(gain):.2f} nats {'above' if gain < 0 else 'below'})"
+        return ", ".join(text)
+
+
+class _Progress:
+    """A bar on a terminal, else about a hundred plain lines over the run."""
+
+    def __init__(self, run: Run, clock: Clock) -> None:
+        self._steps, self._every = run.steps, -(-run.steps // 100)
+        self._always = (clock.step + 1, run.stop)
+        self._recent: deque[float] = deque(maxlen=25)
+        self._bar = tqdm(
+            total=run.steps,
+            initial=clock.step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            disable=not sys.stdout.isatty(),
+        )
+
+    def step(self, row: Row, seconds: float) -> None:
+        self._recent.append(seconds)
+        step, speed = row["step"], f"{row['tokens_per_second']:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
+        self._bar.update()
+        if (self._bar.disable or 1 in terminal.gone) and (step % self._every == 0 or step in self._always):
+            # The median: compilation makes a process's first step slow, and one slow step says little of the rest.
+            left = _duration(statistics.median(self._recent) * (self._steps - step))
+            skipped = f"  skipped, loss scale {row['loss_scale']:g}" if row.get("skipped") else ""
+            say(
+                f"step {step}/{self._steps}  loss {row['loss']:.3f}  lr {row['lr']:.1e}  |g| {row['grad_norm']:.2f}  "
+                f"{speed}  ETA {left}{skipped}"
+            )
+
+    def note(self, text: str) -> None:
+        with tqdm.external_write_mode(file=sys.stdout):  # the bar steps aside, where there is one
+            say(text)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _mark(device: torch.device) -> Mark:
+    """Now, in a GPU's own stream of work, which runs behind the host; else by the host's clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: Mark, end: Mark) -> float:
+    """Seconds between two marks, waiting until the device has passed `end`."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def peak_tflops(device_name: str, precision: Precision) -> float | None:
+    """Dense TFLOP/s of a device by the table, or None: for an unknown one or a slice of one, for bf16 on a V100,
+    which lacks it, and for fp32, where the figure hangs on whether TF32 is allowed."""
+    words = set(re.findall(r"[A-Za-z0-9]+", device_name))
+    if precision is Precision.fp32 or "MIG" in words or (precision is Precision.bf16 and "V100" in words):
+        return None
+    return next((tflops for key, tflops in PEAK_TFLOPS.items() if words.issuperset(key.split())), None)
+
+
+def _peak_flops(run: Run, device: torch.device) -> float | None:
+    """FLOP/s of one device, from `logging.peak_tflops` or the table."""
+    tflops, precision = run.logging.peak_tflops, run.precision.name
+    if tflops is None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        tflops = peak_tflops(name, precision)
+        if tflops is None:
+            say(f"peak {precision.value} FLOP/s of {name} unknown, mfu and hfu stay null: set logging.peak_tflops")
+    return None if tflops is None else tflops * 1e12
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: of tensors on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # where ru_maxrss begins with the peak of the process that launched this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from here; on a CPU that is not Linux's it stays that since the process began."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _duration(seconds: float) -> str:
+    """`3:12`, or `1:02:03` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _short(count: int) -> str:
+    """`812`, `12.3k`, `2.5M`, `180.0B`."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return str(count)

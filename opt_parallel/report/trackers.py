@@ -1,0 +1,183 @@
+"""Experiment trackers, wandb and TensorBoard, through accelerate."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from opt_parallel.config.compose import recorded
+from opt_parallel.config.output import Wandb
+from opt_parallel.config.run import Run
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.runtime.log import say
+from opt_parallel.storage.atomic import optional, write_text
+
+Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported only where it is used
+WANDB_ID = "wandb-id"  # a file in a run's folder: its name at wandb, however often it is started
+MODE, CACHE = "WANDB_MODE", "WANDB_CACHE_DIR"
+FOLLOWED = (MODE, "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")  # instead of what we say
+MODES = {
+    "online": Wandb.online, "run": Wandb.online, "shared": Wandb.online,
+    "offline": Wandb.offline, "dryrun": Wandb.offline, "disabled": Wandb.disabled,
+}  # fmt: skip
+caches = {""}  # values of CACHE that are not the user's
+
+
+def wandb_mode(run: Run) -> Wandb:
+    """As the environment has it, unless the configuration wants no wandb. Raises: UserError at an unknown one."""
+    if run.logging.wandb is Wandb.disabled or not os.environ.get(MODE):
+        return run.logging.wandb
+    mode = MODES.get(os.environ[MODE])
+    if mode is None:
+        raise UserError(f"{MODE}={os.environ[MODE]} does not exist: choose {', '.join(MODES)}, or unset it")
+    return mode
+
+
+def wandb_id(run: Run, saved: str | None = None, anew: bool = False) -> str | None:
+    """The run's name at wandb, kept in its folder; None without wandb. `saved`: what the checkpoint that it goes on
+    from says; `anew`: it begins anew or branches off there, and so is another run."""
+    if wandb_mode(run) is Wandb.disabled:
+        return None
+    path = run.folder / WANDB_ID
+    kept = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    known = kept if re.fullmatch(r"[\w-]{1,64}", kept) else saved
+    name = os.environ.get("WANDB_RUN_ID") or (None if anew else known) or secrets.token_hex(4)
+    if anew and saved:
+        say(f"wandb: run {name} branches off run {saved}")
+    if name != kept:
+        with optional(path):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, f"{name}\n")
+    return name
+
+
+def check_trackers(run: Run) -> None:
+    """Raise UserError if wandb is wanted online and has no key: before a process group exists, on every rank alike."""
+    if wandb_mode(run) is not Wandb.online:
+        return
+    import wandb
+
+    wandb.setup(settings=_quiet_settings())
+    try:
+        found = wandb.login(prompt=False, verify=False)  # wandb.init would ask at the terminal
+    except wandb.Error as error:
+        raise UserError(f"{_wanted(run)}: {one_line(error)}; check WANDB_API_KEY") from error
+    if not found:
+        raise UserError(
+            f"{_wanted(run)} finds no API key: set WANDB_API_KEY, run `wandb login` once, or use "
+            f"{_wanted(run, 'offline')}"
+        )
+
+
+class Trackers:
+    """Those of a run. One that fails, as on a full disk, is said and left out: the run does not depend on it."""
+
+    def __init__(self, trackers: Iterable[Tracker]) -> None:
+        self.active = list(trackers)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._with_each(lambda tracker: tracker.log(values, step=step))
+
+    def finish(self) -> None:
+        self._with_each(lambda tracker: tracker.finish())
+
+    def _with_each(self, work: Callable[[Tracker], Any]) -> None:
+        for tracker in list(self.active):
+            try:
+                work(tracker)
+            except Exception as error:  # theirs are of many types
+                self.active.remove(tracker)
+                say(f"warning: {tracker.name} failed ({_reason(error)}): the run goes on without it")
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
+def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
+    """The experiment trackers, started and told the resolved configuration. `name`: the run's at wandb."""
+    followed = [f"{each}={os.environ[each]}" for each in FOLLOWED if os.environ.get(each)]
+    if followed and run.logging.wandb is not Wandb.disabled:
+        say(f"wandb follows the environment: {', '.join(followed)}")
+    name = name or wandb_id(run)
+    if name is None and not run.logging.tensorboard:
+        return Trackers([])
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker
+    from torch.utils.tensorboard.summary import hparams
+
+    threading.excepthook = _quiet_tensorboard
+    PartialState()  # the trackers ask it who is main; it takes the process group it finds and makes none
+    settings, trackers = _flat(recorded(run)), []
+    if name is not None:
+        with optional(run.folder / "wandb"):
+            wandb = _open_wandb(run, name)
+            wandb.store_init_configuration(settings)
+            trackers.append(wandb)
+    if run.logging.tensorboard:
+        with optional(run.folder / "logs" / "tensorboard"):
+            # purge_step hides the events of steps that will be run again, as `keep_rows` does
+            tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
+            tensorboard.start()
+            # not by the tracker, which makes two folders at each start
+            for summary in hparams(settings, {}):
+                tensorboard.writer.file_writer.add_summary(summary)
+            trackers.append(tensorboard)
+    return Trackers(trackers)
+
+
+def _quiet_tensorboard(told: threading.ExceptHookArgs) -> None:
+    """For `threading.excepthook`: what fails in TensorBoard's thread is raised at the next `log`, too."""
+    if not type(told.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(told)
+
+
+def _open_wandb(run: Run, name: str) -> Tracker:
+    folder = run.folder.resolve()
+    if os.environ.get(CACHE, "") in caches:  # where its service logs
+        os.environ[CACHE] = str(folder / "wandb" / "cache")
+        caches.add(os.environ[CACHE])
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    ours = {"name": run.run.name, "dir": str(folder), "mode": run.logging.wandb.value, "resume": "allow"}
+    told = {key: value for key, value in ours.items() if not os.environ.get(f"WANDB_{key.upper()}")}
+    project = os.environ.get("WANDB_PROJECT") or "opt-parallel"
+    tracker = WandBTracker(project, id=name, settings=_quiet_settings(), **told)
+    try:
+        tracker.start()
+    except wandb.Error as error:
+        raise UserError(
+            f"{_wanted(run)} failed: {one_line(error)}; check WANDB_API_KEY and the network, or use "
+            f"{_wanted(run, 'offline')} or disabled"
+        ) from error
+    return tracker
+
+
+def _wanted(run: Run, mode: str | None = None) -> str:
+    """The setting that counts for wandb, as it is or with another value."""
+    if os.environ.get(MODE):
+        return f"{MODE}={mode or os.environ[MODE]}"
+    return f"logging.wandb={mode or run.logging.wandb.value}"
+
+
+def _quiet_settings() -> Any:
+    import wandb
+
+    return wandb.Settings(silent=True, console="off")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested sections as `section.key`; what TensorBoard cannot hold (null, lists) as text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat

@@ -1,0 +1,1 @@
+"""The process: its rank, host, terminal, log, signals, errors and clock."""

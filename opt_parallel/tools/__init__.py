@@ -1,0 +1,1 @@
+"""What works on checkpoints beside training: export, verify, evaluate, inspect, compare."""

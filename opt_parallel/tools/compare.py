@@ -1,0 +1,277 @@
+"""Several runs side by side: what each was told, how far it came, and its losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from opt_parallel.report.plots import SMOOTH_FROM, Curve, draw_curves, losses_of, smoothed
+from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.runtime.log import aligned
+from opt_parallel.storage.rows import METRICS, Row, in_words, read_rows
+
+CONFIG, STATE = "config.yaml", "state"
+INNER = {"checkpoints", "export", "logs", "wandb"}  # of a run's folder; no runs there
+OWN = {"run.dir", "run.name"}  # differ between any two runs
+MOST_COLUMNS = 6  # settings in the table of runs; more of them get a table of their own
+MOST_IN_LABEL = 3  # settings in a legend
+LONGEST_CELL = 36  # characters
+NONE = "—"
+AXES = ("step", "samples", "tokens")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it: its `config.yaml` by dotted key, the rows of its `metrics.jsonl`, and whether it
+    diverged."""
+
+    folder: Path
+    settings: dict[str, Any]
+    rows: list[Row]
+    diverged: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Raises: UserError at what cannot be read."""
+        return cls(folder, _settings(folder / CONFIG), _rows(folder / METRICS), diverged(folder))
+
+    @cached_property
+    def training(self) -> tuple[list[int], list[float]]:
+        return losses_of(self.rows, "train")
+
+    @cached_property
+    def validation(self) -> tuple[list[int], list[float]]:
+        return losses_of(self.rows, "validation")
+
+    @property
+    def last_training(self) -> float:
+        """As the picture's line ends: a mean over the last steps, of a short run the last loss; NaN without any."""
+        losses = self.training[1]
+        return (smoothed(losses) if len(losses) >= SMOOTH_FROM else losses or [math.nan])[-1]
+
+    def reached(self, what: str) -> int:
+        """`step`, `samples` or `tokens` of the last row that has it."""
+        return next((row[what] for row in reversed(self.rows) if what in row), 0)
+
+    def curve(self, label: str, axis: str) -> Curve:
+        """The losses over `axis`; a validation stands where the step before it had come to."""
+        if axis == "step":
+            return Curve(label, self.training, self.validation)
+        place, at = 0, {}
+        for row in self.rows:
+            place = row.get(axis, place)
+            at[row["step"]] = place
+        (steps, losses), (held_out, others) = self.training, self.validation
+        return Curve(label, ([at[step] for step in steps], losses), ([at[step] for step in held_out], others))
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The folders of runs: each of `paths` that is one, and all below them, each once.
+
+    Raises: UserError at one where there is none."""
+    if not paths:
+        raise UserError("no run is named: name runs' folders, or one that holds runs, such as a sweep's")
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder: name a run's folder, or one that holds runs, such as a sweep's")
+        runs = list(_runs_in(path))
+        if not runs:
+            raise UserError(f"{path} holds no run: there is no {METRICS} in it, nor in a folder below it")
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_in(path: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(path):
+        inner = INNER if METRICS in files else set()
+        folders[:] = sorted(folder for folder in folders if folder not in inner and not folder.startswith("."))
+        if METRICS in files:
+            yield Path(place)
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
+    """The runs of `find_runs`, and the folders of those that have no rows yet, found below a folder that was named.
+
+    Raises: UserError."""
+    records = [Record.read(folder) for folder in find_runs(paths)]
+    empty = [record.folder for record in records if not record.rows]
+    named = next((folder for folder in empty if folder in paths), None)
+    if named is not None or len(empty) == len(records):
+        folder = named or empty[0]
+        if diverged(folder):
+            raise UserError(f"{folder} diverged in its first step, and {METRICS} has no rows: leave it out")
+        raise UserError(f"{folder / METRICS} has no rows yet: wait for the first steps, or leave it out")
+    return [record for record in records if record.rows], empty
+
+
+def diverged(folder: Path) -> bool:
+    """Whether a run ended with numbers that are not finite, as the `state` in its folder says."""
+    try:
+        return (folder / STATE).read_bytes().strip() == b"diverged"
+    except OSError:
+        return False
+
+
+def _rows(path: Path) -> list[Row]:
+    """All rows, less a last one that is being written, or that a kill cut short."""
+    try:
+        rows, damaged = read_rows(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if damaged:
+        raise UserError(f"{in_words(path, damaged)}; restore the file, or remove what is damaged")
+    return rows
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A configuration by dotted key; nothing where there is no file, as beside a copy of the metrics alone."""
+    if not path.exists():
+        return {}
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no run's configuration")
+    return dict(_flat(values))
+
+
+def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differing(records: Sequence[Record]) -> list[str]:
+    """The keys whose values are not the same in all runs that have a configuration, in its order."""
+    known = [record.settings for record in records if record.settings]
+    keys = dict.fromkeys(key for settings in known for key in settings if key not in OWN)
+    return [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
+
+
+def cells(records: Sequence[Record], key: str) -> list[str]:
+    """A setting of each run in words, without a long beginning that all share."""
+    words = [_words(record.settings[key]) if key in record.settings else NONE for record in records]
+    if max(map(len, words)) > LONGEST_CELL:
+        given = [word for word in words if word != NONE]
+        pairs = zip(min(given), max(given), strict=False)
+        shared = next((place for place, (a, b) in enumerate(pairs) if a != b), 0)
+        words = [word if word == NONE or shared < 4 else f"…{word[shared:]}" for word in words]
+    return [word if len(word) <= LONGEST_CELL else f"{word[: LONGEST_CELL - 1]}…" for word in words]
+
+
+def _words(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace('"', "")
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """A number for each run, as in the table, and what tells it apart: few settings that differ, else its folder."""
+    keys = differing(records)
+    short = [key.rpartition(".")[2] for key in keys]
+    short = [word if short.count(word) == 1 else key for key, word in zip(keys, short, strict=True)]
+    columns = [[f"{word}={cell}" for cell in cells(records, key)] for key, word in zip(keys, short, strict=True)]
+    told = [", ".join(values) for values in zip(*columns, strict=True)] if columns else []
+    if len(keys) > MOST_IN_LABEL or len(set(told)) < len(records) or not all(record.settings for record in records):
+        told = [name if len(name) <= 60 else f"{name[:59]}…" for name in names(records)]
+    return [f"{number}: {words}" for number, words in enumerate(told, start=1)]
+
+
+def names(records: Sequence[Record]) -> list[str]:
+    """The folders, without what they share."""
+    folders = [record.folder for record in records]
+    root = root_of(records)
+    return [str(folder.relative_to(root)) if folder != root else folder.resolve().name for folder in folders]
+
+
+def root_of(records: Sequence[Record]) -> Path:
+    """The deepest folder that holds all runs; of one, where it lies."""
+    if len(records) == 1:
+        return records[0].folder.parent
+    return Path(os.path.commonpath([record.folder for record in records]))
+
+
+def table(records: Sequence[Record]) -> str:
+    """One row a run: how far it came, its losses, a classifier's last figures, the settings that differ, its folder;
+    and where many settings differ, these in a table below, one row each."""
+    keys = differing(records)
+    figures = list(dict.fromkeys(name for record in records for name in _figures(record)))
+    shown = keys if len(keys) <= MOST_COLUMNS else []
+    columns = [cells(records, key) for key in shown]
+    lines = [["run", "step", "tokens", "training", "validation", "lowest, at step", *figures, *shown, "folder"]]
+    for number, (record, name) in enumerate(zip(records, names(records), strict=True)):
+        steps = record.settings.get("steps")
+        last = _figures(record)
+        lines.append(
+            [
+                str(number + 1),
+                f"{record.reached('step'):,}" + (f" of {steps:,}" if steps else "") + ", diverged" * record.diverged,
+                f"{record.reached('tokens'):,}",
+                _loss(record.last_training),
+                _loss(record.validation[1][-1]) if record.validation[1] else NONE,
+                _lowest(record),
+                *(_loss(last[figure]) if figure in last else NONE for figure in figures),
+                *(column[number] for column in columns),
+                name,
+            ]
+        )
+    text = f"{aligned(lines)}\n\ntraining: {_what_training_is(records)}; folders below {root_of(records)}"
+    if keys and not shown:
+        numbers = [str(number) for number in range(1, len(records) + 1)]
+        text += f"\n\n{aligned([['differs', *numbers], *([key, *cells(records, key)] for key in keys)])}"
+    return text
+
+
+def _what_training_is(records: Sequence[Record]) -> str:
+    if all(len(record.training[0]) < SMOOTH_FROM for record in records):
+        return "the last step's loss"
+    return f"the mean loss of the last fortieth of the steps, of a run below {SMOOTH_FROM} steps the last"
+
+
+def _figures(record: Record) -> dict[str, float | None]:
+    """What a classifier's last validation says besides its loss."""
+    last = next((row for row in reversed(record.rows) if row["kind"] == "validation"), {})
+    return {name: value for name, value in last.items() if name not in ("kind", "step", "loss", "perplexity")}
+
+
+def _lowest(record: Record) -> str:
+    steps, losses = record.validation
+    finite = [(loss, step) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    if not finite:
+        return NONE
+    loss, step = min(finite)
+    return f"{loss:.4f}, {step:,}"
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def draw(path: Path, records: Sequence[Record], axis: str) -> None:
+    """Write the picture of the runs' losses over one of AXES. Raises: UserError where it cannot be written."""
+    curves = [record.curve(label, axis) for record, label in zip(records, labels(records), strict=True)]
+    tasks = {record.settings.get("task.name", "pretrain") for record in records}
+    unit = "token" if "classify" not in tasks else "example" if len(tasks) == 1 else None
+    title = root_of(records).name if len(records) > 1 else records[0].folder.name
+    try:
+        draw_curves(path, title, curves, axis, unit)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"--output {path} cannot be written: {reason}; name another file, as compare.png") from error

@@ -1,0 +1,113 @@
+"""A checkpoint judged by text that is held out, without an optimizer, in any layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from torch import nn
+
+from opt_parallel.checkpoint.room import PRECISIONS, RUN, choose_dtype
+from opt_parallel.checkpoint.sources import Opened, open_checkpoint
+from opt_parallel.config.model import Labels, ProblemType, require
+from opt_parallel.config.run import Precision, Run
+from opt_parallel.config.task import Task
+from opt_parallel.data.prepare import Prepared, prepare_validation
+from opt_parallel.data.tasks import open_validation
+from opt_parallel.parallel.topology import DTYPES, Topology
+from opt_parallel.report.plots import draw_confusion, perplexity_of
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.storage.atomic import write_text
+from opt_parallel.validation import Untrained, Validation, validate
+
+RESULT = "evaluation.json"
+
+
+def judge(run: Run) -> dict[str, Any]:
+    """What is written to `run.dir`/evaluation.json: loss, and perplexity and tokens or a classifier's figures.
+
+    `run.init_from` is judged on `run.data.validation`, in the run's precision. Raises: UserError."""
+    require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
+    opened = open_checkpoint(str(run.init_from), "init_from=", checksums=True)
+    _check(run, opened)
+    data = prepare_validation(run)
+    if data.labels:
+        opened.check_labels(data.labels)
+    samples = open_validation(run, data)
+    assert samples is not None
+    with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
+        run = _in_precision(run, opened, topology)
+        model = _model(run, opened, data.labels, topology)
+        if names := sorted({name for named in topology.exchange(opened.not_finite) for name in named}):
+            raise UserError(
+                f"init_from={run.init_from} has values that are not finite, in {', '.join(names[:5])}"
+                f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}: evaluate an earlier checkpoint",
+                shared=True,
+            )
+        found = validate(Untrained(run, topology, model), samples, data.labels)
+        if not math.isfinite(found.loss):
+            raise UserError(
+                f"init_from={run.init_from} has no finite loss on data.validation={run.data.validation} in "
+                f"precision={run.precision.name.value} ({found.loss}): try precision=fp32, or an earlier checkpoint",
+                shared=True,
+            )
+        result = _told(run, data, found)
+        if topology.is_main:
+            _write(run, result, data.labels, found)
+    return result
+
+
+def _check(run: Run, opened: Opened) -> None:
+    """Before anything is prepared: the checkpoint is of the task's kind, and says what its labels are."""
+    require(
+        run.model.vocab_size == opened.config.vocab_size,
+        f"model.vocab_size={run.model.vocab_size}, but init_from={run.init_from} has {opened.config.vocab_size}: leave "
+        "it out, an embedding grows where it is trained",
+    )
+    if run.task.name is not Task.classify:
+        opened.check_language_model()
+        return
+    if not opened.is_classifier:
+        raise UserError(f"init_from={run.init_from} is a language model, which has no labels: leave task=classify out")
+    opened.check_classifier()
+    names = opened.labels.names
+    require(
+        run.task.labels is not None or run.task.problem_type is ProblemType.regression,
+        f"init_from={run.init_from} has no names for its {len(names)} labels: give them in task.labels, in its order",
+    )
+
+
+def _in_precision(run: Run, opened: Opened, topology: Topology) -> Run:
+    """`run` in a precision by name, the checkpoint's own where it left that open. Raises: UserError, on every rank, if
+    there is no memory for it."""
+    asked = None if run.precision.name is Precision.auto else DTYPES[run.precision.name]
+    width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim  # about what a layer holds of a token
+    dtype = choose_dtype(opened, topology, asked, RUN, run.micro_batch * run.data.sequence_length * width)
+    return dataclasses.replace(run, precision=dataclasses.replace(run.precision, name=PRECISIONS[dtype]))
+
+
+def _model(run: Run, opened: Opened, labels: Labels | None, topology: Topology) -> nn.Module:
+    place = (topology.tensor, topology.device, DTYPES[run.precision.name])
+    return opened.model(*place) if labels is None else opened.classifier(len(labels.names), *place)
+
+
+def _told(run: Run, data: Prepared, found: Validation) -> dict[str, Any]:
+    about = {"checkpoint": run.init_from, "validation": run.data.validation, "precision": run.precision.name.value}
+    if data.labels is None:
+        return {**about, "loss": found.loss, "perplexity": perplexity_of(found.loss), "tokens": found.targets}
+    return {**about, "loss": found.loss, **found.figures, "examples": found.targets}
+
+
+def _write(run: Run, result: dict[str, Any], labels: Labels | None, found: Validation) -> None:
+    """The result, and what a classifier confuses, as numbers and as a picture."""
+    if labels is not None and found.confusion is not None:
+        result = {**result, "labels": labels.names, "confusion": found.confusion.astype(int).tolist()}
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / RESULT, json.dumps(result, indent=1) + "\n")
+        if labels is not None and found.confusion is not None:
+            draw_confusion(run.folder / "confusion.png", str(run.init_from), labels.names, found.confusion)
+    except OSError as error:
+        raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error

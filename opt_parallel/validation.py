@@ -1,0 +1,144 @@
+"""The loss, and a classifier's figures, on text that the run does not train on, and the texts that its model writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from opt_parallel.config.model import Labels, ProblemType
+from opt_parallel.config.run import Run
+from opt_parallel.data.encode.tokenizer import decode_continuation, encode_prompt, load_tokenizer
+from opt_parallel.data.samples.batches import read_together, validation_batches
+from opt_parallel.data.samples.samples import Batch, Samples
+from opt_parallel.engine import Engine
+from opt_parallel.model.decoding import Decoding, check_fits
+from opt_parallel.model.generation import generate, left_padded
+from opt_parallel.model.heads import example_losses
+from opt_parallel.parallel.collectives import all_reduce
+from opt_parallel.parallel.random import number
+from opt_parallel.parallel.topology import Topology
+from opt_parallel.report.scores import figures, tally
+from opt_parallel.runtime.errors import UserError
+
+TEMPERATURE, TOP_P = 0.8, 0.95  # of the samples: varied, but without the words that a model gives next to no chance
+
+
+class Judged(Protocol):
+    """A network to validate: an engine's, or one that is not trained."""
+
+    run: Run
+    topology: Topology
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of the losses of this data rank's batch, without dropout."""
+        ...
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores (B, N) of a classifier, without dropout."""
+        ...
+
+
+@dataclass
+class Untrained:
+    """A network without an optimizer, in evaluation mode."""
+
+    run: Run
+    topology: Topology
+    model: nn.Module
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.topology.device)
+        return self.model(batch.ids, batch.labels, batch.positions, batch.segments)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.topology.device)
+        return self.model(batch.ids, None, batch.positions, batch.segments)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`loss`: the mean over the `targets` of all data ranks, in nats where they are tokens; of a classifier `figures`,
+    see `report.scores`, and where each example has one label the `confusion` matrix, true labels in rows."""
+
+    loss: float
+    targets: int
+    figures: dict[str, float] = field(default_factory=dict)
+    confusion: np.ndarray | None = None
+
+
+def validate(judged: Judged, samples: Samples, labels: Labels | None = None) -> Validation:
+    """Every one of `samples` once, over all data ranks, which take part together. `labels` are a classifier's.
+
+    Raises: Unread, on every rank, if one cannot read a sample."""
+    run, data = judged.run, judged.topology.data
+    total, targets = torch.zeros((), device=judged.topology.device, dtype=torch.float64), 0
+    tallied = np.zeros(1)
+    batches = validation_batches(samples, run.micro_batch, data.rank, data.size, run.model.pad_token_id)
+    while (batch := read_together(partial(next, batches, None), judged.topology)) is not None:
+        targets += batch.targets
+        if labels is None:
+            total += judged.evaluate(batch)
+            continue
+        assert labels.problem_type is not None
+        scores = judged.scores(batch)
+        total += example_losses(scores, batch.labels.to(scores.device), labels.problem_type).sum()
+        counts = batch.counting
+        tallied = tallied + tally(
+            scores[counts].float().cpu().numpy(), batch.labels[counts].numpy(), labels.problem_type
+        )
+    targets = judged.topology.sum(targets, data)
+    loss = float(all_reduce(total, data)) / targets
+    if labels is None or labels.problem_type is None:
+        return Validation(loss, targets)
+    whole = all_reduce(torch.from_numpy(tallied), data).numpy()
+    single = labels.problem_type is ProblemType.single_label_classification
+    return Validation(loss, targets, figures(whole, labels.problem_type), whole if single else None)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The run's `evaluation.prompts` as token ids, and the tokenizer that made them."""
+
+    tokenizer: Tokenizer
+    ids: list[list[int]]
+
+    @classmethod
+    def encode(cls, run: Run, tokenizer_folder: Path) -> Prompts:
+        """Raises: UserError for a prompt that leaves no room for its text."""
+        tokenizer = load_tokenizer(str(tokenizer_folder))
+        ids = [
+            encode_prompt(tokenizer, prompt, run.model, run.data.special_tokens) for prompt in run.evaluation.prompts
+        ]
+        for prompt, encoded in zip(run.evaluation.prompts, ids, strict=True):
+            try:
+                check_fits(run.model, _decoding(run, step=0), len(encoded))
+            except UserError as error:
+                raise UserError(f"evaluation.prompts: {prompt!r}: {error}") from error
+        return cls(tokenizer, ids)
+
+    def texts(self, engine: Engine, step: int) -> list[str]:
+        """What the model makes of each prompt after `step` steps. Every rank takes part, and all get the same texts."""
+        run, topology = engine.run, engine.topology
+        ids, mask = left_padded(self.ids, run.model.pad_token_id, topology.device)
+        engine.wrapped.eval()
+        # under ZeRO-3 a forward gathers weights from all ranks, so all of them must take as many
+        output = generate(engine.wrapped.module, ids, mask, _decoding(run, step), topology.world)
+        starts = [ids.size(1) - len(prompt) for prompt in self.ids]
+        return [
+            decode_continuation(self.tokenizer, row[start:], len(prompt))
+            for row, start, prompt in zip(output.tolist(), starts, self.ids, strict=True)
+        ]
+
+
+def _decoding(run: Run, step: int) -> Decoding:
+    seed = number("samples", run.seed, step)
+    return Decoding(run.evaluation.max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)

@@ -1,0 +1,110 @@
+"""What a configuration refuses, and with which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from opt_parallel.config.compose import run_from, to_dict, to_yaml
+from opt_parallel.config.model import Activation, ModelConfig
+from opt_parallel.config.output import EvaluationConfig, ExportConfig
+from opt_parallel.config.run import (
+    DataConfig,
+    Offload,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    PrecisionConfig,
+    Run,
+    ScheduleConfig,
+    ZeroConfig,
+)
+from opt_parallel.config.task import LoraConfig, Task, TaskConfig
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import UserError
+
+REFUSED: list[tuple[Any, list[str]]] = [
+    (lambda: ModelConfig(hidden_size=100, num_attention_heads=12), ["100", "12", "100 = 12 × 8 + 4"]),
+    (lambda: ModelConfig(dropout=1.0), ["model.dropout=1.0"]),
+    (lambda: ModelConfig(pad_token_id=50272), ["pad_token_id=50272", "50271"]),
+    (lambda: ModelConfig(num_hidden_layers=0), ["num_hidden_layers=0"]),
+    (lambda: Run(parallel=ParallelConfig(tensor=8)), ["num_attention_heads=12", "tensor=8", "12 = 8 × 1 + 4"]),
+    (lambda: Run(parallel=ParallelConfig(tensor=0)), ["parallel.tensor=0"]),
+    (lambda: Run(model=ModelConfig(ffn_dim=3073), parallel=ParallelConfig(tensor=2)), ["ffn_dim=3073", "tensor=2"]),
+    (lambda: Run(data=DataConfig(sequence_length=2049)), ["2049", "2048"]),
+    (lambda: Run(model=ModelConfig(vocab_size=5), parallel=ParallelConfig(tensor=4)), ["vocab_size=5", "tensor=4"]),
+    (lambda: ZeroConfig(stage=0, offload=Offload.cpu), ["zero.offload=cpu", "zero.stage=0"]),
+    (lambda: ZeroConfig(stage=4), ["zero.stage=4"]),
+    (
+        lambda: Run(zero=ZeroConfig(stage=0), precision=PrecisionConfig(Precision.bf16)),
+        ["precision=bf16", "zero.stage=0"],
+    ),
+    (lambda: Run(batch={"global": 0, "micro": 1}), ["batch.global=0"]),
+    (lambda: Run(batch={"global": 8, "micro": 1, "nano": 2}), ["global, micro, nano"]),
+    (lambda: Run(batch={"global": 8}), ["batch has global"]),
+    (lambda: Run(steps=0), ["steps=0"]),
+    (
+        lambda: Run(task=TaskConfig(name=Task.finetune), data=DataConfig(train="text", stream=True)),
+        ["task=finetune needs all of its examples", "set stream to false"],
+    ),
+    (lambda: Run(task=TaskConfig(lora=LoraConfig(rank=8))), ["task.lora.rank=8", "set init_from=…"]),
+    (lambda: ScheduleConfig(warmup_steps=1, warmup_tokens=1), ["warmup_steps=1", "warmup_tokens=1"]),
+    (lambda: Run(steps=10, schedule=ScheduleConfig(warmup_steps=11)), ["11", "steps=10"]),
+    (
+        lambda: Run(evaluation=EvaluationConfig(every=5), data=DataConfig(held_out=0)),
+        ["evaluation.every=5", "data.validation"],
+    ),
+    (lambda: EvaluationConfig(prompts=["Once"]), ["evaluation.prompts=['Once']", "evaluation.every=0"]),
+    (lambda: EvaluationConfig(max_new_tokens=0), ["evaluation.max_new_tokens=0"]),
+    (lambda: OptimizerConfig(betas=[0.9]), ["betas=[0.9]"]),
+    (lambda: OptimizerConfig(lr=0.0), ["lr=0.0"]),
+    (lambda: PrecisionConfig(initial_scale=1e-3), ["initial_scale=0.001", "floor=0.03125"]),
+    (lambda: DataConfig(train=3), ["data.train=3"]),
+    (lambda: ExportConfig(max_shard_size="5 apples"), ["export.max_shard_size=5 apples", "5GB"]),
+    (
+        lambda: Run(batch={"global": 6, "micro": 2}).check_world(2),
+        ["batch.global=6", "micro(2) × data(2) = 4", "4 or 8"],
+    ),
+    (lambda: Run(parallel=ParallelConfig(tensor=3)).check_world(8), ["data(2) × tensor(3) ≠ world size 8"]),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_refused_in_one_line_that_names_the_values(make: Any, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_sealed_once_made() -> None:
+    run = Run()
+    with pytest.raises(AttributeError, match="sealed"):
+        run.steps = 5
+    with pytest.raises(AttributeError, match="sealed"):
+        run.model.dropout = 0.0
+
+
+def test_survives_the_way_to_yaml_and_back() -> None:
+    run = Run(model=ModelConfig(activation_function=Activation.silu), precision=PrecisionConfig(name=Precision.fp16))
+    again = run_from(OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.create(to_yaml(run))))
+    assert again == run
+    assert to_dict(run)["model"]["activation_function"] == "silu"
+
+
+def test_warmup_in_tokens_is_rounded_up_to_whole_steps() -> None:
+    run = Run(schedule=ScheduleConfig(warmup_tokens=8 * 2048 * 3 + 1))
+    assert run.warmup_steps == 4
+
+
+def test_a_warmup_in_tokens_must_end_within_what_is_left() -> None:
+    """Which depends on the batches so far: a run that goes on with a small batch may have it behind it."""
+    run = Run(steps=10, schedule=ScheduleConfig(warmup_tokens=8 * 2048 * 12))
+    with pytest.raises(UserError, match=r"schedule.warmup_tokens=196,608 .* steps=10: .* 16,384 a step; shorten"):
+        run.check_warmup(Clock())
+    run.check_warmup(Clock(4, 48, 8 * 2048 * 6))
+    with pytest.raises(UserError, match="98,303 tokens at step 4"):
+        run.check_warmup(Clock(4, 48, 8 * 2048 * 6 - 1))

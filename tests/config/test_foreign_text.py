@@ -1,0 +1,185 @@
+"""Text that comes out of files, data and folders' names is data: it is never interpolated, and ends up as it stood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from classifying import their_model
+from command import ROOT, SMALL, python
+from composing import dry, run_of
+from omegaconf import OmegaConf
+
+from opt_parallel.config.compose import recorded, run_from, to_dict, to_yaml, verbatim
+from opt_parallel.config.model import Labels
+from opt_parallel.config.run import Run
+from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
+from opt_parallel.huggingface.card import model_card
+from opt_parallel.report.plots import Curve, draw, draw_confusion, draw_curves
+
+CANARY = "canary-0123456789-canary"
+HOSTILE = [
+    "${oc.env:HF_TOKEN}", "${oc.env:HARMLESS}", "B ${x", "${", "}${}", r"\${run.name}", r"\\${run.name}", r"a\b\\",
+    "$${run.name}", "${hydra:runtime.cwd}", "{x: 1}", "[a]", "null", "1e3", "a: b # c", "'\"", "- a\n? b", "größe",
+    "$x$^",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("HARMLESS", CANARY)  # a name that looks like nothing is not interpolated either
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of transformers of three labels, with a tokenizer, in a folder of a hostile name."""
+    folder = tmp_path_factory.mktemp("theirs") / "a ${oc.env:HF_TOKEN} ${x"
+    their_model("single", folder)
+    save_tokenizer(train_tokenizer(["the quick brown fox"] * 10, 300), folder)
+    return folder
+
+
+def name_labels(folder: Path, names: list[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(number): name for number, name in enumerate(names)}
+    config["label2id"] = {name: number for number, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def a_manifest(folder: Path, **changes: dict[str, Any]) -> Path:
+    """A training checkpoint's folder as far as composing reads it: changed sections of its configuration."""
+    manifest = json.loads((ROOT / "tests" / "saved_before" / "checkpoint" / "manifest.json").read_text())
+    for section, values in changes.items():
+        manifest["config"][section] |= values
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def quoted(path: Path) -> str:
+    """A folder's name as a user types one that holds OmegaConf's signs."""
+    return "'{}'".format(str(path).replace("${", "\\${"))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_any_text_comes_through_a_configuration_as_it_is(text: str) -> None:
+    values = to_dict(Run())
+    values["task"]["labels"] = [text, "other"]
+    values["task"]["label_field"] = values["task"]["pair_field"] = text
+    run = run_from(OmegaConf.create(verbatim(values)))
+    assert run.task.labels == [text, "other"]
+    assert (run.task.label_field, run.task.pair_field) == (text, text)
+    assert to_dict(run) == values
+    assert run_from(OmegaConf.create(to_yaml(run))).task.labels == [text, "other"]
+
+
+def test_labels_and_the_folder_of_a_hugging_face_classifier(classifier: Path) -> None:
+    names = ["${oc.env:HF_TOKEN}", "B ${x", "${oc.env:HARMLESS}"]
+    name_labels(classifier, names)
+    run = run_of("task=classify", f"init_from={quoted(classifier)}", "data.sequence_length=16")
+    assert run.task.labels == names
+    assert run.data.tokenizer == str(classifier)
+    assert run.run.name == "from-a ${oc.env:HF_TOKEN} ${x"
+    assert run.run.dir == "runs/from-a ${oc.env:HF_TOKEN} ${x"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_a_manifest_says_of_its_data_and_its_task(tmp_path: Path, text: str) -> None:
+    said = {"label_field": text, "prompt_field": text, "labels": [text, "b"]}
+    folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": text}, task=said)
+    run = run_of(f"init_from={folder}", "data.validation=x", judge=True)
+    assert run.data.text_field == run.task.label_field == run.task.prompt_field == text
+    assert run.task.labels == [text, "b"]
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "dropout", "activation_function", "init_std"])
+def test_a_manifests_numbers_are_not_looked_up_either(tmp_path: Path, key: str) -> None:
+    folder = a_manifest(tmp_path / "checkpoints" / "step-1", model={key: "${oc.env:HARMLESS}"})
+    with pytest.raises(Exception, match=r"oc\.env:HARMLESS") as caught:
+        run_of(f"init_from={folder}")
+    assert CANARY not in str(caught.value)
+
+
+def test_a_card_shows_it(tmp_path: Path) -> None:
+    config = to_dict(Run())
+    config["task"]["labels"] = HOSTILE
+    manifest = {"config": config, "clock": {"step": 1, "samples": 1, "tokens": 1}}
+    card = model_card(Run().model, manifest, [], Labels(tuple(HOSTILE))).decode()
+    shown = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert shown["task"]["labels"] == HOSTILE
+
+
+def test_pictures_show_it(tmp_path: Path) -> None:
+    """matplotlib would read what stands between two dollars as a formula, and fail at many."""
+    texts = ["$\\frac$ of", "$x$^", "a$b$c^\\q"]
+    draw_confusion(tmp_path / "confusion.png", texts[0], texts, np.eye(3))
+    draw(tmp_path / "curve.png", texts[0], [{"kind": "train", "step": 1, "loss": 1.0}], None)
+    draw_curves(
+        tmp_path / "curves.png", texts[1], [Curve(text, ([1], [1.0]), ([], [])) for text in texts], "step", None
+    )
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"])
+@pytest.mark.parametrize(
+    "form", ["${oc.env:%s}", "${oc.env:%s,none}", "a-${oc.decode:${oc.env:%s}}", "${oc.env:${u}%s}"]
+)
+def test_a_secret_of_the_users_own_environment_is_not_interpolated(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, CANARY)
+    values = {**to_dict(Run()), "u": ""}
+    values["run"]["name"] = form % name
+    with pytest.raises(Exception, match=name) as caught:
+        run_from(OmegaConf.create(values))
+    from opt_parallel.config.compose import explain
+
+    assert "looks like a secret" in explain(caught.value)
+    assert CANARY not in explain(caught.value)
+
+
+def test_other_variables_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/data")
+    assert run_of("model=opt-tiny", "run.dir=${oc.env:PLACE}/x", "data.cache=${oc.env:NONE,c}").run.dir == "/data/x"
+    monkeypatch.setenv("PLACE", "https://user:canary@host")
+    with pytest.raises(Exception, match=r"oc\.env:PLACE") as caught:
+        run_of("model=opt-tiny", "run.dir=${oc.env:PLACE}/x")
+    assert "canary" not in str(caught.value)
+
+
+def test_a_planted_secret_reaches_no_file(classifier: Path, tmp_path: Path) -> None:
+    """By labels of a config.json and of data, a folder's name and a manifest's fields: no file, and no terminal."""
+    name_labels(classifier, ["${oc.env:HF_TOKEN}", "B ${x", "${oc.env:HARMLESS}"])
+    names = ["${oc.env:HF_TOKEN}", "B ${x", "${oc.env:HARMLESS}"] * 10
+    text = tmp_path / "${oc.env:HF_TOKEN}.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the fox {n}", "label": name}) + "\n" for n, name in enumerate(names)))
+    arguments = [
+        *SMALL[1:], "task=classify", f"init_from={quoted(classifier)}", f"data.train={quoted(text)}", "steps=2",
+        f"data.validation={quoted(text)}", "evaluation.every=1", f"data.cache={tmp_path}/cache", "export.at_end=true",
+        f"run.dir='{tmp_path}/run \\${{oc.env:HF_TOKEN}} \\${{x'", "logging.wandb=offline", "logging.tensorboard=true",
+    ]  # fmt: skip
+    trained = python("train.py", *arguments)
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "run ${oc.env:HF_TOKEN} ${x"
+    checkpoint = quoted(run / "checkpoints" / "step-2")
+    judged = python("scripts/evaluate.py", f"init_from={checkpoint}", f"data.validation={quoted(text)}",
+                    f"run.dir={tmp_path}/judged", f"data.cache={tmp_path}/cache")  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    systems = (["launch=slurm"], ["launch=kubernetes", "launch.name=a", "launch.image=b", "launch.claim=c"])
+    rendered = [dry(*system, *arguments) for system in systems]
+    assert not [text for text in rendered if CANARY in text]
+    for process in (trained, judged):
+        assert CANARY not in process.stdout + process.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "README.md", "manifest.json", "evaluation.json"} <= {path.name for path in files}
+    assert any("tfevents" in path.name for path in files)
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+    exported = json.loads((run / "export" / "config.json").read_text())
+    assert set(exported["label2id"]) == set(names)
+    assert recorded(run_from(OmegaConf.load(run / "config.yaml")))["task"]["labels"] == names[:3]

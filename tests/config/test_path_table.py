@@ -1,0 +1,298 @@
+"""Every key and every option that names a file or a folder × what may be wrong with it: a table of what is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import ROOT, python, write_text
+from composing import SCRIPTS, dry, load_script, options_of, run_of
+from hugging_face import random_model
+from rights import ordinary_rights
+
+from opt_parallel.checkpoint.folders import choose
+from opt_parallel.checkpoint.sources import open_checkpoint
+from opt_parallel.config.options import name_of, parsed
+from opt_parallel.config.paths import path_keys
+from opt_parallel.config.run import Run
+from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
+from opt_parallel.data.prepare import corpora, prepare_tokenizer
+from opt_parallel.data.store.cache import cached, whole
+from opt_parallel.launching.settings import SECTIONS
+from opt_parallel.preflight import claim_folder
+from opt_parallel.runtime.errors import UserError
+
+SIGNS = "a=b (c) [d] #e ~ ßé,{f};'g' $h%"
+CASES = ["closed folder", "unreadable", "unreadable files", "read-only", "missing", "~", "signs"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One of everything in `good`, and again in a closed folder, at home, under signs, and unreadable."""
+    base = tmp_path_factory.mktemp("tree")
+    good = base / "good"
+    good.mkdir()
+    write_text(good)
+    save_tokenizer(train_tokenizer([(good / "text.jsonl").read_text()], 300), good / "model")
+    shutil.copytree(good / "model", good / "tokenizer")
+    (good / "texts").mkdir()
+    write_text(good / "texts")
+    (good / "out").mkdir()
+    random_model({"vocab_size": 300}).save_pretrained(good / "model")
+    shutil.copytree(ROOT / "tests" / "saved_before" / "checkpoint", good / "run" / "checkpoints" / "step-4")
+    row = {"kind": "train", "step": 1, "samples": 1, "tokens": 1, "loss": 1.0}
+    (good / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (good / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    shutil.copy(ROOT / "launch" / "accelerate" / "cpu-one.yaml", good / "accelerate.yaml")
+    (good / "prompts.txt").write_text("x\n")
+    (good / "answers.jsonl").write_text('{"prompt": "a", "text": "a"}\n')
+    (good / "data").mkdir()
+    for name in ("labels-train", "labels-validation", "pairs-train", "pairs-validation"):
+        rows = [{"text": "a b", "label": label, "prompt": "a", "completion": "a"} for label in "ab" * 20]
+        (good / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (good / "wordnet").mkdir()
+    for name in ("noun", "verb", "adj", "adv"):
+        lines = [f"{n:08} 03 n 01 word{n} 0 000 | gloss {n} of {n * n}\n" for n in range(60)]
+        (good / "wordnet" / f"data.{name}").write_text("".join(lines))
+    for other in ("closed", "home", SIGNS, "unreadable", "unreadable files", "read-only"):
+        shutil.copytree(good, base / other)
+    files = [path for path in (base / "unreadable files").rglob("*") if path.is_file()]
+    for path in [base / "closed", *(base / "unreadable").iterdir(), *files]:
+        path.chmod(0)
+    for path in [base / "read-only", *(base / "read-only").rglob("*")]:
+        path.chmod(0o555)
+    yield base
+    for path in [
+        base / "closed",
+        *(base / "unreadable").iterdir(),
+        base / "read-only",
+        *(base / "read-only").rglob("*"),
+    ]:
+        path.chmod(0o755)
+
+
+@pytest.fixture(autouse=True)
+def _ordinary(monkeypatch: pytest.MonkeyPatch, tree: Path, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("HOME", str(tree / "home"))
+    monkeypatch.chdir(tmp_path)
+    with ordinary_rights():
+        yield
+
+
+def value_in(case: str, tree: Path, item: str | None) -> str:
+    """What the user gives."""
+    name = item or "out"
+    folder = {"closed folder": "closed", "~": "~", "signs": SIGNS}.get(case, case)
+    return f"~/{name}" if case == "~" else str(tree / folder / name)
+
+
+def is_fine(case: str, item: str | None) -> bool:
+    return case in (["~", "signs", "missing", "unreadable files"] if item is None else ["~", "signs", "read-only"])
+
+
+def composed(key: str, value: str, *more: str) -> Run:
+    network = [] if key == "init_from" else ["model=opt-tiny"]
+    return run_of(*network, "precision=fp32", "data.workers=1", f"{key}={value}", *more)
+
+
+def use_text(key: str) -> Callable[[str], Any]:
+    return lambda value: [
+        path for corpus in corpora(composed(key, value)) for path in corpus.files if "text.j" in path.name
+    ]
+
+
+def use_cache(value: str) -> Path:
+    folder = cached(composed("data.cache", value), "kind", [])
+    return whole(folder, lambda partial: (partial / "file").write_text("")).parent
+
+
+def use_tokenizer(value: str) -> Path:
+    run = composed("data.tokenizer", value)
+    prepare_tokenizer(run, [])
+    return Path(str(run.data.tokenizer))
+
+
+def use_folder(value: str) -> Path:
+    run = composed("run.dir", value)
+    choose(run)
+    claim_folder(run)
+    return run.folder
+
+
+def use_start(value: str) -> Path:
+    run = composed("init_from", value, "data.sequence_length=16")
+    open_checkpoint(str(run.init_from), "init_from=").check_language_model()
+    return Path(str(run.init_from))
+
+
+# what lies at a key's value, None: it is made; and what a command does with it, as far as it is looked at
+KEYS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
+    "data.train": ("texts", use_text("data.train")),
+    "data.validation": ("text.jsonl", use_text("data.validation")),
+    "data.tokenizer": ("tokenizer", use_tokenizer),
+    "data.cache": (None, use_cache),
+    "run.dir": (None, use_folder),
+    "init_from": ("model", use_start),
+    "resume": ("run/checkpoints/step-4", lambda value: choose(composed("resume", value))),
+}
+# of launch/submit.py, with what lies there and the words that its system needs
+LAUNCH_KEYS = {
+    "launch.hostfile": ("hosts", "launch=deepspeed launch.nodes=2"),
+    "launch.config": ("accelerate.yaml", "launch=accelerate"),
+    "launch.venv": (None, "launch=slurm"),
+}
+# what lies at an option's value, None: it is made; and the other words of a command that comes to use it
+OPTIONS: dict[tuple[str, str | None, str], tuple[str | None, str]] = {
+    ("benchmark", "train", "--output"): (None, "train model=opt-tiny batch.micro=1 precision=fp32"),
+    ("benchmark", "checkpoint", "--output"): (None, "checkpoint model=opt-tiny precision=fp32"),
+    ("benchmark", "prepare", "--output"): (None, "prepare --megabytes 1"),
+    ("checkpoint", "list", "run"): ("run", "list"),
+    ("checkpoint", "show", "folder"): ("run/checkpoints/step-4", "show"),
+    ("checkpoint", "verify", "folder"): ("run/checkpoints/step-4", "verify"),
+    ("checkpoint", "diff", "a"): ("run/checkpoints/step-4", "diff VALUE good/run/checkpoints/step-4"),
+    ("checkpoint", "diff", "b"): ("run/checkpoints/step-4", "diff good/run/checkpoints/step-4"),
+    ("compare", None, "RUN"): ("run", ""),
+    ("compare", None, "--output"): (None, "good/run"),
+    ("demo_text", None, "--output"): (None, "--source good/texts"),
+    ("demo_text", None, "--source"): ("texts", "--output new"),
+    ("export", None, "--checkpoint"): ("model", "--output new"),
+    ("export", None, "--output"): (None, "--checkpoint good/model"),
+    ("generate", None, "--checkpoint"): ("model", "--prompt x"),
+    ("generate", None, "--prompts-file"): ("prompts.txt", "--checkpoint good/model"),
+    ("generate", None, "--output"): (None, "--checkpoint good/model --prompt x --max-new-tokens 1"),
+    ("train_tokenizer", None, "--input"): ("texts", "--vocab-size 300 --output new"),
+    ("train_tokenizer", None, "--output"): (None, "--vocab-size 300 --input good/text.jsonl"),
+    ("verify", None, "--checkpoint"): ("model", ""),
+    ("verify", None, "--against"): ("model", "--checkpoint good/model"),
+    ("wordnet_baselines", None, "--data"): ("data", ""),
+    ("wordnet_baselines", None, "--answers"): ("answers.jsonl", "--data good/data"),
+    ("wordnet_text", None, "--output"): (None, "--source good/wordnet"),
+    ("wordnet_text", None, "--source"): ("wordnet", "--output new"),
+}
+TEXTS_OF_SCRIPTS = {  # options whose text names no file
+    "--contenders", "--dtype", "--max-shard-size", "--name", "--over", "--precision", "--prompt", "--text-field",
+    "key=value",
+}  # fmt: skip
+
+
+def test_no_key_is_forgotten() -> None:
+    assert set(KEYS) == set(path_keys(Run))
+    assert set(LAUNCH_KEYS) == {key for section in SECTIONS.values() for key in path_keys(section, "launch.")}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key(tree: Path, tmp_path: Path, key: str, case: str) -> None:
+    item, use = KEYS[key]
+    value = value_in(case, tree, item)
+    if is_fine(case, item):
+        expected = Path(value.replace("~", str(tree / "home")) if case == "~" else value)
+        taken = use(value)
+        print(f"{key} | {case} | taken")
+        assert expected.exists()
+        paths = [taken] if isinstance(taken, Path) else taken
+        assert all(path == expected or expected in path.parents for path in paths)
+        return
+    with pytest.raises(UserError) as caught:
+        use(value)
+    check_line(str(caught.value), tree, key, case, value)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("key", LAUNCH_KEYS)
+def test_a_key_of_launching(tree: Path, key: str, case: str) -> None:
+    item, words = LAUNCH_KEYS[key]
+    value = value_in(case, tree, item)
+    arguments = [*words.split(), f"{key}={value}", "model=opt-tiny"]
+    if is_fine(case, item) or item is None:  # an environment may be there on the nodes alone
+        expected = value.replace("~", str(tree / "home")) if case == "~" else value
+        assert expected in "".join(shlex.split(dry(*arguments), comments=True))
+        print(f"{key} | {case} | taken")
+        return
+    with pytest.raises(UserError) as caught:
+        dry(*arguments)
+    check_line(str(caught.value), tree, key, case, value)
+
+
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_hydras_own_folders(tree: Path, key: str) -> None:
+    """Which it makes before a run begins."""
+    several = ["-m", "seed=1"] if key == "hydra.sweep.dir" else []
+    wrong = {f"{tree}/closed/out": "Permission denied", "~/out": f"{key}={tree}/home", "s3://bucket/out": "is a URL"}
+    for value, words in wrong.items():
+        done = python("tests/support/rights.py", "train.py", *several, "model=opt-tiny", f"{key}={value}")
+        print(f"{key} | {value.replace(str(tree), '…')} | {done.stderr.strip().replace(str(tree), '…')}")
+        assert done.returncode == 2
+        assert f"{key}={value}" in done.stderr
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (ROOT / "s3:").exists()
+    assert not (ROOT / "~").exists()
+
+
+def check_line(line: str, tree: Path, key: str, case: str, value: str) -> None:
+    print(f"{key} | {case} | {line.replace(str(tree), '…')}")
+    assert value in line
+    assert key in line or not key.startswith("--")
+    assert "\n" not in line
+
+
+def test_every_script_reads_its_options_through_the_one_door() -> None:
+    """Which argparse's own `parse_args` would pass by."""
+    for path in (ROOT / "scripts").glob("*.py"):
+        source = path.read_text()
+        assert "parse_args" not in source
+        assert ("argparse.ArgumentParser(" in source) == (path.stem in SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_option_is_forgotten(script: str) -> None:
+    numbers = {"_positive", "int", "float"}
+    for verb, action in options_of(script):
+        name = name_of(action)
+        if (
+            name in TEXTS_OF_SCRIPTS
+            or action.choices
+            or action.nargs == 0
+            or getattr(action.type, "__name__", "") in numbers
+        ):
+            continue
+        assert (script, verb, name) in OPTIONS, f"is {name} of scripts/{script}.py a path?"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: "-".join(filter(None, option)))
+def test_an_option(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, option: tuple[str, str | None, str], case: str
+) -> None:
+    (script, _, name), (item, others) = option, OPTIONS[option]
+    value, module = value_in(case, tree, item), load_script(script)
+    words = [str(tree / word) if word.startswith("good/") else word for word in others.split()]
+    given = [value] if not name.startswith("-") else [f"{name}={value}"]
+    words = [value if word == "VALUE" else word for word in words] if "VALUE" in words else [*words, *given]
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    if is_fine(case, item):
+        monkeypatch.setattr(module, "parsed", lambda parser: pytest.exit(str(vars(parsed(parser)))))
+        by_name = OPTIONS[option][0] in ("model", "texts") and name != "--source"  # hub ids, too: `reach` comes later
+        expected = value.replace("~", str(tree / "home")) if case == "~" and not by_name else value.removeprefix("~")
+        with pytest.raises(pytest.exit.Exception, match=re.escape(expected)):
+            module.main()
+        print(f"{script} {name} | {case} | taken")
+        return
+    try:
+        status = module.main()
+    except UserError as error:
+        said = str(error)
+    except PermissionError as error:  # one line by `reporting`
+        said = error.filename
+    else:  # scripts/checkpoint.py verify: damage is its answer
+        assert status == 1
+        said = capsys.readouterr().out.strip()
+    check_line(said, tree, name, case, value)

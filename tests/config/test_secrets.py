@@ -1,0 +1,195 @@
+"""Secrets come from the environment alone, and end up nowhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import python, small
+from composing import SCRIPTS, options_of, parser_of
+from omegaconf import OmegaConf
+
+from opt_parallel.config.compose import TEXTS, run_from, to_dict, verbatim
+from opt_parallel.config.options import name_of, parsed
+from opt_parallel.config.overrides import checked
+from opt_parallel.config.paths import text_keys, typed_fields
+from opt_parallel.config.run import Run
+from opt_parallel.config.secrets import looks_secret, masked, secrets_in
+from opt_parallel.launching.settings import SECTIONS
+from opt_parallel.launching.submit import LAUNCH_TEXTS
+from opt_parallel.runtime.errors import UserError
+
+CANARY = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00"  # as wandb's keys look
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        f"+wandb_api_key={CANARY}",
+        f"+logging.wandb.apikey={CANARY}",
+        f"++run.password={CANARY}",
+        f"--hf_token={CANARY}",
+        f"data.train=[{{path: text.jsonl, hf_token: {CANARY}}}]",
+        f"+hydra.job.env_set.HF_TOKEN={CANARY}",
+    ],
+)
+def test_a_key_that_looks_like_a_secret_is_refused(argument: str) -> None:
+    with pytest.raises(UserError, match="looks like a secret") as caught:
+        checked(["model=opt-tiny", argument], TEXTS)
+    assert "set it in the environment" in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+def test_before_anything_is_written(tmp_path: Path) -> None:
+    argument = f"data.train=[{{path: text.jsonl, hf_token: {CANARY}}}]"
+    process = python("train.py", "-m", *small(tmp_path), argument, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'run'}")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: data.train.hf_token looks like a secret")
+    assert process.stderr.count("\n") == 1
+    assert CANARY not in process.stderr + process.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_that_speaks_of_passwords_is_text() -> None:
+    argument = 'evaluation.prompts=["The password: a token=1", "{secret: 2}", "https://host:80/a@b"]'
+    assert checked([argument], TEXTS) == [argument]
+
+
+def test_in_a_file_of_the_users_too() -> None:
+    """Where Hydra never shows us a command line: an experiment's YAML."""
+    config: Any = OmegaConf.create({**to_dict(Run()), "data": {"train": [{"path": "x", "api_key": CANARY}]}})
+    with pytest.raises(UserError, match=r"data\.train\.api_key looks like a secret") as caught:
+        run_from(config)
+    assert CANARY not in str(caught.value)
+
+
+def test_no_key_of_ours_looks_like_one() -> None:
+    def keys(values: dict[str, Any]) -> list[str]:
+        return [k for key, value in values.items() for k in [key, *(keys(value) if isinstance(value, dict) else [])]]
+
+    ours = keys(to_dict(Run()))
+    assert {"eos_token_id", "max_new_tokens", "warmup_tokens", "tokenizer"} <= set(ours)
+    assert not [key for key in ours if looks_secret(key)]
+    assert all(
+        looks_secret(key)
+        for key in ("token", "HF_TOKEN", "db_password", "passwd", "apikey", "client_secret", "SSH_KEY")
+    )
+
+
+def test_what_the_environment_holds_is_written_nowhere(tmp_path: Path) -> None:
+    secrets = {"WANDB_API_KEY": CANARY, "HF_TOKEN": "hf_canaryCanaryCanary", "DB_PASSWORD": "a canary's password"}
+    arguments = [*small(tmp_path), "steps=2", "logging.wandb=offline", "logging.tensorboard=true"]
+    process = python("train.py", "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'run'}", "seed=1", **secrets)
+    assert process.returncode == 0, process.stderr
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"config.yaml", "multirun.yaml", "metrics.jsonl", "rank-00000.log", "manifest.json"} <= names
+    assert any(path.suffix == ".wandb" for path in files)
+    assert any("tfevents" in path.name for path in files)
+    for path in files:
+        content = path.read_bytes()
+        for name, secret in secrets.items():
+            assert secret.encode() not in content, f"{path} holds {name}"
+    for secret in secrets.values():
+        assert secret not in process.stdout + process.stderr
+
+
+# what a user may type, each with CANARY or another word for the secret in it
+SECRETS = [
+    f"https://example.com/x.jsonl?sig={CANARY}", f"https://user:{CANARY}@example.com/x", f"s3://key:{CANARY}@bucket/x",
+    f"https://b.s3.amazonaws.com/x?a=1&X-Amz-Signature={CANARY}&b=2", f"https://example.com/x?token={CANARY}#y",
+    f"https://example.com/?access_token={CANARY}", f"https://{CANARY}@github.com/x", f"https://h/x?Signature={CANARY}",
+    f"postgres://user:{CANARY}/x@host/base", f"AccountName=a;AccountKey={CANARY}==", f"token={CANARY}",
+    f"user:{CANARY}@host:29500", f"Authorization: Bearer {CANARY}", "hf_canaryCanaryCanaryCanaryCanaryCanary",
+    f"https://storage.googleapis.com/x?X-Goog-Credential={CANARY}", "ghp_canaryCanaryCanaryCanaryCanaryCanary",
+    f"x https://a.blob.core.windows.net/c?sv=1&sig={CANARY}%3D y", "AKIACANARYCANARYCANA", f"$SECRET_OF_TEST-{CANARY}",
+]  # fmt: skip
+HARMLESS = [
+    "/data/a:b/c", "lang=en/t.jsonl", "key=abcdefgh/x", "The password: a token=1", "https://host:80/a@b", "a@b.de",
+    "registry.example:5000/opt@sha256:abcdef", "/data/hf_models_that_were_converted", "sk-wikipedia-20230101-abcdef",
+    "https://example.com/x?max_tokens=5", "{title}: {body}", "0123456789abcdef0123456789abcdef01234567", "host:29500",
+    "optimizer.lr=0.003,model.dropout=0", "Bearer of good news", "a-key-to-the-whole-matter", "ssh://git@github.com/x",
+]  # fmt: skip
+KEYS = [key for key, _, _ in typed_fields(Run)] + ["hydra.sweep.dir", "+anything", "hydra.job.name", "experiment"]
+LAUNCH_KEYS = sorted({key for section in SECTIONS.values() for key, _, _ in typed_fields(section, "launch.")})
+
+
+def refused(work: Callable[[], Any], where: str) -> None:
+    """One line that says where, and not what."""
+    with pytest.raises(UserError) as caught:
+        work()
+    line = str(caught.value)
+    assert line.startswith(where), line
+    assert "looks like a secret" in line
+    assert "canary" not in line.lower()
+    assert CANARY not in line
+    assert "\n" not in line
+
+
+@pytest.fixture
+def _variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_TEST", CANARY)  # whose value a shell puts into what is typed
+
+
+@pytest.mark.parametrize("value", HARMLESS)
+def test_a_value_that_holds_none(value: str) -> None:
+    assert not list(secrets_in(value))
+    assert masked(value) == value
+
+
+@pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("value", SECRETS)
+def test_a_value_that_holds_one(value: str) -> None:
+    assert CANARY not in masked(value)
+    assert "canary" not in masked(value).lower()
+    refused(lambda: checked([value], TEXTS), "")
+    for key in KEYS + LAUNCH_KEYS:
+        for form in (value, f"'{value}'", f"[a,'{value}']", f"[{{path: '{value}'}}]", f"a,'{value}'"):
+            refused(lambda key=key, form=form: checked([f"{key}={form}"], {*TEXTS, *LAUNCH_TEXTS}), key.lstrip("+"))
+
+
+@pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("key", text_keys(Run))
+def test_in_a_file_of_the_users(key: str) -> None:
+    for value in SECRETS:
+        values = to_dict(Run())
+        *outer, name = key.split(".")
+        (values[outer[0]] if outer else values)[name] = value
+        refused(lambda values=values: run_from(OmegaConf.create(verbatim(values))), key)
+    print(f"{key} | {len(SECRETS)} of {len(SECRETS)} refused, none repeated")
+
+
+@pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_in_every_option_of(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = parser_of(script)
+    for verb, action in options_of(script):
+        name = name_of(action)
+        for value in SECRETS:
+            ways = [[name, value], [f"{name}={value}"]] if name.startswith("-") else [[value]]
+            for way in ways:
+                monkeypatch.setattr(sys, "argv", [script, *([verb] if verb else []), *way])
+                refused(lambda: parsed(parser), name if name.startswith("-") else "the command line")
+        print(f"{script} {verb or ''} {name} | {len(SECRETS)} of {len(SECRETS)} refused, none repeated")
+    for word in ("--hf-token", f"--wandb_api_key={CANARY}"):
+        monkeypatch.setattr(sys, "argv", [script, word, CANARY])
+        refused(lambda: parsed(parser), word.partition("=")[0])
+
+
+def test_a_file_of_the_users_is_checked_before_hydra_writes(tmp_path: Path) -> None:
+    """A multirun's configuration goes to multirun.yaml before any run begins."""
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    for text in (f"data:\n  train: https://u:{CANARY}@h/x", f"hydra:\n  job:\n    env_set:\n      HF_TOKEN: {CANARY}",
+                 f"steps: https://h/x?sig={CANARY}"):  # fmt: skip
+        (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+        done = python(
+            "train.py", "-m", "--config-dir", str(tmp_path / "configs"), "experiment=mine", "seed=1",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}", f"run.dir={tmp_path / 'run'}",
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert CANARY not in done.stdout + done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["configs"]

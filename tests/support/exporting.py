@@ -1,0 +1,79 @@
+"""Checkpoints as training leaves them, and exports with a fault put in."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from layouts import Layout, micro_batches, run_for
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+LAYOUT = Layout(tensor=2, data=2, stage=3)  # everything that a checkpoint can be put together from
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pre-norm": {},
+    "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "post-norm": {"do_layer_norm_before": False},
+    "projected": {"word_embed_proj_dim": 32},
+    "no-final-norm": {"remove_final_layer_norm": True},
+    "gelu": {"activation_function": "gelu"},
+    "bare": {"enable_bias": False, "layer_norm_elementwise_affine": False},
+}
+
+
+def checkpoint(crew: Any, folder: Path, variant: str) -> Path:
+    """Two steps of training in `LAYOUT`, saved under `folder`."""
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    crew(LAYOUT.world)(_save, str(folder), variant)
+    return folder / "run" / "checkpoints" / "step-2"
+
+
+def _save(folder: str, variant: str) -> None:
+    """On the crew."""
+    from opt_parallel.checkpoint.store import Store
+    from opt_parallel.config.model import Activation
+    from opt_parallel.config.run import RunConfig
+    from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.parallel.topology import Topology
+    from opt_parallel.runtime.clock import Clock
+
+    model = dict(VARIANTS[variant])
+    if "activation_function" in model:
+        model["activation_function"] = Activation(model["activation_function"])
+    # a large step, so that biases and LayerNorms leave 0 and 1
+    run = dataclasses.replace(
+        run_for(LAYOUT, model, steps=2, lr=0.05), run=RunConfig(variant, str(Path(folder) / "run"))
+    )
+    tokenizer = Path(folder) / "tokenizer"
+    with Topology.open(run.parallel.tensor) as topology:
+        engine, clock = Engine.build(run, topology, random_source(run.seed)), Clock()
+        for step in range(run.steps):
+            batches = micro_batches(run, step, topology.data.rank, topology.data.size)
+            result = engine.step(batches, clock)
+            clock = clock.after(run.global_batch, result.tokens)
+        if topology.is_main:
+            texts = [f"Sentence {number} of a made-up text." for number in range(50)]
+            save_tokenizer(train_tokenizer(texts, run.model.vocab_size), tokenizer)
+        store = Store(run, topology, tokenizer)
+        store.save(engine, clock)
+        store.finish()
+        engine.close()
+
+
+def tampered(export: Path, copy: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a single-file export with its tensors changed."""
+    shutil.copytree(export, copy)
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def random_ids(vocab_size: int) -> Tensor:
+    return torch.randint(0, vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))

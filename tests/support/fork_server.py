@@ -1,0 +1,159 @@
+"""A process that has torch, DeepSpeed and Hydra imported and forks for each command that a test starts.
+
+A cold start of train.py spends two thirds of its time on imports. A forked command runs the same file with the same
+arguments, environment, folder and streams, and ends as an interpreter of its own does.
+
+Protocol: one connection to a Unix socket a command. The client sends a JSON request together with the descriptors of
+stdout and stderr; the server answers with the process's id, and at its end with the exit status and its CPU seconds. A
+client that hangs up has its command killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import multiprocessing.process
+import os
+import runpy
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+REQUEST_BYTES = 1 << 20
+PRELOADED = (
+    "torch", "torch._inductor.compile_fx", "deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure",
+    "opt_parallel.config.compose", "opt_parallel.loop", "opt_parallel.tools.verify", "opt_parallel.tools.evaluate",
+)  # fmt: skip
+
+
+class ForkServer:
+    """The client's side: starts the server at once, and ends it with this process."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.path = str(Path(tempfile.mkdtemp()) / "commands")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.path)
+        listener.listen()
+        with listener:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno())], env=environment, pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        atexit.register(self.process.kill)
+
+    def start(self, arguments: list[str], folder: Path, environment: dict[str, str], out: int, err: int) -> Forked:
+        """Run a Python file; `out` and `err` are the descriptors that it writes to."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.path)
+        request = {"arguments": arguments, "folder": str(folder), "environment": environment}
+        socket.send_fds(connection, [json.dumps(request).encode()], [out, err])
+        return Forked(connection)
+
+
+class Forked:
+    """A command that runs in a fork of the server. `status`: as subprocess gives it, once it has ended.
+
+    `all_seconds`: CPU seconds of all commands that have ended."""
+
+    all_seconds = 0.0
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.answers = connection.makefile("rb")
+        self.connection, self.status = connection, 0
+        self.pid = int(self.answers.readline())
+
+    def ended_within(self, seconds: float) -> bool:
+        if not select.select([self.connection], [], [], seconds)[0]:
+            return False
+        status, used = self.answers.readline().split()
+        self.status = int(status)
+        Forked.all_seconds += float(used)
+        return True
+
+    def kill(self) -> None:
+        self.answers.close()
+        self.connection.close()
+
+
+def serve(listener: socket.socket) -> dict[str, Any]:
+    """Fork for each request until the client's process ends. Returns in the forks, with their request."""
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    running: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> pid, connection
+    parent = os.getppid()
+    while os.getppid() == parent:
+        for key, _ in selector.select(1.0):
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                message, descriptors, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 2)
+                pid = os.fork()
+                if pid == 0:
+                    selector.close()
+                    return {**json.loads(message), "descriptors": descriptors}
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                connection.sendall(f"{pid}\n".encode())
+                waiting = os.pidfd_open(pid)
+                running[waiting] = pid, connection
+                selector.register(waiting, selectors.EVENT_READ)
+                selector.register(connection, selectors.EVENT_READ, waiting)
+            elif key.data is None:  # a command ended
+                assert isinstance(key.fileobj, int)
+                pid, connection = running.pop(key.fileobj)
+                selector.unregister(key.fileobj)
+                os.close(key.fileobj)
+                _, status, usage = os.wait4(pid, 0)
+                if connection.fileno() in selector.get_map():
+                    selector.unregister(connection)
+                    connection.sendall(
+                        f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode()
+                    )
+                    connection.close()
+            else:  # the client hung up
+                selector.unregister(key.fileobj)
+                os.killpg(running[key.data][0], signal.SIGKILL)
+    sys.exit()
+
+
+def become(request: dict[str, Any]) -> None:
+    """Be the command that was asked for, with its own session, streams, folder and environment."""
+    os.setsid()
+    for descriptor, target in zip(request["descriptors"], (1, 2), strict=True):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    # Spawned processes look for the command's relative path in the folder that multiprocessing saw at its import.
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
+    sys.argv = request["arguments"]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def preload() -> None:
+    """Import what commands import. No thread may be alive afterwards: a fork would lose it."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from opt_parallel.runtime.log import quiet_libraries
+
+    quiet_libraries()
+    for module in PRELOADED:
+        import_module(module)
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1, f"{threads} threads are alive after the imports"
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    preload()
+    become(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -1,0 +1,206 @@
+"""Kills a run while it saves, again and again: each start must find a whole checkpoint and go on as if never killed.
+
+    PYTHONPATH=.:tests/support python tests/support/kill_saves.py --kills 30 --seed 0
+
+A run of two processes saves after every step. Each of its starts is ended with SIGKILL, to one rank or to all and the
+launcher, at a random moment after a checkpoint's temporary folder appears. `--every 2` leaves the loop time between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from command import ROOT, environment, small, train_rows
+
+from opt_parallel.checkpoint.damage import damage_in
+from opt_parallel.checkpoint.folders import steps_in
+
+PATIENCE = 240.0  # seconds for one start
+# 116 MB a checkpoint: its saving takes as long as a few steps, and most moments of the run are moments of a save
+LARGE = [
+    "model.hidden_size=512", "model.ffn_dim=2048", "model.num_hidden_layers=3", "model.vocab_size=301",
+    "model.layerdrop=0.2", "zero.stage=1",
+]  # fmt: skip
+STALE = "stale"  # put into what a kill left behind, to know it from a new save; no checkpoint may ever hold it
+LAYOUTS = {"t2": ["parallel.tensor=2"], "d2": ["parallel.tensor=1"]}
+
+
+@dataclass
+class Tally:
+    """What the kills found: to whom, and what of the save was there at that moment."""
+
+    whom: Counter[str] = field(default_factory=Counter)
+    moments: Counter[str] = field(default_factory=Counter)
+    begun_at: list[int] = field(default_factory=list)  # the steps that the starts began at
+
+
+class Start:
+    """One start of the run: a launcher and two ranks."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [*launcher, "train.py", *arguments], cwd=ROOT, env=environment(), stdout=self.output, stderr=self.output
+        )
+        self.since = time.monotonic()
+
+    @property
+    def running(self) -> bool:
+        assert time.monotonic() - self.since < PATIENCE, f"the run hangs:\n{self.text()}"
+        return self.process.poll() is None
+
+    def ranks(self) -> list[int]:
+        """The ranks' processes, which are in sessions of their own and outlive their launcher."""
+        try:
+            return list(
+                map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())
+            )
+        except FileNotFoundError:
+            return []
+
+    def kill(self, victim: int | None) -> None:
+        """SIGKILL to one rank, whereupon the launcher must end the other, or to all and the launcher."""
+        if victim is not None:
+            os.kill(self.ranks()[victim], signal.SIGKILL)
+            while self.running:
+                time.sleep(0.02)
+        self.end()
+
+    def end(self) -> None:
+        """Leave nothing of it alive."""
+        for process in self.ranks():
+            os.kill(process, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+    def text(self) -> str:
+        """All that it printed."""
+        self.output.seek(0)
+        return self.output.read()
+
+
+def partials(checkpoints: Path) -> list[Path]:
+    return [folder for folder in checkpoints.glob("*.partial*") if not (folder / STALE).exists()]
+
+
+def moment_of(checkpoints: Path) -> str:
+    """What a kill left of the save that it struck."""
+    for folder in partials(checkpoints):
+        names = {path.name for path in folder.iterdir()}
+        if "manifest.json" in names:
+            return "the manifest written"
+        if any(name.endswith(".json") for name in names) or "tokenizer" in names:
+            return "a rank done"
+        return "ranks writing" if names else "an empty folder"
+    return "no save on its way"
+
+
+def strike(start: Start, checkpoints: Path, draw: random.Random, tally: Tally) -> None:
+    """Wait for one of its saves, and kill within it. The run must not end before."""
+    for folder in partials(checkpoints):
+        (folder / STALE).touch()
+    awaited, seen = draw.randrange(1, 4), set[Path]()
+    victim, share = draw.choice((0, 1, None, None)), draw.uniform(0.0, 1.3)  # beyond 1: after the save
+    began, taken = time.monotonic(), 0.3
+    while len(seen) < awaited:
+        assert start.running, f"ended before it was killed:\n{start.text()}"
+        for folder in set(partials(checkpoints)) - seen:
+            taken = time.monotonic() - began if seen else taken  # from one save's begin to the next's
+            began = time.monotonic()
+            seen.add(folder)
+        time.sleep(0.001)
+    time.sleep(share * taken)
+    start.kill(victim)
+    tally.whom["all" if victim is None else "one rank"] += 1
+    tally.moments[moment_of(checkpoints)] += 1
+
+
+def whole_steps(checkpoints: Path) -> list[int]:
+    """The steps that have a checkpoint, each of which must be whole to the last bit."""
+    for step in steps_in(checkpoints):
+        damage = damage_in(checkpoints / f"step-{step}")
+        assert not damage, f"step-{step}: {damage}"
+        assert not (checkpoints / f"step-{step}" / STALE).exists()
+    return steps_in(checkpoints)
+
+
+def begun_at(text: str) -> int:
+    """The step that a start says it began at."""
+    for line in text.splitlines():
+        if line.startswith("continuing at step "):
+            return int(line.split()[3].rstrip(":"))
+    assert "starting: " in text, text
+    return 0
+
+
+def kill_saves(folder: Path, kills: int, seed: int, layout: str = "t2", every: int = 1) -> Tally:
+    """Kill a run `kills` times, let it end, and hold its losses to a run's that was never killed.
+
+    Raises: AssertionError."""
+    draw, tally = random.Random(seed), Tally()
+    steps = (4 * kills + 2) * every  # three saves at most before each kill
+    common = [*small(folder), *LARGE, *LAYOUTS[layout], f"steps={steps}", f"checkpoint.every={every}"]
+    finish([*common, f"run.dir={folder / 'straight'}", "checkpoint.every=0"])
+    checkpoints = folder / "run" / "checkpoints"
+    kept: list[int] = []
+    for number in range(kills):
+        start = Start(common)
+        try:
+            strike(start, checkpoints, draw, tally)
+        finally:
+            start.end()
+        check_start(start.text(), kept, tally)
+        before, kept = kept, whole_steps(checkpoints)
+        assert not before or kept[-1:] >= before[-1:], f"the checkpoint of step {before[-1]} is lost"
+        print(f"kill {number + 1}: {moment_of(checkpoints)}, whole: {kept}", flush=True)
+    check_start(finish(common), kept, tally)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{steps - every}", f"step-{steps}"]
+    struck, straight = (
+        [(row["step"], row["samples"], row["loss"]) for row in train_rows(folder / name)]
+        for name in ("run", "straight")
+    )
+    assert struck == straight  # to the last bit: the layout is the same
+    return tally
+
+
+def finish(arguments: list[str]) -> str:
+    """A start that ends by itself; what it printed."""
+    start = Start(arguments)
+    try:
+        while start.running:
+            time.sleep(0.05)
+        assert start.process.returncode == 0, start.text()
+    finally:
+        start.end()
+    return start.text()
+
+
+def check_start(text: str, kept: list[int], tally: Tally) -> None:
+    """A start must begin at the newest checkpoint that the kill before it left, and find nothing damaged."""
+    step = begun_at(text)
+    assert step == (kept[-1] if kept else 0), text
+    assert "damaged" not in text, text
+    tally.begun_at.append(step)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Kill a run while it saves; see the file's first lines.")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layout", choices=LAYOUTS, default="t2")
+    parser.add_argument("--every", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = kill_saves(Path(scratch), options.kills, options.seed, options.layout, options.every)
+    print(f"killed {dict(result.whom)}; found {dict(result.moments)}; starts began at {result.begun_at}")

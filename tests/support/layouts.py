@@ -1,0 +1,189 @@
+"""The same small run on one plain process and under the engine in any layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt_parallel.config.model import ModelConfig
+from opt_parallel.config.run import (
+    ActivationCheckpointing,
+    Offload,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    PrecisionConfig,
+    Run,
+    ScheduleConfig,
+    ZeroConfig,
+)
+from opt_parallel.data.samples.samples import Batch
+from opt_parallel.runtime.clock import Clock
+
+TINY = {
+    "vocab_size": 515,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 256,
+    "max_position_embeddings": 64,
+    "init_std": 0.08,
+    "attention_dropout": 0.0,
+}  # 515 divides by neither 2 nor 4: the padded vocabulary is always in play
+STYLE_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a run is spread: tensor and data degrees, ZeRO stage, micro-batch, recomputation, offload."""
+
+    tensor: int = 1
+    data: int = 1
+    stage: int = 0
+    micro: int = 1
+    recompute: bool = False
+    offload: bool = False
+    precision: str = "fp32"
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.data
+
+    def __str__(self) -> str:
+        extras = f"{'-recompute' * self.recompute}{'-offload' * self.offload}"
+        plain = f"t{self.tensor}d{self.data}z{self.stage}m{self.micro}{extras}"
+        return plain if self.precision == "fp32" else f"{plain}-{self.precision}"
+
+
+def pairwise(layouts: list[Layout]) -> list[Layout]:
+    """Some of `layouts`, in which each pair of settings appears that appears in any of them."""
+    wanted = set().union(*map(_pairs, layouts))
+    chosen: list[Layout] = []
+    while missing := wanted.difference(*map(_pairs, chosen)):
+        chosen.append(max(layouts, key=lambda layout: len(_pairs(layout) & missing) / layout.world**0.4))
+    for layout in sorted(chosen, key=lambda layout: layout.world, reverse=True):
+        others = [other for other in chosen if other != layout]
+        if wanted == set().union(*map(_pairs, others)):
+            chosen = others
+    return chosen
+
+
+def _pairs(layout: Layout) -> set[Any]:
+    return set(itertools.combinations(dataclasses.asdict(layout).items(), 2))
+
+
+def run_for(layout: Layout, model: dict[str, Any] | None = None, steps: int = 5, lr: float = 1e-3) -> Run:
+    return Run(
+        model=ModelConfig(**{**TINY, "layerdrop": 0.2, **(model or {})}),
+        parallel=ParallelConfig(tensor=layout.tensor),
+        zero=ZeroConfig(
+            stage=layout.stage,
+            offload=Offload.cpu if layout.offload else Offload.none,
+            persistence_threshold=0,
+            prefetch_bucket_size=10_000,
+            reduce_bucket_size=50_000,
+        ),
+        precision=PrecisionConfig(name=Precision(layout.precision), initial_scale=16.0),
+        optimizer=OptimizerConfig(lr=lr, clip=0.5, eps=1e-6),
+        schedule=ScheduleConfig(warmup_steps=2),
+        data=dataclasses.replace(Run().data, sequence_length=16),
+        batch={"global": 8, "micro": layout.micro},
+        activation_checkpointing=ActivationCheckpointing("full" if layout.recompute else "none"),
+        steps=steps,
+    )
+
+
+def batch_of(run: Run, samples: range) -> Batch:
+    """Made-up samples, each a pure function of its ordinal, with uneven numbers of labels that do not count."""
+    length = run.data.sequence_length
+    rows, labels = [], []
+    for sample in samples:
+        generator = torch.Generator().manual_seed(sample)
+        row = torch.randint(4, run.model.vocab_size, (length + 1,), generator=generator)
+        targets = row[1:].clone()
+        targets[torch.rand(length, generator=generator) < (sample % 5) / 5] = -100
+        rows.append(row[:-1])
+        labels.append(targets)
+    return Batch(torch.stack(rows), torch.stack(labels), None, None, torch.tensor(list(samples)))
+
+
+def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> list[Batch]:
+    start, micro = step * run.global_batch, run.micro_batch
+    firsts = range(start + data_rank * micro, start + run.global_batch, data_size * micro)
+    return [batch_of(run, range(first, first + micro)) for first in firsts]
+
+
+def train(run: Run) -> tuple[list[float], list[float], dict[str, Any]]:
+    """On the crew: losses, gradient norms, and this rank's part of every weight (range, values)."""
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.parallel.topology import Topology
+
+    with Topology.open(run.parallel.tensor) as topology:
+        engine = Engine.build(run, topology, random_source(run.seed))
+        losses, norms = [], []
+        for step in range(run.steps):
+            result = engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), Clock(step))
+            losses.append(float(result.loss))
+            norms.append(float(result.grad_norm))
+        weights = weights_of(engine)
+        engine.close()
+    return losses, norms, weights
+
+
+def weights_of(engine: Any) -> dict[str, Any]:
+    """On the crew, all ranks together: this tensor rank's part of every fp32 weight, (logical shape, range, values)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from opt_parallel.parallel.shard import marked
+
+    weights = {}
+    for name, tensor, shard in marked(engine.wrapped.module):
+        whole = tensor.detach() if engine.run.zero.stage == 0 else safe_get_full_fp32_param(tensor)
+        part = whole.view(shard.local_shape)[shard.real].float().cpu()
+        weights[name] = (shard.shape, shard.range, part.numpy().copy())
+    return weights
+
+
+def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """The same run on one process without DeepSpeed: the truth that every layout is held to."""
+    from opt_parallel.model.heads import CausalLM
+    from opt_parallel.optim import build_optimizer, learning_rate
+    from opt_parallel.parallel.random import Draw
+    from opt_parallel.parallel.shard import fill, random_source
+    from opt_parallel.parallel.topology import ALONE
+
+    with torch.device("meta"):
+        model = CausalLM(run.model, ALONE)
+    fill(model, random_source(run.seed), torch.device("cpu"), torch.float32)
+    optimizer = build_optimizer(model, run.optimizer)
+    losses, norms = [], []
+    for step in range(run.steps):
+        batch = batch_of(run, range(step * run.global_batch, (step + 1) * run.global_batch))
+        draw = Draw(run.seed, step, 0, 0, batch.samples)
+        loss = model(batch.ids, batch.labels, draw=draw) / int((batch.labels != -100).sum())
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run, Clock(step + 1))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def assemble(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The logical tensors out of every rank's parts; ranks that hold the same part must agree."""
+    whole: dict[str, Tensor] = {}
+    for weights in parts:
+        for name, (shape, ranges, values) in weights.items():
+            tensor = whole.setdefault(name, torch.full(shape, float("nan"), dtype=torch.from_numpy(values).dtype))
+            there, here = tensor[ranges], torch.from_numpy(values)
+            assert bool((there.isnan() | (there == here)).all()), f"{name}: two ranks disagree"
+            tensor[ranges] = here
+    assert not any(bool(tensor.isnan().any()) for tensor in whole.values())
+    return whole

@@ -1,0 +1,60 @@
+"""The vocabulary-parallel loss as one writes it first: all logits at once, the gradient by autograd's rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opt_parallel.config.model import IGNORED
+from opt_parallel.parallel.collectives import all_reduce
+from opt_parallel.parallel.topology import Group
+
+
+def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, words: range, group: Group) -> Tensor:
+    """What `vocab_parallel_linear_cross_entropy` computes, by `F.linear` and the loss below."""
+    return vocab_parallel_cross_entropy(F.linear(hidden, weight), labels, words.start, words.stop, group)
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, start: int, stop: int, group: Group) -> Tensor:
+    """Sum of −log softmax(logits)[label] over the labels that are not −100.
+
+    With m = max_v z_v:  −log p = m + log Σ_v exp(z_v − m) − z_label; maximum, sum and label's logit are each one
+    all-reduce of one number a token. The softmax runs in fp32 at least, and so does the gradient until it is multiplied
+    by the one that comes in: a loss scale then reaches fp16 before rounding does.
+
+    Args:
+        logits: (…, n), this rank's part; those from column stop − start on belong to padded rows.
+        labels: (…), ids of the whole vocabulary, or −100.
+        start, stop: the ids that this rank holds.
+    """
+    return _CrossEntropy.apply(logits, labels, start, stop, group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, stop: int, group: Group) -> Tensor:
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        scores[..., stop - start :] = float("-inf")
+        scores -= all_reduce(scores.amax(dim=-1), group, "max").unsqueeze(-1)
+        elsewhere = (labels < start) | (labels >= stop)
+        column = (labels - start).masked_fill(elsewhere, 0).unsqueeze(-1)
+        target = scores.gather(-1, column).squeeze(-1).masked_fill(elsewhere, 0.0)
+        exponentials = scores.exp_()
+        total = all_reduce(exponentials.sum(dim=-1), group)
+        losses = total.log() - all_reduce(target, group)
+        ignored = labels == IGNORED
+        softmax = exponentials.div_(total.unsqueeze(-1))
+        ctx.save_for_backward(softmax, column, elsewhere, ignored)
+        ctx.dtype = logits.dtype
+        return losses.masked_fill(ignored, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        softmax, column, elsewhere, ignored = ctx.saved_tensors
+        weight = gradient * (~ignored).unsqueeze(-1)  # of each token in what comes in
+        logits_gradient = softmax * weight
+        logits_gradient.scatter_add_(-1, column, -weight * (~elsewhere).unsqueeze(-1))
+        return logits_gradient.to(ctx.dtype), None, None, None, None

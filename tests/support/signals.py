@@ -1,0 +1,223 @@
+"""Ends runs by every signal, from every launcher, on every terminal: each must save, say so in its state, and go on as
+if it had never been ended.
+
+    PYTHONPATH=.:tests/support python tests/support/signals.py    # the whole table, half an hour and more
+    PYTHONPATH=.:tests/support python tests/support/signals.py --launchers python --signals HUP QUIT
+
+A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too. torchrun's ranks do
+not: each is a session of its own. Plain torchrun hands SIGUSR1 and SIGKILL on to nobody: the ranks must see that it is
+gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from command import ROOT, environment, launch, small, train_rows
+
+from opt_parallel.checkpoint.folders import newest, step_of
+from opt_parallel.runtime.log import aligned
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCHERS = {"python": [sys.executable], "torchrun": TORCHRUN, "nohup torchrun": ["nohup", *TORCHRUN]}
+TERMINALS = ("terminal", "| tee", "| head", "closed terminal")
+SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "KILL")  # the last one for launchers alone
+CELLS = [
+    (launcher, terminal, name)
+    for launcher in LAUNCHERS
+    for terminal in TERMINALS
+    for name in SIGNALS
+    if (launcher, name) != ("python", "KILL")
+]
+ROWS, LENGTH, LONGER = 12, 2000, 3  # rows at the signal; steps of a run; those made after going on
+STRAIGHT = 200  # steps that the straight run makes of them
+PATIENCE = 600.0
+MARK = "OPT_PARALLEL_TEST_RUN"  # the variable that all of a run's processes inherit
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of one run. `losses`: whether all of them, after going on too, are the straight run's. `left`: how many
+    processes did not end."""
+
+    launcher: str
+    terminal: str
+    signal: str
+    status: int
+    state: str
+    rows: int
+    checkpoint: int | None
+    losses: str
+    left: int
+
+    @property
+    def right(self) -> bool:
+        """The launcher's own status is its own matter, but for plain Python's."""
+        alone = self.launcher != "python" or self.status == (130 if self.signal == "INT" else 75)
+        saved = self.state == "stopped" and self.checkpoint == self.rows and self.losses == "the same"
+        return alone and saved and not self.left
+
+
+class Running:
+    """A run in a process group of its own, and what its output goes to."""
+
+    def __init__(self, command: list[str], terminal: str, hangs_up: bool, folder: Path) -> None:
+        """`hangs_up`: the terminal is the group's own, so that its end is a SIGHUP; else only its output goes there."""
+        self.reader: subprocess.Popen[bytes] | None = None
+        self.master: int | None = None
+        self.name = folder.name
+        env = environment(**{MARK: self.name})
+        folder.mkdir(exist_ok=True)
+        if terminal in ("terminal", "closed terminal"):
+            if hangs_up or terminal == "terminal":
+                self.pid, self.master = pty.fork()
+                if self.pid == 0:
+                    os.chdir(folder)  # for nohup.out
+                    os.execvpe(command[0], command, env)
+            else:
+                self.master, other = pty.openpty()
+                process = subprocess.Popen(
+                    command, cwd=folder, env=env, stdout=other, stderr=other, stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+                os.close(other)
+                self.pid, self._process = process.pid, process
+            self._closing = threading.Event()
+            self._reading = threading.Thread(target=self._read, args=(self.master,), daemon=True)
+            self._reading.start()
+            return
+        with (folder / "stderr.txt").open("wb") as errors:
+            process = subprocess.Popen(
+                command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                process_group=0,
+            )  # fmt: skip
+        self.pid, self._process = process.pid, process
+        words = ["tee", str(folder / "tee.txt")] if terminal == "| tee" else ["head", "-n", "1"]
+        assert process.stdout is not None
+        self.reader = subprocess.Popen(
+            words, stdin=process.stdout, stdout=subprocess.DEVNULL, process_group=process.pid
+        )
+        process.stdout.close()
+
+    def _read(self, master: int) -> None:
+        with suppress(OSError):  # of a terminal that nobody has open any more
+            while not self._closing.is_set():
+                if select.select([master], [], [], 0.1)[0]:
+                    os.read(master, 4096)
+
+    def close_terminal(self) -> None:
+        assert self.master is not None
+        self._closing.set()
+        self._reading.join()  # a terminal that is being read stays open
+        os.close(self.master)
+        self.master = None
+
+    def send(self, name: str) -> None:
+        """By a key, where the terminal has one for it."""
+        keys = {"INT": b"\x03", "QUIT": b"\x1c"}
+        if self.master is not None and name in keys:
+            os.write(self.master, keys[name])
+        else:
+            os.killpg(self.pid, getattr(signal, f"SIG{name}"))
+
+    def end(self) -> tuple[int, int]:
+        """The status, once all of its processes have ended; how many had to be killed."""
+        _, status = os.waitpid(self.pid, 0)
+        if self.master is not None:
+            self.close_terminal()
+        if self.reader is not None:
+            self.reader.wait()
+        patience = time.monotonic() + PATIENCE
+        while (left := self._processes()) and time.monotonic() < patience:
+            time.sleep(0.1)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(status), len(left)
+
+    def _processes(self) -> list[int]:
+        """Those that inherited the mark, of whatever group and parent."""
+        mark, found = f"{MARK}={self.name}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
+
+def losses_in(run: Path) -> list[float]:
+    return [row["loss"] for row in train_rows(run)]
+
+
+def straight(folder: Path, processes: int) -> list[float]:
+    """The losses of a run that nothing ends."""
+    run = folder / f"straight-{processes}"
+    if not (run / "metrics.jsonl").exists():
+        done = launch(processes, "train.py", *arguments(folder, run), f"stop_at={STRAIGHT}")
+        assert done.returncode == 0, done.stderr
+    return losses_in(run)
+
+
+def arguments(folder: Path, run: Path) -> list[str]:
+    return [*small(folder), f"steps={LENGTH}", f"run.dir={run}"]
+
+
+def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
+    """End one run, and go on with it."""
+    run = folder / "-".join(f"{launcher}{terminal}{name}".split()).replace("|", "-")
+    command = [*LAUNCHERS[launcher], str(ROOT / "train.py"), *arguments(folder, run)]
+    running = Running(command, terminal, hangs_up=name == "HUP", folder=folder / f"{run.name}-output")
+    metrics, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= ROWS):
+        assert time.monotonic() < patience, f"{run.name} does not train"
+        time.sleep(0.02)
+    if terminal == "closed terminal":
+        running.close_terminal()
+        time.sleep(0.3)  # some steps without it
+    if not (terminal == "closed terminal" and name == "HUP"):  # which was that already
+        running.send(name)
+    status, left = running.end()
+    rows, last = len(losses_in(run)), newest(run / "checkpoints")
+    processes = 1 if launcher == "python" else 2
+    state = (run / "state").read_text().strip()
+    again = launch(processes, "train.py", *arguments(folder, run), f"stop_at={rows + LONGER}")
+    there, expected = losses_in(run), straight(folder, processes)
+    same = again.returncode == 0 and len(there) == rows + LONGER and there == expected[: len(there)]
+    losses = "the same" if same else "others"
+    return Cell(launcher, terminal, name, status, state, rows, last and step_of(last), losses, left)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
+    parser.add_argument("--terminals", nargs="+", choices=TERMINALS, default=list(TERMINALS))
+    parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
+    chosen = parser.parse_args()
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # in the background of a script, under nohup
+        signal.signal(ignored, signal.SIG_DFL)
+    cells = []
+    with tempfile.TemporaryDirectory() as folder:
+        for launcher, terminal, name in CELLS:
+            if launcher in chosen.launchers and terminal in chosen.terminals and name in chosen.signals:
+                cells.append(end_one(Path(folder), launcher, terminal, name))
+                print(json.dumps(cells[-1].__dict__ | {"right": cells[-1].right}), file=sys.stderr, flush=True)
+    names = [field.name for field in fields(Cell)]
+    print(aligned([[*names, ""], *([*(str(getattr(cell, name)) for name in names), "" if cell.right else "WRONG"]
+                                   for cell in cells)]))  # fmt: skip
+    return 0 if all(cell.right for cell in cells) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

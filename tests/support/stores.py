@@ -1,0 +1,40 @@
+"""Token stores made of numbers, without text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+from opt_parallel.data.encode.columns import LENGTHS, Encoded, columns_of, ids_column
+from opt_parallel.data.samples.batches import Feed
+from opt_parallel.data.samples.mixture import Mixture, Source
+from opt_parallel.data.samples.order import Shuffled
+from opt_parallel.data.samples.samples import Rows
+from opt_parallel.data.store.store import PartWriter, TokenStore, write_manifest
+
+
+def store_of(folder: Path, parts: Sequence[Sequence[list[int]]], tokens: int = 1 << 16) -> TokenStore:
+    """A store whose parts hold these documents."""
+    columns = {"ids": ids_column(tokens), "lengths": LENGTHS}
+    written = []
+    for number, documents in enumerate(parts):
+        writer = PartWriter(folder / f"part-{number:05d}", columns)
+        writer.write(Encoded(columns_of(list(documents))))
+        written.append(writer.close())
+    write_manifest(folder, columns, written, {})
+    return TokenStore(folder)
+
+
+def counting_rows(folder: Path, size: int, length: int) -> Rows:
+    """Row i holds i·length to i·length + length: a stream of counting numbers, in parts that cut through rows."""
+    stream = list(range(size * length + 1))
+    cuts = [0, len(stream) // 3, len(stream) // 3 + 1, len(stream)]
+    return Rows(store_of(folder, [[stream[a:b]] for a, b in pairwise(cuts)], 1 << 20), length)
+
+
+def feed_of(rows: Rows, seed: int, global_batch: int, micro_batch: int, data_rank: int = 0, data_size: int = 1) -> Feed:
+    """The feed of a run with one source."""
+    source = Source("train", Fraction(1), rows, Shuffled(seed, len(rows)))
+    return Feed(Mixture([source]), global_batch, micro_batch, data_rank, data_size)

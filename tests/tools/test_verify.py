@@ -1,0 +1,221 @@
+"""verify says yes to what we export, at any degree and of any head, and no to each way an export can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import python
+from exporting import checkpoint, tampered
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opt_parallel.config.output import ExportDtype
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.tools.export import export
+from opt_parallel.tools.verify import verify
+
+ATTENTION = "model.decoder.layers.1.self_attn"
+QUERY, KEY, VALUE = (f"{ATTENTION}.{part}_proj.weight" for part in "qkv")
+
+
+@pytest.fixture(scope="module")
+def exported(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of four processes and its export, in one file."""
+    folder = tmp_path_factory.mktemp("exported")
+    source = checkpoint(crew, folder, "pre-norm")
+    export(source, folder / "export", 10**9, ExportDtype.float32)
+    return source, folder / "export"
+
+
+def swap_query_and_key(tensors: dict[str, Tensor]) -> None:
+    tensors[QUERY], tensors[KEY] = tensors[KEY], tensors[QUERY]
+
+
+def permute_two_heads(tensors: dict[str, Tensor]) -> None:
+    heads = list(tensors[VALUE].chunk(4))  # layouts.TINY has 4
+    tensors[VALUE] = torch.cat([heads[0], heads[2], heads[1], heads[3]])
+
+
+def flip_a_bit(tensors: dict[str, Tensor]) -> None:
+    tensors[KEY].view(torch.int32)[3, 5] ^= 1
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], list[str], list[str]]] = {
+    "query and key": (
+        swap_query_and_key,
+        [
+            f"{QUERY}: not the bytes of checksums.json, but those of {KEY}",
+            f"{KEY}: not the bytes of checksums.json, but those of {QUERY}",
+        ],
+        ["but those of"],
+    ),
+    "heads": (
+        permute_two_heads,
+        [f"{VALUE}: not the bytes of checksums.json"],
+        ["heads along dim 0 stand in the order 0 2 1 3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_exchange_is_found(exported: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
+    change, by_checksums, by_values = FAULTS[fault]
+    source, folder = exported
+    wrong = tampered(folder, tmp_path / "wrong", change)
+    verdict = verify(wrong)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert sorted(verdict.findings) == sorted(by_checksums)
+    assert max(verdict.differences.values()) <= verdict.limit  # both read the same wrong file
+
+    (wrong / "checksums.json").unlink()
+    verdict = verify(wrong, against=source)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert min(verdict.differences.values()) > verdict.limit
+    assert len(verdict.findings) == len(by_checksums)
+    assert all(word in finding for finding in verdict.findings for word in ["values differ, by", *by_values])
+
+
+def test_a_flipped_bit_is_found(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """Too small for any output to show."""
+    source, folder = exported
+    wrong = tampered(folder, tmp_path / "wrong", flip_a_bit)
+    verdict = verify(wrong, against=source)
+    assert verdict is not None
+    assert max(verdict.differences.values()) <= verdict.limit
+    assert [finding.partition(" values differ")[0] for finding in verdict.findings] == [
+        f"{KEY}: not the bytes of checksums.json",
+        f"{KEY}: 1 of 4,096",
+    ]
+
+
+def test_another_network_is_found(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = exported
+    wrong = tampered(folder, tmp_path / "wrong", lambda tensors: None)
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
+    verdict = verify(wrong, against=source)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert [finding.partition(" with ")[2] for finding in verdict.findings] == [
+        "activation_function=Activation.gelu, --against one with Activation.relu"
+    ]
+
+
+def test_we_misread_the_file(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query and value change places on our side alone: the outputs show it."""
+    from opt_parallel.huggingface import names as hf
+
+    right, places = hf.hf_names, {"q_proj": "v_proj", "v_proj": "q_proj"}
+    monkeypatch.setattr(
+        hf,
+        "hf_names",
+        lambda name: [next((part.replace(a, b) for a, b in places.items() if a in part), part) for part in right(name)],
+    )
+    verdict = verify(exported[1])
+    assert verdict is not None
+    assert not verdict.agrees
+    assert min(verdict.differences.values()) > verdict.limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_export_agrees_with_what_was_exported(exported: tuple[Path, Path], tmp_path: Path, dtype: str) -> None:
+    export(exported[0], tmp_path / "export", 10**5, ExportDtype(dtype))
+    verdict = verify(tmp_path / "export", against=exported[0])
+    assert verdict is not None
+    assert verdict.agrees, verdict
+    assert list(verdict.differences) == ["unpadded", "left-padded", "right-padded", "inner-padded"]
+    assert verdict.limit > 0
+
+
+@pytest.mark.parametrize("head", ["OPTModel", "OPTForSequenceClassification"])
+@pytest.mark.parametrize("style", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 24}])
+def test_folders_of_other_heads(tmp_path: Path, head: str, style: dict[str, Any]) -> None:
+    import transformers
+
+    torch.manual_seed(3)
+    shape = {"vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96}
+    config = transformers.OPTConfig(**shape, **style, max_position_embeddings=40, num_labels=3, init_std=0.2)
+    getattr(transformers, head)(config).save_pretrained(tmp_path / "theirs")
+    verdict = verify(tmp_path / "theirs")
+    assert verdict is not None
+    assert verdict.agrees, verdict
+    name = next(name for name in load_file(tmp_path / "theirs" / "model.safetensors") if "k_proj.weight" in name)
+    wrong = tampered(tmp_path / "theirs", tmp_path / "wrong", lambda tensors: tensors[name].mul_(1.5))
+    verdict = verify(wrong, against=tmp_path / "theirs")
+    assert verdict is not None
+    assert not verdict.agrees
+    assert min(verdict.differences.values()) > verdict.limit
+    assert [name in finding for finding in verdict.findings] == [True]
+
+
+def test_keys_that_are_missing_or_unexpected(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = exported
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.decoder.surplus"] = tensors.pop(VALUE)
+
+    wrong = tampered(folder, tmp_path / "wrong", change)
+    verdict = verify(wrong, against=source)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert f"transformers has missing_keys: {VALUE}" in verdict.findings
+    assert "transformers has unexpected_keys: model.decoder.surplus" in verdict.findings
+    verdict = verify(wrong)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert len(verdict.findings) == 1
+    assert VALUE in verdict.findings[0]
+    with pytest.raises(UserError, match="surplus"):
+        verify(folder, against=wrong)
+
+
+def test_our_side_may_be_split(crew: Any, exported: tuple[Path, Path]) -> None:
+    """The main rank has the verdict."""
+    source, folder = exported
+    verdict, nothing = crew(2)(verify, folder, source, 2)
+    assert verdict.agrees, verdict
+    assert nothing is None
+    with pytest.raises(UserError, match="num_attention_heads=4 is not divisible by --tensor 3"):
+        verify(folder, tensor=3)
+
+
+def test_the_script(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = exported
+    yes = python("scripts/verify.py", "--checkpoint", str(folder), "--against", str(source))
+    assert yes.returncode == 0, yes.stderr
+    assert yes.stdout.startswith(f"{folder}: agrees with {source} in transformers; largest difference of outputs: ")
+    wrong = tampered(folder, tmp_path / "wrong", swap_query_and_key)
+    no = python("scripts/verify.py", "--checkpoint", str(wrong))
+    assert no.returncode == 1, no.stderr
+    assert no.stdout.splitlines()[-1].startswith(f"{wrong}: DISAGREES with transformers; ")
+
+
+def test_a_training_checkpoint_is_nothing_for_transformers(exported: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=f"--checkpoint {exported[0]} is not what transformers reads"):
+        verify(exported[0])
+
+
+@pytest.mark.parametrize("content", ["oops", "[1]"])
+def test_damaged_checksums_are_a_finding(exported: tuple[Path, Path], tmp_path: Path, content: str) -> None:
+    folder = tampered(exported[1], tmp_path / "damaged", lambda tensors: None)
+    (folder / "checksums.json").write_text(content)
+    verdict = verify(folder)
+    assert verdict is not None
+    assert "checksums.json cannot be read" in verdict.findings[0]
+
+
+def test_a_value_that_is_not_finite_is_named(
+    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tampered(exported[1], tmp_path / "nan", lambda tensors: tensors[KEY].view(-1)[:1].fill_(float("nan")))
+    verdict = verify(wrong)
+    assert verdict is not None
+    assert not verdict.agrees
+    assert "values that are not finite, in decoder.layers.1.self_attn.qkv_proj.weight" in capsys.readouterr().out
