@@ -17,7 +17,6 @@ from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.checkpoint.store import Store
 from opt_parallel.config.paths import absolute
 from opt_parallel.config.run import Run
-from opt_parallel.config.task import Task
 from opt_parallel.config.units import bytes_of
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.resuming import go_on
@@ -261,7 +260,7 @@ def _start(run: Run, begun: Path | None) -> Opened | None:
     if run.init_from is None or (begun is not None and run.task.lora.rank == 0):
         return None
     opened = open_checkpoint(run.init_from, "init_from=", checksums=True).grown(run.model.vocab_size)
-    if run.task.name is Task.classify:
+    if run.task.name.classifies:
         opened.check_classifier()
     else:
         opened.check_language_model()

@@ -29,7 +29,6 @@ from opt_parallel.config.compose import to_dict
 from opt_parallel.config.model import Labels
 from opt_parallel.config.paths import make_folder
 from opt_parallel.config.run import Run
-from opt_parallel.config.task import Task
 from opt_parallel.data.prepare import corpora
 from opt_parallel.data.store.sameness import ends_of
 from opt_parallel.model.build import network
@@ -211,7 +210,7 @@ def _said(work: Callable[[], Any], run: Run) -> Any:
 
 def _check_room(run: Run) -> str:
     """Whether the checkpoints that will be there at once have room."""
-    labels = Labels.numbered(2) if run.task.name is Task.classify else None
+    labels = Labels.numbered(2) if run.task.name.classifies else None
     parameters = sum(map(math.prod, trained_shapes(network(run, labels, ALONE)).values()))
     size = OPTIMIZERS[run.optimizer.name].checkpoint_bytes * parameters
     saves = -(-run.stop // run.checkpoint.every) if run.checkpoint.every else 1

@@ -18,8 +18,10 @@ FLOORS = [
     ["huggingface", "optim", "zero"],
     ["data.encode", "model"],
     ["data.store"],
-    ["data.prepare", "data.samples"],
-    ["data.resuming", "engine"],
+    ["data.samples"],
+    ["data.kinds"],
+    ["data.prepare", "engine"],
+    ["data.resuming"],
     ["data.tasks", "checkpoint", "validation"],
     ["tools", "launching", "preflight", "pretrained"],
     ["run_folder"],
@@ -34,9 +36,10 @@ RESERVED = {
     "deepspeed": {"engine"},
     "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight"},
     # a mistake in the command line is said before torch is imported, which takes seconds
-    "torch": {"parallel", "report.metrics", "report.trackers", "data.samples", "data.tasks", "model", "optim", "zero",
-              "engine", "checkpoint", "validation", "tools", "preflight", "pretrained", "loop", "huggingface.names",
-              "huggingface.weights", "huggingface.arrays", "huggingface.pickled", "huggingface.folder"},
+    "torch": {"parallel", "report.metrics", "report.trackers", "data.samples", "data.kinds", "data.tasks", "model",
+              "optim", "zero", "engine", "checkpoint", "validation", "tools", "preflight", "pretrained", "loop",
+              "huggingface.names", "huggingface.weights", "huggingface.arrays", "huggingface.pickled",
+              "huggingface.folder"},
 }  # fmt: skip
 
 

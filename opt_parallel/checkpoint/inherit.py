@@ -107,7 +107,7 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
         else:
             take(config, f"model.{name}", model[name])
     labels = labels_at(folder)
-    if config.task.name is Task.classify and labels is not None:
+    if config.task.name.classifies and labels is not None:
         _take_labels(config, labels)
     if config.data.tokenizer is None:
         take(config, "data.tokenizer", str(_tokenizer_of(folder, config.init_from)))

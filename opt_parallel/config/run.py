@@ -14,7 +14,7 @@ from opt_parallel.config.data import DataConfig
 from opt_parallel.config.model import ModelConfig, Section, require
 from opt_parallel.config.output import CheckpointConfig, EvaluationConfig, ExportConfig, LoggingConfig
 from opt_parallel.config.paths import PATH
-from opt_parallel.config.task import Task, TaskConfig
+from opt_parallel.config.task import TaskConfig
 from opt_parallel.runtime.clock import Clock
 
 
@@ -239,7 +239,7 @@ class Run(Section):
             "data.held_out where data.train is no stream, or evaluation.prompts; or evaluation.every=0",
         )
         require(
-            self.task.name is Task.pretrain or not any(source.stream for source in self.data.train_sources),
+            self.task.name.plain_text or not any(source.stream for source in self.data.train_sources),
             f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
         )
         validates = self.evaluation.every > 0 and bool(self.data.validation_sources or self.holds_out)
@@ -249,12 +249,12 @@ class Run(Section):
             f"data.validation={self.data.validation}: set both",
         )
         require(
-            self.task.name is not Task.classify or not self.evaluation.prompts,
+            not (self.task.name.classifies and self.evaluation.prompts),
             f"evaluation.prompts={list(self.evaluation.prompts)}: a classifier (task=classify) writes no text: set []",
         )
         self._check_model_fits()
         require(
-            self.task.name is Task.pretrain or not any(source.template for source in self.data.train_sources),
+            self.task.name.plain_text or not any(source.template for source in self.data.train_sources),
             f"task={self.task.name.value} takes its texts from fields: a template is for task=pretrain, set it to null",
         )
         require(

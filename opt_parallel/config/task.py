@@ -12,9 +12,32 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # Huggi
 
 
 class Task(Enum):
+    """What a run trains. Code asks for a property, never for a name; `data/kinds.py` has each task's encoder and
+    samples."""
+
     pretrain = "pretrain"
     finetune = "finetune"
     classify = "classify"
+
+    @property
+    def plain_text(self) -> bool:
+        """A record is one text. So it may be streamed, filled in by a template, and train a tokenizer."""
+        return self is Task.pretrain
+
+    @property
+    def has_chats(self) -> bool:
+        """A record may be a list of messages."""
+        return self is Task.finetune
+
+    @property
+    def classifies(self) -> bool:
+        """An example has a label, and the network a score for each label. Else tokens are predicted."""
+        return self is Task.classify
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over."""
+        return "example" if self.classifies else "token"
 
 
 class Truncation(Enum):
@@ -90,6 +113,11 @@ class TaskConfig(Section):
             require(fits, f"task.labels={self.labels}: {label} is no name of a label: put it in quotes")
         self.labels = None if self.labels is None else [name_of(label) for label in self.labels]
         super().__post_init__()
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Samples are rows of equal length, cut from texts put end to end."""
+        return self.name.plain_text or (self.packing and not self.name.classifies)
 
     def check(self) -> None:
         require(

@@ -15,12 +15,10 @@ from tokenizers import Tokenizer
 from opt_parallel.config.data import BadRecordsPolicy, SourceConfig
 from opt_parallel.config.model import Labels, ProblemType, require
 from opt_parallel.config.run import Run
-from opt_parallel.config.task import Task
 from opt_parallel.data.encode.chat import chat_template
-from opt_parallel.data.encode.classify import LabelledEncoder, check_label, find_labels
-from opt_parallel.data.encode.finetune import ExampleEncoder
-from opt_parallel.data.encode.pretrain import Encoder, TextEncoder
+from opt_parallel.data.encode.classify import check_label, find_labels
 from opt_parallel.data.encode.tokenizer import check_padding, check_tokenizer, load_tokenizer, of_opt, train_tokenizer
+from opt_parallel.data.kinds import KINDS
 from opt_parallel.data.store.build import Material, fill
 from opt_parallel.data.store.cache import cached, fingerprint, whole
 from opt_parallel.data.store.sameness import content_of
@@ -28,7 +26,7 @@ from opt_parallel.data.store.selection import HeldOut
 from opt_parallel.data.store.statistics import finish_store, line_of
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.data.text.python_text import python_documents, split, write_split
-from opt_parallel.data.text.records import LEFT_OUT, BadRecord, BadRecords, Text, sift
+from opt_parallel.data.text.records import LEFT_OUT, BadRecord, BadRecords, sift
 from opt_parallel.data.text.sources import Corpus
 from opt_parallel.huggingface.tokenizer import other_ids, read_tokenizer, write_tokenizer
 from opt_parallel.runtime.errors import UserError
@@ -124,26 +122,16 @@ def prepare_validation(run: Run) -> Prepared:
 def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Material:
     """What becomes of a corpus; `chosen`: of that part of it which is for validation."""
     held_out = HeldOut(run.seed, run.data.held_out, chosen) if run.holds_out else None
-    same = corpus.text if run.task.name is Task.pretrain else None
-    return Material(corpus, encoder_for(run, tokenizer, corpus.text, labels), same, held_out, run.data.deduplicate)
-
-
-def encoder_for(run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
-    """What the run's task makes of its records; `labels` are a classifier's. Raises: UserError."""
-    end, length, spelled = run.model.eos_token_id, run.data.sequence_length, run.data.special_tokens
-    if run.task.name is Task.finetune:
-        return ExampleEncoder(tokenizer, end, run.task, length, spelled)
-    if run.task.name is Task.classify:
-        assert labels is not None
-        check_padding(tokenizer, run.model)
-        return LabelledEncoder(tokenizer, end, text.field, run.task, labels, length, spelled)
-    return TextEncoder(tokenizer, end, text, spelled)
+    same = corpus.text if run.task.name.plain_text else None
+    return Material(
+        corpus, KINDS[run.task.name].encoder(run, tokenizer, corpus.text, labels), same, held_out, run.data.deduplicate
+    )
 
 
 def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
     """What a classifier tells apart: the task's labels, and what it leaves open as `corpora` show it."""
     task = run.task
-    if task.name is not Task.classify:
+    if not task.name.classifies:
         return None
     if task.labels is not None and task.problem_type is not None:
         return Labels(tuple(task.labels), task.problem_type)
@@ -216,7 +204,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
         check_tokenizer(brought.tokenizer, name, run.model, brought.ids.get("eos_token_id"))
         check_padding(brought.tokenizer, run.model)
         brought = brought.of_model(run.model)
-        if run.task.name is Task.finetune and any(map(partial(_begins_with_chat, run), train)):
+        if run.task.name.has_chats and any(map(partial(_begins_with_chat, run), train)):
             template = chat_template(brought.tokenizer, run.model.eos_token_id)
             if brought.chat_template not in (None, template):
                 say(f"warning: the chat template of data.tokenizer={name} is not used: chats are written as documented "
@@ -224,7 +212,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
             brought = replace(brought, chat_template=template)
         return whole(cached(run, "tokenizer", brought.identity()), lambda folder: write_tokenizer(brought, folder))
     require(
-        run.task.name is Task.pretrain,
+        run.task.name.plain_text,
         f"task={run.task.name.value} needs a tokenizer: start from a checkpoint, init_from=…, or set data.tokenizer",
     )
     for corpus, source in zip(train, run.data.train_sources, strict=True):

@@ -15,7 +15,6 @@ from typing import Any
 
 from opt_parallel.config.data import DataConfig
 from opt_parallel.config.run import Run
-from opt_parallel.config.task import Task
 from opt_parallel.data.prepare import PreparedSource
 from opt_parallel.data.samples.mixture import Cycle, turns_of
 from opt_parallel.runtime.clock import Clock
@@ -98,8 +97,7 @@ def _warn(run: Run, sources: Sequence[PreparedSource], former: dict[str, str | N
 def _samples_for_one(run: Run, manifest: dict[str, Any]) -> Fraction:
     """How many of today's samples hold the text of one of the checkpoint's; 1 where samples are not cut to a length."""
     then, now = manifest["config"]["data"]["sequence_length"], run.data.sequence_length
-    cut = run.task.name is Task.pretrain or (run.task.name is Task.finetune and run.task.packing)
-    if then == now or not cut:
+    if then == now or not run.task.cuts_rows:
         return Fraction(1)
     say(
         f"warning: data.sequence_length was {then}, is {now}: rows are cut anew. Each source goes on after as many "

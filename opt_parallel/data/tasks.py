@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opt_parallel.config.model import Labels, require
+from opt_parallel.config.model import Labels
 from opt_parallel.config.run import Run
-from opt_parallel.config.task import Task
+from opt_parallel.data.kinds import KINDS
 from opt_parallel.data.prepare import Prepared
 from opt_parallel.data.resuming import order_of
 from opt_parallel.data.samples.mixture import Mixture, Order, Source
 from opt_parallel.data.samples.order import Shuffled, Streamed
-from opt_parallel.data.samples.packing import Examples
-from opt_parallel.data.samples.samples import Labelled, Rows, Samples
+from opt_parallel.data.samples.samples import Rows, Samples
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.data.store.stream import BLOCK, Filling, GrowingStore
 from opt_parallel.data.text.records import LEFT_OUT
@@ -23,20 +22,7 @@ from opt_parallel.runtime.log import say
 def open_samples(run: Run, folder: Path, key: str, labels: Labels | None) -> Samples:
     """The samples that the run's task cuts from a store; `labels` are a classifier's. Raises: UserError if there is not
     one."""
-    store, length = TokenStore(folder, run.model.vocab_size), run.data.sequence_length
-    if run.task.name is Task.finetune:
-        examples = Examples(store, length, run.task.packing)
-        say(f"{key}: {examples.words()}")
-        return examples
-    if run.task.name is Task.classify:
-        return Labelled(store, len(labels.names) if labels else None)
-    samples = Rows(store, length)
-    require(
-        len(samples) > 0,
-        f"{key}: {store.tokens} tokens do not fill one row: data.sequence_length={length} needs {length + 1}; "
-        "bring more text or shorten the sequence",
-    )
-    return samples
+    return KINDS[run.task.name].samples(run, TokenStore(folder, run.model.vocab_size), key, labels)
 
 
 def open_mixture(run: Run, prepared: Prepared, clock: Clock) -> Mixture:

@@ -8,7 +8,6 @@ import torch
 
 from opt_parallel.config.model import Labels
 from opt_parallel.config.run import Run
-from opt_parallel.config.task import Task
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.lora import adapt
 from opt_parallel.parallel.topology import Group
@@ -18,8 +17,7 @@ def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | Sequenc
     """A language model, or a classifier that tells `labels` apart; with low-rank terms where the run has them."""
     model: CausalLM | SequenceClassifier
     with torch.device("meta"):
-        if run.task.name is Task.classify:
-            assert labels is not None
+        if labels is not None:
             number, problem_type = len(labels.names), labels.problem_type
             model = SequenceClassifier(run.model, number, group, run.activation_checkpointing, problem_type)
         else:

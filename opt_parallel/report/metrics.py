@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opt_parallel.config.run import ActivationCheckpointing, Precision, Run
-from opt_parallel.config.task import Task
 from opt_parallel.report.plots import draw, losses_of, perplexity_of
 from opt_parallel.report.trackers import open_trackers
 from opt_parallel.runtime import terminal
@@ -205,9 +204,8 @@ class _Recorder(Metrics):
         parts = [self._reached(finished), self._losses(rows)]
         if rows:
             curve = self._run.folder / "curve.png"
-            unit = "example" if self._run.task.name is Task.classify else "token"
             with optional(curve):
-                draw(curve, self._run.run.name, rows, self._unigram_entropy, unit)
+                draw(curve, self._run.run.name, rows, self._unigram_entropy, self._run.task.name.unit)
                 parts.append(str(curve))
         if not finished:
             early = self._clock.step < self._run.stop

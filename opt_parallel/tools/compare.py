@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from opt_parallel.config.task import Task
 from opt_parallel.report.plots import SMOOTH_FROM, Curve, draw_curves, losses_of, smoothed
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import aligned
@@ -268,7 +269,8 @@ def draw(path: Path, records: Sequence[Record], axis: str) -> None:
     """Write the picture of the runs' losses over one of AXES. Raises: UserError where it cannot be written."""
     curves = [record.curve(label, axis) for record, label in zip(records, labels(records), strict=True)]
     tasks = {record.settings.get("task.name", "pretrain") for record in records}
-    unit = "token" if "classify" not in tasks else "example" if len(tasks) == 1 else None
+    units = {Task[name].unit for name in tasks if name in Task.__members__}
+    unit = units.pop() if len(units) == 1 else None
     title = root_of(records).name if len(records) > 1 else records[0].folder.name
     try:
         draw_curves(path, title, curves, axis, unit)

@@ -13,7 +13,6 @@ from opt_parallel.checkpoint.room import PRECISIONS, RUN, choose_dtype
 from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import Labels, ProblemType, require
 from opt_parallel.config.run import Precision, Run
-from opt_parallel.config.task import Task
 from opt_parallel.data.prepare import Prepared, prepare_validation
 from opt_parallel.data.tasks import open_validation
 from opt_parallel.parallel.topology import DTYPES, Topology
@@ -66,7 +65,7 @@ def _check(run: Run, opened: Opened) -> None:
         f"model.vocab_size={run.model.vocab_size}, but init_from={run.init_from} has {opened.config.vocab_size}: leave "
         "it out, an embedding grows where it is trained",
     )
-    if run.task.name is not Task.classify:
+    if not run.task.name.classifies:
         opened.check_language_model()
         return
     if not opened.is_classifier:
