@@ -210,7 +210,10 @@ def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: 
     again = launch(row.ranks, "train.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert weights(run) == weights(straight.two if row.ranks == 2 else straight.one)
-    assert [each["step"] for each in train_rows(run)] == [1, 2, 3, 4, 5, 6]
+    if row.name != "metrics.jsonl" or error == "EINVAL":
+        assert [each["step"] for each in train_rows(run)] == [1, 2, 3, 4, 5, 6]
+    else:  # no row was ever taken, which was said
+        assert warnings[-1] == f"warning: the last 9 lines of {run}/metrics.jsonl could not be written"
     assert steps_in(run) == ["step-6"]
     assert (run / "export" / "checkpoint.json").is_file()
     assert (run / "state").read_text() == "done\n"
