@@ -51,7 +51,9 @@ def main() -> None:
     encoded = [encode_prompt(tokenizer, prompt, opened.config, spelled) for prompt in prompts]
     check_fits(opened.config, decoding, max(map(len, encoded)))
     with Topology.open(arguments.tensor) as topology, torch.inference_mode():
-        model = opened.model(topology.tensor, topology.device, dtype_of(arguments, opened, topology, encoded))
+        dtype = dtype_of(arguments, opened, topology, encoded)
+        opened = open_checkpoint(arguments.checkpoint, checksums=True)  # reads all of it, once there is room
+        model = opened.model(topology.tensor, topology.device, dtype)
         if len(prompts) == 1 and decoding.beams == 1 and arguments.output is None:
             stream(model, tokenizer, encoded[0], decoding)
             return

@@ -18,11 +18,13 @@ from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.config.data import SpecialTokens
 from opt_parallel.config.model import Labels, ModelConfig
 from opt_parallel.huggingface.config import read_labels
+from opt_parallel.huggingface.folder import CHECKSUMS, wrong_tensors
 from opt_parallel.huggingface.hub import find_checkpoint
 from opt_parallel.huggingface.names import HuggingFaceWeights
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
 from opt_parallel.parallel.topology import ALONE, Group
+from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 
@@ -184,8 +186,8 @@ def open_checkpoint(
 ) -> Opened:
     """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
-    One of a LoRA run is opened with its base, and gives the merged weights. `checksums`: read every file of ours first,
-    each process a share, where damage must not go on into other files. `above`: the LoRA checkpoints that stand on it.
+    One of a LoRA run is opened with its base, and gives the merged weights. `checksums`: first read all weights that
+    have checksums, ours and those of an export, each process a share. `above`: the LoRA checkpoints that stand on it.
 
     Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, lacks a file or is damaged;
     or if a base is not where it was, or another."""
@@ -194,6 +196,11 @@ def open_checkpoint(
     if not (folder / MANIFEST).is_file():
         weights = HuggingFaceWeights(folder)
         weights.check_layers(config.num_hidden_layers)
+        if checksums and (wrong := wrong_tensors(folder, process.rank(), process.world_size())):
+            raise UserError(
+                f"{key}{folder} is damaged: {wrong[0]}; export or copy it again, or remove {CHECKSUMS} if somebody "
+                "changed the weights on purpose"
+            )
         return Opened(config, weights, folder, folder)
     reader = read_whole(folder) if checksums else CheckpointReader(folder)
     check_sizes(reader)

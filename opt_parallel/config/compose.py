@@ -7,19 +7,21 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from omegaconf.resolvers import oc
+from yaml import YAMLError
 
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.paths import absolute, change_paths, local, reach, refuse_breaks, text_keys
@@ -90,7 +92,9 @@ def verbatim(value: Any) -> Any:
 
 def take(config: DictConfig, key: str, value: Any) -> None:
     """Set a key to what a file or a folder's name says. The only way for text into a configuration that the user did
-    not type into it."""
+    not type into it. Raises: UserError for the text that OmegaConf takes for a missing value."""
+    if MISSING in (value if isinstance(value, (list, tuple)) else [value]):
+        raise UserError(f"{key}: {MISSING!r} means a missing value in a configuration: rename it in the checkpoint")
     OmegaConf.update(config, key, verbatim(value))
 
 
@@ -103,6 +107,10 @@ def run_from(config: DictConfig) -> Run:
     """The composed configuration as a checked, sealed `Run`.
 
     Raises: `UserError`, OmegaConf's errors."""
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UserError(
+            f"{missing[0]}={MISSING} means a missing value in a configuration: give it one, or leave it out"
+        )
     values: Any = OmegaConf.to_container(config, resolve=True)
     check_values(values)
     refuse_breaks("run.name=", str(values["run"]["name"]))
@@ -144,7 +152,18 @@ def _of_ours(error: BaseException | None) -> UserError | None:
     return error
 
 
-said_in_one_line = partial(reporting, (HydraException, OmegaConfBaseException), explain)
+@contextmanager
+def said_in_one_line() -> Iterator[None]:
+    """`reporting`, with Hydra's and OmegaConf's errors, and what a YAML file is read with."""
+    with reporting((HydraException, OmegaConfBaseException), explain):
+        try:
+            yield
+        except (ValueError, RecursionError, YAMLError) as error:  # also thousands of brackets or digits, Latin-1
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals:  # Hydra's
+                    where, why = frame.f_locals["full_path"], masked(one_line(error))
+                    raise UserError(f"{where} cannot be read as YAML ({why:.300}): correct it") from error
+            raise
 
 
 def to_yaml(run: Run) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from opt_parallel.config.model import ModelConfig
@@ -25,9 +26,10 @@ from opt_parallel.huggingface.names import INDEX, WEIGHTS, to_hf
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import Shard, Source
 from opt_parallel.parallel.topology import ALONE, Group
-from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import new_folder
+from opt_parallel.storage.foreign import file_in, read_json
 
 CHECKSUMS, GENERATION_CONFIG = "checksums.json", "generation_config.json"
 STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' words
@@ -192,3 +194,40 @@ def _write_tensor(file: BinaryIO, name: str, tensor: tuple[str, Tensor], dtype: 
 
 def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def wrong_tensors(folder: Path, share: int = 0, of: int = 1) -> list[str]:
+    """The tensors of an export whose bytes are not those that were written, a line each; of share number `share` of
+    `of`. Nothing where nobody wrote down checksums. Raises: UserError for a file that leads out of the folder."""
+    path = file_in(folder, CHECKSUMS)
+    if path is None:
+        return []
+    try:
+        written: dict[str, str] = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        return [f"{CHECKSUMS} cannot be read ({one_line(error)})"]
+    found: dict[str, str] = {}
+    for number, (name, file_name) in enumerate(_tensors_in(folder)):
+        if number % of == share:
+            # what was read counts as this process's memory until its file is closed
+            with safe_open(folder / file_name, framework="pt") as file:
+                found[name] = checksum(file.get_tensor(name))
+        else:
+            found[name] = written.get(name, "")
+    names = {total: name for name, total in written.items()}
+    wrong = [name for name in sorted(written.keys() | found.keys()) if written.get(name) != found.get(name)]
+    return [f"{name}: not the bytes of {CHECKSUMS}{belonging_to(names.get(found.get(name, '')))}" for name in wrong]
+
+
+def _tensors_in(folder: Path) -> Iterator[tuple[str, str]]:
+    """The names of a folder's tensors, and of their files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        file_in(folder, path.name)
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+        yield from ((name, path.name) for name in names)
+
+
+def belonging_to(name: str | None) -> str:
+    """Whose bytes a tensor has."""
+    return "" if name is None else f", but those of {name}"

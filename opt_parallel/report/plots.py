@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from opt_parallel.runtime.terminal import plain
 from opt_parallel.storage.atomic import new_file
 from opt_parallel.storage.rows import Row
 
 MOST_NAMED = 40  # labels of a confusion matrix; the names of more overlap
+LONGEST_TITLE, LONGEST_LABEL = 60, 30  # characters: more leave no room, and thousands take minutes
 SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
 # Seven that differ for the colour-blind, too, and on paper (Okabe & Ito 2008, without the yellow, weak on white), then
 # the same again in other strokes
@@ -51,7 +54,7 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
         axes.plot(*losses_of(rows, "validation"), "o-", color="#d1600f", markeredgecolor="white", label="validation")
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="#777777", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_title(_short(title), loc="left", fontweight="bold")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02)
     axes.grid(color="#e6e6e6", linewidth=0.8)
@@ -72,7 +75,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
 
     panels = 1 + any(curve.validation[0] for curve in curves)
     width = 6 if panels == 1 else 10
-    longest = max(len(curve.label) for curve in curves) + 8  # the stroke takes as much as some letters
+    longest = max(len(_short(curve.label)) for curve in curves) + 8  # the stroke takes as much as some letters
     columns = max(1, min(12 * width // longest, 4, (len(curves) + 1) // 2))
     height = 4.2 + 0.21 * -(-len(curves) // columns)
     figure = _figure(figsize=(width, height), dpi=150, layout="constrained")
@@ -89,7 +92,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
         if curve.validation[0]:
             way |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"}
             both[1].plot(*curve.validation, linewidth=1.4, **way)
-        handles.append(Line2D([], [], linewidth=1.6, label=curve.label, **way))
+        handles.append(Line2D([], [], linewidth=1.6, label=_short(curve.label), **way))
     long = any(len(curve.training[0]) >= SMOOTH_FROM for curve in curves)
     for axes, name in zip(both, ("training, smoothed" if long else "training", "validation"), strict=False):
         axes.set_title(name, loc="left", fontsize=10)
@@ -102,7 +105,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
     limits = _limits(curves)
     if limits is not None:
         both[0].set_ylim(*limits)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(_short(title), x=0.01, ha="left", fontweight="bold")
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
     return figure
 
@@ -128,7 +131,7 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
 def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.ndarray) -> None:
     """Write the picture of a confusion matrix (N, N): the share of each true label, a row, that each decision got, and
     the number of examples where there is room for it."""
-    number = len(labels)
+    number, labels = len(labels), [_short(label, LONGEST_LABEL) for label in labels]
     size = min(16.0, 3.2 + 0.5 * number)
     figure = _figure(figsize=(size + 1, size), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="decided", ylabel="true")
@@ -141,14 +144,21 @@ def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.
         for (row, column), count in np.ndenumerate(confusion):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=color, fontsize=8)
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_title(_short(title), loc="left", fontweight="bold")
     save_figure(figure, path)
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a picture in the format that the ending says. Raises: OSError; ValueError for an ending that is none."""
-    with new_file(path) as file:
+    with warnings.catch_warnings(), new_file(path) as file:
+        warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks is drawn as boxes
         figure.savefig(file, format=path.suffix[1:] or "png")
+
+
+def _short(name: str, longest: int = LONGEST_TITLE) -> str:
+    name = plain(name)
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _figure(**size: Any) -> Any:

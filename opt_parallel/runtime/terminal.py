@@ -1,7 +1,8 @@
 """Standard output and standard error, made so that no terminal ends a run.
 
 A terminal may be closed from the start, hang up, be a pipe whose reader has ended or no longer reads, be a file without
-room, or lack characters. `open_streams` serves every command; in one that outlives its terminal, printing never fails.
+room, or lack characters; and what is printed may hold control characters. `open_streams` serves every command; in one
+that outlives its terminal, printing never fails.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import errno
 import io
 import logging
 import os
+import re
 import select
 import sys
 from contextlib import suppress
 from typing import Any
 
+# escape sequences and their like, which would move the cursor, hide text or change a terminal's state
+CONTROL = re.compile(r"(?!^)\r(?!\n)|[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+COLORS = re.compile(r"\x1b\[[\d;]*m")
+UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # a write of its own, by which tqdm and wandb go back
 NAMES = {1: "standard output", 2: "standard error"}
 PATIENCE = 30.0  # seconds for a reader that does not read: meanwhile the other ranks wait, too
 GONE = (errno.EPIPE, errno.EIO)  # of a pipe and of a terminal
@@ -58,6 +64,12 @@ def flush() -> None:
             stream.flush()
 
 
+def plain(text: str) -> str:
+    """`text` with escapes in place of control characters but line ends and tabs, and without colours, which libraries
+    give. A carriage return stays at the beginning, where a progress bar has it."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), COLORS.sub("", text))
+
+
 def _is_pythons_own(stream: Any, fd: int) -> bool:
     """Not one that somebody put in its place, and not ours."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)  # without a buffer: PYTHONUNBUFFERED
@@ -66,12 +78,20 @@ def _is_pythons_own(stream: Any, fd: int) -> bool:
 
 def _stream(fd: int, before: io.TextIOWrapper | None) -> io.TextIOWrapper:
     errors = before.errors if before else "strict"
-    return io.TextIOWrapper(
+    return _Plain(
         io.BufferedWriter(_Descriptor(fd)),
         encoding=before.encoding if before else "utf-8",
         errors="backslashreplace" if errors in ("strict", "surrogateescape") else errors,
         line_buffering=before is None or before.line_buffering or before.write_through,
     )
+
+
+class _Plain(io.TextIOWrapper):
+    """A stream of text that holds foreign words: names of files, labels, what a network wrote."""
+
+    def write(self, text: str) -> int:
+        super().write(text if UPWARDS.fullmatch(text) else plain(text))
+        return len(text)
 
 
 class _Descriptor(io.FileIO):

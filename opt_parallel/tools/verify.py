@@ -15,15 +15,14 @@ from opt_parallel.checkpoint.room import require_room
 from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import MAY_DIFFER
 from opt_parallel.huggingface.config import CONFIG
-from opt_parallel.huggingface.folder import CHECKSUMS, checksum
+from opt_parallel.huggingface.folder import belonging_to, checksum, wrong_tensors
 from opt_parallel.huggingface.names import to_hf
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.passing import filled_in_turn
 from opt_parallel.parallel.shard import Source, logical_shapes, marked
 from opt_parallel.parallel.topology import ALONE, Group, Topology
-from opt_parallel.runtime.errors import UserError, one_line
-from opt_parallel.storage.foreign import file_in, read_json
+from opt_parallel.runtime.errors import UserError
 
 TOLERANCE = 1e-5  # of the largest output: fp32 carries 7 digits, some are lost to sums in another order
 LENGTH, PADDING = 32, 5
@@ -85,7 +84,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
     Raises: UserError if `folder` is no Hugging Face folder, or transformers is missing.
     """
     opened = open_checkpoint(folder)
-    judged = opened if against is None else open_checkpoint(against, "--against ")
+    judged = opened if against is None else open_checkpoint(against, "--against ", checksums=True)
     if not (opened.folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
     labels = len(opened.labels.names)
@@ -119,7 +118,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
             return None
     theirs = _Theirs(getattr(transformers, architecture), opened.folder)
     verdict = Verdict() if theirs.report else _compare(ours, theirs.model, inputs, kind.output)
-    verdict.findings += [*theirs.report, *_wrong_checksums(opened.folder)]
+    verdict.findings += [*theirs.report, *wrong_tensors(opened.folder)]
     if not theirs.report:
         verdict.findings += _other_parameters(theirs, empty, source, opened.config.num_attention_heads)
     return verdict
@@ -253,32 +252,6 @@ def _compare(ours: list[Tensor], theirs: nn.Module, inputs: list[tuple[Tensor, T
     return Verdict(dict(zip(KINDS_OF_PADDING, largest, strict=True)), limit)
 
 
-def _wrong_checksums(folder: Path) -> list[str]:
-    """The tensors whose bytes are not those that were exported; nothing where nobody wrote down checksums."""
-    path = file_in(folder, CHECKSUMS)
-    if path is None:
-        return []
-    try:
-        written: dict[str, str] = dict(read_json(path))
-    except (OSError, ValueError, TypeError) as error:
-        return [f"{CHECKSUMS} cannot be read ({one_line(error)})"]
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        file_in(folder, path.name)
-        with safe_open(path, framework="pt") as file:
-            names_here = file.keys()
-        for name in names_here:  # what was read counts as this process's memory until its file is closed
-            with safe_open(path, framework="pt") as file:
-                found[name] = checksum(file.get_tensor(name))
-    names = {total: name for name, total in written.items()}
-    wrong = [name for name in sorted(written.keys() | found.keys()) if written.get(name) != found.get(name)]
-    return [f"{name}: not the bytes of {CHECKSUMS}{_belonging_to(names.get(found.get(name, '')))}" for name in wrong]
-
-
-def _belonging_to(name: str | None) -> str:
-    return "" if name is None else f", but those of {name}"
-
-
 @torch.no_grad()
 def _other_parameters(theirs: _Theirs, empty: nn.Module, source: Source, heads: int) -> list[str]:
     """Which of transformers' parameters are not bit by bit what `source` has, by how much, and what they look like."""
@@ -299,7 +272,7 @@ def _other_parameters(theirs: _Theirs, empty: nn.Module, source: Source, heads: 
             count, most = int((~same).sum()), float((found - values).abs().max())
             what = f"{count:,} of {same.numel():,} values differ, by {most:.1e} at most{_order(found, values, heads)}"
             differing.append((name, what, checksum(found.to(values.dtype))))
-    findings = [f"{name}: {what}{_belonging_to(sums.get(total))}" for name, what, total in differing]
+    findings = [f"{name}: {what}{belonging_to(sums.get(total))}" for name, what, total in differing]
     return findings + [f"{name}: a parameter that only transformers has" for name in sorted(loaded)]
 
 

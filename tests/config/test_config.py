@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from command import python
+from composing import run_of
 from omegaconf import OmegaConf
 
 from opt_parallel.config.compose import run_from, to_dict, to_yaml
@@ -108,3 +111,28 @@ def test_a_warmup_in_tokens_must_end_within_what_is_left() -> None:
     run.check_warmup(Clock(4, 48, 8 * 2048 * 6))
     with pytest.raises(UserError, match="98,303 tokens at step 4"):
         run.check_warmup(Clock(4, 48, 8 * 2048 * 6 - 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"steps: " + b"9" * 5000, "Exceeds the limit"), (b"x: " + b"[" * 5000, "recursion"),
+        ("run: {name: größe}".encode("latin-1"), "utf-8"), (b"run: {name: !!python/name:os.system x}", "constructor"),
+        (b"run: {name: [a}", "flow sequence"), (b"run: {name: a}\0", "unacceptable character"),
+    ],
+    ids=["digits", "brackets", "latin-1", "tag", "grammar", "nul"],
+)  # fmt: skip
+def test_a_file_that_is_no_yaml(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\n" + content)
+    done = python("train.py", f"--config-dir={tmp_path}", "experiment=mine", "model=opt-tiny")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/experiment/mine.yaml cannot be read as YAML (")
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["steps", "data.text_field", "task.labels", "data.tokenizer"])
+def test_a_missing_value_is_no_default(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key}=\?\?\? means a missing value"):
+        run_of("model=opt-tiny", f"{key}=???")

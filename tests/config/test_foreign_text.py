@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from omegaconf import OmegaConf
 from opt_parallel.config.compose import recorded, run_from, to_dict, to_yaml, verbatim
 from opt_parallel.config.model import Labels
 from opt_parallel.config.run import Run
+from opt_parallel.config.task import TaskConfig
+from opt_parallel.data.encode.classify import find_labels
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
+from opt_parallel.data.text.records import BadRecord, Record
 from opt_parallel.huggingface.card import model_card
 from opt_parallel.report.plots import Curve, draw, draw_confusion, draw_curves
+from opt_parallel.runtime.errors import UserError
 
 CANARY = "canary-0123456789-canary"
 HOSTILE = [
@@ -123,6 +128,28 @@ def test_pictures_show_it(tmp_path: Path) -> None:
     draw_curves(
         tmp_path / "curves.png", texts[1], [Curve(text, ([1], [1.0]), ([], [])) for text in texts], "step", None
     )
+
+
+def test_pictures_of_names_that_no_font_has_or_that_never_end(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    labels = ["\x1b[31mred\x1b[0m\x07", "a\0b\rc", "日本語", "x" * 100_000]
+    draw_confusion(tmp_path / "confusion.png", "y" * 100_000, labels, np.eye(4))
+    draw_curves(tmp_path / "curves.png", "\0", [Curve(text, ([1], [1.0]), ([], [])) for text in labels], "step", None)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_label_that_means_a_missing_value(classifier: Path, tmp_path: Path) -> None:
+    """OmegaConf has no escape for it: it is refused where it comes in, and not once the run has ended."""
+    name_labels(classifier, ["a", "???", "c"])
+    with pytest.raises(UserError, match=r"task.labels: '\?\?\?' means a missing value"):
+        run_of("task=classify", f"init_from={quoted(classifier)}", "data.sequence_length=16")
+    folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": "???"})
+    with pytest.raises(UserError, match=r"data.text_field: '\?\?\?' means a missing value"):
+        run_of(f"init_from={folder}", "data.validation=x", judge=True)
+    records = [Record(f"line {n}", {"label": label}) for n, label in enumerate(["a", "???"])]
+    with pytest.raises(BadRecord, match=r"^line 1: the label '\?\?\?' means a missing value"):
+        find_labels(TaskConfig(), records)
+    with pytest.raises(BadRecord, match=r"^line 1: the label"):
+        find_labels(TaskConfig(), [replace(each, fields={"label": [each.fields["label"]]}) for each in records])
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"])

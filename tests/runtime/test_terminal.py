@@ -170,3 +170,31 @@ def test_a_script_whose_output_has_no_room_says_so() -> None:
         _, errors = process.communicate(b"\n", timeout=60)
     assert process.returncode == 2
     assert errors == b"error: standard output cannot be written (No space left on device)\n"
+
+
+HOSTILE = "a\\x1b[31mred\\x1b[0m\\x1b[8m\\x1b]0;title\\x07\\x1b[2J\\x9b1m\\x08\\0\\rb\\u202ec\\td"
+SHOWN = r"ared\x1b]0;title\x07\x1b[2J\x9b1m\x08\x00\rb\u202ec" + "\td"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_control_characters_are_printed_as_escapes(kind: str) -> None:
+    """Of a label, a file's name, a sample, a library's message."""
+    program = f"""
+import sys
+from opt_parallel.runtime.errors import UserError, reporting
+with reporting():
+    print("{HOSTILE}")
+    print("a" + chr(13) + chr(10) + "b", chr(13) + "bar", chr(27) + "[A", sep="", flush=True)
+    sys.stderr.write(chr(27) + "[A")
+    raise UserError("{HOSTILE}")
+"""
+    reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
+    with start(program, out=writer) as process:
+        _, errors = process.communicate(timeout=60)
+        os.close(writer)
+        output = os.read(reader, 10_000).decode().replace("\r\n", "\n").split("\n")
+    os.close(reader)
+    assert process.returncode == 2
+    output[1] = output[1].rstrip("\r")  # a terminal has another
+    assert output[:3] == [SHOWN, "a", "b\rbar\x1b[A"]  # writes of their own, as a progress bar has them
+    assert errors.decode() == f"\x1b[Aerror: {SHOWN}\n"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from exporting import checkpoint, tampered
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.tools.export import export
@@ -93,6 +96,29 @@ def test_a_flipped_bit_is_found(exported: tuple[Path, Path], tmp_path: Path) -> 
         f"{KEY}: not the bytes of checksums.json",
         f"{KEY}: 1 of 4,096",
     ]
+
+
+def test_nothing_uses_weights_that_are_damaged(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of an export and of a checkpoint of ours: sizes alone do not show it."""
+    source, folder = exported
+    wrong = tampered(folder, tmp_path / "wrong", flip_a_bit)
+    ours = Path(copytree(source, tmp_path / source.name))
+    file = ours / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    wanted = {
+        wrong: f"{wrong} is damaged: {KEY}: not the bytes of checksums.json; export or copy it again, or remove",
+        ours: f"{ours} is not a whole checkpoint: rank-00001.safetensors differs from its checksum",
+    }
+    for damaged, line in wanted.items():
+        with pytest.raises(UserError, match=re.escape(line)):
+            open_checkpoint(damaged, checksums=True)
+        done = python("scripts/generate.py", "--checkpoint", str(damaged), "--prompt", "x", "--max-new-tokens", "2")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert line.removeprefix("--checkpoint ") in done.stderr
+    with pytest.raises(UserError, match=re.escape(wanted[ours])):
+        verify(folder, against=ours)
 
 
 def test_another_network_is_found(exported: tuple[Path, Path], tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def label_of(record: Record, label_field: str) -> Any:
 def _kind(value: Any, where: str) -> str:
     if isinstance(value, str):
         require_characters(value, f"{where}: the label")
+        if value == "???":
+            raise BadRecord(f"{where}: the label {value!r} means a missing value in a configuration: rename it")
     for kind, types in (("a name", (str, bool)), ("a whole number", int), ("a number", float)):
         if isinstance(value, types):
             return kind
