@@ -17,6 +17,7 @@ from opt_parallel.runtime import process as place
 from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import quiet_libraries, say
 from opt_parallel.storage.atomic import write_text
+from opt_parallel.storage.foreign import read_whole
 
 if TYPE_CHECKING:
     import torch
@@ -116,9 +117,11 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     path: Path | None = arguments.prompts_file
     if path is None:
         return arguments.prompt
+    if path.exists() and not path.is_file():
+        raise UserError(f"--prompts-file {path} is no regular file: write the prompts into one")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_whole(path).decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"--prompts-file {path} cannot be read: {error}") from error
     if not text:
         raise UserError(f"--prompts-file {path} is empty: write a prompt a line")
@@ -133,7 +136,7 @@ def _prompt_of(line: str, where: str, suffix: str) -> str:
         return line
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f'{where} has no text under "prompt"')

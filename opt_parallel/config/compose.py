@@ -33,7 +33,7 @@ from opt_parallel.runtime.log import quiet_libraries
 from opt_parallel.runtime.process import take_place
 from opt_parallel.runtime.terminal import outlive
 
-PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.output_subdir", "hydra.sweep.dir", "hydra.sweep.subdir")
 TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 from opt_parallel.runtime.errors import UserError
 
@@ -24,15 +25,21 @@ FOLDERS = {"PWD", "OLDPWD"}
 SHORTEST = 16  # characters of a variable's value that is searched for: a password may be an ordinary word
 
 # https://user:password@host, https://token@host; and user:password@host as a whole value
-USER = re.compile(r"://([^\s@/:]*:(?!\d+/)[^\s@]+|[^\s@/:?#]{16,})@")
+USER = re.compile(r"(?:^|:)//([^\s@/:]*:(?!\d+/)[^\s@]+|[^\s@/:?#]{16,})@")
 BARE_USER = re.compile(r"[\w.+-]+:([^\s@/:]+)@[\w-]+(?:\.[\w-]+)*(?::\d+)?(?:/.*)?", re.DOTALL)
 # in the query of a URL or a connection string; elsewhere only longer values, since prose has "a token=1"
 PARAMETER = re.compile(r"[?&;#]([\w.%-]+)=([^\s&;#]+)")
 ASSIGNED = re.compile(r"(?<![^\s\[{(,'\"])([\w-]+)=([^\s,;'\"]{6,})")
 WORDS = {"auth", "key", "pass"}  # key=value is a folder of partitioned data
-# Hugging Face's, GitHub's and AWS's tokens, JSON web tokens, HTTP headers, keys in PEM
+FLAG = re.compile(r"(?<!\S)--([\w-]+)\s+(\S{6,})")
+# tokens of Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, Google, npm, PyPI, wandb and NVIDIA; JSON web tokens, HTTP
+# headers, keys in PEM
 TOKEN = re.compile(
-    r"(\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bAKIA[0-9A-Z]{16}"
+    r"(\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bA[KS]IA[0-9A-Z]{16}"
+    r"|\bsk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|\bglpat-[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\bAIza[\w-]{30,}"
+    r"|\bnpm_[A-Za-z0-9]{30,}|\bpypi-[\w-]{30,}|\bwandb_v\d_\w{20,}|\bnvapi-[\w-]{20,}"
+    r"|\bapi_org_[A-Za-z]{20,}"
+    r"|(?i:\bbearer\s+)(?=\S*\d)[\w.~+/-]{16,}"
     r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}[\w.-]*|(?i:authorization\W{1,3}\w+\s+\S+)|-----BEGIN[ A-Z]* PRIVATE KEY-----.*)",
     re.DOTALL,
 )
@@ -50,8 +57,10 @@ def secrets_in(text: str) -> Iterator[tuple[int, int, str]]:
     """Where each secret in a value begins and ends, and what it is, in words that do not repeat it."""
     users = [*USER.finditer(text), *filter(None, [BARE_USER.fullmatch(text)])]
     yield from ((*match.span(1), "a user's password") for match in users)
-    yield from ((*match.span(2), f"{match[1]}=…") for match in PARAMETER.finditer(text) if looks_secret(match[1]))
-    for match in ASSIGNED.finditer(text):
+    yield from (
+        (*match.span(2), f"{match[1]}=…") for match in PARAMETER.finditer(text) if looks_secret(unquote(match[1]))
+    )
+    for match in (*ASSIGNED.finditer(text), *FLAG.finditer(text)):
         if looks_secret(match[1]) and match[1] not in WORDS:
             yield *match.span(2), f"{match[1]}=…"
     yield from ((*match.span(1), "a token") for match in TOKEN.finditer(text))

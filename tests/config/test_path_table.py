@@ -233,6 +233,8 @@ def test_hydras_own_folders(tree: Path, key: str) -> None:
         assert f"{key}={value}" in done.stderr
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
+    done = python("train.py", "model=opt-tiny", "hydra.output_subdir=s3://bucket/out")
+    assert (done.returncode, done.stderr[:49]) == (2, "error: hydra.output_subdir=s3://bucket/out is a U")
     assert not (ROOT / "s3:").exists()
     assert not (ROOT / "~").exists()
 

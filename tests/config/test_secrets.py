@@ -106,12 +106,20 @@ SECRETS = [
     f"user:{CANARY}@host:29500", f"Authorization: Bearer {CANARY}", "hf_canaryCanaryCanaryCanaryCanaryCanary",
     f"https://storage.googleapis.com/x?X-Goog-Credential={CANARY}", "ghp_canaryCanaryCanaryCanaryCanaryCanary",
     f"x https://a.blob.core.windows.net/c?sv=1&sig={CANARY}%3D y", "AKIACANARYCANARYCANA", f"$SECRET_OF_TEST-{CANARY}",
+    "sk-proj-canaryCanary0123456789canary", "sk-canary0123456789CANARY0123456789", "glpat-canaryCANARY0123canary",
+    "xoxb-0123456789-canary", "AIzaSycanaryCANARY0123456789canaryCANARY", "ASIACANARYCANARYCANA",
+    f"x --password {CANARY}",
+    "npm_canaryCANARY0123456789canaryCANARYcanary", "pypi-AgEIcanaryCANARY0123456789canaryCANARY",
+    "wandb_v1_canaryCANARY0123456789canary", "nvapi-canaryCANARY0123456789canary", f"Bearer {CANARY}",
+    "api_org_canaryCanaryCanaryCanary", f"//user:{CANARY}@host/x", f"https://host/x?a=1&%73ig={CANARY}",
+    f"AWS4-HMAC-SHA256 Credential=canary/20230101, Signature={CANARY}",
 ]  # fmt: skip
 HARMLESS = [
     "/data/a:b/c", "lang=en/t.jsonl", "key=abcdefgh/x", "The password: a token=1", "https://host:80/a@b", "a@b.de",
     "registry.example:5000/opt@sha256:abcdef", "/data/hf_models_that_were_converted", "sk-wikipedia-20230101-abcdef",
     "https://example.com/x?max_tokens=5", "{title}: {body}", "0123456789abcdef0123456789abcdef01234567", "host:29500",
     "optimizer.lr=0.003,model.dropout=0", "Bearer of good news", "a-key-to-the-whole-matter", "ssh://git@github.com/x",
+    "The bearer of-this-letter-and-others", "--max-new-tokens 1000000", "a//b:c@d", "nvapi-docs", "sk-learn-1.2-Models",
 ]  # fmt: skip
 KEYS = [key for key, _, _ in typed_fields(Run)] + ["hydra.sweep.dir", "+anything", "hydra.job.name", "experiment"]
 LAUNCH_KEYS = sorted({key for section in SECTIONS.values() for key, _, _ in typed_fields(section, "launch.")})

@@ -120,7 +120,9 @@ def test_a_continuation_keeps_its_first_space() -> None:
 def test_several_prompts_and_processes(checkpoint: Path, tmp_path: Path) -> None:
     """The same texts from a file of prompts, in batches of two, as from options on two processes."""
     prompts = ["Sentence 7", "The made-up text tells", "x"]
-    (tmp_path / "prompts.txt").write_text("".join(prompt + "\n" for prompt in prompts))
+    (tmp_path / "prompts.txt").write_bytes(
+        "".join(f"{prompt}\r\n" for prompt in ["\ufeff" + prompts[0], *prompts[1:]]).encode()
+    )
     output = tmp_path / "texts.jsonl"
     common = ["scripts/generate.py", "--checkpoint", str(checkpoint), *SAMPLED]
     written = python(*common, "--prompts-file", str(tmp_path / "prompts.txt"), "--output", str(output), "--batch", "2")
@@ -149,6 +151,9 @@ def test_prompts_of_a_jsonl_and_beams(
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "empty file": (["--prompts-file", "empty.txt"], ["empty.txt is empty"]),
     "no file": (["--prompts-file", "none.txt"], ["none.txt", "No such file"]),
+    "a pipe": (["--prompts-file", "pipe"], ["pipe is no regular file"]),
+    "a device": (["--prompts-file", "/dev/zero"], ["/dev/zero is no regular file"]),
+    "deep line": (["--prompts-file", "deep.jsonl"], ["deep.jsonl, line 1 is not JSON: maximum recursion"]),
     "blank line": (["--prompts-file", "blank.txt"], ["blank.txt, line 2 is blank"]),
     "broken line": (["--prompts-file", "broken.jsonl"], ["broken.jsonl, line 2", "JSON"]),
     "other keys": (["--prompts-file", "other.jsonl"], ["other.jsonl, line 1", '"prompt"']),
@@ -169,6 +174,8 @@ def test_mistakes(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.txt").write_text("x\n\ny\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "other.jsonl").write_text('{"text": "x"}\n')
     monkeypatch.chdir(tmp_path)
     arguments, words = MISTAKES[mistake]
