@@ -14,13 +14,14 @@ from typing import Any
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.checked import without_duplicates
 
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # what Git LFS leaves instead of a file
 MOST_BYTES = 100_000_000  # of a file that is read whole; an index of 175B's weights has 0.1 MB, a large tokenizer 35
 
 
 def file_in(folder: Path, name: str) -> Path | None:
     """The regular file `name` of `folder`; None where there is nothing of that name.
 
-    Raises: UserError if it is a link that leads out of the folder, or not a file."""
+    Raises: UserError if it is a link that leads out of the folder, not a file, or Git LFS's pointer to one."""
     path = folder / name
     try:
         target = path.resolve(strict=True)
@@ -35,7 +36,16 @@ def file_in(folder: Path, name: str) -> Path | None:
         raise UserError(f"{path} leads out of its folder, to {target}: copy the file itself there, or remove the link")
     if not stat.S_ISREG(mode):
         raise UserError(f"{path} is not a regular file: bring a whole copy")
+    check_fetched(path, str(path))
     return path
+
+
+def check_fetched(path: Path, where: str) -> None:
+    """Raise UserError if only Git LFS's pointer to the file is there."""
+    if path.stat().st_size < POINTER_BYTES:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise UserError(f"{where} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
 
 
 def _roots(folder: Path) -> list[Path]:

@@ -283,6 +283,14 @@ def test_a_head_of_another_width(folder: Path) -> None:
     refused(folder, "OPT ties the two")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_pointer_of_git_lfs(folder: Path, name: str) -> None:
+    """What a clone without git-lfs has instead of the file."""
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    refused(folder, f"{name} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
+
+
 # ---- PyTorch's pickles
 
 

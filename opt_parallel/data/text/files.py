@@ -22,6 +22,7 @@ from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.data.text.tables import csv_records, tsv_records
 from opt_parallel.data.text.unpacking import DAMAGES, PACKED, UNPACKED_SIZE, damaged, ending_of, opened
 from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.storage.foreign import check_fetched
 
 PLAIN = (".md", ".py", ".rst", ".txt")  # a file is a document
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
@@ -35,7 +36,6 @@ LONGEST_LINE = 1 << 28  # bytes of a line or of an array's item, so that none fi
 LONGEST_DOCUMENT = 1 << 31  # bytes of a file that is one document
 DEEPEST = 100  # brackets within brackets: thousands make json, and whoever walks through a record, fail
 SPACE = re.compile(r"\s*")
-POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # what Git LFS leaves instead of a file
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,6 @@ def pieces_of(path: Path, key: str, cut: bool) -> list[Piece]:
         raise damaged(path, where, error) from error
     starts = range(0, max(size, 1), PIECE_BYTES)
     return [Piece(path, start, min(start + PIECE_BYTES, size), min(PIECE_BYTES, size - start)) for start in starts]
-
-
-def check_fetched(path: Path, where: str) -> None:
-    """Raise UserError if only Git LFS's pointer to the file is there."""
-    if path.stat().st_size < POINTER_BYTES:
-        with path.open("rb") as file:
-            pointer = file.read(len(POINTER)) == POINTER
-        require(not pointer, f"{where} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
 
 
 def check_document(size: int, where: str) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.config.model import require
-from opt_parallel.data.text.files import check_fetched, shown
+from opt_parallel.data.text.files import shown
 from opt_parallel.data.text.finding import is_saved
 from opt_parallel.data.text.parquet import ROWS_READ, class_names, readable
 from opt_parallel.data.text.records import Record
 from opt_parallel.data.text.unpacking import check_whole
 from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.storage.foreign import check_fetched
 
 # whose errors are the network's: the hub's, and what it and `datasets` reach it with
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "ssl", "socket", "http")
