@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from opt_parallel.checkpoint.damage import tokenizer_of
-from opt_parallel.checkpoint.folders import choose, newest, precision_of, step_of
-from opt_parallel.checkpoint.lora import Base, over
-from opt_parallel.checkpoint.manifest import read_manifest
+from opt_parallel.checkpoint.folders import newest, precision_of, step_of
 from opt_parallel.checkpoint.reader import CheckpointReader
-from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.checkpoint.store import Store
-from opt_parallel.config.paths import absolute
 from opt_parallel.config.run import Run
 from opt_parallel.config.units import bytes_of
-from opt_parallel.data.prepare import Prepared, prepare
-from opt_parallel.data.resuming import go_on
+from opt_parallel.data.prepare import Prepared
+from opt_parallel.data.resuming import resumed_clock
 from opt_parallel.data.samples.batches import Feed, Loader, read_together
 from opt_parallel.data.samples.mixture import Mixture
-from opt_parallel.data.samples.samples import Rows, Samples
-from opt_parallel.data.tasks import open_mixture, open_validation
+from opt_parallel.data.samples.samples import Rows
+from opt_parallel.data.tasks import open_mixture
 from opt_parallel.engine import Engine
 from opt_parallel.parallel.precision import settle
-from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.parallel.topology import Topology
 from opt_parallel.preflight import check_same, claim_folder, preflight
 from opt_parallel.report.metrics import Metrics
 from opt_parallel.report.plots import draw_confusion
-from opt_parallel.report.trackers import check_trackers, wandb_id
 from opt_parallel.run_folder import (
     EXPORT,
     forget_what_the_last_save_would,
@@ -45,33 +37,10 @@ from opt_parallel.runtime.errors import Diverged, Unread, UserError
 from opt_parallel.runtime.log import own_file, say
 from opt_parallel.runtime.process import is_main
 from opt_parallel.runtime.signals import Interrupt
+from opt_parallel.start import Inputs, begin, open_store, resume_point, warn_of_unread_init
 from opt_parallel.storage.atomic import optional
 from opt_parallel.tools.export import export, is_of
-from opt_parallel.validation import Prompts, validate
-
-
-@dataclass(frozen=True)
-class Materials:
-    """What a run needs before there is an engine: weights to start from, text."""
-
-    start: Opened | None
-    base: Base | None
-    data: Prepared
-    held_out: Samples | None
-    prompts: Prompts | None
-
-    @classmethod
-    def gather(cls, run: Run, begun: Path | None) -> Materials:
-        """On every rank, while none waits in a collective: text may take hours to prepare. `begun`: the checkpoint that
-        the run goes on from. Raises: UserError."""
-        check_trackers(run)
-        start = _start(run, begun)
-        base = start.as_base(str(run.init_from)) if start and run.task.lora.rank else None
-        data = prepare(run, tokenizer_of(begun))
-        if start and data.labels and begun is None:
-            start.check_labels(data.labels)
-        prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
-        return cls(start, base, data, open_validation(run, data), prompts)
+from opt_parallel.validation import validate
 
 
 def train(run: Run) -> int:
@@ -86,7 +55,7 @@ def train(run: Run) -> int:
         ):
             check_same(run, topology)
             resume_from = _occupy(run, topology, folder)
-            _warn_of_another_start(run, resume_from)
+            warn_of_unread_init(run, resume_from)
             if topology.exchange(topology.together(lambda: _nothing_left(run, resume_from)))[0]:  # as rank 0 sees it
                 return 0
             topology.together(lambda: claim_folder(run))
@@ -103,25 +72,27 @@ def _occupy(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
     """Make this run the only one in its folder, and put that in order; the checkpoint that `resume` asks for.
 
     Raises: UserError, with nothing touched, if another run trains there, or the settings do not fit."""
-    if topology.exchange(topology.together(lambda: choose(run)))[0] is None:  # a mistake leaves no new folder
+    if resume_point(run, topology) is None:  # a mistake leaves no new folder
         run.check_warmup(Clock())
     topology.together(lambda: folder.enter_context(only_run_in(run)) if topology.is_main else None)
     if topology.is_main:
         put_in_order(run)
-    return topology.exchange(topology.together(lambda: choose(run)))[0]  # others may not see the newest yet
+    return resume_point(run, topology)  # others may not see the newest yet
 
 
-def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrupt) -> int:
-    run, why = settle(run, topology, precision_of(begun))
+def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: Interrupt) -> int:
+    run, why = settle(run, topology, precision_of(resume_from))
     for line in preflight(run, topology):
         if topology.world.size > 1:
             say(line)
-    materials = topology.together(lambda: Materials.gather(run, begun))
+    inputs = topology.together(lambda: Inputs.read(run, resume_from))
     if topology.is_main:
         write_config(run)
         write_state(run, "running")
-    store = _open_store(run, begun, topology, materials)
-    engine, clock, mixture = _begin(run, topology, store, materials)
+    store = open_store(run, topology, resume_from, inputs)
+    checkpoint = store.find()
+    clock, mixture = _open_samples(run, topology, inputs.data, checkpoint)
+    engine, _ = begin(run, topology, store, checkpoint, inputs.initial, inputs.data.labels)
     loader = Loader(_feed(run, topology, mixture), clock, run.stop, topology.device)
     metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock, store.wandb_id)
     metrics.note(_greeting(run, why, topology, clock, engine, mixture))
@@ -143,7 +114,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
             best = None
             if not status and _due(run.evaluation.every, clock, last):
                 with metrics.pause():
-                    best = store.if_best(_evaluate(engine, clock, materials, metrics))
+                    best = store.if_best(_evaluate(engine, clock, inputs, metrics))
             if status or last or best is not None or _due(run.checkpoint.every, clock, last):
                 with metrics.pause():
                     store.save(engine, clock, best)
@@ -151,14 +122,7 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
         store.finish()
     except UserError as error:
         metrics.abandon()
-        if isinstance(error, Unread):
-            raise Unread(f"{error}; {store.rescue(engine, clock)}", shared=True) from error
-        store.wait()
-        if isinstance(error, Diverged):
-            if topology.is_main:
-                write_state(run, "diverged")
-            loader.close()  # the next run of a sweep follows in this process
-            engine.close()
+        _end_after(error, engine, clock, store, loader)
         raise
 
     metrics.close(finished=clock.step == run.steps)
@@ -171,9 +135,13 @@ def _train(run: Run, begun: Path | None, topology: Topology, interrupt: Interrup
     return status
 
 
-def _open_store(run: Run, begun: Path | None, topology: Topology, materials: Materials) -> Store:
-    data = materials.data
-    return Store(run, topology, data.tokenizer, data.labels, materials.base, data.text, _wandb_id(run, begun))
+def _open_samples(
+    run: Run, topology: Topology, data: Prepared, checkpoint: CheckpointReader | None
+) -> tuple[Clock, Mixture]:
+    """Where the run stands in its data, and the samples that follow."""
+    clock = resumed_clock(run, data.train, checkpoint.manifest) if checkpoint else Clock()
+    run.check_warmup(clock)
+    return clock, topology.together(lambda: open_mixture(run, data, clock))
 
 
 def _feed(run: Run, topology: Topology, mixture: Mixture) -> Feed:
@@ -181,23 +149,21 @@ def _feed(run: Run, topology: Topology, mixture: Mixture) -> Feed:
     return Feed(mixture, run.global_batch, run.micro_batch, rank, size, run.model.pad_token_id)
 
 
-def _begin(run: Run, topology: Topology, store: Store, materials: Materials) -> tuple[Engine, Clock, Mixture]:
-    """The run's network, where it stands, and its samples: as its checkpoint left them, else from the start."""
-    checkpoint, data, start = store.find(), materials.data, materials.start
-    clock = go_on(run, data.train, checkpoint.manifest) if checkpoint else Clock()
-    run.check_warmup(clock)
-    mixture = topology.together(lambda: open_mixture(run, data, clock))
-    engine = Engine.build(run, topology, _weights(run, start, checkpoint), data.labels)
-    if start:
-        start.warn_of_not_finite(topology.tensor)
-    if checkpoint:
-        store.restore(engine, checkpoint)
-    return engine, clock, mixture
+def _end_after(error: UserError, engine: Engine, clock: Clock, store: Store, loader: Loader) -> None:
+    """Save what can be saved after an error in the loop. Raises: Unread, with where the run was saved."""
+    if isinstance(error, Unread):
+        raise Unread(f"{error}; {store.rescue(engine, clock)}", shared=True) from error
+    store.wait()
+    if isinstance(error, Diverged):
+        if engine.topology.is_main:
+            write_state(engine.run, "diverged")
+        loader.close()  # the next run of a sweep follows in this process
+        engine.close()
 
 
-def _evaluate(engine: Engine, clock: Clock, materials: Materials, metrics: Metrics) -> float | None:
+def _evaluate(engine: Engine, clock: Clock, inputs: Inputs, metrics: Metrics) -> float | None:
     """The loss on the held-out text, where there is some."""
-    found, held_out, labels = None, materials.held_out, materials.data.labels
+    found, held_out, labels = None, inputs.held_out, inputs.data.labels
     if held_out is not None:
         found = validate(engine, held_out, labels)
         unigrams = held_out.unigram_entropy if isinstance(held_out, Rows) else None
@@ -207,8 +173,8 @@ def _evaluate(engine: Engine, clock: Clock, materials: Materials, metrics: Metri
             picture = engine.run.folder / "confusion.png"
             with optional(picture):
                 draw_confusion(picture, title, labels.names, found.confusion)
-    if materials.prompts is not None:
-        metrics.samples(clock, materials.prompts.texts(engine, clock.step))
+    if inputs.prompts is not None:
+        metrics.samples(clock, inputs.prompts.texts(engine, clock.step))
     return None if found is None else found.loss
 
 
@@ -217,15 +183,15 @@ def _due(every: int, clock: Clock, last: bool) -> bool:
     return every > 0 and (last or clock.step % every == 0)
 
 
-def _nothing_left(run: Run, begun: Path | None) -> bool:
-    step = None if begun is None else step_of(begun)
-    if begun is None or step is None or step < run.stop:
+def _nothing_left(run: Run, resume_from: Path | None) -> bool:
+    step = None if resume_from is None else step_of(resume_from)
+    if resume_from is None or step is None or step < run.stop:
         return False
     if step < run.steps:
-        say(f"{run.run.name} is at stop_at={run.stop_at}: {begun}; a later stop_at continues it")
+        say(f"{run.run.name} is at stop_at={run.stop_at}: {resume_from}; a later stop_at continues it")
     else:
-        say(f"{run.run.name} is finished: {begun} is at step {step} of {run.steps}; a larger steps continues it")
-        _export_at_end(run, begun)
+        say(f"{run.run.name} is finished: {resume_from} is at step {step} of {run.steps}; a larger steps continues it")
+        _export_at_end(run, resume_from)
     if is_main():
         forget_what_the_last_save_would(run)
         write_state(run, "done")
@@ -250,60 +216,6 @@ def _export_at_end(run: Run, checkpoint: Path) -> None:
             f"export.at_end: {error}; {checkpoint} is safe, and the same command tries the export again"
         ) from error
     say(f"exported {checkpoint} to {output}")
-
-
-def _start(run: Run, begun: Path | None) -> Opened | None:
-    """The checkpoint whose weights the run begins with, None where it draws or resumes its own. Those that LoRA leaves
-    alone are read at each start.
-
-    Its tensors are checked on every rank, before any of them waits for another."""
-    if run.init_from is None or (begun is not None and run.task.lora.rank == 0):
-        return None
-    opened = open_checkpoint(run.init_from, "init_from=", checksums=True).grown(run.model.vocab_size)
-    if run.task.name.classifies:
-        opened.check_classifier()
-    else:
-        opened.check_language_model()
-    return opened
-
-
-def _weights(run: Run, start: Opened | None, checkpoint: CheckpointReader | None) -> Source:
-    """What the network is filled with: the checkpoint's tensors, where it lacks them those that the run starts from,
-    and where these do too, the initial ones."""
-    source = random_source(run.seed)
-    if start:
-        source = over(start.stored.holds, start.weights, source)
-    return over(checkpoint.holds, checkpoint, source) if checkpoint else source
-
-
-def _wandb_id(run: Run, begun: Path | None) -> str | None:
-    """What the run is called at wandb, on rank 0. It is another run where it begins anew or branches off: from another
-    folder's checkpoint, or an earlier one of its own, since wandb takes no step back."""
-    if not is_main():
-        return None
-    if begun is None:
-        return wandb_id(run, anew=run.resume == "never")
-    last = newest(run.folder / "checkpoints")
-    try:
-        saved = read_manifest(begun).get("wandb_id")
-    except UserError:  # it is damaged, and will be set aside
-        saved = None
-    return wandb_id(run, saved, anew=last is None or last.resolve() != begun.resolve())
-
-
-def _warn_of_another_start(run: Run, begun: Path | None) -> None:
-    """Say that `init_from` is not read where the run goes on from a checkpoint that began elsewhere."""
-    if run.init_from is None or begun is None or run.task.lora.rank > 0:
-        return
-    try:
-        began = read_manifest(begun)["config"].get("init_from")
-    except UserError:
-        return  # it is damaged, and will be set aside
-    if began is None or absolute("", began) != absolute("", run.init_from):
-        say(
-            f"warning: init_from={run.init_from} is not read: {begun} goes on, which began from "
-            f"{began or 'random weights'}; choose another run.name or run.dir to start anew"
-        )
 
 
 def _greeting(run: Run, why: str, topology: Topology, clock: Clock, engine: Engine, mixture: Mixture) -> str:

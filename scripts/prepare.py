@@ -41,10 +41,10 @@ def main(config: DictConfig) -> None:
             stores["validation"] = prepared.validation
         opened = {name: TokenStore(folder, run.model.vocab_size) for name, folder in stores.items()}
         if any(source.stream for source in prepared.train):
-            from opt_parallel.data.resuming import go_on
+            from opt_parallel.data.resuming import resumed_clock
             from opt_parallel.data.tasks import fill_streams
 
-            clock = go_on(run, prepared.train, read_manifest(begun)) if begun else Clock()
+            clock = resumed_clock(run, prepared.train, read_manifest(begun)) if begun else Clock()
             opened |= fill_streams(run, prepared, clock)
         for name in stores:
             print(f"\n{name}\n{aligned(table_of(opened[name]))}")

@@ -24,7 +24,7 @@ FLOORS = [
     ["data.resuming"],
     ["data.tasks", "checkpoint", "validation"],
     ["tools", "launching", "preflight", "pretrained"],
-    ["run_folder"],
+    ["run_folder", "start"],
     ["loop"],
     ["train"],
 ]
@@ -37,8 +37,8 @@ RESERVED = {
     "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight"},
     # a mistake in the command line is said before torch is imported, which takes seconds
     "torch": {"parallel", "report.metrics", "report.trackers", "data.samples", "data.kinds", "data.tasks", "model",
-              "optim", "zero", "engine", "checkpoint", "validation", "tools", "preflight", "pretrained", "loop",
-              "huggingface.names", "huggingface.weights", "huggingface.arrays", "huggingface.pickled",
+              "optim", "zero", "engine", "checkpoint", "validation", "tools", "preflight", "pretrained", "start",
+              "loop", "huggingface.names", "huggingface.weights", "huggingface.arrays", "huggingface.pickled",
               "huggingface.folder"},
 }  # fmt: skip
 

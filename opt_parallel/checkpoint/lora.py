@@ -104,7 +104,7 @@ class Merged:
         return values
 
 
-def over(holds: Callable[[str], bool], weights: Source, below: Source) -> Source:
+def with_fallback(holds: Callable[[str], bool], weights: Source, below: Source) -> Source:
     """`weights` of the tensors that it holds, of all others `below`."""
     return lambda name, shard: weights(name, shard) if holds(name) else below(name, shard)
 

@@ -21,7 +21,7 @@ from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.log import say
 
 
-def go_on(run: Run, sources: Sequence[PreparedSource], manifest: dict[str, Any]) -> Clock:
+def resumed_clock(run: Run, sources: Sequence[PreparedSource], manifest: dict[str, Any]) -> Clock:
     """The clock of a checkpoint's manifest, as `run`, which has `sources` now, goes on from it. What changed is said,
     and what cannot go on exactly is warned of."""
     clock = Clock.saved(manifest["clock"])

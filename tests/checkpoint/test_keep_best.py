@@ -42,17 +42,14 @@ def saved(run: Run, losses: list[float]) -> tuple[int, list[bool]]:
     """On the crew: go on from where the run stands, a checkpoint after each step, whose validation losses these are.
     Where it stood, and which were the best so far."""
     from opt_parallel.checkpoint.store import Store
-    from opt_parallel.engine import Engine
-    from opt_parallel.parallel.shard import random_source
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.runtime.clock import Clock
+    from opt_parallel.start import begin
 
     folder = Path(run.run.dir)
     with Topology.open(run.parallel.tensor) as topology:
         store = Store(run, topology, folder / "tokenizer")
         checkpoint = store.find()
-        engine = Engine.build(run, topology, checkpoint or random_source(run.seed))
-        clock = store.restore(engine, checkpoint) if checkpoint else Clock()
+        engine, clock = begin(run, topology, store, checkpoint)
         began, were_best = clock.step, []
         for loss in losses:
             clock = clock.after(8, 128)

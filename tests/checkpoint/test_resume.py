@@ -54,17 +54,14 @@ def go(run: Run, first: int, last: int, saves: tuple[int, ...] = ()) -> dict[str
     steps `saves`. The losses, which steps fp16 skipped, the optimizer's updates and the state of the loss scale at the
     end, and this rank's weights when it was saved last."""
     from opt_parallel.checkpoint.store import Store
-    from opt_parallel.engine import Engine
-    from opt_parallel.parallel.shard import random_source
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.runtime.clock import Clock
+    from opt_parallel.start import begin
 
     losses, skipped, weights = [], [], {}
     with Topology.open(run.parallel.tensor) as topology:
         store = Store(run, topology, Path(run.run.dir) / "tokenizer")
         checkpoint = store.find()
-        engine = Engine.build(run, topology, checkpoint or random_source(run.seed))
-        clock = store.restore(engine, checkpoint) if checkpoint else Clock()
+        engine, clock = begin(run, topology, store, checkpoint)
         assert clock.step == first
         while True:
             if clock.step in saves:

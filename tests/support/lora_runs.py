@@ -49,9 +49,8 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
     and the frozen parameters that are not bit by bit the base's any more."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
-    from opt_parallel.engine import Engine
-    from opt_parallel.loop import _weights
     from opt_parallel.parallel.topology import Topology
+    from opt_parallel.start import begin
 
     losses, norms = [], []
     start = open_checkpoint(str(run.init_from))
@@ -59,8 +58,7 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
         base = start.as_base(str(run.init_from))
         store = Store(run, topology, Path(run.run.dir) / "tokenizer", base=base)
         checkpoint = store.find()
-        engine = Engine.build(run, topology, _weights(run, start, checkpoint))
-        clock = store.restore(engine, checkpoint) if checkpoint else Clock()
+        engine, clock = begin(run, topology, store, checkpoint, start)
         while True:
             if clock.step in saves:
                 store.save(engine, clock)
@@ -98,15 +96,15 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
     from layouts import batch_of
 
     from opt_parallel.checkpoint.sources import open_checkpoint
-    from opt_parallel.loop import _weights
     from opt_parallel.model.build import network
     from opt_parallel.optim import build_optimizer, learning_rate
     from opt_parallel.parallel.random import Draw
     from opt_parallel.parallel.shard import fill
     from opt_parallel.parallel.topology import ALONE
+    from opt_parallel.start import weights as first_weights
 
     model = network(run, None, ALONE)
-    fill(model, _weights(run, open_checkpoint(str(run.init_from)), None), torch.device("cpu"), torch.float32)
+    fill(model, first_weights(run, open_checkpoint(str(run.init_from)), None), torch.device("cpu"), torch.float32)
     optimizer = build_optimizer(model, run.optimizer)
     losses, norms = [], []
     for step in range(run.steps):
@@ -156,9 +154,8 @@ def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ())
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.config.model import Labels, ProblemType
-    from opt_parallel.engine import Engine
-    from opt_parallel.loop import _weights
     from opt_parallel.parallel.topology import Topology
+    from opt_parallel.start import begin
     from opt_parallel.zero import held_fragments
 
     labels = Labels.numbered(number_of_labels) if run.task.name is Task.classify else None
@@ -167,7 +164,7 @@ def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ())
     with Topology.open(run.parallel.tensor) as topology:
         base = start.as_base(str(run.init_from))
         store = Store(run, topology, Path(run.run.dir) / "tokenizer", labels, base)
-        engine = Engine.build(run, topology, _weights(run, start, None), labels)
+        engine, _ = begin(run, topology, store, None, start, labels)
         for fragment in held_fragments(engine.wrapped, run.zero.stage, topology.data.rank, engine.moments):
             where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # ranks that hold the same draw the same
             fragment.weights.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(crc32(where.encode())))

@@ -21,16 +21,13 @@ def seen(run: Run, folder: str, last: int) -> list[list[tuple[int, int]]]:
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.data.samples.samples import Rows
     from opt_parallel.data.store.store import TokenStore
-    from opt_parallel.engine import Engine
-    from opt_parallel.parallel.shard import random_source
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.runtime.clock import Clock
+    from opt_parallel.start import begin
 
     with Topology.open(run.parallel.tensor) as topology:
         store = Store(run, topology, Path(run.run.dir) / "tokenizer")
         checkpoint = store.find()
-        engine = Engine.build(run, topology, checkpoint or random_source(run.seed))
-        clock = store.restore(engine, checkpoint) if checkpoint else Clock()
+        engine, clock = begin(run, topology, store, checkpoint)
         rows, place = Rows(TokenStore(folder), LENGTH), (topology.data.rank, topology.data.size)
         feed = feed_of(rows, run.seed, run.global_batch, run.micro_batch, *place)
         steps = []

@@ -19,7 +19,7 @@ from opt_parallel.checkpoint.damage import tokenizer_of
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.config.run import DataConfig, Run
 from opt_parallel.data.prepare import Prepared, PreparedSource
-from opt_parallel.data.resuming import go_on
+from opt_parallel.data.resuming import resumed_clock
 from opt_parallel.data.samples.mixture import Mixture
 from opt_parallel.data.tasks import open_mixture
 from opt_parallel.runtime.clock import Clock
@@ -49,7 +49,7 @@ class Trained:
             },
         }
         self.weights, self.seed, self.length = weights, seed or self.seed, length or self.length
-        self.clock = go_on(self.run, self.prepared.train, manifest)
+        self.clock = resumed_clock(self.run, self.prepared.train, manifest)
         return self
 
     @property
@@ -168,7 +168,7 @@ def test_what_cannot_go_on_exactly_is_said(tmp_path: Path, capsys: pytest.Captur
         "clock": asdict(run.clock), "text": {"web": "store-web", "books": "store-books"},
         "config": {"seed": 4, "data": {"train": run.run.data.train, "sequence_length": LENGTH}},
     }  # fmt: skip
-    assert go_on(run.run, sources, manifest) == run.clock
+    assert resumed_clock(run.run, sources, manifest) == run.clock
     said = capsys.readouterr().out
     assert said.startswith("warning: the training text of web is not what the checkpoint was trained on")
 
@@ -191,9 +191,9 @@ def test_a_checkpoint_from_before(tmp_path: Path) -> None:
         "clock": {"step": 1, "samples": 30, "tokens": 120},
         "config": {"seed": 3, "data": {"train": run.run.data.train, "sequence_length": LENGTH}},
     }
-    assert go_on(run.run, run.prepared.train, manifest) == Clock(1, 30, 120)
+    assert resumed_clock(run.run, run.prepared.train, manifest) == Clock(1, 30, 120)
     run.weights = {"web": "1", "books": "1"}
-    assert go_on(run.run, run.prepared.train, manifest) == Clock(1, 30, 120, 30, {"web": 20, "books": 10})
+    assert resumed_clock(run.run, run.prepared.train, manifest) == Clock(1, 30, 120, 30, {"web": 20, "books": 10})
 
 
 def test_train_py_with_other_sources(tmp_path: Path) -> None:

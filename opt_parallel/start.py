@@ -1,0 +1,132 @@
+"""What a run starts from: the checkpoint that it resumes, the weights of `init_from`, its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from opt_parallel.checkpoint.damage import tokenizer_of
+from opt_parallel.checkpoint.folders import choose, newest
+from opt_parallel.checkpoint.lora import Base, with_fallback
+from opt_parallel.checkpoint.manifest import read_manifest
+from opt_parallel.checkpoint.reader import CheckpointReader
+from opt_parallel.checkpoint.sources import Opened, open_checkpoint
+from opt_parallel.checkpoint.store import Store
+from opt_parallel.config.model import Labels
+from opt_parallel.config.paths import absolute
+from opt_parallel.config.run import Run
+from opt_parallel.data.prepare import Prepared, prepare
+from opt_parallel.data.samples.samples import Samples
+from opt_parallel.data.tasks import open_validation
+from opt_parallel.engine import Engine
+from opt_parallel.parallel.shard import Source, random_source
+from opt_parallel.parallel.topology import Topology
+from opt_parallel.report.trackers import check_trackers, wandb_id
+from opt_parallel.runtime.clock import Clock
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import say
+from opt_parallel.runtime.process import is_main
+from opt_parallel.validation import Prompts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before it has an engine. `initial`: the checkpoint of `init_from`, None where it is not read;
+    `base`: the same for LoRA, which never changes its weights."""
+
+    initial: Opened | None
+    base: Base | None
+    data: Prepared
+    held_out: Samples | None
+    prompts: Prompts | None
+
+    @classmethod
+    def read(cls, run: Run, resume_from: Path | None) -> Inputs:
+        """Called on every rank, outside of any collective, since preparing text may take hours. Raises: UserError."""
+        check_trackers(run)
+        initial = _open_initial(run, resume_from)
+        base = initial.as_base(str(run.init_from)) if initial and run.task.lora.rank else None
+        data = prepare(run, tokenizer_of(resume_from))
+        if initial and data.labels and resume_from is None:
+            initial.check_labels(data.labels)
+        prompts = Prompts.encode(run, data.tokenizer) if run.evaluation.prompts else None
+        return cls(initial, base, data, open_validation(run, data), prompts)
+
+
+def resume_point(run: Run, topology: Topology) -> Path | None:
+    """The checkpoint that `resume` names, as rank 0 sees it; None for a fresh start. Raises: UserError."""
+    return topology.exchange(topology.together(lambda: choose(run)))[0]
+
+
+def begin(
+    run: Run,
+    topology: Topology,
+    store: Store,
+    checkpoint: CheckpointReader | None,
+    initial: Opened | None = None,
+    labels: Labels | None = None,
+) -> tuple[Engine, Clock]:
+    """The engine with its weights and optimizer state, and its clock: as `checkpoint` left them, else at step 0."""
+    engine = Engine.build(run, topology, weights(run, initial, checkpoint), labels)
+    if initial:
+        initial.warn_of_not_finite(topology.tensor)
+    return engine, store.restore(engine, checkpoint) if checkpoint else Clock()
+
+
+def weights(run: Run, initial: Opened | None, checkpoint: CheckpointReader | None) -> Source:
+    """Each tensor comes from the first that has it: the run's own checkpoint, `init_from`, random initialisation."""
+    source = random_source(run.seed)
+    if initial:
+        source = with_fallback(initial.stored.holds, initial.weights, source)
+    return with_fallback(checkpoint.holds, checkpoint, source) if checkpoint else source
+
+
+def open_store(run: Run, topology: Topology, resume_from: Path | None, inputs: Inputs) -> Store:
+    """What saves the run's checkpoints and finds the one to resume."""
+    data, tracked = inputs.data, _wandb_id(run, resume_from)
+    return Store(run, topology, data.tokenizer, data.labels, inputs.base, data.text, tracked)
+
+
+def warn_of_unread_init(run: Run, resume_from: Path | None) -> None:
+    """Warn that `init_from` is not read, where the checkpoint to resume was started from another."""
+    if run.init_from is None or resume_from is None or run.task.lora.rank > 0:
+        return
+    try:
+        earlier = read_manifest(resume_from)["config"].get("init_from")
+    except UserError:
+        return  # damaged: it will be set aside
+    if earlier is None or absolute("", earlier) != absolute("", run.init_from):
+        say(
+            f"warning: init_from={run.init_from} is not read: {resume_from} goes on, which began from "
+            f"{earlier or 'random weights'}; choose another run.name or run.dir to start anew"
+        )
+
+
+def _open_initial(run: Run, resume_from: Path | None) -> Opened | None:
+    """The checkpoint of `init_from`. None if the weights are random or come from the run's own checkpoint. LoRA needs
+    it at every start: its checkpoints lack the frozen weights.
+
+    Every rank checks the tensors before any rank waits for another."""
+    if run.init_from is None or (resume_from is not None and run.task.lora.rank == 0):
+        return None
+    opened = open_checkpoint(run.init_from, "init_from=", checksums=True).grown(run.model.vocab_size)
+    if run.task.name.classifies:
+        opened.check_classifier()
+    else:
+        opened.check_language_model()
+    return opened
+
+
+def _wandb_id(run: Run, resume_from: Path | None) -> str | None:
+    """The run's id at wandb, on rank 0. A new one for a fresh start and for a branch, which resumes another folder's
+    checkpoint or an earlier one of its own: wandb takes no step twice."""
+    if not is_main():
+        return None
+    if resume_from is None:
+        return wandb_id(run, anew=run.resume == "never")
+    last = newest(run.folder / "checkpoints")
+    try:
+        saved = read_manifest(resume_from).get("wandb_id")
+    except UserError:  # damaged: it will be set aside
+        saved = None
+    return wandb_id(run, saved, anew=last is None or last.resolve() != resume_from.resolve())
