@@ -169,7 +169,7 @@ def _evaluate(engine: Engine, clock: Clock, inputs: Inputs, metrics: Metrics) ->
         unigrams = held_out.unigram_entropy if isinstance(held_out, Rows) else None
         metrics.validation(clock, found.loss, unigrams, found.figures)
         if labels and found.confusion is not None and engine.topology.is_main:
-            title = f"{engine.run.run.name}, step {clock.step}"
+            title = f"{engine.run.name}, step {clock.step}"
             picture = engine.run.folder / "confusion.png"
             with optional(picture):
                 draw_confusion(picture, title, labels.names, found.confusion)
@@ -188,9 +188,9 @@ def _nothing_left(run: Run, resume_from: Path | None) -> bool:
     if resume_from is None or step is None or step < run.stop:
         return False
     if step < run.steps:
-        say(f"{run.run.name} is at stop_at={run.stop_at}: {resume_from}; a later stop_at continues it")
+        say(f"{run.name} is at stop_at={run.stop_at}: {resume_from}; a later stop_at continues it")
     else:
-        say(f"{run.run.name} is finished: {resume_from} is at step {step} of {run.steps}; a larger steps continues it")
+        say(f"{run.name} is finished: {resume_from} is at step {step} of {run.steps}; a larger steps continues it")
         _export_at_end(run, resume_from)
     if is_main():
         forget_what_the_last_save_would(run)
@@ -227,7 +227,7 @@ def _greeting(run: Run, why: str, topology: Topology, clock: Clock, engine: Engi
         trained = f" and {number:,} that LoRA trains (rank {lora.rank} on {', '.join(lora.targets)})"
     sources = "\n" + mixture.words(run.samples_at_end(clock)) if len(mixture.sources) > 1 else ""
     return (
-        f"{start}: {run.run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
+        f"{start}: {run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
         f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "
         f"ZeRO-{run.zero.stage}, {run.precision.name.value}{f' (precision=auto: {why})' if why else ''}, "
         f"{run.global_batch} × {run.data.sequence_length} tokens a step, to step {run.stop}{sources}"

@@ -188,7 +188,7 @@ def _check_shared_folder(run: Run, topology: Topology) -> None:
     def look() -> None:
         if not probe.exists():
             raise UserError(
-                f"run.dir={run.run.dir} is not the folder that {topology.where(0)} writes to: choose one that all "
+                f"run.dir={run.folder} is not the folder that {topology.where(0)} writes to: choose one that all "
                 "hosts share"
             )
 
@@ -205,7 +205,7 @@ def _said(work: Callable[[], Any], run: Run) -> Any:
     try:
         return work()
     except OSError as error:
-        raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
+        raise UserError(f"run.dir={run.folder} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def _check_room(run: Run) -> str:
@@ -220,7 +220,7 @@ def _check_room(run: Run) -> str:
     needed = f"{more} checkpoint{'s' * (more > 1)} of {bytes_in_words(size)}"
     if free < more * size:
         raise UserError(
-            f"run.dir={run.run.dir} has {bytes_in_words(free)} free for checkpoints, and {needed} must have room at "
+            f"run.dir={run.folder} has {bytes_in_words(free)} free for checkpoints, and {needed} must have room at "
             f"once (checkpoint.keep={run.checkpoint.keep}, and the one that is written): make room, choose another "
             "run.dir, or lower checkpoint.keep"
         )

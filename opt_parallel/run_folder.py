@@ -32,7 +32,7 @@ WRITTEN = (
 def only_run_in(run: Run) -> AbstractContextManager[None]:
     """While the context lasts, no other process trains in the run's folder. Raises: UserError that names the one that
     does."""
-    return only_writer(run.folder, f"run.dir={run.run.dir}")
+    return only_writer(run.folder, f"run.dir={run.folder}")
 
 
 def write_state(run: Run, word: str) -> None:

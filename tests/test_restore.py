@@ -26,7 +26,7 @@ def go_back(run: Run, saved_at: int) -> tuple[list[float], list[float]]:
 
     get_accelerator().is_fp16_supported = lambda: True  # as in layouts.train
     with Topology.open(run.parallel.tensor) as topology:
-        store = Store(run, topology, Path(run.run.dir) / "tokenizer")
+        store = Store(run, topology, run.folder / "tokenizer")
         engine, clock = Engine.build(run, topology, random_source(run.seed)), Clock()
         place = (topology.data.rank, topology.data.size)
 

@@ -343,7 +343,13 @@ class Run(Section):
         return self.steps if self.stop_at is None else min(self.steps, self.stop_at)
 
     @property
+    def name(self) -> str:
+        """The run's name in logs and trackers, `run.name` on the command line."""
+        return self.run.name
+
+    @property
     def folder(self) -> Path:
+        """`run.dir` as a path."""
         return Path(self.run.dir)
 
 

@@ -113,13 +113,13 @@ def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> 
     script = root / "train.py"
     match launch:
         case Torchrun():
-            return torchrun(launch, run.run.name, script, overrides)
+            return torchrun(launch, run.name, script, overrides)
         case DeepSpeed():
             return deepspeed(launch, script, overrides)
         case Accelerate():
             return accelerate(launch, script, overrides)
         case Slurm():
-            return job(launch, run.run.name, run.folder.absolute(), root, overrides)
+            return job(launch, run.name, run.folder.absolute(), root, overrides)
         case Kubernetes():
             return to_yaml(manifests(launch, overrides))
     raise AssertionError(launch)

@@ -247,7 +247,7 @@ class _Recorder(Metrics):
         since = f" since step {opened.step}" if opened.step else ""
         spent = _duration(time.perf_counter() - self._opened_at)
         return (
-            f"{state}: {run.run.name} at step {clock.step}{of}, "
+            f"{state}: {run.name} at step {clock.step}{of}, "
             f"{_short(clock.tokens - opened.tokens)} tokens in {spent}{since}"
         )
 

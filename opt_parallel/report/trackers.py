@@ -145,7 +145,7 @@ def _open_wandb(run: Run, name: str) -> Tracker:
     import wandb
     from accelerate.tracking import WandBTracker
 
-    ours = {"name": run.run.name, "dir": str(folder), "mode": run.logging.wandb.value, "resume": "allow"}
+    ours = {"name": run.name, "dir": str(folder), "mode": run.logging.wandb.value, "resume": "allow"}
     told = {key: value for key, value in ours.items() if not os.environ.get(f"WANDB_{key.upper()}")}
     project = os.environ.get("WANDB_PROJECT") or "opt-parallel"
     tracker = WandBTracker(project, id=name, settings=_quiet_settings(), **told)

@@ -109,4 +109,4 @@ def _write(run: Run, result: dict[str, Any], labels: Labels | None, found: Valid
         if labels is not None and found.confusion is not None:
             draw_confusion(run.folder / "confusion.png", str(run.init_from), labels.names, found.confusion)
     except OSError as error:
-        raise UserError(f"run.dir={run.run.dir} cannot be written ({error.strerror}): choose another folder") from error
+        raise UserError(f"run.dir={run.folder} cannot be written ({error.strerror}): choose another folder") from error

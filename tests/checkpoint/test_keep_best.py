@@ -45,7 +45,7 @@ def saved(run: Run, losses: list[float]) -> tuple[int, list[bool]]:
     from opt_parallel.parallel.topology import Topology
     from opt_parallel.start import begin
 
-    folder = Path(run.run.dir)
+    folder = run.folder
     with Topology.open(run.parallel.tensor) as topology:
         store = Store(run, topology, folder / "tokenizer")
         checkpoint = store.find()

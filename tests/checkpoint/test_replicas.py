@@ -29,7 +29,7 @@ def train_and_save(run: Run, flip: tuple[int, str] | None, bit: int = 1) -> str:
     with Topology.open(run.parallel.tensor) as topology:
         start = open_checkpoint(run.init_from) if run.init_from else None
         base = start.as_base(str(run.init_from)) if start else None
-        store = Store(run, topology, Path(run.run.dir) / "tokenizer", base=base)
+        store = Store(run, topology, run.folder / "tokenizer", base=base)
         engine, clock = begin(run, topology, store, None, start)
         try:
             for _ in range(2):

@@ -59,7 +59,7 @@ def go(run: Run, first: int, last: int, saves: tuple[int, ...] = ()) -> dict[str
 
     losses, skipped, weights = [], [], {}
     with Topology.open(run.parallel.tensor) as topology:
-        store = Store(run, topology, Path(run.run.dir) / "tokenizer")
+        store = Store(run, topology, run.folder / "tokenizer")
         checkpoint = store.find()
         engine, clock = begin(run, topology, store, checkpoint)
         assert clock.step == first

@@ -90,8 +90,8 @@ def test_labels_and_the_folder_of_a_hugging_face_classifier(classifier: Path) ->
     run = run_of("task=classify", f"init_from={quoted(classifier)}", "data.sequence_length=16")
     assert run.task.labels == names
     assert run.data.tokenizer == str(classifier)
-    assert run.run.name == "from-a ${oc.env:HF_TOKEN} ${x"
-    assert run.run.dir == "runs/from-a ${oc.env:HF_TOKEN} ${x"
+    assert run.name == "from-a ${oc.env:HF_TOKEN} ${x"
+    assert run.folder == Path("runs/from-a ${oc.env:HF_TOKEN} ${x")
 
 
 @pytest.mark.parametrize("text", HOSTILE)

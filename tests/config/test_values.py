@@ -147,4 +147,4 @@ def test_paths_are_recorded_from_the_root_on(tmp_path: Path, monkeypatch: pytest
     assert values["data"]["train"] == [f"{tmp_path}/t.jsonl", f"{tmp_path}/*.jsonl", "python:train", "someone/data"]
     assert values["data"]["validation"] == [{"path": [f"{tmp_path}/t.jsonl", "nothing/here"]}]
     assert (values["resume"], values["init_from"]) == ("never", None)
-    assert run.run.dir == "runs"  # as it was typed, in messages
+    assert run.folder == Path("runs")  # as it was typed, in messages

@@ -56,7 +56,7 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
     start = open_checkpoint(str(run.init_from))
     with Topology.open(run.parallel.tensor) as topology:
         base = start.as_base(str(run.init_from))
-        store = Store(run, topology, Path(run.run.dir) / "tokenizer", base=base)
+        store = Store(run, topology, run.folder / "tokenizer", base=base)
         checkpoint = store.find()
         engine, clock = begin(run, topology, store, checkpoint, start)
         while True:
@@ -163,7 +163,7 @@ def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ())
     start = open_checkpoint(str(run.init_from))
     with Topology.open(run.parallel.tensor) as topology:
         base = start.as_base(str(run.init_from))
-        store = Store(run, topology, Path(run.run.dir) / "tokenizer", labels, base)
+        store = Store(run, topology, run.folder / "tokenizer", labels, base)
         engine, _ = begin(run, topology, store, None, start, labels)
         for fragment in held_fragments(engine.wrapped, run.zero.stage, topology.data.rank, engine.moments):
             where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # ranks that hold the same draw the same

@@ -25,7 +25,7 @@ def seen(run: Run, folder: str, last: int) -> list[list[tuple[int, int]]]:
     from opt_parallel.start import begin
 
     with Topology.open(run.parallel.tensor) as topology:
-        store = Store(run, topology, Path(run.run.dir) / "tokenizer")
+        store = Store(run, topology, run.folder / "tokenizer")
         checkpoint = store.find()
         engine, clock = begin(run, topology, store, checkpoint)
         rows, place = Rows(TokenStore(folder), LENGTH), (topology.data.rank, topology.data.size)
