@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -168,6 +169,23 @@ def test_slurm_s_container_takes_the_environment_s_place() -> None:
         "apptainer", "exec", "--nv", "--bind", f"{ROOT},/tmp/a run's folder", "/images/opt.sif", "torchrun",
     ]  # fmt: skip
     assert "export PATH" not in shown
+
+
+@pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "TERM", "USR1"])
+def test_slurm_s_script_outlives_a_signal(name: str, tmp_path: Path) -> None:
+    """It requeues a run that stopped. Programs in place of Slurm's, of which srun sends the signal."""
+    programs = {
+        "srun": f"kill -{name} $PPID; echo stopped > {tmp_path}/state; exit 1",
+        "squeue": "echo RUNNING",
+        "scontrol": "echo scontrol $*",
+    }
+    for program, line in programs.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / program).chmod(0o755)
+    script = re.sub(r"export PATH=.*", "", dry("launch=slurm", "model=opt-tiny", f"run.dir={tmp_path}"))
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    done = subprocess.run(["bash"], input=script, env=variables, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("scontrol requeue 7\n", 1)
 
 
 def test_deepspeed_s_words_come_through_pdsh(tmp_path: Path) -> None:
