@@ -5,23 +5,24 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command import ROOT, environment, python, small, train_rows
+from command import ROOT, environment, launch, python, small, train_rows
 from slurm_cluster import Cluster, cluster, missing, until
 
 REASON = missing()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-SECONDS = 60  # that the steps of an interrupted run take, on whatever machine this is
+ENDLESS = "steps=100000"  # no machine makes them before what is to happen
+PATIENCE = 900  # seconds: a wait costs them only where it fails
 
 
 @dataclass(frozen=True)
 class Site:
-    """A cluster, the arguments of a small run on text of its own, and how long such a run takes here."""
+    """A cluster, and the arguments of a small run on text of its own."""
 
     slurm: Cluster
     folder: Path
@@ -36,7 +37,7 @@ class Site:
 
     def submit(self, name: str, *more: str) -> str:
         """The number of the job that trains the run `name` on two nodes."""
-        words = ["launch/submit.py", "launch=slurm", "launch.nodes=2", "launch.rendezvous_timeout=60"]
+        words = ["launch/submit.py", "launch=slurm", "launch.nodes=2"]
         done = python(*words, *self.of(name, *more), **self.slurm.environment)
         assert done.returncode == 0, done.stderr
         match = re.fullmatch(r"Submitted batch job (\d+)\n", done.stdout)
@@ -55,7 +56,45 @@ class Site:
         return len(train_rows(self.run(name))) if (self.run(name) / "metrics.jsonl").exists() else 0
 
     def wait_for_steps(self, name: str, steps: int) -> None:
-        until(lambda: self.steps(name) >= steps, 300, lambda: self.output(name))
+        until(lambda: self.steps(name) >= steps, PATIENCE, lambda: self.output(name))
+
+    def wait_for_restart(self, name: str, job: str) -> None:
+        """Until Slurm has put the job back into the queue, and all of its processes have ended."""
+        until(lambda: self.slurm.field(job, "Restarts") == "1", PATIENCE, lambda: self.output(name))
+        self.wait_for_no_process(name, job)
+
+    def wait_for_no_process(self, name: str, job: str) -> None:
+        until(lambda: not self.slurm.processes(f"SLURM_JOB_ID={job}"), PATIENCE, lambda: self.output(name))
+
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """Start no job, and none anew, while the context lasts."""
+        self.slurm("scontrol", "update", "PartitionName=batch", "State=DOWN")
+        try:
+            yield
+        finally:
+            self.slurm("scontrol", "update", "PartitionName=batch", "State=UP")
+
+    def cancel(self, name: str, job: str) -> None:
+        self.slurm("scancel", job)
+        assert self.slurm.wait(job, "CANCELLED", timeout=PATIENCE) == "CANCELLED"
+        self.wait_for_no_process(name, job)
+
+    def check_saved(self, name: str) -> None:
+        """The run's state, and the checkpoint of its last step."""
+        assert self.state(name) == "stopped"
+        checkpoint = self.run(name) / "checkpoints" / f"step-{self.steps(name)}"
+        done = python("scripts/checkpoint.py", "verify", str(checkpoint))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def check_losses(self, name: str, more: int = 0) -> None:
+        """As those of a run that nothing ended, `more` steps after the last one included, which are made here."""
+        steps = len({row["step"] for row in train_rows(self.run(name))}) + more
+        for each in ([name] if more else []) + [f"{name}-straight"]:
+            done = launch(2, "train.py", *self.of(each, ENDLESS, f"stop_at={steps}"), timeout=PATIENCE)
+            assert done.returncode == 0, done.stderr
+        losses = {row["step"]: row["loss"] for row in train_rows(self.run(name))}
+        assert list(losses.values()) == losses_of(self.run(f"{name}-straight"))
 
 
 @pytest.fixture(scope="module")
@@ -64,34 +103,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with cluster(folder / "cluster") as slurm:
         # attention dropout is drawn anew in another layout
         yield Site(slurm, folder, [*small(folder), "model.attention_dropout=0"])
-
-
-@dataclass(frozen=True)
-class Straight:
-    """A run that nothing interrupted: its steps, its losses, and the seconds before its first step."""
-
-    steps: int
-    losses: list[float]
-    start: float
-
-    @property
-    def words(self) -> list[str]:
-        return [f"steps={self.steps}", f"checkpoint.every={self.steps // 10}"]
-
-
-@pytest.fixture(scope="module")
-def straight(site: Site) -> Straight:
-    """On two nodes, of as many steps as take about `SECONDS` here; the first run says how many these are."""
-    job = site.submit("trial", "steps=300")
-    began = time.monotonic()
-    site.wait_for_steps("trial", 1)
-    start = time.monotonic() - began
-    site.slurm.wait(job, "COMPLETED")
-    rates = sorted(row["tokens_per_second"] / 64 for row in train_rows(site.run("trial")))
-    steps = int(rates[len(rates) // 2] * SECONDS) // 10 * 10
-    job = site.submit("straight", f"steps={steps}")
-    site.slurm.wait(job, "COMPLETED")
-    return Straight(steps, losses_of(site.run("straight")), start)
 
 
 def losses_of(run: Path) -> list[float]:
@@ -114,68 +125,84 @@ def test_a_job_trains_over_two_nodes(site: Site) -> None:
     }  # fmt: skip
 
 
-def test_a_time_limit_saves_requeues_and_resumes(site: Site, straight: Straight) -> None:
-    """Two minutes, and the run is told within half a minute around the middle of its steps: Slurm looks that often."""
-    told = straight.start + SECONDS / 2 + 15
-    job = site.submit("limited", *straight.words, "launch.time=2", f"launch.warning={120 - int(told)}")
-    until(lambda: site.slurm.field(job, "Restarts") == "1", 180, lambda: site.output("limited"))
-    site.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # a busy machine may not begin in two minutes
-    first = site.steps("limited")
-    assert 0 < first < straight.steps
-    assert site.slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT", timeout=400) == "COMPLETED", site.output("limited")
+def test_a_time_limit_saves_requeues_and_resumes(site: Site) -> None:
+    """The limit is set once the run trains: two minutes from then, which is when Slurm warns."""
+    job = site.submit("limited", ENDLESS, "launch.time=600", "launch.warning=120")
+    site.wait_for_steps("limited", 10)
+    hours, minutes, _ = map(int, site.slurm.field(job, "RunTime").split(":"))
+    site.slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={hours * 60 + minutes + 3}")
+    with site.holding_back():
+        site.wait_for_restart("limited", job)
+        site.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=600")
+        site.check_saved("limited")
+        first = site.steps("limited")
+    site.wait_for_steps("limited", first + 10)
     assert f"continuing at step {first}:" in site.output("limited")
-    assert losses_of(site.run("limited")) == straight.losses
-    assert site.state("limited") == "done"
+    site.cancel("limited", job)
+    site.check_losses("limited")
 
 
 def test_scancel_ends_cleanly(site: Site) -> None:
-    job = site.submit("cancelled", "steps=100000", "checkpoint.every=50")
+    job = site.submit("cancelled", ENDLESS, "checkpoint.every=50")
     site.wait_for_steps("cancelled", 60)
-    site.slurm("scancel", job)
-    assert site.slurm.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING", timeout=60) == "CANCELLED"
-    until(lambda: not site.slurm.processes(f"SLURM_JOB_ID={job}"), 30, lambda: site.output("cancelled"))
+    site.cancel("cancelled", job)
     assert site.slurm.field(job, "Restarts") == "0"
-    assert site.state("cancelled") == "stopped"
-    newest = site.run("cancelled") / "checkpoints" / f"step-{site.steps('cancelled')}"
-    done = python("scripts/checkpoint.py", "verify", str(newest))
-    assert done.returncode == 0, done.stdout + done.stderr
+    site.check_saved("cancelled")
+    site.check_losses("cancelled", more=5)
 
 
-def test_scancel_s_signal_requeues(site: Site) -> None:
-    """As preemption does, and whoever wants the node for a while."""
-    job = site.submit("signalled", "steps=100000")
-    site.wait_for_steps("signalled", 10)
-    site.slurm("scancel", "--signal=USR1", job)
-    until(lambda: site.slurm.field(job, "Restarts") == "1", 60, lambda: site.output("signalled"))
-    site.slurm("scancel", job)
-    assert site.slurm.wait(job, "CANCELLED", timeout=60) == "CANCELLED"
+@pytest.mark.parametrize("whom", ["steps", "full"])
+@pytest.mark.parametrize("name", ["USR1", "TERM", "INT", "HUP", "QUIT"])
+def test_scancel_s_signal_requeues(site: Site, name: str, whom: str) -> None:
+    """As preemption does, and whoever wants the node for a while. `full`: the batch script and srun get it, too."""
+    run = f"{name}-{whom}"
+    job = site.submit(run, ENDLESS)
+    site.wait_for_steps(run, 10)
+    with site.holding_back():
+        site.slurm("scancel", f"--signal={name}", *(["--full"] if whom == "full" else []), job)
+        site.wait_for_restart(run, job)
+        site.cancel(run, job)
+    site.check_saved(run)
+    site.check_losses(run, more=5)
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM", "INT", "HUP", "QUIT"])
+def test_a_signal_to_the_batch_script_alone_is_none(site: Site, name: str) -> None:
+    run = f"{name}-batch"
+    job = site.submit(run, ENDLESS)
+    site.wait_for_steps(run, 10)
+    site.slurm("scancel", f"--signal={name}", "--batch", job)
+    site.wait_for_steps(run, site.steps(run) + 50)
+    assert (site.slurm.field(job, "JobState"), site.slurm.field(job, "Restarts")) == ("RUNNING", "0")
+    site.cancel(run, job)
+    site.check_saved(run)
 
 
 @pytest.mark.parametrize("victim", ["node2", "node1"])
-def test_a_killed_node_is_survived(site: Site, straight: Straight, victim: str) -> None:
+def test_a_killed_node_is_survived(site: Site, victim: str) -> None:
     """`node1` is also where the batch script runs and torchrun's agents meet."""
     name = f"lost-{victim}"
-    job = site.submit(name, *straight.words)
-    site.wait_for_steps(name, straight.steps // 4)
+    job = site.submit(name, ENDLESS, "checkpoint.every=50")
+    site.wait_for_steps(name, 120)
     assert victim in site.slurm("scontrol", "show", "hostnames", site.slurm.field(job, "NodeList"))
     site.slurm.kill_node(victim)
     try:
-        until(lambda: site.slurm.field(job, "Restarts") == "1", 60, lambda: site.output(name))
-        assert site.slurm.wait(job, "COMPLETED", "FAILED", timeout=300) == "COMPLETED", site.output(name)
+        until(lambda: site.slurm.field(job, "Restarts") == "1", PATIENCE, lambda: site.output(name))
+        until(lambda: "continuing at step" in site.output(name), PATIENCE, lambda: site.output(name))
+        site.wait_for_steps(name, site.steps(name) + 60)
         assert victim not in site.slurm("scontrol", "show", "hostnames", site.slurm.field(job, "NodeList"))
+        site.cancel(name, job)
     finally:
         site.slurm.start_node(victim)
-    losses = {row["step"]: row["loss"] for row in train_rows(site.run(name))}
-    assert list(losses.values()) == straight.losses
-    assert "continuing at step" in site.output(name)
+    site.check_losses(name)
 
 
 def test_a_crash_is_not_requeued(site: Site) -> None:
-    job = site.submit("crashed", "launch.restarts=0", "steps=100000")
+    job = site.submit("crashed", "launch.restarts=0", ENDLESS)
     site.wait_for_steps("crashed", 10)
     trainers = [pid for pid in site.slurm.processes(f"SLURM_JOB_ID={job}") if "train.py" in command_of(pid)]
     subprocess.run(["kill", "-KILL", *map(str, trainers)], check=True)
-    assert site.slurm.wait(job, "FAILED", "COMPLETED", "PENDING", timeout=120) == "FAILED"
+    assert site.slurm.wait(job, "FAILED", "COMPLETED", "PENDING", timeout=PATIENCE) == "FAILED"
     assert site.state("crashed") == "running"
 
 
@@ -191,7 +218,7 @@ def test_srun_starts_train_py_without_torchrun(site: Site) -> None:
     variables = environment(**site.slurm.environment, MASTER_ADDR="127.0.0.1")
     done = subprocess.run(
         [*words, *site.of("srun")], cwd=ROOT, env=variables, capture_output=True, text=True,
-        timeout=240, check=False,
+        timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "data(2) × tensor(1)" in done.stdout
@@ -200,10 +227,10 @@ def test_srun_starts_train_py_without_torchrun(site: Site) -> None:
 
 def test_a_sweep_is_an_array_of_jobs(site: Site) -> None:
     words = [
-        "train.py", "--multirun", "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5",
+        "train.py", "--multirun", "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=60",
         f"hydra.launcher.submitit_folder={site.folder}/submitit", *site.of("sweep"), "optimizer.lr=1e-3,2e-3",
     ]  # fmt: skip
-    done = python(*words, timeout=200, **site.slurm.environment)
+    done = python(*words, timeout=PATIENCE, **site.slurm.environment)
     assert done.returncode == 0, done.stderr
     runs = {path.parent.name: losses_of(path.parent) for path in site.run("sweep").glob("*/metrics.jsonl")}
     assert set(runs) == {"optimizer.lr=0.001", "optimizer.lr=0.002"}

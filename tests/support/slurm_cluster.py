@@ -42,7 +42,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=30
+KillWait=300
 JobRequeue=1
 SlurmdParameters=config_overrides
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 State=UNKNOWN
@@ -114,7 +114,7 @@ class Cluster:
         words = self("scontrol", "show", "job", job, "--oneliner").split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
-    def wait(self, job: str, *states: str, timeout: float = 240) -> str:
+    def wait(self, job: str, *states: str, timeout: float = 900) -> str:
         """The job's state, once it is one of `states`."""
         until(lambda: self.field(job, "JobState") in states, timeout, lambda: self("scontrol", "show", "job", job))
         return self.field(job, "JobState")
@@ -134,11 +134,11 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     try:
         files = [f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
         slurm.start("munged", "munged", "--foreground", "--force", f"--socket={folder}/munge/socket", *files)
-        until((folder / "munge" / "socket").exists, 10, lambda: read(f"{folder}/munged.out"))
+        until((folder / "munge" / "socket").exists, 100, lambda: read(f"{folder}/munged.out"))
         slurm.start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             slurm.start_node(node)
-        until(lambda: idle(slurm) == len(NODES), 30, lambda: read(f"{folder}/slurmctld.log"))
+        until(lambda: idle(slurm) == len(NODES), 300, lambda: read(f"{folder}/slurmctld.log"))
         yield slurm
     finally:
         stop(slurm)
