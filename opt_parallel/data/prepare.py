@@ -142,7 +142,9 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
         try:
             found = find_labels(task, sift(items, lambda record: check_label(record, task.label_field), bad), declared)
         except UserError as error:
-            raise (bad.refusal() if bad.count else error) from error
+            if not bad.count or run.data.bad_records is BadRecordsPolicy.error:
+                raise (bad.refusal() if bad.count else error) from error
+            raise UserError(f"{error}; {bad.count:,} of {bad.seen:,} records are bad: {bad.first[0]}") from error
         if bad.count and run.data.bad_records is BadRecordsPolicy.error:
             raise bad.refusal()
         assert found.problem_type is not None

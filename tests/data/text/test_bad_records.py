@@ -236,8 +236,18 @@ def test_nothing_but_bad_records(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no text in .*; left out: .*, line 1 has no field 'text'"):
         prepare(configure(tmp_path, str(path), skip=True))
     task = TaskConfig(name=Task.classify)
-    with pytest.raises(UserError, match=r"line 1 has no field 'label' .*; 2 of 2 records are bad"):
+    with pytest.raises(UserError, match=r"2 of 2 records are bad: .*line 1 has no field 'label'"):
         prepare(configure(tmp_path, str(path), skip=True, task=task))
+
+
+def test_what_is_left_tells_nothing_apart(tmp_path: Path) -> None:
+    """Who skips bad records already is not told to skip them."""
+    (tmp_path / "text.jsonl").write_text(lines(label("a"), label("???"), label("a")))
+    with pytest.raises(
+        UserError, match=r"all labels are 'a', .*; 1 of 3 records are bad: .*, line 2: the label '"
+    ) as caught:
+        prepare(configure(tmp_path, str(tmp_path / "text.jsonl"), True, TaskConfig(name=Task.classify)))
+    assert "skip" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["cut", "array", "quote"])
