@@ -45,6 +45,7 @@ class Row:
     arguments: tuple[str, ...] = ()
 
 
+STREAM = ("data.stream=true",)
 SAVE = "checkpoints/step-[46].partial*/"
 ROWS = [
     Row("metrics.jsonl", "metrics.jsonl*"),
@@ -81,7 +82,7 @@ ROWS = [
     Row("export/: its name", "export", NOT_EXPORTED, calls=("rename",)),
     Row("data.cache: tokenizer", "tokenizer-*", REFUSED, in_cache=True),
     Row("data.cache: a store's part", "store-*.bin*", REFUSED, in_cache=True),
-    Row("data.cache: a stream's part", "stream-*.bin*", REFUSED, in_cache=True, arguments=("data.stream=true",)),
+    Row("data.cache: a stream's part", "stream-*.bin*", REFUSED, in_cache=True, arguments=STREAM),
     Row("data.cache: store.json", "store-*store.json*", REFUSED, in_cache=True),
     Row("data.cache: its name", "store-????????????????", REFUSED, calls=("rename",), in_cache=True),
     Row("data.cache: a lock", "*.lock", REFUSED, calls=("open",), in_cache=True),
@@ -126,22 +127,23 @@ def arguments_of(folder: Path, run: Path, cache: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Straight:
-    """A run on a good disk, of one rank and of two."""
+    """Runs on a good disk, of one rank and of two, and of a stream, whose samples come in another order."""
 
     folder: Path
-    one: Path
-    two: Path
+
+    def like(self, row: Row) -> Path:
+        return self.folder / ("stream" if row.arguments == STREAM else str(row.ranks))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     folder = tmp_path_factory.mktemp("straight")
-    found = Straight(folder, folder / "one", folder / "two")
-    for ranks, run in ((1, found.one), (2, found.two)):
-        process = launch(ranks, "train.py", *arguments_of(folder, run, folder / "cache"), f"parallel.tensor={ranks}")
+    for name, ranks, more in (("1", 1, ()), ("2", 2, ()), ("stream", 1, STREAM)):
+        arguments = arguments_of(folder, folder / name, folder / "cache")
+        process = launch(ranks, "train.py", *arguments, f"parallel.tensor={ranks}", *more)
         assert process.returncode == 0, process.stderr
         assert said(process) == ([], [])
-    return found
+    return Straight(folder)
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -195,7 +197,7 @@ def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: 
     assert "remove" in calls_of(row, error) or not list(run.rglob("*.partial*"))
     if outcome == GOES_ON:
         assert errors == []
-        assert weights(run) == weights(straight.two if row.ranks == 2 else straight.one)
+        assert weights(run) == weights(straight.like(row))
         assert (run / "export" / "checkpoint.json").is_file()
     else:
         (line,) = errors
@@ -209,7 +211,7 @@ def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: 
 
     again = launch(row.ranks, "train.py", *arguments)
     assert again.returncode == 0, again.stderr
-    assert weights(run) == weights(straight.two if row.ranks == 2 else straight.one)
+    assert weights(run) == weights(straight.like(row))
     if row.name != "metrics.jsonl" or error == "EINVAL":
         assert [each["step"] for each in train_rows(run)] == [1, 2, 3, 4, 5, 6]
     else:  # no row was ever taken, which was said
@@ -242,4 +244,4 @@ def test_wandb_on_a_disk_that_refuses(straight: Straight, tmp_path: Path, option
     assert errors == []
     (line,) = warnings
     assert "wandb" in line
-    assert weights(run) == weights(straight.one)
+    assert weights(run) == weights(straight.folder / "1")
