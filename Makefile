@@ -4,7 +4,8 @@
 # make test-slurm, make test-nodes: a Slurm of four nodes, and two hosts, made on this machine; both need root.
 # make test-interop: TensorFlow's and Flax's OPT and ours, in an environment of its own.
 # make bench: our speed and the others', in one run.
-PYTHON ?= python3
+# the Python to make environments with; unset: python3, or the one of an environment that is there
+PYTHON ?=
 BIN := .venv/bin
 DEMO := runs/demo
 # a folder of text to train the demo on instead of Python's own documentation
@@ -13,7 +14,7 @@ PROMPT ?= The function returns
 # two processes, that is tensor parallelism, on CPUs or on two GPUs; a single GPU takes one process
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PROCESSES := $(if $(filter 1,$(GPUS)),1,2)
-export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "from opt_parallel.runtime.machine import cpus; print(max(1, cpus() // 2))")
+export OMP_NUM_THREADS ?= $(if $(wildcard $(BIN)/python),$(shell $(BIN)/python -c "from opt_parallel.runtime.machine import cpus; print(max(1, cpus() // 2))"),1)
 
 # what make bench trains, in bf16 where the device multiplies it, else in fp32: on a CPU a four-layer 125m, and with two threads the whole one
 BENCH := $(BIN)/python scripts/benchmark.py
@@ -23,10 +24,11 @@ NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
 .PHONY: demo test test-slurm test-nodes test-interop test-all check docs bench clean
 
+ifneq ($(shell sh scripts/set_up.sh .venv "$(PYTHON)" --state),ready)
+.PHONY: .venv/installed
+endif
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@sh scripts/set_up.sh .venv "$(PYTHON)" --constraint constraints.txt --editable ".[dev]"
 
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -52,10 +54,11 @@ test-slurm: .venv/installed
 test-nodes: .venv/installed
 	$(BIN)/python -m pytest --long tests/launching/test_nodes.py
 
+ifneq ($(shell sh scripts/set_up.sh .venv-interop "$(PYTHON)" --state),ready)
+.PHONY: .venv-interop/installed
+endif
 .venv-interop/installed: tests/interop/requirements.txt
-	$(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/python -m pip install --quiet --requirement $<
-	touch $@
+	@sh scripts/set_up.sh .venv-interop "$(PYTHON)" --requirement $<
 
 test-interop: .venv-interop/installed
 	PYTHONPATH=. .venv-interop/bin/python -m pytest tests/interop
