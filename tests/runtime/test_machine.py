@@ -87,6 +87,8 @@ def test_the_quota_of_version_1_wherever_it_is_mounted(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
     groups(cgroup, mounts, {f"{folder}/cpu.cfs_quota_us": "250000", f"{folder}/cpu.cfs_period_us": "100000"})
     assert machine.cpus() == 2
+    groups(cgroup, mounts, {f"{folder}/cpu.cfs_quota_us": "50000"})  # half a CPU
+    assert machine.cpus() == 1
     groups(cgroup, mounts, {f"{folder}/cpu.cfs_quota_us": "-1"})
     assert machine.cpus() == 96
 
@@ -105,6 +107,49 @@ def test_what_a_batch_system_gave(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
     monkeypatch.setenv(name, value)
     assert machine.cpus() == number
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "given", "number"), [(2, 3, "4", 2), (4, 2, "3", 2), (4, 3, "2", 2), (1, 8, "8", 1)]
+)
+def test_the_least_of_affinity_quota_and_batch_system(
+    groups: Make, monkeypatch: pytest.MonkeyPatch, affinity: int, quota: int, given: str, number: int
+) -> None:
+    groups("0::/a\n", V2, {"fs/a/cpu.max": f"{quota}00000 100000"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
+    assert machine.cpus() == number
+
+
+THREADS = """
+from opt_parallel.runtime.log import quiet_libraries
+from opt_parallel.runtime.machine import cpus
+quiet_libraries()
+import torch
+print(cpus(), torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(
+    ("affinity", "given", "threads"),
+    [
+        (1, {}, 1),
+        (None, {"SLURM_CPUS_PER_TASK": "1"}, 1),  # without a cgroup, as Slurm's default is
+        (None, {"OMP_NUM_THREADS": "1"}, 1),  # torchrun's word, or the user's
+        (None, {"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "2"}, 2),
+    ],
+)
+def test_threads_of_a_real_process(affinity: int | None, given: dict[str, str], threads: int) -> None:
+    variables = environment()
+    del variables["OMP_NUM_THREADS"]
+    allowed = os.sched_getaffinity(0)
+    kept = allowed if affinity is None else set(sorted(allowed)[:affinity])
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], cwd=ROOT, env=variables | given, capture_output=True, text=True, timeout=60,
+        check=True, preexec_fn=lambda: os.sched_setaffinity(0, kept),
+    )  # fmt: skip
+    number = min(len(kept), int(given.get("SLURM_CPUS_PER_TASK", "1000000")))
+    assert list(map(int, done.stdout.split())) == [number, min(threads, len(kept))]
 
 
 def test_threads_are_limited_where_libraries_would_not_know(groups: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +249,8 @@ def real_group(request: pytest.FixtureRequest) -> Iterator[Path]:
     pytest.skip(f"no control group with {request.param} can be made here")
 
 
-def said_in(group: Path, program: str) -> list[int]:
-    line = f"echo $$ > {group}/cgroup.procs; exec {sys.executable} -c '{program}'"
+def said_in(group: Path, before: str, program: str) -> list[int]:
+    line = f"echo $$ > {group}/cgroup.procs; {before}; exec {sys.executable} -c '{program}'"
     done = subprocess.run(
         ["bash", "-c", line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=True
     )
@@ -219,7 +264,7 @@ def test_half_a_cpu_by_quota_is_one(real_group: Path) -> None:
         version_2.write_text("50000 100000")
     else:
         (real_group / "cpu.cfs_quota_us").write_text("50000")
-    assert said_in(real_group, "from opt_parallel.runtime.machine import cpus; print(cpus())") == [1]
+    assert said_in(real_group, "unset OMP_NUM_THREADS", THREADS) == [1, 1]
 
 
 @pytest.mark.parametrize("real_group", ["memory"], indirect=True)
@@ -230,7 +275,7 @@ def test_a_real_limit_of_memory(real_group: Path) -> None:
         "from opt_parallel.runtime.machine import *; print(memory_limit(), memory_free()); "
         "held = bytearray(200 << 20); print(memory_free())"
     )
-    limit, before, after = said_in(real_group, program)
+    limit, before, after = said_in(real_group, ":", program)
     assert limit == 400 * MB
     assert 300 * MB < before < 400 * MB
     assert before - after == pytest.approx(200 * MB, abs=5 * MB)
