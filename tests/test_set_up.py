@@ -24,6 +24,7 @@ def clone(tmp_path: Path) -> Path:
     (folder / "scripts").mkdir(parents=True)
     for name in ("Makefile", "scripts/set_up.sh"):
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "opt_parallel" / "runtime", folder / "opt_parallel" / "runtime")  # says how many CPUs
     text = (folder / "Makefile").read_text()
     arguments = '--constraint constraints.txt --editable ".[dev]"'
     assert arguments in text

@@ -23,6 +23,7 @@ from opt_parallel.runtime.errors import UserError
 WEIGHTS = FORMATS[0]
 INDEX = WEIGHTS + INDEX_SUFFIX
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+AT_ONCE = 1 << 22  # values compared at a time
 HARMLESS = {"model.decoder.version"}  # a counter of fairseq's that early conversions kept
 
 
@@ -64,6 +65,17 @@ def labels_for_hf(labels: Labels) -> dict[str, Any]:
         "label2id": {name: number for number, name in enumerate(labels.names)},
         "problem_type": None if labels.problem_type is None else labels.problem_type.value,
     }
+
+
+def compare_values(one: Tensor, other: Tensor) -> tuple[int, float]:
+    """How many values of two tensors differ, in whatever width: torch compares in the wider one; and by how much at
+    most. A NaN equals itself. Compares a part at a time: its memory does not grow with the tensors."""
+    count, largest = 0, []
+    for a, b in zip(one.flatten().split(AT_ONCE), other.flatten().split(AT_ONCE), strict=True):
+        if other_values := int((~((a == b) | (a.isnan() & b.isnan()))).sum()):
+            count += other_values
+            largest.append((a - b).abs().max())
+    return count, float(torch.stack(largest).max()) if largest else 0.0
 
 
 class HuggingFaceWeights:
@@ -123,8 +135,7 @@ class HuggingFaceWeights:
         return self.files.read(self.stored[name], ranges)
 
     def _require_tied(self, embedding: Tensor, head: Tensor) -> None:
-        """Of equal values, in whatever width: torch compares in the wider one. A NaN equals itself."""
-        if not bool(((embedding == head) | (embedding.isnan() & head.isnan())).all()):
+        if compare_values(embedding, head)[0]:
             raise UserError(
                 f"{self.folder}: {HEAD} is not {EMBEDDING} a second time, and an output projection of its own is not "
                 "supported: OPT ties the two"

@@ -14,7 +14,7 @@ from opt_parallel.checkpoint.damage import checksum_of, read_whole
 from opt_parallel.checkpoint.inherit import labels_at, model_at
 from opt_parallel.checkpoint.lora import Merged, lora_of
 from opt_parallel.checkpoint.manifest import MANIFEST, read_manifest
-from opt_parallel.checkpoint.room import require_room
+from opt_parallel.checkpoint.room import largest_parameter, require_room
 from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import Labels
 from opt_parallel.config.output import ExportDtype
@@ -36,7 +36,7 @@ from opt_parallel.storage.foreign import content_of, file_in
 CARD, BASE = "README.md", "base"
 SHARD = 5 * 10**9  # bytes of a file of the base beside an adapter
 ORIGIN = "checkpoint.json"  # which checkpoint of ours an export is of
-COPIES = 3  # of a tensor in fp32 that are in memory at most: as it was read, merged or rearranged, as it is written
+COPIES = 2  # of a tensor as it is read: it, and what it is compared with or made of; besides what is written
 
 
 def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDtype, replace: bool = False) -> None:
@@ -58,8 +58,9 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
             opened.check_language_model()
             model = CausalLM(opened.config, ALONE)
     parameters = [(name, shard) for name, _, shard in marked(model)]
-    largest = max(shard.numel for _, shard in parameters)
-    require_room(f"{checkpoint}: exporting its largest tensor", COPIES * 4 * largest, "free some, or raise the limit")
+    a_value = COPIES * opened.stored.dtype.itemsize + stored.itemsize
+    needed = a_value * largest_parameter(opened)
+    require_room(f"{checkpoint}: exporting its largest tensor", needed, "free some, or raise the limit")
     files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 

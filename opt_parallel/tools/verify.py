@@ -16,7 +16,7 @@ from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import MAY_DIFFER
 from opt_parallel.huggingface.config import CONFIG
 from opt_parallel.huggingface.folder import belonging_to, checksum, wrong_tensors
-from opt_parallel.huggingface.names import to_hf
+from opt_parallel.huggingface.names import compare_values, to_hf
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.passing import filled_in_turn
@@ -257,22 +257,20 @@ def _other_parameters(theirs: _Theirs, empty: nn.Module, source: Source, heads: 
     """Which of transformers' parameters are not bit by bit what `source` has, by how much, and what they look like."""
     loaded = set(theirs.names)
     sums: dict[str, str] = {}  # of the source's tensors → their names
-    differing: list[tuple[str, str, str]] = []
+    wrong: list[tuple[str, str, str]] = []
     for name, values in _their_tensors(empty, source):
         sums[checksum(values)] = name
         their_name = name if name in loaded else name.removeprefix("model.")
         if their_name not in loaded:
-            differing.append((name, "transformers has no such parameter", ""))
+            wrong.append((name, "transformers has no such parameter", ""))
             continue
         loaded.remove(their_name)
         found = theirs.parameter(their_name)
-        if torch.equal(found, values.float()):
-            continue
-        if not bool((same := (found == values) | (found.isnan() & values.isnan())).all()):
-            count, most = int((~same).sum()), float((found - values).abs().max())
-            what = f"{count:,} of {same.numel():,} values differ, by {most:.1e} at most{_order(found, values, heads)}"
-            differing.append((name, what, checksum(found.to(values.dtype))))
-    findings = [f"{name}: {what}{belonging_to(sums.get(total))}" for name, what, total in differing]
+        count, most = compare_values(found, values)
+        if count:
+            what = f"{count:,} of {found.numel():,} values differ, by {most:.1e} at most{_order(found, values, heads)}"
+            wrong.append((name, what, checksum(found.to(values.dtype))))
+    findings = [f"{name}: {what}{belonging_to(sums.get(total))}" for name, what, total in wrong]
     return findings + [f"{name}: a parameter that only transformers has" for name in sorted(loaded)]
 
 

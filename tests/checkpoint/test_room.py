@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import runpy
 import sys
@@ -22,6 +23,7 @@ from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.config.run import DataConfig, Precision, PrecisionConfig, RunConfig
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
+from opt_parallel.huggingface import names
 from opt_parallel.parallel.passing import filled_in_turn
 from opt_parallel.parallel.topology import Topology
 from opt_parallel.runtime.errors import UserError
@@ -157,6 +159,53 @@ def test_every_script_says_so_before_it_loads(
         assert "1 MB" in line, line
         assert " MB of memory" in line
     assert not out.exists()
+
+
+def test_an_export_needs_its_largest_tensor_thrice(
+    folders: dict[torch.dtype, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is read, what it is compared with, and what is written."""
+    largest = room.largest_parameter(open_checkpoint(folders[BF16]))
+    for own, dtype, each in ((BF16, ExportDtype.auto, 6), (BF16, ExportDtype.float32, 8), (FP32, ExportDtype.auto, 12)):
+        enough, output = each * largest + WORK, tmp_path / f"{own}-{dtype}"
+        monkeypatch.setattr(room, "memory_free", lambda enough=enough: enough - 1)
+        with pytest.raises(UserError, match=r"its largest tensor needs \d+ MB of memory, and \d+ MB are free"):
+            export(folders[own], output, 10**9, dtype)
+        monkeypatch.setattr(room, "memory_free", lambda enough=enough: enough)
+        export(folders[own], output, 10**9, dtype)
+
+
+def test_values_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "AT_ONCE", 4)
+    one = torch.arange(30.0).view(5, 6)
+    one[2, 2] = float("nan")
+    other = one.clone()
+    assert names.compare_values(one, other) == (0, 0.0)
+    assert names.compare_values(one, other.to(BF16)) == (0, 0.0)  # whole numbers this small
+    other[0, 1] += 2
+    other[4, 5] -= 3  # in another part, the last
+    assert names.compare_values(one, other) == (2, 3.0)
+    other[1, 0] = float("nan")  # a NaN and a number
+    count, largest = names.compare_values(one, other)
+    assert count == 3
+    assert math.isnan(largest)
+
+
+def compared() -> int:
+    """On the crew: by how much comparing two tensors of 128 MB raises the process's peak."""
+    from test_large import peak_memory
+
+    one, other = (torch.full((2**26,), 0.5, dtype=BF16) for _ in range(2))
+    names.compare_values(one[:9], other[:9])
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = peak_memory()
+    assert names.compare_values(one, other) == (0, 0.0)
+    return peak_memory() - before
+
+
+def test_comparing_takes_no_memory_of_the_tensors_size(crew: Any) -> None:
+    (rise,) = crew(1)(compared)
+    assert rise < 64 * 2**20, f"{rise:,}"
 
 
 def test_an_export_keeps_the_dtype(folders: dict[torch.dtype, Path], tmp_path: Path) -> None:
