@@ -52,14 +52,14 @@ def _save(folder: str, variant: str) -> None:
     )
     tokenizer = Path(folder) / "tokenizer"
     with Topology.open(run.parallel.tensor) as topology:
+        if topology.is_main:  # before the steps, after which it is there for every rank
+            texts = [f"Sentence {number} of a made-up text." for number in range(50)]
+            save_tokenizer(train_tokenizer(texts, run.model.vocab_size), tokenizer)
         engine, clock = Engine.build(run, topology, random_source(run.seed)), Clock()
         for step in range(run.steps):
             batches = micro_batches(run, step, topology.data.rank, topology.data.size)
             result = engine.step(batches, clock)
             clock = clock.after(run.global_batch, result.tokens)
-        if topology.is_main:
-            texts = [f"Sentence {number} of a made-up text." for number in range(50)]
-            save_tokenizer(train_tokenizer(texts, run.model.vocab_size), tokenizer)
         store = Store(run, topology, tokenizer)
         store.save(engine, clock)
         store.finish()
