@@ -187,7 +187,8 @@ def open_checkpoint(
     """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
     One of a LoRA run is opened with its base, and gives the merged weights. `checksums`: first read all weights that
-    have checksums, ours and those of an export, each process a share. `above`: the LoRA checkpoints that stand on it.
+    have checksums: damage of ours is an error, each process reads a share; of an export, which others may have changed,
+    a warning. `above`: the LoRA checkpoints that stand on it.
 
     Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, lacks a file or is damaged;
     or if a base is not where it was, or another."""
@@ -196,10 +197,11 @@ def open_checkpoint(
     if not (folder / MANIFEST).is_file():
         weights = HuggingFaceWeights(folder)
         weights.check_layers(config.num_hidden_layers)
-        if checksums and (wrong := wrong_tensors(folder, process.rank(), process.world_size())):
-            raise UserError(
-                f"{key}{folder} is damaged: {wrong[0]}; export or copy it again, or remove {CHECKSUMS} if somebody "
-                "changed the weights on purpose"
+        if checksums and process.is_main() and (wrong := wrong_tensors(folder)):
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            say(
+                f"warning: {folder}, {wrong[0]}{more}: damaged, so export or copy it again; or changed on purpose, so "
+                f"remove {CHECKSUMS}"
             )
         return Opened(config, weights, folder, folder)
     reader = read_whole(folder) if checksums else CheckpointReader(folder)

@@ -196,9 +196,9 @@ def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def wrong_tensors(folder: Path, share: int = 0, of: int = 1) -> list[str]:
-    """The tensors of an export whose bytes are not those that were written, a line each; of share number `share` of
-    `of`. Nothing where nobody wrote down checksums. Raises: UserError for a file that leads out of the folder."""
+def wrong_tensors(folder: Path) -> list[str]:
+    """The tensors of an export whose bytes are not those that were written, a line each.
+    Nothing where nobody wrote down checksums. Raises: UserError for a file that leads out of the folder."""
     path = file_in(folder, CHECKSUMS)
     if path is None:
         return []
@@ -207,13 +207,10 @@ def wrong_tensors(folder: Path, share: int = 0, of: int = 1) -> list[str]:
     except (OSError, ValueError, TypeError) as error:
         return [f"{CHECKSUMS} cannot be read ({one_line(error)})"]
     found: dict[str, str] = {}
-    for number, (name, file_name) in enumerate(_tensors_in(folder)):
-        if number % of == share:
-            # what was read counts as this process's memory until its file is closed
-            with safe_open(folder / file_name, framework="pt") as file:
-                found[name] = checksum(file.get_tensor(name))
-        else:
-            found[name] = written.get(name, "")
+    for name, file_name in _tensors_in(folder):
+        # what was read counts as this process's memory until its file is closed
+        with safe_open(folder / file_name, framework="pt") as file:
+            found[name] = checksum(file.get_tensor(name))
     names = {total: name for name, total in written.items()}
     wrong = [name for name in sorted(written.keys() | found.keys()) if written.get(name) != found.get(name)]
     return [f"{name}: not the bytes of {CHECKSUMS}{belonging_to(names.get(found.get(name, '')))}" for name in wrong]
