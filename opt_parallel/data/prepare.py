@@ -19,8 +19,8 @@ from opt_parallel.data.encode.chat import chat_template
 from opt_parallel.data.encode.classify import check_label, find_labels
 from opt_parallel.data.encode.tokenizer import check_padding, check_tokenizer, load_tokenizer, of_opt, train_tokenizer
 from opt_parallel.data.kinds import KINDS
-from opt_parallel.data.store.build import Material, fill
-from opt_parallel.data.store.cache import cached, fingerprint, whole
+from opt_parallel.data.store.build import Recipe, fill
+from opt_parallel.data.store.cache import build_once, cached, fingerprint
 from opt_parallel.data.store.sameness import content_of
 from opt_parallel.data.store.selection import HeldOut
 from opt_parallel.data.store.statistics import finish_store, line_of
@@ -45,7 +45,7 @@ class PreparedSource:
     weight: Fraction
     store: Path
     known_as: tuple[str, ...]
-    stream: Material | None = None
+    stream: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,21 @@ def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
     stores = []
     for source, corpus in zip(run.data.train_sources, train, strict=True):
-        material, weight = _material(run, corpus, tokenizer, labels, chosen=False), Fraction(source.weight)
-        made_from = (material.made_from(), material.identity())
+        recipe, weight = _recipe(run, corpus, tokenizer, labels, chosen=False), Fraction(source.weight)
+        cache_key = (recipe.cache_key(), recipe.identity())
         if source.stream:
-            known_as = tuple(f"stream-{fingerprint(each)}" for each in made_from)
-            stores.append(PreparedSource(source.name, weight, cached(run, "stream", *made_from), known_as, material))
+            known_as = tuple(f"stream-{fingerprint(each)}" for each in cache_key)
+            stores.append(PreparedSource(source.name, weight, cached(run, "stream", *cache_key), known_as, recipe))
         else:
-            known_as = tuple(f"store-{fingerprint([each])}" for each in made_from)
-            store = prepare_materials(run, "data.train", [material], tokenizer)
+            known_as = tuple(f"store-{fingerprint([each])}" for each in cache_key)
+            store = prepare_store(run, "data.train", [recipe], tokenizer)
             stores.append(PreparedSource(source.name, weight, store, known_as))
     apart = train if run.holds_out else validation
-    held_out = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in apart]
+    held_out = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in apart]
     key = "data.held_out" if run.holds_out else "data.validation"
     return Prepared(
         train=stores,
-        validation=prepare_materials(run, key, held_out, tokenizer) if held_out else None,
+        validation=prepare_store(run, key, held_out, tokenizer) if held_out else None,
         tokenizer=folder,
         labels=labels,
     )
@@ -115,15 +115,15 @@ def prepare_validation(run: Run) -> Prepared:
     _tell_left_out(corpora)
     folder = prepare_tokenizer(run, corpora)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
-    materials = [_material(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
-    return Prepared([], prepare_materials(run, "data.validation", materials, tokenizer), folder, labels)
+    recipes = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
+    return Prepared([], prepare_store(run, "data.validation", recipes, tokenizer), folder, labels)
 
 
-def _material(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Material:
+def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Recipe:
     """What becomes of a corpus; `chosen`: of that part of it which is for validation."""
     held_out = HeldOut(run.seed, run.data.held_out, chosen) if run.holds_out else None
     same = corpus.text if run.task.name.plain_text else None
-    return Material(
+    return Recipe(
         corpus, KINDS[run.task.name].encoder(run, tokenizer, corpus.text, labels), same, held_out, run.data.deduplicate
     )
 
@@ -154,9 +154,9 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
     asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
     asked += ["named classes"] if any(corpus.tells_classes for corpus in corpora) else []
     asked += [LEFT_OUT] if run.data.bad_records is BadRecordsPolicy.skip else []
-    made_from = [corpus.made_from() for corpus in corpora]
-    formerly = [corpus.identity() for corpus in corpora]
-    folder = whole(cached(run, "labels", [made_from, asked], [formerly, asked]), fill_in)
+    cache_key = [corpus.cache_key() for corpus in corpora]
+    former_key = [corpus.identity() for corpus in corpora]
+    folder = build_once(cached(run, "labels", [cache_key, asked], [former_key, asked]), fill_in)
     try:
         found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         return Labels(tuple(map(str, found["names"])), ProblemType(found["problem_type"]))
@@ -191,7 +191,7 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
         train, validation, _ = split(python_documents())
         write_split(folder, train, validation)
 
-    folder = whole(cached(run, "python-text", [sys.version]), fill_in)
+    folder = build_once(cached(run, "python-text", [sys.version]), fill_in)
     return [str(folder / f"{entry[7:]}.jsonl") if entry.startswith("python:") else entry for entry in entries]
 
 
@@ -212,7 +212,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
                 say(f"warning: the chat template of data.tokenizer={name} is not used: chats are written as documented "
                     "in docs/finetuning.md, and the run's tokenizer gets that template")  # fmt: skip
             brought = replace(brought, chat_template=template)
-        return whole(cached(run, "tokenizer", brought.identity()), lambda folder: write_tokenizer(brought, folder))
+        return build_once(cached(run, "tokenizer", brought.identity()), lambda folder: write_tokenizer(brought, folder))
     require(
         run.task.name.plain_text,
         f"task={run.task.name.value} needs a tokenizer: start from a checkpoint, init_from=…, or set data.tokenizer",
@@ -235,16 +235,16 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
                 bad.seek(corpus.items(), corpus.text.of)
             raise bad.refusal() from error
 
-    made_from, formerly = (
+    cache_key, former_key = (
         [
             [[text, corpus.text.template] for text, corpus in zip(texts, train, strict=True)],
             [str(weight) for weight in weights],
             run.model.vocab_size,
             *other_ids(run.model),
         ]
-        for texts in ([corpus.made_from() for corpus in train], [corpus.identity() for corpus in train])
+        for texts in ([corpus.cache_key() for corpus in train], [corpus.identity() for corpus in train])
     )
-    folder = whole(cached(run, "tokenizer", made_from, formerly), fill_in)
+    folder = build_once(cached(run, "tokenizer", cache_key, former_key), fill_in)
     check_tokenizer(load_tokenizer(str(folder)), "null (trained on data.train)", run.model)
     return folder
 
@@ -261,13 +261,13 @@ def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction
         yield from corpus.sampled(share) if share < 1 else corpus.documents()
 
 
-def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: Tokenizer | None) -> Path:
-    """The folder of one store of all that `materials` say, in their order. Raises: UserError."""
+def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenizer | None) -> Path:
+    """The folder of one store of all that `recipes` say, in their order. Raises: UserError."""
 
     def fill_in(folder: Path) -> None:
-        metas = fill(folder, materials, run.data.workers)
+        metas = fill(folder, recipes, run.data.workers)
         tokens = sum(meta.part.tokens for meta in metas)
-        documents = "; ".join(each.corpus.names for each in materials)
+        documents = "; ".join(each.corpus.names for each in recipes)
         if key == "data.held_out":
             require(
                 tokens > 0,
@@ -275,12 +275,14 @@ def prepare_materials(run: Run, key: str, materials: list[Material], tokenizer: 
             )
         bad = next((f"; left out: {line}" for meta in metas for line in meta.bad), "")
         require(tokens > 0, f"{key}: there is no text in {documents}: name files that hold some{bad}")
-        finish_store(folder, materials[0].encoder.columns, metas, tokenizer)
+        finish_store(folder, recipes[0].encoder.columns, metas, tokenizer)
         for line in TokenStore(folder).manifest["statistics"]["bad_records"]:
             say(f"left out: {line}")
 
-    made_from, formerly = [each.made_from() for each in materials], [each.identity() for each in materials]
-    folder = whole(cached(run, "store", made_from, formerly), fill_in, checked=False)  # by itself, block by block
+    cache_key, former_key = [each.cache_key() for each in recipes], [each.identity() for each in recipes]
+    folder = build_once(
+        cached(run, "store", cache_key, former_key), fill_in, checked=False
+    )  # by itself, block by block
     say(line_of(key, TokenStore(folder)))
     return folder
 

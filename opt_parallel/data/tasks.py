@@ -41,7 +41,7 @@ def fill_streams(run: Run, prepared: Prepared, clock: Clock) -> dict[str, TokenS
     stores: dict[str, TokenStore] = {}
     for filling in _mixture(run, prepared, clock)[1]:
         filling.complete()
-        columns, key = filling.material.encoder.columns, filling.material.corpus.key
+        columns, key = filling.recipe.encoder.columns, filling.recipe.corpus.key
         store = GrowingStore(filling.folder, columns, run.data.sequence_length, run.model.vocab_size)
         store.look(tokens=1)
         left_out = f", {store.bad:,} {LEFT_OUT}" if store.bad else ""

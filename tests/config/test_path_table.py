@@ -24,7 +24,7 @@ from opt_parallel.config.paths import path_keys
 from opt_parallel.config.run import Run
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import corpora, prepare_tokenizer
-from opt_parallel.data.store.cache import cached, whole
+from opt_parallel.data.store.cache import build_once, cached
 from opt_parallel.launching.settings import SECTIONS
 from opt_parallel.preflight import claim_folder
 from opt_parallel.runtime.errors import UserError
@@ -110,7 +110,7 @@ def use_text(key: str) -> Callable[[str], Any]:
 
 def use_cache(value: str) -> Path:
     folder = cached(composed("data.cache", value), "kind", [])
-    return whole(folder, lambda partial: (partial / "file").write_text("")).parent
+    return build_once(folder, lambda partial: (partial / "file").write_text("")).parent
 
 
 def use_tokenizer(value: str) -> Path:

@@ -1,7 +1,7 @@
-"""Folders of `data.cache`, made by one process while the others wait: whole or absent.
+"""Folders of `data.cache`, each built by one process while the others wait. A folder is complete or absent.
 
-Every rank asks for what it needs before any process group exists; the first one there does the work under a file lock,
-the others wait and find it done.
+Ranks prepare data before any process group exists. The first rank on a machine builds a folder under a file lock; the
+others wait for the lock and then find the folder complete.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from filelock import FileLock
 
 from opt_parallel.config.paths import reach
 from opt_parallel.config.run import Run
-from opt_parallel.data.store.failure import failure_of, forget_failure, tell_failure
+from opt_parallel.data.store.failure import failure_of, forget_failure, record_failure
 from opt_parallel.data.store.workers import Unfinished
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.atomic import PARTIAL, publish, remove, write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
-FORMAT = 4  # of what is in them: a change of what is written makes all older ones unfindable
+FORMAT = 4  # part of every fingerprint: raise it when the content changes, so that older folders are not found
 
 
-def cached(run: Run, kind: str, made_from: list[Any], formerly: list[Any] | None = None) -> Path:
-    """The folder of `kind` by a fingerprint of what it is made from; that of `formerly`, by which earlier versions
-    called it, if there is that one alone. Raises: UserError where `data.cache` cannot be read."""
+def cached(run: Run, kind: str, key: list[Any], former_key: list[Any] | None = None) -> Path:
+    """The folder of `kind` named by the fingerprint of `key`. If only the folder of `former_key` exists, which earlier
+    versions used, that folder. Raises: UserError if `data.cache` cannot be read."""
     reach("data.cache=", run.data.cache)
-    folder, former = (Path(run.data.cache) / f"{kind}-{fingerprint(each)}" for each in (made_from, formerly or []))
-    return former if formerly and former.exists() and not folder.exists() else folder
+    folder, former = (Path(run.data.cache) / f"{kind}-{fingerprint(each)}" for each in (key, former_key or []))
+    return former if former_key and former.exists() and not folder.exists() else folder
 
 
-def fingerprint(made_from: list[Any]) -> str:
-    """Of what a folder is made from, for its name."""
-    return hashlib.sha256(json.dumps([FORMAT, *made_from]).encode()).hexdigest()[:16]
+def fingerprint(key: list[Any]) -> str:
+    """16 hexadecimal digits for a folder's name."""
+    return hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()[:16]
 
 
-def whole(folder: Path, fill: Callable[[Path], None], checked: bool = True) -> Path:
-    """`folder`, made by `fill(a temporary folder)` unless it is there: renamed once complete, so whole or absent.
+def build_once(folder: Path, fill: Callable[[Path], None], checked: bool = True) -> Path:
+    """Return `folder`; if it is absent, first call `fill(temporary folder)` and rename the result.
 
-    What `fill` left there when it was killed, or the disk was full, it finds again; a mistake of the user's leaves
-    nothing. `checked`: its files are compared with their checksums each time, which are kept beside it.
+    After a kill or a full disk, the temporary folder stays, and the next `fill` continues in it. Another UserError
+    removes it. `checked`: keep checksums beside the folder and compare them at each call.
 
-    Raises: `UserError`; a rank that waited for another's failure raises that one's, not hours later its own."""
-    if folder.exists():  # without the lock: a cache that is already filled may be read-only
+    Raises: `UserError`. A rank that waited while another rank failed raises that rank's error at once."""
+    if folder.exists():  # without the lock: a filled cache may be read-only
         if checked:
             _compare(folder)
         return folder
@@ -59,7 +59,7 @@ def whole(folder: Path, fill: Callable[[Path], None], checked: bool = True) -> P
                 return folder
             failure = failure_of(folder)
             if failure and failure != before:
-                raise UserError(failure.words)
+                raise UserError(failure.message)
             partial.mkdir(exist_ok=True)
             try:
                 fill(partial)
@@ -68,11 +68,11 @@ def whole(folder: Path, fill: Callable[[Path], None], checked: bool = True) -> P
                 publish(partial, folder)
                 forget_failure(folder)
             except UserError as error:
-                tell_failure(folder, str(error))
+                record_failure(folder, str(error))
                 if not isinstance(error, Unfinished):
                     remove(partial)
                 raise
-    except OSError as error:  # the sources' own are UserErrors
+    except OSError as error:  # an unreadable source is a UserError already
         raise UserError(f"data.cache={folder.parent} cannot be written ({error}): choose another data.cache") from error
     return folder
 
@@ -86,13 +86,13 @@ def _checksums_in(folder: Path) -> dict[str, str]:
 
 
 def _compare(folder: Path) -> None:
-    """Raise UserError unless the files of a folder are as they were written, where checksums were."""
+    """Raise UserError if a file of the folder differs from its checksum, where checksums exist."""
     try:
         written = read_checked(_checksums(folder))
         wrong = [name for name, checksum in _checksums_in(folder).items() if written.pop(name, checksum) != checksum]
     except FileNotFoundError:
-        return  # an earlier version's
+        return  # earlier versions wrote no checksums
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be checked ({error}): remove it, and it is made anew") from error
+        raise UserError(f"{folder} cannot be checked ({error}): remove it, and it is built again") from error
     if wrong := [*wrong, *written]:
-        raise UserError(f"{folder / wrong[0]} is not as it was written: remove {folder}, and it is made anew")
+        raise UserError(f"{folder / wrong[0]} differs from its checksum: remove {folder}, and it is built again")

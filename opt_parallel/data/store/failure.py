@@ -1,4 +1,4 @@
-"""What stopped the filling of a folder of `data.cache`, told to all who wait for it."""
+"""Records why a folder of `data.cache` could not be filled, for the processes that wait for it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from opt_parallel.storage.atomic import write_text
 
 @dataclass(frozen=True)
 class Failure:
-    """`mark` sets one failure apart from another of the same words; no clock does, as two hosts' may differ."""
+    """`mark`: a random id that distinguishes failures with equal messages. A time would not: hosts' clocks differ."""
 
-    words: str
+    message: str
     mark: str
 
 
-def tell_failure(folder: Path, words: str) -> None:
-    """Leave a failure beside the folder. Raises: OSError."""
-    write_text(_file_of(folder), f"{words}\n{secrets.token_hex(8)}\n")
+def record_failure(folder: Path, message: str) -> None:
+    """Write a failure beside the folder. Raises: OSError."""
+    write_text(_file_of(folder), f"{message}\n{secrets.token_hex(8)}\n")
 
 
 def failure_of(folder: Path) -> Failure | None:
-    """The last failure, None if there was none since the folder was filled."""
+    """The last failure; None if there is none since the folder was filled."""
     try:
-        words, _, mark = _file_of(folder).read_text(encoding="utf-8").removesuffix("\n").rpartition("\n")
+        message, _, mark = _file_of(folder).read_text(encoding="utf-8").removesuffix("\n").rpartition("\n")
     except FileNotFoundError:
         return None
-    return Failure(words or mark, mark)
+    return Failure(message or mark, mark)
 
 
 def forget_failure(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Which text is the same: by what is in its files, wherever they lie and whenever they were written.
+"""Identifies a text by the content of its files, independent of their paths and times.
 
-All of it is read for that, once: `data.cache` remembers the checksums by path, size, time and the ends of the files. So
-a text that was moved or only touched is read again, and found to be the same. Of a stream, which is trained on before
-all of it could be read, the sizes and the ends count alone.
+Computing the checksums reads the whole text once. `data.cache` keeps them by path, size, time and the first and last
+bytes of the files. A text that was moved or touched is read again and recognised. A stream is identified by sizes and
+first and last bytes only, because training starts before all of it is read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from opt_parallel.runtime.machine import cpus
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
-LOOKED_INTO, ENDS = 200, 2**16  # files whose first and last bytes are compared; of all others the size
-BLOCK, CHUNK = 2**26, 2**20  # bytes that one thread reads at a time, and holds
-AT_ONCE = 4096  # blocks that wait for a thread
+LOOKED_INTO, ENDS = (
+    200,
+    2**16,
+)  # files whose first and last bytes are compared, and how many bytes
+BLOCK, CHUNK = 2**26, 2**20  # bytes of a thread's task, and of one read
+AT_ONCE = 4096  # blocks in the queue of the threads
 LARGEST = 2**30  # bytes of a file of checksums
 
 
 def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:
-    """Of each file, in their order, its ending and a checksum; of a data set's in a folder the path within it.
+    """A checksum and the ending of each file, in order. For a data set in a folder, the path within the folder replaces
+    the ending.
 
     Raises: UserError if a file cannot be read."""
     files = [(path, "".join(ending_of(path))) for path in corpus.files]
@@ -47,12 +51,14 @@ def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:
         else:
             checksums = _checksums(run, corpus, paths, ends)
     except OSError as error:
-        raise UserError(f"{corpus.key}: {error.filename} cannot be read ({error.strerror}): bring it back") from error
+        raise UserError(
+            f"{corpus.key}: {error.filename} cannot be read ({error.strerror}): restore the file"
+        ) from error
     return tuple(f"{checksum} {what}" for checksum, (_, what) in zip(checksums, files, strict=True))
 
 
 def ends_of(paths: list[Path]) -> Iterator[tuple[int, int]]:
-    """Size of each file, and the checksum of a few bytes of some, of the others 0. Raises: OSError."""
+    """Each file's size, and a checksum of its first and last bytes (0 if the file is not sampled). Raises: OSError."""
     step = max(1, len(paths) // LOOKED_INTO)
     for number, path in enumerate(paths):
         size = path.stat().st_size
@@ -66,7 +72,7 @@ def ends_of(paths: list[Path]) -> Iterator[tuple[int, int]]:
 
 
 def _checksums(run: Run, corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
-    """Of each file, remembered or made by one process while the others wait."""
+    """The checksum of each file, from the cache, or computed by one process while the others wait."""
     times = [path.stat().st_mtime_ns for path in paths]
     known_by = [[str(path), time, *end] for path, time, end in zip(paths, times, ends, strict=True)]
     remembered = cached(run, "checksums", known_by).with_suffix(".json")
@@ -76,7 +82,7 @@ def _checksums(run: Run, corpus: Corpus, paths: list[Path], ends: list[tuple[int
         remembered.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{remembered}.lock")
         lock.acquire()
-    except OSError:  # a cache that is filled already may be read-only
+    except OSError:  # a filled cache may be read-only
         return _read(corpus, paths, ends)
     with lock:
         if (known := _remembered(remembered, len(paths))) is None:
@@ -94,7 +100,7 @@ def _remembered(path: Path, number: int) -> list[str] | None:
 
 
 def _read(corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
-    """SHA-256 of each file, by way of those of its blocks: several threads read one file."""
+    """For each file, the SHA-256 of the SHA-256 digests of its blocks, so that several threads can read one file."""
     sizes = [size for size, _ in ends]
     blocks = [(path, start) for path, size in zip(paths, sizes, strict=True) for start in range(0, size, BLOCK)]
     digests = _digests(blocks, f"{corpus.key}: reading", sum(sizes))

@@ -1,7 +1,7 @@
-"""Which documents a store has: those held out for validation or the others, each text once.
+"""Selects the documents of a store: held out for validation or not, and without duplicates.
 
-Both go by hashes of the text, so neither the order of files nor the number of processes matters, and copies of a text
-go the same way.
+Both decisions depend only on hashes of the text. So the order of files and the number of processes do not matter, and
+all copies of a text are either held out or not.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ import numpy as np
 
 from opt_parallel.data.text.records import Record, Text
 
-DIGEST = 16  # bytes: two different texts share one with a chance of 1 in 10²⁰ among 10⁹
+DIGEST = 16  # bytes; among 10⁹ different texts, two share a hash with probability 10⁻²⁰
 BUCKET = 1 << 22  # hashes compared at a time
 DUPLICATES, HELD_OUT = "duplicates left out", "documents held out for validation"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A share of the documents by a hash of their text with `seed`; `chosen`: these, else the others."""
+    """Holds out a `share` of the documents by a hash of their text, keyed with `seed`. `chosen`: take the held-out
+    documents, else the others."""
 
     seed: int
     share: float
     chosen: bool
 
     def takes(self, content: bytes) -> bool:
-        """Whether a document is among them."""
+        """Whether a document with this content is taken."""
         digest = hashlib.blake2b(content, digest_size=8, key=str(self.seed).encode()).digest()
         return (int.from_bytes(digest, "little") < int(self.share * 2**64)) == self.chosen
 
 
 def content_of(record: Record, text: Text | None) -> bytes:
-    """What makes a document the same as another: its text without the space around it; `text` None: every field."""
+    """The bytes by which documents are compared: the text without surrounding white space; `text` None: all fields."""
     if text is not None:
         return text.of(record).strip().encode()
     return json.dumps(dict(record.fields), sort_keys=True, default=str).encode()
@@ -49,14 +50,14 @@ def digests_of(contents: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 
-def find_duplicates(digests: list[Path], places: list[Path]) -> None:
-    """Write into each of `places` the numbers of those documents, whose hashes a file of `digests` holds, that also
-    stand before: in it or in a file that comes first.
+def find_duplicates(digests: list[Path], targets: list[Path]) -> None:
+    """Write into each of `targets` the indices of documents whose hash occurred earlier, in the same file of `digests`
+    or in a previous one.
 
-    Of the hashes, those are held at a time that begin alike: as many, however many there are."""
+    Hashes are processed in buckets (by remainder), so memory does not grow with their number."""
     total = sum(path.stat().st_size // DIGEST for path in digests)
     buckets = -(-total // BUCKET) or 1
-    for path in places:
+    for path in targets:
         path.write_bytes(b"")
     for bucket in range(buckets):
         hashes, owners, numbers = [], [], []
@@ -68,14 +69,14 @@ def find_duplicates(digests: list[Path], places: list[Path]) -> None:
             numbers.append(inside)
         high, low = np.concatenate(hashes).T
         owner, number = np.concatenate(owners), np.concatenate(numbers)
-        order = np.lexsort((low, high))  # stable: the first of equal ones is the first in the text
+        order = np.lexsort((low, high))  # stable: among equal hashes the first is the first in the text
         high, low, owner, number = high[order], low[order], owner[order], number[order]
         again = np.nonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1]))[0] + 1
         for which in np.unique(owner[again]):
-            with places[which].open("ab") as file:  # one at a time: there are more than a process may have open
+            with targets[which].open("ab") as file:  # one file at a time: a process may not open all of them
                 file.write(number[again][owner[again] == which].astype("<i8").tobytes())
 
 
 def identity_of(held_out: HeldOut | None, deduplicate: bool) -> list[Any]:
-    """What joins a store's fingerprint."""
+    """What the selection adds to a store's fingerprint."""
     return [held_out and [held_out.seed, held_out.share, held_out.chosen], deduplicate]

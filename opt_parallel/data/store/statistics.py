@@ -1,4 +1,4 @@
-"""What is in a store, counted while it was filled: printed and kept in its store.json."""
+"""Statistics of a store, counted while it is built, printed, and kept in store.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.encode.columns import Column
-from opt_parallel.data.store.build import WORDS, PartMeta, add_counts
+from opt_parallel.data.store.build import TOKEN_COUNTS, PartMeta, add_counts
 from opt_parallel.data.store.store import TokenStore, write_manifest
 from opt_parallel.data.text.records import LISTED
 
@@ -20,18 +20,18 @@ EXAMPLES, EXAMPLE_TOKENS = 3, 32
 def finish_store(
     folder: Path, columns: Mapping[str, Column], metas: list[PartMeta], tokenizer: Tokenizer | None
 ) -> None:
-    """Write the manifest of a store that has all of its parts, with its statistics."""
-    counts, lengths, words = Counter[str](), Counter[int](), np.zeros(0, np.int64)
+    """Write store.json, with statistics. All parts must be complete."""
+    counts, lengths, token_counts = Counter[str](), Counter[int](), np.zeros(0, np.int64)
     for meta in metas:
         counts.update(meta.counts)
         lengths.update(meta.lengths)
-        words = add_counts(words, np.load(folder / meta.part.name / WORDS))
+        token_counts = add_counts(token_counts, np.load(folder / meta.part.name / TOKEN_COUNTS))
     statistics = {
         "documents": sum(meta.part.documents for meta in metas),
         "tokens": sum(meta.part.tokens for meta in metas),
         "text_bytes": sum(meta.text_bytes for meta in metas),
         "lengths": lengths_in_short(lengths),
-        "unigram_entropy": entropy(words),
+        "unigram_entropy": entropy(token_counts),
         "bad_records": [line for meta in metas for line in meta.bad][:LISTED],
     }
     parts = [meta.part for meta in metas]
@@ -42,8 +42,8 @@ def finish_store(
 
 
 def lengths_in_short(lengths: Mapping[int, int]) -> dict[str, float]:
-    """Of documents, `lengths[n]` of which have n tokens: the shortest, the median, the mean, that which 95% do not
-    exceed, the longest."""
+    """Minimum, median, mean, 95th percentile and maximum of document lengths in tokens. `lengths[n]`: documents of n
+    tokens."""
     if not lengths:
         return {}
     values = sorted(lengths)
@@ -56,14 +56,14 @@ def lengths_in_short(lengths: Mapping[int, int]) -> dict[str, float]:
     return {"min": values[0], "median": quantile(0.5), "mean": mean, "p95": quantile(0.95), "max": values[-1]}
 
 
-def entropy(words: np.ndarray) -> float:
-    """Entropy in nats of a distribution of which there are so many of each: the loss of a model that knows it alone."""
-    share = words[words > 0] / max(words.sum(), 1)
+def entropy(token_counts: np.ndarray) -> float:
+    """Entropy (nats) of the unigram distribution with these counts."""
+    share = token_counts[token_counts > 0] / max(token_counts.sum(), 1)
     return float(-(share * np.log(share)).sum())
 
 
 def examples(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
-    """The beginnings of some documents as the tokenizer reads them back."""
+    """The first tokens of some documents, decoded."""
     lengths = store.of_documents("lengths", 0, min(store.documents, EXAMPLES))
     starts = np.cumsum([0, *lengths.tolist()])
     pairs = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
@@ -72,7 +72,7 @@ def examples(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
 
 
 def line_of(key: str, store: TokenStore) -> str:
-    """What is said of a store at every start."""
+    """One line about a store, printed at every start."""
     left_out = "".join(f", {count:,} {what}" for what, count in store.counts.items())
     size = store.statistics.get("text_bytes", 0)
     rate = f" ({size / 1e6:,.1f} MB, {store.tokens / size:.3f} tokens a byte)" if size else ""
@@ -80,7 +80,7 @@ def line_of(key: str, store: TokenStore) -> str:
 
 
 def table_of(store: TokenStore) -> list[list[str]]:
-    """The statistics in lines of name and value; none of a store that was put together otherwise."""
+    """The statistics as rows of name and value; empty for a store without statistics."""
     if not (known := store.statistics):
         return []
     lengths = ", ".join(f"{name} {value:,.0f}" for name, value in known["lengths"].items())

@@ -1,16 +1,15 @@
-"""The token store: what preparation writes and training reads, a folder of flat binary arrays in parts.
+"""The token store: a folder of flat binary arrays in parts, written by preparation and read by training.
 
-    store.json            the columns, the parts in order, what was counted
-    part-00000/ids.bin    token ids of all the part's documents, end to end, in the smallest type that holds them
-    part-00000/lengths.bin, …   one entry a document; further columns hold entries a token or a document
-    part-00000/part.json  the part's own words, with checksums of its files, block by block
+    store.json            the columns, the parts in order, the counts
+    part-00000/ids.bin    token ids of the part's documents, concatenated, in the smallest type that holds them
+    part-00000/lengths.bin, …   one entry per document; other columns have one entry per token or per document
+    part-00000/part.json  a summary of the part, with checksums of each block of its files
 
-Parts follow each other in the order of the text, and rows of tokens are cut across them, so a store knows nothing of
-sequence lengths. Files are read at the places that are asked for, never mapped or read whole: memory does not grow with
-the text.
+Parts are in the order of the text. Rows of tokens may cross parts, so a store does not depend on the sequence length.
+Readers seek to the bytes they need and never map or read a complete file, so memory does not grow with the text.
 
-store.json has a checksum of itself and one of each part.json. Each block is compared when it is read, so nothing that
-changed is trained on. Stores that earlier versions made have no checksums, and are read without.
+store.json has its own checksum and the checksum of each part.json. Each block is checked when it is read, so a changed
+block is never trained on. Stores of earlier versions have no checksums and are read without them.
 """
 
 from __future__ import annotations
@@ -38,22 +37,22 @@ from opt_parallel.storage.checked import Count, Size, dump_checked, parse_checke
 MANIFEST, META = "store.json", "part.json"
 FORMAT = 2  # 1 had no checksums
 LARGEST = 2**30  # bytes of a store.json
-LOOKED_INTO = 200  # parts that are looked at when a store is opened
+LOOKED_INTO = 200  # parts that are checked when a store is opened
 PART = re.compile(r"part-[0-9]+")
-PARTS_KNOWN = 1024  # parts whose checksums are kept in memory
+PARTS_KNOWN = 1024  # parts whose checksums are cached in memory
 
 
 class Damaged(UserError):
-    """A store that is not as it was written: `what` is wrong with it."""
+    """A damaged store. `what`: the damage, for the message."""
 
     def __init__(self, folder: Path, what: str) -> None:
-        super().__init__(f"{folder} is not a whole token store: {what}; remove it, and it is made anew")
+        super().__init__(f"{folder} is not a complete token store: {what}; remove it, and it is built again")
         self.what = what
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of whole documents. `checksum`: of its part.json, None where an earlier version made it."""
+    """A range of complete documents. `checksum`: of its part.json; None if an earlier version wrote it."""
 
     name: str
     documents: int
@@ -72,7 +71,7 @@ class PartWriter:
         self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in columns}
 
     def write(self, encoded: Encoded) -> None:
-        """Append documents."""
+        """Append a batch of documents."""
         lengths = encoded.columns["lengths"]
         for name, column in self.columns.items():
             values = encoded.columns[name].astype(column.dtype)
@@ -83,7 +82,7 @@ class PartWriter:
         self.counts += encoded.counts
 
     def close(self) -> Part:
-        """Finish the files."""
+        """Close the files."""
         for file in self.files.values():
             file.close()
         return Part(self.folder.name, self.documents, self.tokens)
@@ -92,7 +91,7 @@ class PartWriter:
 def write_manifest(
     folder: Path, columns: Mapping[str, Column], parts: Iterable[Part], counts: Mapping[str, int], **more: Any
 ) -> None:
-    """store.json: what makes the parts a store. `more` is whatever else is worth knowing."""
+    """Write store.json, which completes a store. `more`: further top-level entries."""
     content = {
         "format": FORMAT,
         "columns": {name: asdict(column) for name, column in columns.items()},
@@ -134,14 +133,14 @@ class _Manifest(TypedDict):
 
 @functools.cache
 def _types() -> Any:
-    """pydantic takes a while to import, and who only writes a store does not need it."""
+    """Imported late: pydantic imports slowly, and writers do not need it."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(_Manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """store.json. Raises: Damaged."""
+    """The content of store.json. Raises: Damaged."""
     try:
         manifest = read_checked(folder / MANIFEST, LARGEST)
     except OSError as error:
@@ -151,14 +150,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         _types().validate_python(manifest, strict=True)
     except ValueError as error:
-        raise Damaged(folder, f"{MANIFEST} is not what was written ({one_line(error)})") from error
+        raise Damaged(folder, f"{MANIFEST} has the wrong content ({one_line(error)})") from error
     if unknown := manifest.keys() - _Manifest.__annotations__.keys():
-        raise Damaged(folder, f"{MANIFEST} is not what was written ({min(unknown)!r})")
+        raise Damaged(folder, f"{MANIFEST} has the unknown key {min(unknown)!r}")
     if not {"ids", "lengths"} <= manifest["columns"].keys():
         raise Damaged(folder, f"{MANIFEST} lacks the columns ids and lengths")
     for part in manifest["parts"]:
         if not PART.fullmatch(part["name"]):
-            raise Damaged(folder, f"{MANIFEST} names {part['name']!r}, which cannot be a part")
+            raise Damaged(folder, f"{MANIFEST} names {part['name']!r}, which is not the name of a part")
     return manifest
 
 
@@ -167,9 +166,7 @@ def part_name(number: int) -> str:
 
 
 def read_part(folder: Path, name: str, checksum: str | None = None) -> tuple[dict[str, Any], str]:
-    """A part's part.json and its checksum, which is compared where it is known.
-
-    Raises: Damaged."""
+    """The content of a part's part.json, and its checksum. Raises: Damaged, also if it differs from `checksum`."""
     try:
         text = (folder / name / META).read_bytes()
         found = f"{crc32(text):08x}"
@@ -183,13 +180,13 @@ def read_part(folder: Path, name: str, checksum: str | None = None) -> tuple[dic
 
 
 class TokenStore:
-    """A store's documents and tokens by number. Each block of a file is compared with its checksum when it is read."""
+    """A store's documents and tokens by index. Each block is compared with its checksum when it is read."""
 
-    def __init__(self, folder: Path | str, words: int | None = None) -> None:
-        """`words`: of the network's vocabulary, which ids must be in. The files of some parts are looked at.
+    def __init__(self, folder: Path | str, vocab_size: int | None = None) -> None:
+        """`vocab_size`: upper bound of token ids. Checks the files of a sample of the parts.
 
         Raises: Damaged."""
-        self.folder, self.words = Path(folder), words
+        self.folder, self.vocab_size = Path(folder), vocab_size
         self.manifest = read_manifest(self.folder)
         self.columns = {name: Column(**column) for name, column in self.manifest["columns"].items()}
         self.parts = [Part(**part) for part in self.manifest["parts"]]
@@ -200,7 +197,7 @@ class TokenStore:
             self._known(number)
 
     def remember(self) -> None:
-        """Keep the checksums of the parts that were read last."""
+        """Start a cache of the checksums of recently read parts."""
         self._known = functools.lru_cache(PARTS_KNOWN)(self._look_at)
 
     @property
@@ -213,47 +210,54 @@ class TokenStore:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was left out or cut, in words."""
+        """Numbers of documents that were left out or cut, by reason."""
         return self.manifest["counts"]
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """What was counted while it was filled; nothing in a store that was put together otherwise."""
+        """Counted while the store was built; empty for a store that was built by other means."""
         return self.manifest.get("statistics", {})
 
     def of_tokens(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Entries of tokens `start` to `stop` of the store, of a column that has one for each: (stop − start,).
+        """A per-token column's entries for tokens `start` to `stop` of the store: (stop − start,).
 
-        Raises: Damaged, also if an id is none of the vocabulary."""
+        Raises: Damaged, also if an id is outside the vocabulary."""
         values = self._read(name, self._first_token, start, stop)
-        if name == "ids" and self.words is not None and len(values) and (most := int(values.max())) >= self.words:
+        if (
+            name == "ids"
+            and self.vocab_size is not None
+            and len(values)
+            and (most := int(values.max())) >= self.vocab_size
+        ):
             part = self.parts[bisect_right(self._first_token, start + int(values.argmax())) - 1]
             raise Damaged(
-                self.folder, f"{part.name} has the token {most}, and model.vocab_size={self.words} has no such word"
+                self.folder,
+                f"{part.name} has the token {most}, outside model.vocab_size={self.vocab_size}",
             )
         return values
 
     def of_documents(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Entries of documents `start` to `stop`: (documents,), or (documents, width) where the width is not 1.
+        """A per-document column's entries for documents `start` to `stop`: (documents,), or (documents, width) for
+        width > 1.
 
         Raises: Damaged."""
         return self._read(name, self._first_document, start, self.documents if stop is None else stop)
 
     @property
     def ends(self) -> np.ndarray:
-        """Where each document ends among the tokens: (documents,) int64. Raises: Damaged."""
+        """The end of each document as a token offset: (documents,) int64. Raises: Damaged."""
         ends = np.cumsum(self.of_documents("lengths"), dtype=np.int64)
         if self.documents and ends[-1] != self.tokens:
             raise Damaged(self.folder, f"its documents have {ends[-1]:,} tokens, its parts {self.tokens:,}")
         return ends
 
     def size_of(self, number: int, name: str) -> int:
-        """Bytes of a part's column."""
+        """Size of a part's column in bytes."""
         part, column = self.parts[number], self.columns[name]
         return column.itemsize * (part.tokens if column.per_token else part.documents)
 
     def _look_at(self, number: int) -> dict[str, str]:
-        """The checksums of a part's blocks by column, none of one that earlier versions made, after a look at the part.
+        """Check the sizes of a part's files; return the checksums of its blocks by column, {} if it has none.
 
         Raises: Damaged."""
         part = self.parts[number]
@@ -281,7 +285,7 @@ class TokenStore:
         while start < stop:
             end = min(stop, firsts[number + 1])
             if start < end:
-                first, last = ((place - firsts[number]) * column.itemsize for place in (start, end))
+                first, last = ((index - firsts[number]) * column.itemsize for index in (start, end))
                 pieces.append(np.frombuffer(self.bytes_of(number, name, first, last), column.dtype))
                 start = end
             number += 1
@@ -289,7 +293,7 @@ class TokenStore:
         return values if column.width == 1 else values.reshape(-1, column.width)
 
     def bytes_of(self, number: int, name: str, first: int, last: int) -> bytes:
-        """Bytes `first` to `last` of a part's column, out of whole blocks that are as they were written.
+        """Bytes `first` to `last` of a part's column, after a check of the blocks that hold them.
 
         Raises: Damaged."""
         checksums, path = self._known(number).get(name), f"{self.parts[number].name}/{name}.bin"
@@ -303,5 +307,5 @@ class TokenStore:
         if len(read) < last - start:
             raise Damaged(self.folder, f"{path} ends early")
         if checksums is not None and (wrong := first_wrong(read, checksums, start // BLOCK)) is not None:
-            raise Damaged(self.folder, f"{path} differs from its checksum at byte {wrong * BLOCK:,} or behind it")
+            raise Damaged(self.folder, f"{path} differs from its checksum at byte {wrong * BLOCK:,} or after it")
         return read[first - start : last - start]

@@ -1,7 +1,7 @@
-"""A stream: one process of each machine fills its store, in the order of the text, while training reads what is there.
+"""Streams: on each machine one process, the filler, fills a store in the order of the text while training reads it.
 
-Which sample stands where follows from the order of the text alone, so how far the store is filled changes nothing but
-waiting. A filler that was stopped goes on behind the last whole part. It fills no more than the run will read.
+The order of samples depends only on the order of the text. How far the store is filled decides only how long training
+waits. After a stop, the filler resumes behind the last complete part. It fills no more than the run will read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from opt_parallel.config.model import require
 from opt_parallel.data.encode.columns import Column
 from opt_parallel.data.encode.pretrain import batches_of
 from opt_parallel.data.store import workers
-from opt_parallel.data.store.build import Material, PartMaker, PartMeta, read_meta
-from opt_parallel.data.store.failure import failure_of, forget_failure, tell_failure
+from opt_parallel.data.store.build import PartMaker, PartMeta, Recipe, read_meta
+from opt_parallel.data.store.failure import failure_of, forget_failure, record_failure
 from opt_parallel.data.store.statistics import finish_store
 from opt_parallel.data.store.store import MANIFEST, META, Part, TokenStore, part_name
 from opt_parallel.data.store.workers import Pulse, Unfinished
@@ -41,24 +41,24 @@ from opt_parallel.runtime.signals import ignore_all
 from opt_parallel.runtime.terminal import open_streams, outlive
 from opt_parallel.storage.atomic import PARTIAL, remove
 
-PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends with the first of them
+PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends when it reaches either
 BLOCK = 4096  # samples that are shuffled together
-LOOK = 0.2  # seconds between two looks at what has arrived
-LOST = 30.0  # seconds without a filler after which none is expected
+LOOK = 0.2  # seconds between two checks for new parts
+LOST = 30.0  # seconds without a filler before waiting fails
 
 
 @dataclass(frozen=True)
 class Filling:
-    """What a filler does: `material` into the store at `folder`, up to `enough` tokens or its end."""
+    """The filler's work: encode `recipe` into the store at `folder`, up to `enough` tokens or the end of the text."""
 
     folder: Path
-    material: Material
+    recipe: Recipe
     enough: int
     workers: int
     part_tokens: int = PART_TOKENS
 
     def start(self) -> BaseProcess | None:
-        """Start a filler, on this machine's first process; it ends with this one."""
+        """Start a filler on local rank 0. The filler ends when this process ends."""
         if local_rank() != 0:
             return None
         filler = multiprocessing.get_context("spawn").Process(target=_fill_beside, args=(self,), daemon=True)
@@ -67,24 +67,24 @@ class Filling:
         return filler
 
     def _watch(self, filler: BaseProcess) -> None:
-        """Tell all who wait for the store if its filler does nothing any more."""
+        """Record a failure for the waiting processes if the filler makes no progress."""
         pulse = Pulse(filler.pid)
         while not wait([filler.sentinel], workers.LOOK):
             try:
                 pulse.look(f"which fills {self.folder}")
             except Unfinished as error:
-                with suppress(OSError):  # then they find that nobody fills it
-                    tell_failure(self.folder, str(error))
+                with suppress(OSError):  # the waiting processes then notice that the filler is gone
+                    record_failure(self.folder, str(error))
                 filler.kill()
                 return
 
     @property
     def threads(self) -> int:
-        """That encode; the training keeps the others."""
+        """Number of encoding threads; by default half of the CPUs, the others train."""
         return self.workers or max(1, cpus() // 2)
 
     def complete(self) -> None:
-        """Fill here and now, unless another does: then wait for it. Raises: UserError."""
+        """Fill the store in this process; if another process fills it, wait for that. Raises: UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(lock_of(self.folder)):
@@ -93,55 +93,55 @@ class Filling:
                     if not (self.folder / MANIFEST).exists():
                         self._fill()
                 except UserError as error:
-                    tell_failure(self.folder, str(error))
+                    record_failure(self.folder, str(error))
                     raise
-        except OSError as error:  # the sources' own are UserErrors
+        except OSError as error:  # an unreadable source is a UserError already
             line = f"data.cache={self.folder.parent} cannot be written ({error}): choose another data.cache"
             with suppress(OSError):
-                tell_failure(self.folder, line)
+                record_failure(self.folder, line)
             raise UserError(line) from error
 
     def _fill(self) -> None:
-        """Go on behind the last whole part."""
-        corpus, encoder = self.material.corpus, self.material.encoder
+        """Resume behind the last complete part."""
+        corpus, encoder = self.recipe.corpus, self.recipe.encoder
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             remove(leftover)
-        metas, before = whole_parts(self.folder), corpus.identity()
+        metas, before = complete_parts(self.folder), corpus.identity()
         for part in sorted(self.folder.glob("part-*"))[len(metas) :]:
-            remove(part)  # the first of them is damaged
+            remove(part)  # the first is damaged
         done = sum(meta.part.tokens for meta in metas)
         position = (metas[-1].position[0], metas[-1].position[1]) if metas else (0, 0)
         if done >= self.enough:
             return
-        maker, bad, begun = PartMaker(self.folder, part_name(len(metas)), encoder), BadRecords(), time.monotonic()
+        maker, bad, started = PartMaker(self.folder, part_name(len(metas)), encoder), BadRecords(), time.monotonic()
         try:
-            for place, batch in _batches(corpus, *position):
-                maker.write(encoder.encode(self.material.good(batch, bad)))
-                position, tokens = place, maker.writer.tokens
-                full = tokens >= self.part_tokens or time.monotonic() - begun > PART_SECONDS
+            for next_position, batch in _batches(corpus, *position):
+                maker.write(encoder.encode(self.recipe.good(batch, bad)))
+                position, tokens = next_position, maker.writer.tokens
+                full = tokens >= self.part_tokens or time.monotonic() - started > PART_SECONDS
                 if full or done + tokens >= self.enough:
                     metas.append(maker.finish(position, bad=bad))
                     done += tokens
                     if done >= self.enough:
                         return
                     maker, bad = PartMaker(self.folder, part_name(len(metas)), encoder), BadRecords()
-                    begun = time.monotonic()
+                    started = time.monotonic()
         except UserError as error:
             if maker.writer.documents:
-                maker.finish(position, bad=bad)  # what came before stays
-            if isinstance(error, BadRecord):  # how many there are in all is not known before the end
+                maker.finish(position, bad=bad)  # keep the records before the error
+            if isinstance(error, BadRecord):  # the total number of bad records is not known yet
                 raise UserError(f"{error}; data.bad_records=skip leaves such records out") from error
             raise
         metas.append(maker.finish(position, bad=bad))
         require(
             corpus.identity() == before,
-            f"{corpus.key}: {corpus.names} changed while it was read: start again when it is whole",
+            f"{corpus.key}: {corpus.names} changed while it was read: start again when it is complete",
         )
         finish_store(self.folder, encoder.columns, metas, None)
 
 
 def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int, int], list[Item]]]:
-    """Batches of records behind the first `taken` of a unit, each with the place behind it."""
+    """Batches of records after the first `taken` of a unit, each with the position after it: (unit, records)."""
     for number, group in groupby(corpus.streamed(unit, taken), key=itemgetter(0)):
         taken = taken if number == unit else 0
         for batch in batches_of(item for _, item in group):
@@ -149,8 +149,8 @@ def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int,
             yield (number, taken), batch
 
 
-def whole_parts(folder: Path) -> list[PartMeta]:
-    """The parts that are there, up to the first that is not, or is damaged."""
+def complete_parts(folder: Path) -> list[PartMeta]:
+    """The parts before the first missing or damaged one."""
     metas: list[PartMeta] = []
     with suppress(UserError):
         while (part := folder / part_name(len(metas)) / META).exists():
@@ -163,27 +163,28 @@ def lock_of(folder: Path) -> str:
 
 
 class GrowingStore(TokenStore):
-    """A store that a filler adds to. Two threads may ask at once."""
+    """A store that a filler extends. Thread-safe."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, Column], length: int, words: int | None = None) -> None:
-        """`length`: tokens of a row; `words`: of the vocabulary."""
-        self.folder, self.columns, self.length, self.words = folder, dict(columns), length, words
+    def __init__(self, folder: Path, columns: Mapping[str, Column], length: int, vocab_size: int | None = None) -> None:
+        """`length`: tokens of a row; `vocab_size`: upper bound of token ids."""
+        self.folder, self.columns, self.length, self.vocab_size = folder, dict(columns), length, vocab_size
         self.parts: list[Part] = []
-        self.bad = 0  # records that were left out so far
+        self.bad = 0  # bad records left out so far
         self.remember()
         self._first_token, self._first_document = [0], [0]
         self.ended, self.looking = False, threading.Lock()
         self.old_failure = failure_of(folder)
 
     def arrived(self, rows: int) -> int | None:
-        """Wait until `rows` rows are there, or all there will be: how many, once that is known.
+        """Wait until `rows` rows have arrived, or the store has ended. Returns the total number of rows if it is known,
+        else None.
 
-        Raises: UserError if they will not come."""
+        Raises: UserError if the filler fails or is gone."""
         try:
             return self._arrived(rows)
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be read any more ({error.strerror}): start again, it goes on from there"
+                f"{self.folder} cannot be read any more ({error.strerror}): start again, the run resumes from there"
             ) from error
 
     def _arrived(self, rows: int) -> int | None:
@@ -194,8 +195,8 @@ class GrowingStore(TokenStore):
                 seen = time.monotonic()
             lost = time.monotonic() - seen > LOST
             if failed and (lost or failed != self.old_failure):
-                raise UserError(failed.words)
-            require(not lost, f"no process fills {self.folder} any more: start again, it goes on from there")
+                raise UserError(failed.message)
+            require(not lost, f"no process fills {self.folder} any more: start again, the run resumes from there")
             time.sleep(LOOK)
         if not self.ended:
             return None
@@ -203,27 +204,27 @@ class GrowingStore(TokenStore):
         require(
             size > 0,
             f"data.train: {self.tokens} tokens do not fill one row: data.sequence_length={self.length} needs "
-            f"{self.length + 1}; bring more text or shorten the sequence",
+            f"{self.length + 1}; add text or shorten the sequence",
         )
         return size
 
     def look(self, tokens: int) -> bool:
-        """Take up what has come; whether it is so many tokens, or the end."""
+        """Add the parts that have arrived. Whether the store now has `tokens` tokens or has ended."""
         with self.looking:
             if self.ended or self.tokens >= tokens > 1:
                 return True
-            ended = (self.folder / MANIFEST).exists()  # before the parts: they are all there then
+            ended = (self.folder / MANIFEST).exists()  # checked before the parts: if it exists, all parts exist
             while (meta := self.folder / part_name(len(self.parts)) / META).exists():
                 known = read_meta(meta.parent)
                 part = known.part
-                self._tell_bad(known)
+                self._report_bad(known)
                 self._first_token.append(self._first_token[-1] + part.tokens)
                 self._first_document.append(self._first_document[-1] + part.documents)
                 self.parts.append(part)
             self.ended = ended
             return ended or self.tokens >= tokens
 
-    def _tell_bad(self, meta: PartMeta) -> None:
+    def _report_bad(self, meta: PartMeta) -> None:
         for line in meta.bad[: max(0, LISTED - self.bad)]:
             say(f"left out: {line}")
         self.bad += meta.counts.get(LEFT_OUT, 0)
@@ -237,11 +238,11 @@ class GrowingStore(TokenStore):
 
 
 def _fill_beside(filling: Filling) -> None:
-    """What the filler does until it is done, or the trainer is gone."""
+    """The filler's main function. It ends when the store is filled or the trainer is gone."""
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(filling.threads))
     open_streams()
     outlive()
-    ignore_all()  # they are the trainer's, which saves first
+    ignore_all()  # the trainer handles signals: it saves first
     trainer = multiprocessing.parent_process()
     assert trainer is not None
 
@@ -253,6 +254,6 @@ def _fill_beside(filling: Filling) -> None:
     try:
         filling.complete()
     except UserError as error:
-        told = failure_of(filling.folder)
-        if told is None or told.words != str(error):  # else the trainer says it
+        recorded = failure_of(filling.folder)
+        if recorded is None or recorded.message != str(error):  # else the trainer prints it
             print(f"warning: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A store read whole, and compared with its checksums."""
+"""Compares a complete store with its checksums."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from opt_parallel.data.store.blocks import BLOCK, checksums_of
-from opt_parallel.data.store.build import WORDS
+from opt_parallel.data.store.build import TOKEN_COUNTS
 from opt_parallel.data.store.store import META, Damaged, TokenStore, read_part
 from opt_parallel.data.store.workers import progress
 
-TOLD = 10  # damaged parts that are named
+NAMED = 10  # damaged parts named in the message
 CHUNK = 1024 * BLOCK  # bytes read at a time
 
 
 def verify(key: str, store: TokenStore) -> str:
-    """What was compared, in a line. `key`: what the store is of, for messages.
+    """Check every byte of a store; return a one-line summary. `key`: the configuration key of its text, for messages.
 
     Raises: Damaged, which names the damaged parts."""
     wrong: list[str] = []
@@ -29,21 +29,21 @@ def verify(key: str, store: TokenStore) -> str:
             except Damaged as error:
                 wrong.append(error.what)
     if wrong:
-        more = [f"and {len(wrong) - TOLD} more parts"] if len(wrong) > TOLD else []
-        raise Damaged(store.folder, "; ".join([*wrong[:TOLD], *more]))
-    said = f"{key}: {len(store.parts):,} parts of {size / 1e6:,.1f} MB in {store.folder} are as they were written"
+        more = [f"and {len(wrong) - NAMED} more parts"] if len(wrong) > NAMED else []
+        raise Damaged(store.folder, "; ".join([*wrong[:NAMED], *more]))
+    summary = f"{key}: {len(store.parts):,} parts of {size / 1e6:,.1f} MB in {store.folder} are undamaged"
     unknown = sum(part.checksum is None for part in store.parts)
-    return f"{said}, by the sizes of {unknown:,}, which an earlier version made without checksums" if unknown else said
+    return f"{summary}; of {unknown:,} parts without checksums, only the sizes were compared" if unknown else summary
 
 
 def _compare(store: TokenStore, number: int) -> Iterator[int]:
-    """The bytes of a part that were compared, as they are. Raises: Damaged."""
+    """Yields the number of bytes compared, chunk by chunk. Raises: Damaged."""
     part = store.parts[number]
     lengths = most = 0
     for name, column in store.columns.items():
-        size, whole = store.size_of(number, name), CHUNK // column.itemsize * column.itemsize
-        for first in range(0, size, whole):
-            read = store.bytes_of(number, name, first, min(first + whole, size))
+        size, chunk = store.size_of(number, name), CHUNK // column.itemsize * column.itemsize
+        for first in range(0, size, chunk):
+            read = store.bytes_of(number, name, first, min(first + chunk, size))
             values = np.frombuffer(read, column.dtype)
             if name == "lengths":
                 lengths += int(values.sum(dtype=np.uint64))
@@ -51,17 +51,15 @@ def _compare(store: TokenStore, number: int) -> Iterator[int]:
                 most = max(most, int(values.max()))
             yield len(read)
     if lengths != part.tokens:
-        raise Damaged(store.folder, f"{part.name} has documents of {lengths:,} tokens, and {part.tokens:,} tokens")
-    if store.words is not None and most >= store.words:
-        raise Damaged(
-            store.folder, f"{part.name} has the token {most}, beyond the {store.words:,} words of the network"
-        )
+        raise Damaged(store.folder, f"{part.name} has {part.tokens:,} tokens, but its documents have {lengths:,}")
+    if store.vocab_size is not None and most >= store.vocab_size:
+        raise Damaged(store.folder, f"{part.name} has the token {most}, outside model.vocab_size={store.vocab_size}")
     if part.checksum is None:
         return
     content, _ = read_part(store.folder, part.name, part.checksum)
     try:
-        found = checksums_of(store.folder / part.name / WORDS)
+        found = checksums_of(store.folder / part.name / TOKEN_COUNTS)
     except OSError as error:
-        raise Damaged(store.folder, f"{part.name}/{WORDS} cannot be read ({error.strerror})") from error
-    if content.get(WORDS) != found:
-        raise Damaged(store.folder, f"{part.name}/{WORDS} differs from its checksum in {META}")
+        raise Damaged(store.folder, f"{part.name}/{TOKEN_COUNTS} cannot be read ({error.strerror})") from error
+    if content.get(TOKEN_COUNTS) != found:
+        raise Damaged(store.folder, f"{part.name}/{TOKEN_COUNTS} differs from its checksum in {META}")

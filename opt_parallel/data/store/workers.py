@@ -1,4 +1,4 @@
-"""Processes that work through a list of jobs; they end with this one, however it ends."""
+"""Runs jobs in several processes, which end when this process ends, for any reason."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ from opt_parallel.runtime.terminal import open_streams, outlive
 
 Report = Callable[[int], None]
 Job = Callable[[Any, Report], None]
-SPOKEN = 30.0  # seconds between two lines where there is no bar
-LOOK = 5.0  # seconds between two looks at the processes that work
-SAID, GIVEN_UP = 4, 12  # looks at one that does nothing until a warning, and the end
+INTERVAL = 30.0  # seconds between two progress lines if there is no terminal
+LOOK = 5.0  # seconds between two checks of busy processes
+WARNED, GIVEN_UP = 4, 12  # checks without progress before a warning, and before an error
 
 
 class Unfinished(UserError):
-    """What stopped the work is no fault of the data: starting again goes on from there."""
+    """The work was interrupted, not by bad data: the next start continues it."""
 
 
 class Pulse:
-    """Whether a process works, by the CPU time that it used between two looks: none if it is stopped, or waits for a
-    disk that does not answer. Looks are counted, not seconds: this process may have been stopped itself."""
+    """Detects a process that makes no progress: one that uses no CPU time between two checks, because it is stopped or
+    waits for a disk. Counts checks, not seconds: this process may have been stopped itself."""
 
     def __init__(self, number: int | None) -> None:
         self._process = psutil.Process(number)
         self._used, self._idle = -1.0, 0
 
     def look(self, doing: str) -> None:
-        """Look at a process that is `doing` something. Raises: Unfinished, after a warning."""
+        """Check the process; `doing` describes its work in messages. Raises: Unfinished, after a warning."""
         try:
             times, status = self._process.cpu_times(), self._process.status()
         except psutil.NoSuchProcess:
-            return  # who waits for it sees that, too
+            return  # the caller, which waits for the process, notices its end
         used = times.user + times.system
         self._idle = 0 if used > self._used else self._idle + 1
         self._used = max(used, self._used)
         how = "is stopped" if status == psutil.STATUS_STOPPED else "does nothing"
         line = f"process {self._process.pid} on {host()}, {doing}, {how}"
-        if self._idle == SAID:
-            say(f"warning: {line}: it is given up after {LOOK * GIVEN_UP:g} s")
+        if self._idle == WARNED:
+            say(f"warning: {line}: this run ends after {LOOK * GIVEN_UP:g} s")
         if self._idle == GIVEN_UP:
             raise Unfinished(
-                f"{line} for {LOOK * GIVEN_UP:g} s: see whether its disk answers, or who stopped it (kill -CONT), and "
-                "start again; what is done stays"
+                f"{line} for {LOOK * GIVEN_UP:g} s: check its disk, or continue a stopped process with "
+                "kill -CONT, then start again; completed parts are kept"
             )
 
 
 def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report: Report) -> None:
-    """Call `job(shared, report)` for every name and job, in as many processes; with one, here. `report` takes the bytes
-    done.
+    """Call `job(shared, report)` for each (name, job) in `workers` processes; with `workers` 1, in this process. Jobs
+    pass `report` the number of bytes they have processed.
 
-    Raises: what a job raised first; Unfinished if a process died, or does nothing."""
+    Raises: the first error of a job; Unfinished if a process dies or makes no progress."""
     if workers == 1:
         for _, job in jobs:
             job(shared, report)
@@ -80,28 +80,28 @@ def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report:
                 for pipe, name in busy.items():
                     pulses[pipe].look(f"which prepares {name}")
                 next_look = time.monotonic() + LOOK
-            for told in ready:
-                assert isinstance(told, Connection)
-                done = _answer(told, workers)
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                done = _answer(pipe, workers)
                 if done is not None:
                     report(done)
-                elif (name := _give(told, pending)) is not None:
-                    busy[told] = name
+                elif (name := _give(pipe, pending)) is not None:
+                    busy[pipe] = name
                 else:
-                    del busy[told]
+                    del busy[pipe]
 
 
 @contextmanager
 def _processes(number: int, shared: Any) -> Iterator[dict[Connection, Pulse]]:
-    """So many processes at work, by the pipes to them, while the context lasts."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and this one's memory
+    """Start `number` processes; yield a Pulse for the pipe to each; kill them at the end."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy locked locks and this process's memory
     processes, pulses = [], {}
     try:
         for _ in range(number):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, shared), daemon=True)
             process.start()
-            theirs.close()  # so that its end ends the pipe
+            theirs.close()  # so that the pipe ends when the process ends
             processes.append(process)
             pulses[ours] = Pulse(process.pid)
         yield pulses
@@ -109,17 +109,17 @@ def _processes(number: int, shared: Any) -> Iterator[dict[Connection, Pulse]]:
         for process in processes:
             process.kill()
         for process in processes:
-            process.join(LOOK)  # one that waits for a disk ends when that answers
+            process.join(LOOK)  # a process that waits for a disk ends when the disk answers
 
 
 def _answer(pipe: Connection, workers: int) -> int | None:
-    """Bytes that a process has done, None where a job is. Raises: what the job raised; Unfinished."""
+    """The bytes that a process reports, or None when its job is done. Raises: the job's error; Unfinished."""
     try:
         answer = pipe.recv()
     except (EOFError, ConnectionResetError) as error:
         raise Unfinished(
-            f"a process that prepared text was killed, perhaps for its memory: start again with fewer than "
-            f"data.workers={workers}; what is done stays"
+            f"a process that prepared text was killed, perhaps for lack of memory: start again with fewer than "
+            f"data.workers={workers}; completed parts are kept"
         ) from error
     if isinstance(answer, Exception):
         raise answer
@@ -127,7 +127,7 @@ def _answer(pipe: Connection, workers: int) -> int | None:
 
 
 def _give(pipe: Connection, pending: Iterator[tuple[str, Job]]) -> str | None:
-    """The name of the job that the process at a pipe's other end gets, if there is one left."""
+    """Send the next job through a pipe; return its name, or None if no job is left."""
     name, job = next(pending, (None, None))
     if name is not None:
         pipe.send(job)
@@ -135,7 +135,7 @@ def _give(pipe: Connection, pending: Iterator[tuple[str, Job]]) -> str | None:
 
 
 def _work(pipe: Connection, shared: Any) -> None:
-    """What a process does until its parent is gone, which ends the pipe."""
+    """Run jobs from the pipe until it ends, when the parent ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     open_streams()
     outlive()
@@ -150,38 +150,38 @@ def _work(pipe: Connection, shared: Any) -> None:
             answer = None
         except (BrokenPipeError, ConnectionResetError):
             return
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             answer = _portable(error)
         pipe.send(answer)
 
 
 def _portable(error: BaseException) -> BaseException:
-    """An error with its traceback, as another of the same words where the other process could not read it."""
-    told = error
+    """An error with its traceback as a note. One that cannot be pickled becomes a RuntimeError with the same text."""
+    portable = error
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # libraries' errors may hold anything
-        told = RuntimeError(f"{type(error).__name__}: {error}")
-    told.add_note(traceback.format_exc())
-    return told
+    except Exception:  # a library's error may hold an object that cannot be pickled
+        portable = RuntimeError(f"{type(error).__name__}: {error}")
+    portable.add_note(traceback.format_exc())
+    return portable
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Report]:
-    """A bar of bytes on a terminal; else a line now and then."""
+    """Report processed bytes by a progress bar on a terminal, else by a line every `INTERVAL` seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(desc=what, total=total, unit="B", unit_scale=True, smoothing=0.1) as bar:
             yield bar.update
         return
-    done, spoken = 0, time.monotonic()
+    done, printed = 0, time.monotonic()
 
     def report(size: int) -> None:
-        nonlocal done, spoken
+        nonlocal done, printed
         done += size
-        if time.monotonic() - spoken > SPOKEN:
-            spoken = time.monotonic()
+        if time.monotonic() - printed > INTERVAL:
+            printed = time.monotonic()
             print(f"{what}: {min(done / max(total, 1), 1):.0%} of {total / 1e6:,.0f} MB", flush=True)
 
     yield report

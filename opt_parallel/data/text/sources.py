@@ -97,7 +97,7 @@ class Corpus:
             skip_bad,
         )
 
-    def made_from(self) -> list[Any]:
+    def cache_key(self) -> list[Any]:
         """What changes when the text does, and not where it lies."""
         hub = [[None if Path(name).is_dir() else name, self.subset, self.split] for name in self.hub]
         return [list(self.content), hub, self.text.field, *self._reading]

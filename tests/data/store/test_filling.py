@@ -21,7 +21,7 @@ from opt_parallel.data.encode.pretrain import TextEncoder
 from opt_parallel.data.encode.tokenizer import train_tokenizer
 from opt_parallel.data.store import build as filling
 from opt_parallel.data.store import selection, workers
-from opt_parallel.data.store.build import Material, fill
+from opt_parallel.data.store.build import Recipe, fill
 from opt_parallel.data.store.selection import digests_of, find_duplicates
 from opt_parallel.data.store.workers import Pulse, Unfinished, run_jobs
 from opt_parallel.data.text import files, sources
@@ -78,11 +78,11 @@ TEXTS = [f"document {number} has some words and no more" for number in range(60)
 
 def test_several_processes_fill_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_units(monkeypatch)
-    material = Material(corpus_of(tmp_path, TEXTS), TextEncoder(TOKENIZER, 2), Text(), deduplicate=True)
+    recipe = Recipe(corpus_of(tmp_path, TEXTS), TextEncoder(TOKENIZER, 2), Text(), deduplicate=True)
     one, two = tmp_path / "one", tmp_path / "two"
-    for folder, hands in ((one, 1), (two, 2)):
+    for folder, processes in ((one, 1), (two, 2)):
         folder.mkdir()
-        metas = fill(folder, [material], hands)
+        metas = fill(folder, [recipe], processes)
         assert len(metas) > 5
         assert sum(meta.part.documents for meta in metas) == len(TEXTS)
     assert bytes_of(one) == bytes_of(two)
@@ -92,18 +92,18 @@ def test_a_process_that_is_killed_costs_only_its_part(tmp_path: Path, monkeypatc
     small_units(monkeypatch)
     corpus, log, target = corpus_of(tmp_path, TEXTS), tmp_path / "log", tmp_path / "store"
     target.mkdir()
-    with pytest.raises(Unfinished, match=r"was killed, .* fewer than data.workers=2; what is done stays"):
-        fill(target, [Material(corpus, Watched(log, "document 40 ", "kill"))], 2)
+    with pytest.raises(Unfinished, match=r"was killed, .* fewer than data.workers=2; completed parts are kept"):
+        fill(target, [Recipe(corpus, Watched(log, "document 40 ", "kill"))], 2)
     kept = {path.name: path.stat().st_ino for path in target.glob("part-?????")}
     assert len(kept) >= 2
     documents = [json.loads((target / name / "part.json").read_text())["part"]["documents"] for name in kept]
     log.unlink()
-    fill(target, [Material(corpus, Watched(log))], 1)
+    fill(target, [Recipe(corpus, Watched(log))], 1)
     assert {name: (target / name).stat().st_ino for name in kept} == kept
     assert len(log.read_text().splitlines()) == len(TEXTS) - sum(documents)  # nothing that was whole is done again
     straight = tmp_path / "straight"
     straight.mkdir()
-    fill(straight, [Material(corpus, Watched(log))], 1)
+    fill(straight, [Recipe(corpus, Watched(log))], 1)
     assert bytes_of(target) == bytes_of(straight)
 
 
@@ -116,10 +116,10 @@ def test_a_process_that_does_nothing_is_named_and_given_up(
     corpus, log, target = corpus_of(tmp_path, TEXTS), tmp_path / "log", tmp_path / "store"
     target.mkdir()
     with pytest.raises(Unfinished, match=rf"process \d+ on .*, which prepares .*text.jsonl, {how} for 2.4 s: .*again"):
-        fill(target, [Material(corpus, Watched(log, "document 40 ", action))], 2)
-    assert f"text.jsonl, {how}: it is given up after 2.4 s\n" in capsys.readouterr().out
+        fill(target, [Recipe(corpus, Watched(log, "document 40 ", action))], 2)
+    assert f"text.jsonl, {how}: this run ends after 2.4 s\n" in capsys.readouterr().out
     assert len(list(target.glob("part-?????"))) > 5
-    fill(target, [Material(corpus, Watched(tmp_path / "again"))], 1)  # goes on from there
+    fill(target, [Recipe(corpus, Watched(tmp_path / "again"))], 1)  # goes on from there
     assert len((tmp_path / "again").read_text().splitlines()) < len(TEXTS) / 2
 
 
@@ -146,13 +146,13 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {here!r}]
 from opt_parallel.data.store import build as filling
 from opt_parallel.data.text import files, sources
-from test_filling import Material, Watched, Corpus, fill
+from test_filling import Recipe, Watched, Corpus, fill
 if __name__ == "__main__":
     files.PIECE_BYTES = sources.PIECE_BYTES = 300
     filling.WORTH_A_PROCESS = 1
     folder = Path(sys.argv[1])
     encoder = Watched(folder / "log", "document 58 ", "slow")
-    fill(folder / "store", [Material(Corpus.find("data.train", [str(folder / "text.jsonl")]), encoder)], 2)
+    fill(folder / "store", [Recipe(Corpus.find("data.train", [str(folder / "text.jsonl")]), encoder)], 2)
 """
 
 
@@ -184,21 +184,21 @@ def test_a_mistake_in_the_middle_of_a_file_has_its_line(tmp_path: Path, monkeypa
     path = corpus.files[0]
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:37], "oops", *lines[38:]]) + "\n")
-    for hands in (1, 2):
-        (tmp_path / f"store-{hands}").mkdir()
+    for processes in (1, 2):
+        (tmp_path / f"store-{processes}").mkdir()
         with pytest.raises(UserError, match=f"{path}, line 38 is not JSON"):
             fill(
-                tmp_path / f"store-{hands}",
-                [Material(corpus, TextEncoder(TOKENIZER, 2), deduplicate=hands == 2)],
-                hands,
+                tmp_path / f"store-{processes}",
+                [Recipe(corpus, TextEncoder(TOKENIZER, 2), deduplicate=processes == 2)],
+                processes,
             )
 
 
 def test_text_that_changes_meanwhile(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, TEXTS)
     (tmp_path / "store").mkdir()
-    with pytest.raises(UserError, match=r"text.jsonl changed while it was read: start again when it is whole"):
-        fill(tmp_path / "store", [Material(corpus, Watched(tmp_path / "log", "document 30 ", "change"))], 1)
+    with pytest.raises(UserError, match=r"text.jsonl changed while it was read: start again when it is complete"):
+        fill(tmp_path / "store", [Recipe(corpus, Watched(tmp_path / "log", "document 30 ", "change"))], 1)
 
 
 def broken(_: Any, report: Any) -> None:
@@ -243,6 +243,6 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(
     with workers.progress("data.train: encoding", 4_000_000) as report:
         report(1_000_000)
         assert capsys.readouterr().out == ""
-        monkeypatch.setattr(workers, "SPOKEN", 0.0)
+        monkeypatch.setattr(workers, "INTERVAL", 0.0)
         report(1_000_000)
     assert capsys.readouterr().out == "data.train: encoding: 50% of 4 MB\n"

@@ -308,7 +308,7 @@ def at_once(folder: Path, fill: Callable[[Path], None], monkeypatch: pytest.Monk
 
     def rank() -> None:
         try:
-            results.append(module.whole(folder, patient))
+            results.append(module.build_once(folder, patient))
         except UserError as error:
             results.append(str(error))
 
@@ -338,7 +338,7 @@ def test_a_rank_that_waited_is_told_the_failure(tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "cache" / "store"
     assert at_once(folder, fail, monkeypatch) == ["line 7 is wrong", "line 7 is wrong"]
     assert len(fills) == 1
-    assert module.whole(folder, fills.append) == folder  # one that comes later tries anew
+    assert module.build_once(folder, fills.append) == folder  # one that comes later tries anew
     assert len(fills) == 2
     assert not Path(f"{folder}.failed").exists()
 

@@ -90,17 +90,17 @@ def test_the_same_bytes_by_another_ending(tmp_path: Path) -> None:
 def test_a_data_set_in_a_folder_that_was_moved(tmp_path: Path) -> None:
     write(tmp_path / "set" / "train.jsonl")
 
-    def made_from() -> list[object]:
+    def cache_key() -> list[object]:
         (folder,) = tmp_path.glob("*set")
         corpus = Corpus.find("data.train", [str(folder)], split="train")
         found = sameness.content_of(run_on(tmp_path, folder), corpus, stream=False)
-        return [found, corpus.made_from()]
+        return [found, corpus.cache_key()]
 
-    before = made_from()
+    before = cache_key()
     (tmp_path / "set").rename(tmp_path / "other-set")
-    assert made_from() == before
+    assert cache_key() == before
     in_the_middle(tmp_path / "other-set" / "train.jsonl")
-    assert made_from() != before
+    assert cache_key() != before
 
 
 def test_blocks_make_one_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,10 +54,10 @@ def test_columns_of_an_encoders_own(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"store.json cannot be read \(No such file.*; remove it, and it is made anew"):
+    with pytest.raises(UserError, match=r"store.json cannot be read \(No such file.*; remove it, and it is built"):
         TokenStore(tmp_path)
     (tmp_path / "store.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match=r"store.json is not what was written .*; remove it, and it is made anew"):
+    with pytest.raises(UserError, match=r"store.json has the wrong content .*; remove it, and it is built again"):
         TokenStore(tmp_path)
 
 

@@ -28,10 +28,10 @@ from opt_parallel.data.samples.samples import Labelled, Samples
 from opt_parallel.data.store import blocks
 from opt_parallel.data.store import store as store_module
 from opt_parallel.data.store import verify as verifying
-from opt_parallel.data.store.build import Material, fill
+from opt_parallel.data.store.build import Recipe, fill
 from opt_parallel.data.store.statistics import line_of, table_of
 from opt_parallel.data.store.store import Damaged, PartWriter, TokenStore, write_manifest
-from opt_parallel.data.store.stream import Filling, GrowingStore, whole_parts
+from opt_parallel.data.store.stream import Filling, GrowingStore, complete_parts
 from opt_parallel.data.tasks import open_samples
 from opt_parallel.data.text import files, sources
 from opt_parallel.runtime.errors import UserError
@@ -92,7 +92,7 @@ def answer_of(read: Callable[[], str]) -> str:
     except UserError as error:
         line = str(error)
     assert "\n" not in line
-    assert "is made anew" in line
+    assert "is built again" in line
     return "named"
 
 
@@ -147,15 +147,15 @@ def test_a_stream_that_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("opt_parallel.data.store.stream.LOST", 0.0)
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    material = Material(sources.Corpus.find("data.train", [str(path)]), TextEncoder(TOKENIZER, 2))
-    filling = Filling(tmp_path / "stream", material, 500, 1, part_tokens=1)
+    recipe = Recipe(sources.Corpus.find("data.train", [str(path)]), TextEncoder(TOKENIZER, 2))
+    filling = Filling(tmp_path / "stream", recipe, 500, 1, part_tokens=1)
     filling.complete()
     paths, dice = sorted(filling.folder.glob("part-*/*")), random.Random(0)
     assert len(paths) > 12
     assert not (filling.folder / "store.json").exists()
 
     def read() -> str:
-        store = GrowingStore(filling.folder, material.encoder.columns, 8, 290)
+        store = GrowingStore(filling.folder, recipe.encoder.columns, 8, 290)
         store.arrived(500 // 8 - 2)
         return store.of_tokens("ids", 0, store.tokens).tobytes().hex()
 
@@ -167,7 +167,7 @@ def test_a_stream_that_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert path.name == "part.json" or answer == "named"
     names = [part.name for part in sorted(filling.folder.glob("part-*"))]
     (filling.folder / names[1] / "part.json").write_text("{}")
-    assert len(whole_parts(filling.folder)) == 1
+    assert len(complete_parts(filling.folder)) == 1
     filling.complete()
     assert read() == right
 
@@ -177,12 +177,12 @@ def test_a_preparation_that_goes_on_makes_damaged_parts_anew(tmp_path: Path, mon
         monkeypatch.setattr(module, "PIECE_BYTES", 300)
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    material = Material(sources.Corpus.find("data.train", [str(path)]), TextEncoder(TOKENIZER, 2))
-    metas = fill(tmp_path, [material], 1)
+    recipe = Recipe(sources.Corpus.find("data.train", [str(path)]), TextEncoder(TOKENIZER, 2))
+    metas = fill(tmp_path, [recipe], 1)
     whole = {each: each.read_bytes() for each in tmp_path.glob("part-*/*")}
     for number, content in enumerate((b"", b"[]", b"{}", b'{"part": 3, "lengths": 4}', b"\x00")):
         (tmp_path / f"part-{number:05d}" / "part.json").write_bytes(content)
-    assert fill(tmp_path, [material], 1) == metas
+    assert fill(tmp_path, [recipe], 1) == metas
     assert {each: each.read_bytes() for each in tmp_path.glob("part-*/*")} == whole
 
 
@@ -233,7 +233,7 @@ def test_a_store_of_an_earlier_version_is_read_without_checksums(tmp_path: Path)
     store = TokenStore(folder, 512)
     assert (store.tokens, store.documents, int(store.ends[-1])) == (1020, 60, 1020)
     assert "1 parts of 0.0 MB" in (said := verifying.verify("data.train", store))
-    assert "by the sizes of 1, which an earlier version made without checksums" in said
+    assert "of 1 parts without checksums, only the sizes were compared" in said
     paths, dice = [path for path in sorted(folder.rglob("*")) if path.is_file()], random.Random(1)
 
     def read() -> str:
@@ -256,9 +256,9 @@ def test_a_token_that_is_no_word_of_the_network(tmp_path: Path, part: int) -> No
     parts[part][0][-1] = 290
     store_of(tmp_path, parts)
     store = TokenStore(tmp_path, 290)
-    with pytest.raises(Damaged, match=rf"part-0000{part} has the token 290, and model.vocab_size=290 has no such word"):
+    with pytest.raises(Damaged, match=rf"part-0000{part} has the token 290, outside model.vocab_size=290"):
         store.of_tokens("ids", 0, 5)
-    with pytest.raises(Damaged, match=rf"part-0000{part} has the token 290, beyond the 290 words"):
+    with pytest.raises(Damaged, match=rf"part-0000{part} has the token 290, outside model.vocab_size=290"):
         verifying.verify("data.train", store)
     assert TokenStore(tmp_path, 291).of_tokens("ids", 0, 5).max() == 290
 
@@ -290,8 +290,8 @@ def test_the_commands(tmp_path: Path) -> None:
         (line,) = [line for line in refused.stderr.splitlines() if line]
         assert refused.returncode == 2
         assert "part-00000/ids.bin differs from its checksum" in line
-        assert "remove it, and it is made anew" in line
+        assert "remove it, and it is built again" in line
     shutil.rmtree(ids.parent.parent)
     again = python("scripts/prepare.py", *arguments, "verify=true")
     assert again.returncode == 0, again.stderr
-    assert "are as they were written" in again.stdout
+    assert "are undamaged" in again.stdout

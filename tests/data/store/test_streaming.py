@@ -27,10 +27,10 @@ from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.samples.order import Streamed
 from opt_parallel.data.store import stream as streaming
 from opt_parallel.data.store import workers
-from opt_parallel.data.store.build import Material, fill
+from opt_parallel.data.store.build import Recipe, fill
 from opt_parallel.data.store.statistics import finish_store
 from opt_parallel.data.store.store import TokenStore
-from opt_parallel.data.store.stream import Filling, GrowingStore, whole_parts
+from opt_parallel.data.store.stream import Filling, GrowingStore, complete_parts
 from opt_parallel.data.text.records import Record
 from opt_parallel.data.text.sources import Corpus
 from opt_parallel.runtime.clock import Clock
@@ -71,15 +71,15 @@ def corpus_of(folder: Path, texts: list[str]) -> Corpus:
 
 def tokens_of(corpus: Corpus, folder: Path) -> list[int]:
     """What a store of the same text holds that was filled before."""
-    material = Material(corpus, TextEncoder(TOKENIZER, 2))
+    recipe = Recipe(corpus, TextEncoder(TOKENIZER, 2))
     folder.mkdir()
-    finish_store(folder, material.encoder.columns, fill(folder, [material], 1), None)
+    finish_store(folder, recipe.encoder.columns, fill(folder, [recipe], 1), None)
     store = TokenStore(folder)
     return store.of_tokens("ids", 0, store.tokens).tolist()
 
 
 def growing(filling: Filling) -> GrowingStore:
-    return GrowingStore(filling.folder, filling.material.encoder.columns, LENGTH)
+    return GrowingStore(filling.folder, filling.recipe.encoder.columns, LENGTH)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 100])
@@ -106,7 +106,7 @@ def test_read_while_it_is_filled(tmp_path: Path) -> None:
     """By a process that is killed on the way and started again: the parts that were whole are not made again."""
     corpus = corpus_of(tmp_path / "text", TEXTS)
     expected = tokens_of(corpus, tmp_path / "plain")
-    filling = Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1)
+    filling = Filling(tmp_path / "stream", Recipe(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1)
     filler = filling.start()
     assert filler is not None
     store = growing(filling)
@@ -130,7 +130,7 @@ def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "text", TEXTS)
     expected = tokens_of(corpus, tmp_path / "plain")
     for enough in (10, len(expected) // 2):
-        filling = Filling(tmp_path / "stream", Material(corpus, TextEncoder(TOKENIZER, 2)), enough, 1)
+        filling = Filling(tmp_path / "stream", Recipe(corpus, TextEncoder(TOKENIZER, 2)), enough, 1)
         filling.complete()
         store = growing(filling)
         store.arrived(1)
@@ -145,7 +145,7 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
     path = corpus.files[0]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 3 // 4])
-    filling = Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1)
+    filling = Filling(tmp_path / "stream", Recipe(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1)
     filling.start()
     told: list[str] = []
 
@@ -161,10 +161,10 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
         each.join(timeout=60)
     assert len(told) == 2
     assert all(f"{path}, line 226 is not JSON" in line for line in told)
-    before = len(whole_parts(filling.folder))
+    before = len(complete_parts(filling.folder))
     with pytest.raises(UserError, match="line 226 is not JSON"):
         filling.complete()
-    assert len(whole_parts(filling.folder)) == before  # nothing is added where nothing came
+    assert len(complete_parts(filling.folder)) == before  # nothing is added where nothing came
     path.write_bytes(whole)  # a line of the hub: the same place, and the rest is there now
     store = growing(filling)  # opened before the filler begins, when the failure is still told
     kept = [part.stat().st_ino for part in sorted((tmp_path / "stream").glob("part-?????"))]
@@ -177,7 +177,7 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
 def test_a_filler_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "LOOK", 0.2)
     filling = Filling(
-        tmp_path / "stream", Material(corpus_of(tmp_path / "text", TEXTS), Slow(TOKENIZER, 2)), EVERYTHING, 1,
+        tmp_path / "stream", Recipe(corpus_of(tmp_path / "text", TEXTS), Slow(TOKENIZER, 2)), EVERYTHING, 1,
         part_tokens=1,
     )  # fmt: skip
     filler = filling.start()
@@ -197,16 +197,16 @@ def test_a_filler_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_a_filler_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOST", 0.5)
     corpus = corpus_of(tmp_path / "text", TEXTS[:3])
-    store = growing(Filling(tmp_path / "stream", Material(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1))
-    with pytest.raises(UserError, match=r"no process fills .*stream any more: start again, it goes on from there"):
+    store = growing(Filling(tmp_path / "stream", Recipe(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1))
+    with pytest.raises(UserError, match=r"no process fills .*stream any more: start again, the run resumes from there"):
         store.arrived(1)
 
 
 def test_too_little_for_one_row(tmp_path: Path) -> None:
     path = tmp_path / "few.txt"
     path.write_text("few")
-    material = Material(Corpus.find("data.train", [str(path)]), TextEncoder(TOKENIZER, 2))
-    filling = Filling(tmp_path / "stream", material, EVERYTHING, 1)
+    recipe = Recipe(Corpus.find("data.train", [str(path)]), TextEncoder(TOKENIZER, 2))
+    filling = Filling(tmp_path / "stream", recipe, EVERYTHING, 1)
     filling.complete()
     with pytest.raises(UserError, match=r"data.train: 4 tokens do not fill one row: data.sequence_length=8 needs 9"):
         growing(filling).arrived(1)

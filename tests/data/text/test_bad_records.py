@@ -23,7 +23,7 @@ from opt_parallel.data.encode.pretrain import TextEncoder
 from opt_parallel.data.encode.tokenizer import encode_documents, save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.store import build as filling
-from opt_parallel.data.store.build import Material, fill
+from opt_parallel.data.store.build import Recipe, fill
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.data.store.workers import _portable
 from opt_parallel.data.text import files, sources
@@ -176,9 +176,9 @@ def several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_they_are_counted_over_all_pieces(tmp_path: Path, several_pieces: Path, processes: int) -> None:
-    material = Material(Corpus.find("data.train", [str(several_pieces)]), TextEncoder(TOKENIZER, 2))
+    recipe = Recipe(Corpus.find("data.train", [str(several_pieces)]), TextEncoder(TOKENIZER, 2))
     with pytest.raises(UserError, match=rf"{several_pieces}, line 31 is not JSON .*; 3 of 100 records are bad"):
-        fill(tmp_path / "store", [material], processes)
+        fill(tmp_path / "store", [recipe], processes)
 
 
 @pytest.mark.parametrize("deduplicate", [False, True])
@@ -186,7 +186,7 @@ def test_those_left_out_have_the_numbers_of_their_lines(
     tmp_path: Path, several_pieces: Path, deduplicate: bool
 ) -> None:
     corpus = Corpus.find("data.train", [str(several_pieces)], skip_bad=True)
-    metas = fill(tmp_path / "store", [Material(corpus, TextEncoder(TOKENIZER, 2), corpus.text, None, deduplicate)], 1)
+    metas = fill(tmp_path / "store", [Recipe(corpus, TextEncoder(TOKENIZER, 2), corpus.text, None, deduplicate)], 1)
     told = [line.partition(f"{several_pieces}, ")[2].partition(" is ")[0] for meta in metas for line in meta.bad]
     assert told == ["line 31", "line 56: 'text'", "line 81: 'text'"]
     assert sum(meta.part.documents for meta in metas) == 97 - deduplicate
