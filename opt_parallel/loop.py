@@ -225,7 +225,7 @@ def _greeting(run: Run, why: str, topology: Topology, clock: Clock, engine: Engi
     if lora.rank:
         number = sum(math.prod(tensor["shape"]) for tensor in engine.tensors().values())
         trained = f" and {number:,} that LoRA trains (rank {lora.rank} on {', '.join(lora.targets)})"
-    sources = "\n" + mixture.words(run.samples_at_end(clock)) if len(mixture.sources) > 1 else ""
+    sources = "\n" + mixture.summary(run.samples_at_end(clock)) if len(mixture.sources) > 1 else ""
     return (
         f"{start}: {run.name}, {run.model.parameters() / 1e6:,.1f}M parameters{trained}, "
         f"data({topology.data.size}) × tensor({topology.tensor.size}) on {topology.device.type}, "

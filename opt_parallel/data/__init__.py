@@ -1,1 +1,1 @@
-"""From text to micro-batches: tokens, the store of blocks, the order of samples, batches."""
+"""From text to micro-batches: records, token ids, token stores, the order of samples, batches."""

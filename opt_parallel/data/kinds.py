@@ -1,7 +1,7 @@
-"""The tasks: how each makes token ids of records, and samples of token ids.
+"""The tasks: how each one encodes records to token ids, and cuts token ids into samples.
 
-To add a task: a class here, an entry in `KINDS`, its properties in `config/task.py`. A network that scores labels is
-built where a run has labels (`model/build.py`)."""
+To add a task: a class here, an entry in `KINDS`, its properties in `config/task.py`. `model/build.py` builds a
+classifier for a run that has labels."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from opt_parallel.runtime.log import say
 
 
 class Kind(Protocol):
-    """`labels` are a classifier's, None of a language model."""
+    """`labels`: a classifier's; None for a language model."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
-        """What makes token ids of the task's records. Raises: UserError."""
+        """The encoder from the task's records to token ids. Raises: UserError."""
         ...
 
     def samples(self, run: Run, store: TokenStore, key: str, labels: Labels | None) -> Samples:
-        """The samples in a store; `key` names it in messages. Raises: UserError if there is not one."""
+        """The samples of a store; `key` names the store in messages. Raises: UserError if there are none."""
         ...
 
 
 class Pretraining:
-    """Documents end to end, cut into rows."""
+    """Concatenated documents, cut into rows."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         return TextEncoder(tokenizer, run.model.eos_token_id, text, run.data.special_tokens)
@@ -53,7 +53,7 @@ class Pretraining:
 
 
 class Finetuning:
-    """Prompts and completions, packed into rows or one a row; completions alone count."""
+    """Prompts and completions, packed into rows or one per row; only completions are targets."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         length, spelled = run.data.sequence_length, run.data.special_tokens
@@ -61,12 +61,12 @@ class Finetuning:
 
     def samples(self, run: Run, store: TokenStore, key: str, labels: Labels | None) -> Samples:
         examples = Examples(store, run.data.sequence_length, run.task.packing)
-        say(f"{key}: {examples.words()}")
+        say(f"{key}: {examples.summary()}")
         return examples
 
 
 class Classification:
-    """Texts with labels, one a row."""
+    """Texts with labels, one per row."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         assert labels is not None

@@ -1,4 +1,4 @@
-"""From text to tokens on disk: the stores, the tokenizer and the labels of a run, made unless they are there."""
+"""From text to tokens on disk: builds the stores, the tokenizer and the labels of a run, unless the cache has them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 
 LABELS = "labels.json"
-TOKENIZER_BYTES = 10**9  # of text that a tokenizer is trained on
+TOKENIZER_BYTES = 10**9  # bytes of text that a tokenizer is trained on, at most
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source of the training data and its store; of a stream also what goes into it. `known_as`: what checkpoints
-    call its text: by its content, and as earlier versions did, by its files."""
+    """A source of the training data and its store. `known_as`: the identifiers of its text in checkpoints: by content,
+    and by files as in earlier versions. `stream`: a stream's recipe, else None."""
 
     name: str
     weight: Fraction
@@ -50,7 +50,7 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stores of a run, a tokenizer that `load_tokenizer` and transformers load, and a classifier's labels."""
+    """The stores of a run, the folder of its tokenizer, which transformers can load too, and a classifier's labels."""
 
     train: list[PreparedSource]
     validation: Path | None
@@ -59,44 +59,44 @@ class Prepared:
 
     @property
     def text(self) -> dict[str, str]:
-        """By the name of each source what its text is called, which changes when the text or its tokens do."""
+        """The identifier of each source's text, by the source's name. It changes with the text and with its tokens."""
         return {source.name: source.known_as[0] for source in self.train}
 
 
 def corpora(run: Run) -> list[Corpus]:
-    """The text that the run reads, of training and then of validation. Raises: `UserError`."""
+    """The corpora of training, then of validation. Raises: `UserError`."""
     sources = [("data.train", source) for source in run.data.train_sources]
     sources += [("data.validation", source) for source in run.data.validation_sources]
     return [_corpus(run, key, source) for key, source in sources]
 
 
 def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
-    """The token stores that `run` needs, filled if they are not there; those of streams are filled while it trains.
+    """Build the missing token stores of `run`. Stores of streams are filled later, during training.
 
-    `tokenizer_before`: of the checkpoint that the run goes on from, for one that names none. Raises: `UserError`, on
-    every rank alike."""
+    `tokenizer_before`: the tokenizer of the checkpoint that the run resumes from; used if the run names none.
+    Raises: `UserError`, the same on every rank."""
     require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
     train = [_known(run, "data.train", source) for source in run.data.train_sources]
     validation = [_known(run, "data.validation", source) for source in run.data.validation_sources]
     shared = {path for corpus in train for path in corpus.files} & {path for each in validation for path in each.files}
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
-    _tell_left_out([*train, *validation])
+    _report_left_out([*train, *validation])
     folder = prepare_tokenizer(run, train, tokenizer_before)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
     stores = []
     for source, corpus in zip(run.data.train_sources, train, strict=True):
         recipe, weight = _recipe(run, corpus, tokenizer, labels, chosen=False), Fraction(source.weight)
-        cache_key = (recipe.cache_key(), recipe.identity())
+        keys = (recipe.cache_key(), recipe.identity())
         if source.stream:
-            known_as = tuple(f"stream-{fingerprint(each)}" for each in cache_key)
-            stores.append(PreparedSource(source.name, weight, cached(run, "stream", *cache_key), known_as, recipe))
+            known_as = tuple(f"stream-{fingerprint(each)}" for each in keys)
+            stores.append(PreparedSource(source.name, weight, cached(run, "stream", *keys), known_as, recipe))
         else:
-            known_as = tuple(f"store-{fingerprint([each])}" for each in cache_key)
+            known_as = tuple(f"store-{fingerprint([each])}" for each in keys)
             store = prepare_store(run, "data.train", [recipe], tokenizer)
             stores.append(PreparedSource(source.name, weight, store, known_as))
-    apart = train if run.holds_out else validation
-    held_out = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in apart]
+    validation_text = train if run.holds_out else validation
+    held_out = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in validation_text]
     key = "data.held_out" if run.holds_out else "data.validation"
     return Prepared(
         train=stores,
@@ -107,12 +107,12 @@ def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
 
 
 def prepare_validation(run: Run) -> Prepared:
-    """The store of `data.validation` alone, for a run that trains nothing.
+    """Only the store of `data.validation`, for evaluation without training.
 
-    Raises: `UserError`, on every rank alike."""
+    Raises: `UserError`, the same on every rank."""
     require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
     corpora = [_known(run, "data.validation", source) for source in run.data.validation_sources]
-    _tell_left_out(corpora)
+    _report_left_out(corpora)
     folder = prepare_tokenizer(run, corpora)
     tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
     recipes = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
@@ -120,7 +120,7 @@ def prepare_validation(run: Run) -> Prepared:
 
 
 def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Recipe:
-    """What becomes of a corpus; `chosen`: of that part of it which is for validation."""
+    """How a corpus is processed. `chosen`: take its part for validation."""
     held_out = HeldOut(run.seed, run.data.held_out, chosen) if run.holds_out else None
     same = corpus.text if run.task.name.plain_text else None
     return Recipe(
@@ -129,7 +129,7 @@ def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | Non
 
 
 def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
-    """What a classifier tells apart: the task's labels, and what it leaves open as `corpora` show it."""
+    """A classifier's labels. What the task leaves open is read from `corpora`. None for other tasks."""
     task = run.task
     if not task.name.classifies:
         return None
@@ -160,14 +160,16 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
     try:
         found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         return Labels(tuple(map(str, found["names"])), ProblemType(found["problem_type"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # an earlier version's, which has no checksum
-        raise UserError(f"{folder / LABELS} cannot be read ({error}): remove {folder}, and it is made anew") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # earlier versions wrote no checksum
+        raise UserError(
+            f"{folder / LABELS} cannot be read ({error}): remove {folder}, and it is built again"
+        ) from error
 
 
-def _tell_left_out(corpora: list[Corpus]) -> None:
+def _report_left_out(corpora: list[Corpus]) -> None:
     for corpus in corpora:
         if corpus.left_out:
-            say(f"note: {corpus.key}: not read of what was searched: {corpus.left_out}")
+            say(f"note: {corpus.key}: files that were found but not read: {corpus.left_out}")
 
 
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
@@ -177,13 +179,13 @@ def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
 
 
 def _known(run: Run, key: str, source: SourceConfig) -> Corpus:
-    """A corpus that has been looked into."""
+    """A corpus with checksums of its content."""
     corpus = _corpus(run, key, source)
     return replace(corpus, content=content_of(run, corpus, source.stream))
 
 
 def _with_python_text(run: Run, entries: list[str]) -> list[str]:
-    """`python:train` and `python:validation` replaced by files of the text that this Python carries."""
+    """Replace `python:train` and `python:validation` by files with text from this Python's own documentation."""
     if not {"python:train", "python:validation"} & set(entries):
         return entries
 
@@ -196,10 +198,10 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
 
 
 def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None) -> Path:
-    """The folder of the run's tokenizer: a copy of the one it names, else of that which it was trained with `before`,
-    else one trained on `train`.
+    """The folder of the run's tokenizer: a copy of the one that `run` names, else of `before`, the resumed
+    checkpoint's, else a tokenizer trained on `train`.
 
-    With a chat template of ours where the training data begins with a chat."""
+    If the training data starts with a chat, the tokenizer gets this package's chat template."""
     name = run.data.tokenizer or (str(before) if before else None)
     if name is not None:
         brought = read_tokenizer(name)
@@ -220,8 +222,8 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
     for corpus, source in zip(train, run.data.train_sources, strict=True):
         require(
             not (source.stream and corpus.hub),
-            f"data.tokenizer=null: {corpus.names} is a stream, which is not there to train a tokenizer on: bring one, "
-            "or make it with scripts/train_tokenizer.py",
+            f"data.tokenizer=null: {corpus.names} is a stream, on which no tokenizer can be trained: name a "
+            "tokenizer, or train one with scripts/train_tokenizer.py",
         )
     weights = [Fraction(source.weight) for source in run.data.train_sources]
 
@@ -250,10 +252,10 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
 
 
 def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction(1),)) -> Iterator[str]:
-    """Text of all corpora in proportion to their weights: as much as there is, `TOKENIZER_BYTES` at most."""
+    """Text of all corpora in proportion to their weights, as much as possible up to `TOKENIZER_BYTES`."""
     sizes = [sum(unit.size for unit in corpus.units()) for corpus in corpora]
     for corpus, size in zip(corpora, sizes, strict=True):
-        require(size > 0, f"{corpus.key}: there is no text in {corpus.names}: name files that hold some")
+        require(size > 0, f"{corpus.key}: there is no text in {corpus.names}: name files that contain text")
     most = min(Fraction(size) / weight for size, weight in zip(sizes, weights, strict=True))
     most = min(most, TOKENIZER_BYTES / sum(weights, Fraction(0)))
     for corpus, weight, size in zip(corpora, weights, sizes, strict=True):
@@ -262,7 +264,7 @@ def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction
 
 
 def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenizer | None) -> Path:
-    """The folder of one store of all that `recipes` say, in their order. Raises: UserError."""
+    """Build the store of `recipes`, in their order, unless the cache has it. Returns its folder. Raises: UserError."""
 
     def fill_in(folder: Path) -> None:
         metas = fill(folder, recipes, run.data.workers)
@@ -271,10 +273,10 @@ def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenize
         if key == "data.held_out":
             require(
                 tokens > 0,
-                f"data.held_out={run.data.held_out} of {documents} is not one document: raise it, or set it to 0",
+                f"data.held_out={run.data.held_out} of {documents} selects no document: raise it, or set it to 0",
             )
         bad = next((f"; left out: {line}" for meta in metas for line in meta.bad), "")
-        require(tokens > 0, f"{key}: there is no text in {documents}: name files that hold some{bad}")
+        require(tokens > 0, f"{key}: there is no text in {documents}: name files that contain text{bad}")
         finish_store(folder, recipes[0].encoder.columns, metas, tokenizer)
         for line in TokenStore(folder).manifest["statistics"]["bad_records"]:
             say(f"left out: {line}")

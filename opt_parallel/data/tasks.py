@@ -1,4 +1,4 @@
-"""What each task makes of its stores: samples, and the mixture of the training sources."""
+"""Opens a run's stores: samples, and the mixture of the training sources."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from opt_parallel.runtime.log import say
 
 
 def open_samples(run: Run, folder: Path, key: str, labels: Labels | None) -> Samples:
-    """The samples that the run's task cuts from a store; `labels` are a classifier's. Raises: UserError if there is not
-    one."""
+    """The samples of a store for the run's task. `labels`: a classifier's. Raises: UserError if there are none."""
     return KINDS[run.task.name].samples(run, TokenStore(folder, run.model.vocab_size), key, labels)
 
 
 def open_mixture(run: Run, prepared: Prepared, clock: Clock) -> Mixture:
-    """The training sources, each in a seeded order of its own, for a run that stands at `clock`; streams are being
-    filled from now on, and have their first samples. Raises: UserError."""
+    """The mixture of the training sources for a run at `clock`. Starts to fill the streams and waits for their first
+    samples. Raises: UserError."""
     mixture, fillings = _mixture(run, prepared, clock)
     for filling in fillings:
         filling.start()
     for source in mixture.sources:
-        source.order.sample_at(0)  # so that a stream that gives nothing is known of before any rank waits for it
+        source.order.sample_at(0)  # an empty stream fails here, before other ranks wait for this one
     return mixture
 
 
 def fill_streams(run: Run, prepared: Prepared, clock: Clock) -> dict[str, TokenStore]:
-    """The stores of streams, filled as far as a run that stands at `clock` reads them. Raises: UserError."""
+    """Fill the stores of streams as far as a run at `clock` reads them. Raises: UserError."""
     stores: dict[str, TokenStore] = {}
     for filling in _mixture(run, prepared, clock)[1]:
         filling.complete()
@@ -76,6 +75,6 @@ def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[
 
 
 def open_validation(run: Run, prepared: Prepared) -> Samples | None:
-    """What the run is validated on, if anything. Raises: UserError."""
+    """The validation samples; None if the run has none. Raises: UserError."""
     key = "data.held_out" if run.holds_out else "data.validation"
     return open_samples(run, prepared.validation, key, prepared.labels) if prepared.validation else None

@@ -1,4 +1,4 @@
-"""Micro-batches: samples of the mixture for training, and of one store in order for validation."""
+"""Micro-batches: from the mixture for training, from one store in order for validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import Unread, UserError
 
 T = TypeVar("T")
-STEPS_AHEAD = 2  # made before they are asked for
+STEPS_AHEAD = 2  # steps whose batches are prepared in advance
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Feed:
     pad_token_id: int = 1
 
     def at(self, samples: int) -> list[Batch]:
-        """The micro-batches of the optimizer step that begins at sample `samples` of the run."""
+        """The micro-batches of the optimizer step that starts at sample `samples` of the run."""
         first = samples + self.data_rank * self.micro_batch
         starts = range(first, samples + self.global_batch, self.micro_batch * self.data_size)
         return [self._batch(range(start, start + self.micro_batch)) for start in starts]
@@ -48,30 +48,30 @@ class Feed:
 
 
 class Loader:
-    """A feed's batches, made ahead by a thread of its own, in pinned memory where a GPU will copy them."""
+    """Prepares a feed's batches in a background thread; on CUDA in pinned memory."""
 
     def __init__(self, feed: Feed, clock: Clock, stop: int, device: torch.device) -> None:
-        """From where the run stands to its step `stop`."""
+        """Batches from the position of `clock` to step `stop`."""
         self.feed, self.pin = feed, device.type == "cuda"
-        self.waited = 0.0  # seconds that the last `next` took
+        self.waited = 0.0  # seconds that the last `next` waited
         self._wanted = True
-        self._ready: Queue[list[Batch] | Exception] = Queue(STEPS_AHEAD - 1)  # and one in the thread's hand
+        self._ready: Queue[list[Batch] | Exception] = Queue(STEPS_AHEAD - 1)  # the thread holds one more
         last = clock.samples + (stop - clock.step) * feed.global_batch
         positions = range(clock.samples, last, feed.global_batch)
-        # a daemon: a process that fails must not wait for a thread that waits for data
+        # daemon: a failing process must not wait for a thread that waits for data
         Thread(target=self._load, args=(positions,), name="loader", daemon=True).start()
 
     def next(self) -> list[Batch]:
-        """The next step's micro-batches. Raises what reading them raised."""
-        begun = time.perf_counter()
+        """The next step's micro-batches. Raises: the error of the background thread, if it failed."""
+        started = time.perf_counter()
         ready = self._ready.get()
-        self.waited = time.perf_counter() - begun
+        self.waited = time.perf_counter() - started
         if isinstance(ready, Exception):
             raise ready
         return ready
 
     def close(self) -> None:
-        """Let the thread end that has more than anybody wants."""
+        """End the thread. It may hold a batch that is not needed."""
         self._wanted = False
         with suppress(Empty):
             self._ready.get_nowait()
@@ -83,43 +83,44 @@ class Loader:
                 self._ready.put([batch.pinned() for batch in batches] if self.pin else batches)
                 if not self._wanted:
                     return
-        except Exception as error:  # whatever it is, it is the loop's
+        except Exception as error:  # `next` raises it in the training loop
             self._ready.put(error)
 
 
 def read_together(read: Callable[[], T], topology: Topology) -> T:
-    """What `read` returns on this rank, once no rank's has failed: they then end together, and can save first.
+    """Call `read` on every rank; return this rank's result. If it fails on one rank, all ranks stop together, so they
+    can save first.
 
-    Raises: Unread, on every rank, if one's raises UserError."""
+    Raises: Unread on every rank, if `read` raises UserError on any."""
     result, mistake = None, None
     try:
         result = read()
     except UserError as error:
         mistake = error
     if topology.any(mistake is not None):
-        told = topology.exchange(mistake and str(mistake))
-        raise Unread(next(line for line in told if line), shared=True) from mistake
+        messages = topology.exchange(mistake and str(mistake))
+        raise Unread(next(line for line in messages if line), shared=True) from mistake
     return result  # type: ignore[return-value]
 
 
 def validation_batches(
     samples: Samples, micro_batch: int, data_rank: int, data_size: int, pad_token_id: int = 1
 ) -> Iterator[Batch]:
-    """Every sample once, in order, over all data ranks: as many batches of the same number of samples on each.
+    """This rank's batches of every sample once, in order. All data ranks get equal numbers of batches and samples.
 
-    ZeRO-3 gathers weights in every forward, so no rank may run one more; what is missing at the end is filled with
-    samples none of whose labels count."""
+    ZeRO-3 gathers weights in every forward, so no rank may run an extra one. The last batches are filled up with
+    samples whose labels are ignored."""
     stride = micro_batch * data_size
     for start in range(data_rank * micro_batch, -(-len(samples) // stride) * stride, stride):
         ordinals = range(start, start + micro_batch)
         found = [samples.sample(min(ordinal, len(samples) - 1)) for ordinal in ordinals]
         rows = [
-            sample if ordinal < len(samples) else _not_counting(sample)
+            sample if ordinal < len(samples) else _ignored(sample)
             for sample, ordinal in zip(found, ordinals, strict=True)
         ]
         yield collate(rows, ordinals, pad_token_id)
 
 
-def _not_counting(sample: Sample) -> Sample:
+def _ignored(sample: Sample) -> Sample:
     filling = np.nan if sample.labels.dtype.kind == "f" else IGNORED
     return Sample(sample.ids, np.full_like(sample.labels, filling), sample.segments, sample.positions)

@@ -1,8 +1,8 @@
-"""Which source, and which of its samples, stands at a position of the run: a pure function, however many sources.
+"""Maps a position of the run to a source and one of its samples: a pure function.
 
-Sources take turns in a fixed cycle in which each stands as often as its weight says. The cycle is Tijdeman's solution
-of the chairman assignment problem (1980, Discrete Mathematics 32): among the first n samples of the run every source
-has its share of n, off by less than one sample, for every n.
+Sources take turns in a fixed cycle, each as often as its weight says. The cycle is Tijdeman's solution
+of the chairman assignment problem (1980, Discrete Mathematics 32): for every n, the number of a source's samples among
+the first n differs from its share of n by less than one.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ LONGEST_CYCLE = 100_000
 
 
 class Order(Protocol):
-    """The order in which a source's samples come, epoch after epoch."""
+    """The order of a source's samples over all epochs."""
 
     def sample_at(self, position: int) -> int:
-        """The number of the sample at a position of this source's own stream."""
+        """The index of the sample at a position of this source's own sequence."""
         ...
 
     def epoch_at(self, position: int) -> float:
-        """How often the source has been gone through before `position`."""
+        """The number of epochs of this source before `position`."""
         ...
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """Whose turn it is among sources of these weights, over and over."""
+    """The repeating sequence of turns of sources with these weights."""
 
     weights: tuple[Fraction, ...]
 
-    def place(self, turn: int) -> tuple[int, int]:
-        """The number of the source whose turn it is, and how many turns it had before."""
+    def locate(self, turn: int) -> tuple[int, int]:
+        """The index of the source of a turn, and the number of its earlier turns."""
         turns, before, counts = self._laid_out
-        cycle, place = divmod(turn, len(turns))
-        number = int(turns[place])
-        return number, cycle * counts[number] + int(before[place])
+        cycle, offset = divmod(turn, len(turns))
+        number = int(turns[offset])
+        return number, cycle * counts[number] + int(before[offset])
 
     def taken(self, turns: int) -> list[int]:
-        """Of each source, its turns among the first `turns`."""
+        """The number of turns of each source among the first `turns`."""
         order, _, counts = self._laid_out
         cycles, rest = divmod(turns, len(order))
         counted = np.bincount(order[:rest], minlength=len(counts)).tolist()
@@ -57,7 +57,8 @@ class Cycle:
 
     @cached_property
     def _laid_out(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Whose turn it is at each place of the cycle, how often it was its turn before, and how often in all."""
+        """For each turn of the cycle: its source, and the number of that source's earlier turns. For each source: its
+        number of turns in a cycle."""
         counts = turns_of(self.weights)
         turns = np.array(cycle_of(counts), np.int32)
         before = np.empty(len(turns), np.int64)
@@ -68,8 +69,8 @@ class Cycle:
 
 @dataclass(frozen=True)
 class Source:
-    """A part of the training data. Its samples come in `order`; `weight` is its share among the sources. `taken`: the
-    samples that it gave before the mixture began."""
+    """A source of training data. `weight`: its share, relative to the other sources'. `taken`: the number of its
+    samples that were used before the mixture starts."""
 
     name: str
     weight: Fraction
@@ -80,34 +81,34 @@ class Source:
 
 @dataclass(frozen=True)
 class Mixture:
-    """All sources, as one endless stream of samples, from the run's sample `begins` on."""
+    """An endless sequence of samples from all sources. `start`: the position of the run at which it starts."""
 
     sources: Sequence[Source]
-    begins: int = 0
+    start: int = 0
 
-    def place(self, position: int) -> tuple[int, int]:
-        """The number of the source whose turn it is at `position`, and how many of its samples came before."""
-        number, own = self._cycle.place(position - self.begins)
+    def locate(self, position: int) -> tuple[int, int]:
+        """The index of the source at `position` of the run, and the number of its earlier samples."""
+        number, own = self._cycle.locate(position - self.start)
         return number, self.sources[number].taken + own
 
     def sample(self, position: int) -> Sample:
         """The sample at `position` of the run."""
-        number, own = self.place(position)
+        number, own = self.locate(position)
         source = self.sources[number]
         return source.samples.sample(source.order.sample_at(own))
 
     def taken(self, position: int) -> dict[str, int]:
-        """Of each source, the samples among the first `position` of the run."""
-        turns = self._cycle.taken(position - self.begins)
+        """The number of samples of each source among the first `position` of the run."""
+        turns = self._cycle.taken(position - self.start)
         return {source.name: source.taken + own for source, own in zip(self.sources, turns, strict=True)}
 
     def epochs(self, position: int) -> dict[str, float]:
-        """How often each source has been gone through before `position` of the run."""
+        """The number of epochs of each source before `position` of the run."""
         taken = self.taken(position)
         return {source.name: source.order.epoch_at(taken[source.name]) for source in self.sources}
 
-    def words(self, position: int) -> str:
-        """What the first `position` samples of the run are made of, in a line for each source."""
+    def summary(self, position: int) -> str:
+        """A table of the first `position` samples of the run: share, samples and epochs of each source."""
         total = sum((source.weight for source in self.sources), Fraction(0))
         taken, epochs = self.taken(position), self.epochs(position)
         rows = [["source", "share", "samples", "epochs"]]
@@ -122,25 +123,26 @@ class Mixture:
 
 
 def turns_of(weights: Sequence[Fraction]) -> list[int]:
-    """How often each source stands in the shortest cycle of just these shares.
+    """The number of turns of each source in the shortest cycle with exactly these shares.
 
-    Raises: UserError if that is too long to be laid out."""
+    Raises: UserError if the cycle is longer than `LONGEST_CYCLE`."""
     total = sum(weights, Fraction(0))
     shares = [weight / total for weight in weights]
     length = math.lcm(*(share.denominator for share in shares))
     if length > LONGEST_CYCLE:
-        said = ", ".join(str(float(weight)) for weight in weights)
+        listed = ", ".join(str(float(weight)) for weight in weights)
         raise UserError(
-            f"data.train: weights {said} come out even only every {length:,} samples: write them with fewer digits"
+            f"data.train: the weights {listed} need a cycle of {length:,} samples, over {LONGEST_CYCLE:,}: write them "
+            "with fewer digits"
         )
     return [int(share * length) for share in shares]
 
 
 def cycle_of(counts: Sequence[int]) -> list[int]:
-    """The turns of a cycle in which source k stands `counts`[k] times, as evenly as can be.
+    """The sources of a cycle's turns: source k has `counts`[k] turns, spread as evenly as possible.
 
-    At turn n (from 1), source k is behind its due by n·counts[k] − length·(turns it had), in units of 1/length turns.
-    Of those that are behind by at least length / (2·sources − 2), the one whose turn is due first gets it."""
+    At turn n (from 1), source k lags by n·counts[k] − length·(its turns so far), in units of 1/length turns. Among the
+    sources that lag by at least length / (2·sources − 2), the turn goes to the source with the earliest deadline."""
     length, doubled = sum(counts), max(1, 2 * len(counts) - 2)
     had, turns = [0] * len(counts), []
     for turn in range(1, length + 1):

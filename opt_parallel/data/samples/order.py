@@ -1,7 +1,7 @@
-"""The order of samples: an endless stream of shuffled epochs, any place of which is computed alone.
+"""The order of samples: an endless sequence of shuffled epochs with random access.
 
-One epoch is a permutation of the samples, a small keyed Feistel network over Python integers. Nothing is stored and
-nothing is drawn in sequence, so every rank, layout and restart asks for just the positions it needs.
+Each epoch is a permutation of the samples, computed by a small keyed Feistel network over Python integers. There is no
+state and no sequential drawing, so every rank, layout and restart computes only the positions it needs.
 
 Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", section 5 (generalised Feistel) and section 3
 (cycle walking).
@@ -21,64 +21,64 @@ WORD = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The order of a source whose `size` samples are all there: each epoch a permutation of its own."""
+    """The order of a complete source of `size` samples: a different permutation in each epoch."""
 
     seed: int | str
     size: int
 
     def sample_at(self, position: int) -> int:
-        """The number of the sample at a position of the source's stream."""
+        """The index of the sample at a position of the source's sequence."""
         return sample_at(self.seed, position, self.size)
 
     def epoch_at(self, position: int) -> float:
-        """How often the source has been gone through before `position`."""
+        """The number of epochs before `position`."""
         return position / self.size
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """The order of a source that is still arriving: that of its text, shuffled within blocks of `block` samples, in
-    each epoch otherwise. A pure function of the position, however much has arrived when it is asked for.
+    """The order of a source that is still arriving: blocks of `block` samples in the order of the text, shuffled within
+    each block, differently in each epoch. A pure function of the position, independent of how much has arrived.
 
-    `arrived(n)` waits until n samples are there, and says how many the source has once that is known, else None."""
+    `arrived(n)` waits for n samples and returns the source's size if it is known, else None."""
 
     seed: int | str
     block: int
     arrived: Callable[[int], int | None]
 
     def sample_at(self, position: int) -> int:
-        """The number of the sample at a position of the source's stream; waits for the block that it is in.
+        """The index of the sample at a position of the source's sequence. Waits for its block.
 
-        Raises: UserError if it will not come."""
+        Raises: UserError if the block cannot arrive."""
         size = self.arrived((position // self.block + 1) * self.block)
-        epoch, place = (0, position) if size is None else divmod(position, size)
-        first = place // self.block * self.block
+        epoch, offset = (0, position) if size is None else divmod(position, size)
+        first = offset // self.block * self.block
         count = self.block if size is None else min(self.block, size - first)
-        return first + sample_at(f"{self.seed} {first}", epoch * count + place - first, count)
+        return first + sample_at(f"{self.seed} {first}", epoch * count + offset - first, count)
 
     def epoch_at(self, position: int) -> float:
-        """How often the source has been gone through before `position`; 0 until its end has been seen."""
+        """The number of epochs before `position`; 0 while the size is unknown."""
         size = self.arrived(0)
         return position / size if size else 0.0
 
 
 def sample_at(seed: int | str, position: int, size: int) -> int:
-    """The sample, 0 to `size` − 1, at `position` of the shuffled stream over `size` samples.
+    """The sample, 0 to `size` − 1, at `position` of the shuffled sequence.
 
-    Each run of `size` positions that begins at a multiple of `size`, an epoch, holds every sample once."""
-    epoch, place = divmod(position, size)
+    An epoch, `size` positions from a multiple of `size` on, holds every sample once."""
+    epoch, index = divmod(position, size)
     keys = _round_keys(seed, epoch)
     left_size = math.isqrt(size - 1) + 1
     right_size = -(-size // left_size)
-    place = _permute(place, left_size, right_size, keys)
-    while place >= size:  # the network covers left × right ≥ size places; walk its cycle until back inside
-        place = _permute(place, left_size, right_size, keys)
-    return place
+    index = _permute(index, left_size, right_size, keys)
+    while index >= size:  # the network permutes left × right ≥ size indices; repeat it until the index is below size
+        index = _permute(index, left_size, right_size, keys)
+    return index
 
 
-def _permute(place: int, left_size: int, right_size: int, keys: tuple[int, ...]) -> int:
+def _permute(index: int, left_size: int, right_size: int, keys: tuple[int, ...]) -> int:
     """A keyed bijection of 0 to `left_size` · `right_size` − 1: each half in turn is shifted by a hash of the other."""
-    right, left = divmod(place, left_size)
+    right, left = divmod(index, left_size)
     for number, key in enumerate(keys):
         if number % 2 == 0:
             left = (left + _mix(right ^ key)) % left_size

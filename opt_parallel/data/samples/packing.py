@@ -1,4 +1,4 @@
-"""Fine-tuning's samples: one example a row, padded, or several that share a row and do not see each other."""
+"""Fine-tuning's samples: one example per row, padded, or several packed into a row without attending to each other."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from opt_parallel.config.model import IGNORED
 from opt_parallel.data.samples.samples import Sample
 from opt_parallel.data.store.store import TokenStore
 
-OPEN_ROWS = 256  # rows that wait for an example that fits; one row is closed where one more would wait
+OPEN_ROWS = 256  # rows that can take further examples; the fullest is closed when there would be more
 
 
 class Examples:
-    """The examples of a store in rows of at most `length` tokens, the same at every opening and in every epoch.
+    """The examples of a store in rows of at most `length` tokens. The assignment to rows is deterministic and equal
+    in all epochs.
 
     An example's last token is a target and never an input."""
 
@@ -24,7 +25,7 @@ class Examples:
         lengths = np.diff(self.ends, prepend=0)
         self.firsts = self.ends - lengths
         rows = pack(lengths - 1, length) if packing else np.arange(len(lengths))
-        self.examples = np.argsort(rows, kind="stable")  # row after row
+        self.examples = np.argsort(rows, kind="stable")  # sorted by row
         self.cuts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
 
     def __len__(self) -> int:
@@ -41,38 +42,38 @@ class Examples:
         )
 
     def _example(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        place = (int(self.firsts[number]), int(self.ends[number]))
-        ids = self.store.of_tokens("ids", *place).astype(np.int64)
-        learnt = self.store.of_tokens("targets", *place)[1:]
+        span = (int(self.firsts[number]), int(self.ends[number]))
+        ids = self.store.of_tokens("ids", *span).astype(np.int64)
+        learnt = self.store.of_tokens("targets", *span)[1:]
         return ids[:-1], np.where(learnt, ids[1:], IGNORED)
 
-    def words(self) -> str:
-        """How many examples there are, how long, and how full the rows."""
+    def summary(self) -> str:
+        """Number of examples, their mean length, and how full the rows are."""
         tokens = int((self.ends - self.firsts - 1).sum())
         rows, mean = len(self), tokens / len(self.ends)
         about = f"{len(self.ends):,} examples of {mean:.1f} tokens on average"
         if rows == len(self.ends):
-            return f"{about}, one a row"
+            return f"{about}, one per row"
         return f"{about} in {rows:,} rows of {self.length}, {tokens / (rows * self.length):.1%} full"
 
 
 def pack(sizes: np.ndarray, length: int) -> np.ndarray:
-    """The row of each example (examples,), given their `sizes`, none over `length`.
+    """The row of each example: (examples,). `sizes`: the examples' numbers of tokens, each at most `length`.
 
     Best fit (Johnson et al. 1974, SIAM Journal on Computing 3) with a bounded number of open rows: an example goes
-    where the least room is left that suffices, else into a new row. Time and memory are linear in the examples."""
+    into the fullest row that has room for it, else into a new row. Time and memory are linear in the examples."""
     rows = np.empty(len(sizes), np.int64)
-    waiting: list[tuple[int, int]] = []  # (room left, row), the fullest first
-    begun = 0
+    open_rows: list[tuple[int, int]] = []  # (room left, row), the fullest first
+    rows_used = 0
     for number, size in enumerate(sizes.tolist()):
-        place = bisect_left(waiting, (size, 0))
-        if place < len(waiting):
-            room, row = waiting.pop(place)
+        index = bisect_left(open_rows, (size, 0))
+        if index < len(open_rows):
+            room, row = open_rows.pop(index)
         else:
-            room, row, begun = length, begun, begun + 1
+            room, row, rows_used = length, rows_used, rows_used + 1
         rows[number] = row
         if room > size:
-            insort(waiting, (room - size, row))
-        if len(waiting) > OPEN_ROWS:
-            waiting.pop(0)
+            insort(open_rows, (room - size, row))
+        if len(open_rows) > OPEN_ROWS:
+            open_rows.pop(0)
     return rows

@@ -1,4 +1,4 @@
-"""Samples: what a task reads from a token store, by number, and how several become a batch."""
+"""Samples of a token store by index, one class for each task, and their collation into batches."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from opt_parallel.config.model import IGNORED
 from opt_parallel.data.store.store import Damaged, TokenStore
 
-TOKENS_READ = 1 << 20  # of the store held at a time while counting
+TOKENS_READ = 1 << 20  # tokens read at a time while counting
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`ids` (S,); `labels` (S,) int64, each the token to come or `IGNORED`, or a classifier's own: () int64 or (N,)
-    float32.
+    """`ids`: (S,). `labels`: (S,) int64, each the next token or `IGNORED`; a classifier's: () int64 or (N,) float32.
 
-    `segments` (S,) from 1 on and `positions` (S,) within them where several texts share the sample, else None."""
+    Where several texts share the sample, `segments` (S,) numbers them from 1, and `positions` (S,) count within each
+    segment; else both are None."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -40,10 +40,10 @@ class Samples(Protocol):
 
 
 class Rows:
-    """Pretraining's samples: the store as one stream, cut into rows of `length` tokens.
+    """Pretraining's samples: the store as one sequence, cut into rows of `length` inputs.
 
-    Row i has the tokens i·length to (i + 1)·length, both included: the next begins with this one's last token, so that
-    every token but the first is a target once."""
+    Row i reads the tokens i·length to (i + 1)·length, both included. The last token is only a target, and the first
+    input of the next row, so every token but the first is a target exactly once."""
 
     def __init__(self, store: TokenStore, length: int) -> None:
         self.store, self.length = store, length
@@ -58,7 +58,7 @@ class Rows:
 
     @cached_property
     def unigram_entropy(self) -> float:
-        """Entropy in nats of the targets' own distribution: the loss of a model that knows only word counts."""
+        """Entropy (nats) of the targets' unigram distribution."""
         counts = np.zeros(0, np.int64)
         last = len(self) * self.length + 1
         for start in range(1, last, TOKENS_READ):
@@ -71,23 +71,23 @@ class Rows:
 
 
 class Labelled:
-    """A classifier's samples: the examples of a store, one a sample."""
+    """A classifier's samples: each example of a store is a sample."""
 
     def __init__(self, store: TokenStore, labels: int | None = None) -> None:
-        """`labels`: how many there are to tell apart."""
+        """`labels`: number of classes."""
         self.store, self.labels = store, labels
 
     def __len__(self) -> int:
         return self.store.documents
 
     def sample(self, number: int) -> Sample:
-        start, stop = (int(place) for place in self._starts[number : number + 2])
+        start, stop = (int(offset) for offset in self._starts[number : number + 2])
         label = self.store.of_documents("label", number, number + 1)[0]
-        whole = label.dtype.kind == "i"
-        if not (0 <= label < (self.labels or math.inf) if whole else np.isfinite(label).all()):
+        integer = label.dtype.kind == "i"
+        if not (0 <= label < (self.labels or math.inf) if integer else np.isfinite(label).all()):
             raise Damaged(self.store.folder, f"example {number} has the label {label}")
-        one = np.array(label, np.int64) if whole else np.atleast_1d(label)
-        return Sample(self.store.of_tokens("ids", start, stop).astype(np.int64), one)
+        target = np.array(label, np.int64) if integer else np.atleast_1d(label)
+        return Sample(self.store.of_tokens("ids", start, stop).astype(np.int64), target)
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -96,12 +96,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one data-parallel rank, the same on all its tensor ranks.
+    """A micro-batch of a data-parallel rank, identical on all its tensor ranks.
 
     `ids`: (batch, sequence) int64. `labels`: (batch, sequence) int64, each the next token or `IGNORED`; a classifier's:
-    (batch,) int64, or (batch, N) float32 with NaN where it does not count. `positions`: (batch, sequence) int64; None:
-    counted from the segments. `segments`: (batch, sequence) int64, tokens attend within theirs, 0 is padding; None: one
-    stream, nothing padded. `samples`: (batch,) int64, the ordinal of each sample in the run."""
+    (batch,) int64, or (batch, N) float32 with NaN where a label does not count. `positions`: (batch, sequence) int64;
+    None: derived from the segments. `segments`: (batch, sequence) int64, tokens attend only within their segment, 0 is
+    padding; None: one segment without padding. `samples`: (batch,) int64, the index of each sample in the run."""
 
     ids: Tensor
     labels: Tensor
@@ -110,11 +110,11 @@ class Batch:
     samples: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`, without waiting for the copies."""
+        """The same batch on `device`; copies are asynchronous."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """The same batch in memory that a GPU copies from while it computes."""
+        """The same batch in pinned memory, for asynchronous copies to a GPU."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -128,12 +128,12 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Number of labels that count: tokens, or a classifier's examples."""
+        """Number of labels that count."""
         return int(self.counting.sum())
 
     @property
     def counting(self) -> Tensor:
-        """Which labels count: (batch, sequence), a classifier's (batch,)."""
+        """Mask of the labels that count: (batch, sequence); a classifier's: (batch,)."""
         return ~self.labels.isnan().any(dim=-1) if self.labels.is_floating_point() else self.labels != IGNORED
 
     @property
@@ -143,7 +143,7 @@ class Batch:
 
 
 def collate(samples: list[Sample], ordinals: range, pad_token_id: int) -> Batch:
-    """A batch of samples, padded at their ends to the longest of them."""
+    """A batch of samples, right-padded to the longest."""
     longest = max(len(sample.ids) for sample in samples)
     padded = any(len(sample.ids) < longest for sample in samples)
     of_tokens = samples[0].labels.ndim == 1 and samples[0].labels.dtype.kind == "i"

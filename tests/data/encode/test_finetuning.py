@@ -241,9 +241,9 @@ def test_rows_hold_examples_whole(tmp_path: Path) -> None:
 
 def test_what_is_said_at_the_start(tmp_path: Path) -> None:
     records = [{"prompt": "", "completion": "3"}] * 4  # </s> 3 </s>: two inputs
-    assert examples_of(tmp_path / "a", records, 5, packing=True).words() == (
+    assert examples_of(tmp_path / "a", records, 5, packing=True).summary() == (
         "4 examples of 2.0 tokens on average in 2 rows of 5, 80.0% full"
     )
-    assert examples_of(tmp_path / "b", records, 5, packing=False).words() == (
-        "4 examples of 2.0 tokens on average, one a row"
+    assert examples_of(tmp_path / "b", records, 5, packing=False).summary() == (
+        "4 examples of 2.0 tokens on average, one per row"
     )

@@ -53,14 +53,14 @@ def test_shares_are_exact_to_one_sample_everywhere(weights: list[str]) -> None:
 
 
 def test_weights_that_never_come_out_even() -> None:
-    with pytest.raises(UserError, match=r"weights 0.1234567, 0.7654321 come out even only every .* fewer digits"):
+    with pytest.raises(UserError, match=r"weights 0.1234567, 0.7654321 need a cycle of .* fewer digits"):
         turns_of([Fraction("0.1234567"), Fraction("0.7654321")])
 
 
 def test_places_are_counted_without_walking_there(tmp_path: Path) -> None:
     mixture, had = three(tmp_path), [0, 0, 0]
     for position in range(100):
-        source, own = mixture.place(position)
+        source, own = mixture.locate(position)
         assert own == had[source]
         assert mixture.taken(position) == dict(zip(WEIGHTS, had, strict=True))
         had[source] += 1
@@ -73,7 +73,7 @@ def test_each_source_has_epochs_of_its_own(tmp_path: Path) -> None:
     mixture = three(tmp_path)
     seen: dict[str, list[int]] = {name: [] for name in WEIGHTS}
     for position in range(400):
-        number, _ = mixture.place(position)
+        number, _ = mixture.locate(position)
         source = mixture.sources[number]
         seen[source.name].append(int(mixture.sample(position).ids[0]) // LENGTH)
     assert {name: len(rows) for name, rows in seen.items()} == {"web": 240, "books": 120, "code": 40}
@@ -118,7 +118,7 @@ def test_one_source_is_the_plain_order(tmp_path: Path) -> None:
 
 
 def test_what_a_run_is_made_of(tmp_path: Path) -> None:
-    assert [line.split() for line in three(tmp_path).words(400).split("\n")] == [
+    assert [line.split() for line in three(tmp_path).summary(400).split("\n")] == [
         ["source", "share", "samples", "epochs"],
         ["web", "60.00%", "240", "2.40"],
         ["books", "30.00%", "120", "1.71"],

@@ -78,7 +78,7 @@ class Trained:
     def go(self, samples: int) -> Trained:
         mixture = self.mixture
         for position in range(self.clock.samples, self.clock.samples + samples):
-            name = mixture.sources[mixture.place(position)[0]].name
+            name = mixture.sources[mixture.locate(position)[0]].name
             self.seen.append((name.split("_is_")[-1], int(mixture.sample(position).ids[0]) // LENGTH))
         self.clock = self.clock.after(samples, samples * LENGTH)
         return self
@@ -151,7 +151,7 @@ def test_a_name_that_another_text_takes(tmp_path: Path, capsys: pytest.CaptureFi
     run = Trained(tmp_path, web="1", books="1").go(40).change(web="1", books="1")
     assert "warning" not in capsys.readouterr().out
     run = Trained(tmp_path, a_is_web="1", books="1").go(40).change(books="1", a_is_web="1")
-    assert "a_is_web goes on behind 20" in capsys.readouterr().out
+    assert "a_is_web after 20 samples" in capsys.readouterr().out
 
 
 def test_what_cannot_go_on_exactly_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,14 +170,14 @@ def test_what_cannot_go_on_exactly_is_said(tmp_path: Path, capsys: pytest.Captur
     }  # fmt: skip
     assert resumed_clock(run.run, sources, manifest) == run.clock
     said = capsys.readouterr().out
-    assert said.startswith("warning: the training text of web is not what the checkpoint was trained on")
+    assert said.startswith("warning: the training text of web differs from the checkpoint's")
 
 
 def test_longer_rows_go_on_after_as_many_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Trained(tmp_path, web="3", books="1").go(84)
     epochs = run.mixture.epochs(84)
     run.change(length=8, web="3", books="1")
-    assert "warning: data.sequence_length was 4, is 8: rows are cut anew" in capsys.readouterr().out
+    assert "warning: data.sequence_length was 4, is 8" in capsys.readouterr().out
     assert run.mixture.taken(84) == {"web": 32, "books": 11}
     assert run.mixture.epochs(84) == {name: pytest.approx(epochs[name], abs=0.02) for name in epochs}
     assert run.change(length=8, web="3", books="1").clock.mixed == 84
@@ -215,7 +215,7 @@ def test_train_py_with_other_sources(tmp_path: Path) -> None:
     os.utime(paths[0].rename(tmp_path / "elsewhere.jsonl"))  # the same text
     paths[0] = tmp_path / "elsewhere.jsonl"
     said = go(40, 1, 3)
-    assert "data.train is mixed anew from sample 80 of the run on: a goes on behind 80, b begins" in said
+    assert "new mixture from sample 80 of the run on: a after 80 samples, b from its start" in said
     assert "warning" not in said
     go(60, 1, 3)
     epochs = [row["epochs"] for row in train_rows(tmp_path / "run")]
