@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "output nowhere": (["--prompt", "x", "--output", "no/texts.jsonl"], ["--output no/texts.jsonl"]),
     "processes": (["--prompt", "x", "--tensor", "2"], ["--tensor 2", "torchrun --nproc-per-node 2"]),
     "contradiction": (["--prompt", "x", "--top-k", "5"], ["top_k=5", "temperature=0"]),
-    "no text": (["--prompt", os.fsdecode(b"caf\xe9"), "--max-new-tokens", "5"], ["is no text", "UTF-8"]),
+    "no text": (["--prompt", os.fsdecode(b"caf\xe9"), "--max-new-tokens", "5"], ["is not valid text", "UTF-8"]),
     "no batch": (["--prompt", "x", "--batch", "0"], ["--batch 0"]),
 }
 

@@ -1,11 +1,12 @@
-"""Chats as text. OPT has no tokens for roles, so a message is a line that begins with its role's name:
+"""Chats as text. OPT has no role tokens, so each message is a line that starts with the name of its role:
 
     </s>System: You are brief.
     User: What is a synset?
     Assistant: A set of synonyms.</s>User: And a gloss?
     Assistant: Its definition.</s>
 
-An answer begins with the space after the colon and ends in `</s>`, where generation stops; the rest is what it answers.
+An answer starts with the space after the colon and ends with `</s>`, where generation stops. All text before an answer
+is its prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from opt_parallel.data.text.records import require_good
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
-# Jinja, as transformers' `apply_chat_template` runs it: the same text, so with a byte-level tokenizer the same ids.
+# Jinja for transformers' `apply_chat_template`. It renders the same text, so a byte-level tokenizer gives the same ids.
 TEMPLATE = """\
 {{ END }}{% for message in messages %}\
 {% if message.role == 'assistant' %}{{ 'Assistant: ' + message.content + END }}\
@@ -32,14 +33,15 @@ TEMPLATE = """\
 
 
 def chat_template(tokenizer: Tokenizer, end: int) -> str:
-    """The template of a tokenizer whose end of text is the token `end`."""
+    """The template for a tokenizer whose end-of-text token has the id `end`."""
     return TEMPLATE.replace("END", json.dumps(tokenizer.id_to_token(end)))
 
 
 def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
-    """(what an answer answers, the answer) for each answer among (role, content), and how many messages nobody answers.
+    """(prompt, answer) for each answer among the (role, content) messages, and the number of messages after the last
+    answer.
 
-    The two are cut where a byte-level tokenizer cuts too, before white space that follows a colon."""
+    The boundary is before the white space after the colon, where a byte-level tokenizer splits too."""
     turns, before, waiting = [], "", 0
     for role, content in messages:
         if role == "assistant":
@@ -68,6 +70,6 @@ def read_messages(value: Any, where: str) -> list[tuple[str, Any]]:
         messages.append((role, message["content"]))
     require_good(
         any(role == "assistant" for role, _ in messages),
-        f"{where} has no message of the assistant, so nothing to learn: add one, or leave the record out",
+        f"{where} has no message of the assistant, so there is nothing to learn: add one, or leave the record out",
     )
     return messages

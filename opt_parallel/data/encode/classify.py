@@ -1,7 +1,7 @@
-"""Texts, or pairs of texts, with labels: what a classifier learns from.
+"""Encodes a classifier's examples: a text or a pair of texts, with a label.
 
-A text is encoded as OPT's tokenizer does it: `</s>` text, or `</s>` first `</s>` second. Its label is one of several
-names, a list of those that apply, or numbers.
+The encoding is that of OPT's tokenizer: `</s>` text, or `</s>` first `</s>` second. A label is a name, a list of names,
+or numbers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from opt_parallel.data.text.records import BadRecord, Record, require_characters
 from opt_parallel.huggingface.tokenizer import count_tokens
 from opt_parallel.runtime.errors import UserError
 
-MOST_LABELS = 10_000  # different ones: more are no labels but texts, and would not fit in memory
-MOST_DIGITS = 100  # of a label that is a number; Python reads no number of thousands
+MOST_LABELS = 10_000  # different labels; more are probably texts, and could exceed memory
+MOST_DIGITS = 100  # longer labels are not sorted as numbers; Python refuses to parse thousands of digits
 SINGLE, MULTI = ProblemType.single_label_classification, ProblemType.multi_label_classification
 
 
 class LabelledEncoder:
-    """Classification's: ids of at most `length` tokens, and a `label` for each example."""
+    """The encoder of classification: at most `length` token ids, and a `label`, for each example."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class LabelledEncoder:
         length: int,
         spelled: SpecialTokens = SpecialTokens.text,
     ) -> None:
-        """`end`: the token `</s>`."""
+        """`end`: the id of `</s>`."""
         self.tokenizer, self.end, self.length, self.spelled = tokenizer, end, length, spelled
         self.text_field, self.task, self.labels = text_field, task, labels
         self.numbers = {name: number for number, name in enumerate(labels.names)}
@@ -60,7 +60,7 @@ class LabelledEncoder:
         return ["labelled", *own, *how(self.spelled)]
 
     def check(self, record: Record) -> tuple[list[str], int | list[float]]:
-        """The texts and the label of a record."""
+        """The texts and the label of a record. Raises: BadRecord."""
         fields = [name for name in (self.text_field, self.task.pair_field) if name is not None]
         return [_text(record, name) for name in fields], self._label(record)
 
@@ -80,7 +80,7 @@ class LabelledEncoder:
         return Encoded({**columns_of(documents), "label": labels}, counts)
 
     def _cut(self, parts: list[list[int]]) -> list[list[int]]:
-        """One text, or two, in the room that there is; of two the longer gives way, until both are as long."""
+        """Cut one or two texts to the length. Of two, the longer is cut first, until both are equally long."""
         room = self.length - len(parts)
         lengths = [room]
         if len(parts) == 2:
@@ -99,7 +99,7 @@ class LabelledEncoder:
         if problem_type is SINGLE:
             return self._number(value, record.where)
         if not isinstance(value, list):
-            raise BadRecord(f"{record.where}: the label {value!r} is no list of names, which {MULTI.value} needs")
+            raise BadRecord(f"{record.where}: the label {value!r} is not a list of names, which {MULTI.value} needs")
         chosen = {self._number(each, record.where) for each in value}
         return [float(number in chosen) for number in range(len(self.labels.names))]
 
@@ -110,7 +110,7 @@ class LabelledEncoder:
         if name not in self.numbers:
             known = ", ".join(self.labels.names[:10]) + (", …" if len(self.labels.names) > 10 else "")
             raise BadRecord(
-                f"{where}: the label {name!r:.60} is none of {known}: correct it, or name all in task.labels"
+                f"{where}: the label {name!r:.60} is not one of {known}: correct it, or list all labels in task.labels"
             )
         return self.numbers[name]
 
@@ -118,7 +118,7 @@ class LabelledEncoder:
         values, number = value if isinstance(value, list) else [value], len(self.labels.names)
         try:
             measures = [float(each) for each in values if not isinstance(each, bool)]
-        except (TypeError, ValueError, OverflowError):  # a whole number of hundreds of digits is no float
+        except (TypeError, ValueError, OverflowError):  # an integer of hundreds of digits does not fit a float
             measures = []
         if len(measures) != number or len(values) != number or not all(map(math.isfinite, measures)):
             expected = "a number" if number == 1 else f"{number} numbers"
@@ -127,11 +127,11 @@ class LabelledEncoder:
 
 
 def find_labels(task: TaskConfig, records: Iterable[Record], declared: Sequence[str] = ()) -> Labels:
-    """The labels of `records`, where the task leaves them open: their kind, their names, or how many numbers. Names
-    that the data declare come first, in their order, then others that are found, sorted.
+    """Infer from `records` what the task leaves open: the problem type, the names of the labels, or the number of
+    regression targets. Declared names come first, in their order, then the other names, sorted.
 
-    Raises: UserError for kinds that do not go together, for one label alone, and for too many; BadRecord."""
-    kinds: dict[tuple[bool, str], str] = {}  # → where the first of each stands
+    Raises: UserError for inconsistent kinds of labels, for a single label, or for too many; BadRecord."""
+    kinds: dict[tuple[bool, str], str] = {}  # (is a list, kind) → location of the first
     names: set[str] = set()
     width = 1
     for record in records:
@@ -148,20 +148,20 @@ def find_labels(task: TaskConfig, records: Iterable[Record], declared: Sequence[
         return Labels(tuple(task.labels or Labels.numbered(width).names), problem_type)
     if task.labels is not None:
         return Labels(tuple(task.labels), problem_type)
-    fix = f"name a field with fewer in task.label_field={task.label_field}, or all labels in task.labels"
-    require(len(names) <= MOST_LABELS, f"there are over {MOST_LABELS:,} different labels: {fix}")
+    fix = f"set task.label_field={task.label_field} to a field with fewer labels, or list all labels in task.labels"
+    require(len(names) <= MOST_LABELS, f"there are more than {MOST_LABELS:,} different labels: {fix}")
     every = [*declared, *_sorted(names - set(declared))] if names else []
     require(
         len(every) >= (2 if problem_type is SINGLE else 1),
-        f"all labels are {every[0]!r:.60}, and there is nothing to tell apart: name all labels in task.labels"
+        f"all labels are {every[0]!r:.60}, so there is nothing to learn: list all labels in task.labels"
         if every
-        else "no example has a label: name them in task.labels",
+        else "no example has a label: list the labels in task.labels",
     )
     return Labels(tuple(every), problem_type)
 
 
 def check_label(record: Record, label_field: str) -> tuple[Any, bool]:
-    """The label of a record, and whether it is a list of several. Raises: BadRecord if it can be no label."""
+    """The label of a record, and whether it is a list. Raises: BadRecord for an invalid label."""
     value = label_of(record, label_field)
     several = isinstance(value, list)
     for each in value if several else [value]:
@@ -170,7 +170,7 @@ def check_label(record: Record, label_field: str) -> tuple[Any, bool]:
 
 
 def label_of(record: Record, label_field: str) -> Any:
-    """Raises: BadRecord if there is none."""
+    """The value of the label field. Raises: BadRecord if there is none."""
     if record.fields.get(label_field) in (None, ""):
         has = "an empty" if label_field in record.fields else "no"
         raise BadRecord(f"{record.where} has {has} field {label_field!r} among {record.names}: set task.label_field")
@@ -185,20 +185,22 @@ def _kind(value: Any, where: str) -> str:
     for kind, types in (("a name", (str, bool)), ("a whole number", int), ("a number", float)):
         if isinstance(value, types):
             return kind
-    raise BadRecord(f"{where}: the label {value!r:.60} is no name and no number: correct it, or set task.label_field")
+    raise BadRecord(
+        f"{where}: the label {value!r:.60} is neither a name nor a number: correct it, or set task.label_field"
+    )
 
 
 def _problem_type(kinds: dict[tuple[bool, str], str]) -> ProblemType:
-    """What labels of these kinds are: numbers if one has a fraction, names otherwise."""
+    """The problem type for labels of these kinds: regression if one has a fraction, else classification."""
     named = [key for key in kinds if key[1] == "a name"]
     numbers = [key for key in kinds if key[1] in ("a whole number", "a number")]
     several, single = [key for key in kinds if key[0]], [key for key in kinds if not key[0]]
-    for these, those in ((named, numbers), (several, single)):
-        if these and those:
-            here, there = ("a list" if key[0] else key[1] for key in (these[0], those[0]))
+    for left, right in ((named, numbers), (several, single)):
+        if left and right:
+            here, there = ("a list" if key[0] else key[1] for key in (left[0], right[0]))
             raise UserError(
-                f"{kinds[these[0]]}: the label is {here}, but {kinds[those[0]].rpartition(': ')[2]} has {there}: "
-                "write all labels alike, or set task.problem_type"
+                f"{kinds[left[0]]}: the label is {here}, but {kinds[right[0]].rpartition(': ')[2]} has {there}: "
+                "use one kind of label, or set task.problem_type"
             )
     if any(kind == "a number" for _, kind in kinds):
         return ProblemType.regression
@@ -206,7 +208,7 @@ def _problem_type(kinds: dict[tuple[bool, str], str]) -> ProblemType:
 
 
 def _sorted(names: set[str]) -> list[str]:
-    """Numbers by their size, anything else by its letters."""
+    """Numeric labels in numerical order, others alphabetically."""
     numbers = all(name.isdecimal() and len(name) <= MOST_DIGITS for name in names)
     return sorted(names, key=int) if numbers else sorted(names)
 

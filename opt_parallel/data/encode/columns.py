@@ -1,4 +1,4 @@
-"""The arrays that documents become: what encoders hand over and token stores hold."""
+"""The arrays of encoded documents: encoders return them, token stores hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Column:
-    """Arrays of one name: `dtype` as NumPy names it, `width` numbers for each token or each document."""
+    """The type of an array: `dtype` as NumPy names it, `width` numbers per token or per document."""
 
     dtype: str
     per_token: bool = False
@@ -18,22 +18,22 @@ class Column:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an entry."""
+        """Bytes per entry."""
         return np.dtype(self.dtype).itemsize * self.width
 
 
-LENGTHS = Column("uint32")  # tokens of each document
+LENGTHS = Column("uint32")  # number of tokens of each document
 
 
 def ids_column(tokens: int) -> Column:
-    """The column of ids below `tokens`, in the smallest type that holds them."""
+    """The column of ids below `tokens`, in the smallest integer type that holds them."""
     return Column(str(np.min_scalar_type(tokens - 1)), per_token=True)
 
 
 @dataclass
 class Encoded:
-    """Some documents in arrays: `ids` (tokens,), `lengths` (documents,) and the encoder's own columns; `counts` says
-    in words what was left out or cut; `text_bytes` of the documents in UTF-8, where the encoder counts them."""
+    """A batch of documents: `ids` (tokens,), `lengths` (documents,) and the encoder's own columns. `counts`: documents
+    that were left out or cut, by reason. `text_bytes`: their size in UTF-8, if the encoder counts it, else 0."""
 
     columns: dict[str, np.ndarray]
     counts: Counter[str] = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Encoded:
 
 
 def columns_of(documents: list[list[int]]) -> dict[str, np.ndarray]:
-    """`ids` and `lengths` of some documents."""
+    """The columns `ids` and `lengths` of documents."""
     lengths = np.array([len(ids) for ids in documents], np.int64)
     ids = np.fromiter((token for ids in documents for token in ids), np.int64, int(lengths.sum()))
     return {"ids": ids, "lengths": lengths}

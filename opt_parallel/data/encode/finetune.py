@@ -1,10 +1,10 @@
-"""Fine-tuning's examples as tokens: prompts with completions, and chats, each token marked as to be learnt or not.
+"""Encodes fine-tuning examples, prompts with completions and chats, and marks the tokens that are targets.
 
-    </s> prompt completion </s>     the completion and the </s> that closes it are learnt
-    </s> … answer </s> … answer </s>    of a chat every answer, see `data.chat`
+    </s> prompt completion </s>     targets: the completion and the </s> after it
+    </s> … answer </s> … answer </s>    targets in a chat: every answer and the </s> after it, see `chat`
 
-A prompt and its completion are encoded apart: when text is generated the prompt stands alone, and a token across the
-boundary would not be there.
+The prompt and the completion are encoded separately, because generation encodes the prompt alone. No token may cross
+their boundary.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from opt_parallel.huggingface.tokenizer import count_tokens
 PROMPT_CUT, COMPLETION_CUT = "examples with their prompt cut", "examples with their completion cut"
 UNANSWERED = "messages after a chat's last answer left out"
 
-Turn = tuple[list[int], list[int]]  # what is answered, and the answer
+Turn = tuple[list[int], list[int]]  # a prompt and its answer
 
 
 class ExampleEncoder:
-    """Records of `task`'s fields as examples of at most `length` + 1 tokens, the last of which is only a target."""
+    """Encodes records with `task`'s fields into at most `length` + 1 tokens; the last one is only a target."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ExampleEncoder:
         self.tokenizer, self.end, self.task, self.length, self.spelled = tokenizer, end, task, length, spelled
         self.columns = {
             "ids": ids_column(count_tokens(tokenizer)),
-            "targets": Column("uint8", per_token=True),  # 1 where the token is to be learnt
+            "targets": Column("uint8", per_token=True),  # 1 where the token is a target
             "lengths": LENGTHS,
         }
 
@@ -67,7 +67,7 @@ class ExampleEncoder:
         return Encoded({**columns_of([tokens for tokens, _ in made]), "targets": targets}, counts)
 
     def _turns(self, record: Record, counts: Counter[str]) -> list[tuple[str, str]]:
-        """Prompt and completion, or all that is answered and the answers."""
+        """The (prompt, answer) pairs of a record: one, or all of a chat. Raises: BadRecord."""
         task, where = self.task, record.where
         pair, chat = [task.prompt_field, task.completion_field], task.messages_field
         given = [name for name in (*pair, chat) if record.fields.get(name) is not None]
@@ -80,7 +80,7 @@ class ExampleEncoder:
             return self._chat(record.fields[chat], f"{where}: {chat!r}", counts)
         require_good(
             chat not in given,
-            f"{where} has both {given[0]!r} and {chat!r}: an example is the one or the other, leave one out",
+            f"{where} has both {given[0]!r} and {chat!r}: an example has only one of them, remove the other",
         )
         for name in pair:
             require_good(name in given, f"{where} has no {name!r} beside its {given[0]!r}: an example needs both")
@@ -98,8 +98,8 @@ class ExampleEncoder:
         return turns
 
     def _example(self, turns: list[Turn], counts: Counter[str]) -> tuple[list[int], list[int]]:
-        """Tokens and what is to be learnt of them, cut to the length. Of a chat the last answer is the completion, and
-        all before it the prompt."""
+        """The tokens of an example and their target marks, cut to the length. In a chat, the last answer counts as the
+        completion, and all text before it as the prompt."""
         before, learnt = [*turns[0][0]], [0] * len(turns[0][0])
         for (_, answer), (prompt, _) in pairwise(turns):
             before += [*answer, self.end, *prompt]
@@ -113,7 +113,7 @@ class ExampleEncoder:
             before, learnt = before[kept], learnt[kept]
         if len(completion) > self.length:
             counts[COMPLETION_CUT] += 1
-            completion = completion[: self.length]  # without the </s> that closes it: it does not end here
+            completion = completion[: self.length]  # without its </s>: the completion does not end here
         return [self.end, *before, *completion], [0, *learnt, *[1] * len(completion)]
 
 
@@ -125,5 +125,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _not_empty(text: str, where: str) -> str:
-    require_good(bool(text.strip()), f"{where} is empty, so nothing to learn: write one, or leave the record out")
+    require_good(
+        bool(text.strip()), f"{where} is empty, so there is nothing to learn: fill it in, or leave the record out"
+    )
     return text

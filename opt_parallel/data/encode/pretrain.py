@@ -1,4 +1,4 @@
-"""From records to token ids: what a task makes of the text, in batches, alike in any process."""
+"""Encoders from records to token ids, in batches. The result does not depend on the process that encodes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from opt_parallel.data.text.records import Item, Record, Text
 from opt_parallel.huggingface.tokenizer import count_tokens
 
 PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
-BATCH_CHARACTERS = 1 << 20  # text encoded at a time; tokens with their bookkeeping take many times its size
+BATCH_CHARACTERS = 1 << 20  # characters encoded at a time; the tokenizer needs many times their size
 EMPTY = "empty documents left out"
 
 
 class Encoder(Protocol):
-    """A task's way from records to columns. It travels to other processes, so it must pickle; what `identity` returns
-    joins the fingerprint of the store."""
+    """Encodes a task's records into columns. It is sent to other processes, so it must pickle. `identity` is part
+    of the store's fingerprint."""
 
     columns: dict[str, Column]
 
     def identity(self) -> list[Any]: ...
 
     def check(self, record: Record) -> Any:
-        """Raise BadRecord, which begins with its `where`, if a record is not as the task needs it."""
+        """Raise BadRecord, with a message that starts with the record's `where`, if the task cannot use the record."""
         ...
 
     def encode(self, records: list[Record]) -> Encoded:
@@ -40,7 +40,7 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Pretraining's: documents, white space at their ends removed, each followed by the token `end`."""
+    """The encoder of pretraining: documents without trailing white space, each followed by the token `end`."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class TextEncoder:
 
 
 def how(spelled: SpecialTokens) -> list[str]:
-    """What a store's identity says of special tokens that its text spells: nothing where they are text, as always."""
+    """The part of an encoder's identity for `data.special_tokens`; empty for the default, as in earlier versions."""
     return [] if spelled is SpecialTokens.text else ["special tokens"]
 
 
 def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str, spelled: SpecialTokens) -> Iterator[np.ndarray]:
-    """The ids of each text, some at a time: what the tokenizer hands out is many times larger than the arrays."""
+    """The ids of each text, in batches, because the tokenizer's output is many times larger than the arrays."""
     start = 0
     while start < len(texts):
         stop, characters = start, 0
@@ -93,7 +93,8 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str, spelled: Specia
 
 
 def _parts(document: str) -> Iterator[str]:
-    """Parted before white space that follows a word, which no byte-level token spans: the same tokens, less memory."""
+    """Split a long document before white space after a word. No byte-level token crosses such a point, so the tokens
+    stay the same and less memory is needed."""
     start, gap = 0, re.compile(r"(?<=\S)[ \n]")
     while cut := gap.search(document, start + PART_CHARACTERS):
         yield document[start : cut.start()]
@@ -102,7 +103,7 @@ def _parts(document: str) -> Iterator[str]:
 
 
 def batches_of(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Records in batches to encode, of about `BATCH_CHARACTERS`, with the bad ones among them."""
+    """Batches of about `BATCH_CHARACTERS` for the encoder, bad records included."""
     batch: list[Item] = []
     characters = 0
     for item in items:

@@ -80,15 +80,15 @@ def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report:
                 for pipe, name in busy.items():
                     pulses[pipe].look(f"which prepares {name}")
                 next_look = time.monotonic() + LOOK
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                done = _answer(pipe, workers)
+            for answered in ready:
+                assert isinstance(answered, Connection)
+                done = _answer(answered, workers)
                 if done is not None:
                     report(done)
-                elif (name := _give(pipe, pending)) is not None:
-                    busy[pipe] = name
+                elif (name := _give(answered, pending)) is not None:
+                    busy[answered] = name
                 else:
-                    del busy[pipe]
+                    del busy[answered]
 
 
 @contextmanager

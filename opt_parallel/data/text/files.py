@@ -1,8 +1,8 @@
-"""Records out of files: what they are by their endings, compressed or not, in pieces that are read apart.
+"""Reads records from files. The ending of a file tells its format and compression.
 
-A piece of lines owns the lines that begin in it, a piece of a parquet file some of its row groups; any other file is a
-piece. So several processes read one file, and none holds more of it than a record or a page. Readers yield a BadRecord
-for what cannot be read and go on behind it; what is wrong with a file as a whole they raise.
+Large files are read in pieces, by several processes, which hold one record or page at a time. A piece of a file of
+lines owns the lines that start in it; a piece of a parquet file has some of its row groups; any other file is one
+piece. Readers yield a BadRecord for an unreadable record and continue; they raise an error for a damaged file.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from opt_parallel.data.text.unpacking import DAMAGES, PACKED, UNPACKED_SIZE, dam
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.foreign import check_fetched
 
-PLAIN = (".md", ".py", ".rst", ".txt")  # a file is a document
+PLAIN = (".md", ".py", ".rst", ".txt")  # each file is one document
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 TABLES = {".csv": csv_records, ".tsv": tsv_records}
 PARQUET = ".parquet"
 ENDINGS = (*PLAIN, *LINES, *TABLES, PARQUET)
 READ = f"{', '.join(ENDINGS)}, and packed {', '.join(PACKED)}"
 PIECE_BYTES = 1 << 25
-CHUNK = 1 << 20  # characters of a json array read at a time
-LONGEST_LINE = 1 << 28  # bytes of a line or of an array's item, so that none fills the memory
-LONGEST_DOCUMENT = 1 << 31  # bytes of a file that is one document
-DEEPEST = 100  # brackets within brackets: thousands make json, and whoever walks through a record, fail
+CHUNK = 1 << 20  # bytes or characters read at a time
+LONGEST_LINE = 1 << 28  # bytes of a line or of an array's item; longer ones could exceed memory
+LONGEST_DOCUMENT = 1 << 31  # bytes of a file that is one document, at most
+DEEPEST = 100  # nested brackets; thousands exceed the recursion limit
 SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a file: bytes `start` to `stop` of lines, row groups of a parquet file, else all of it.
+    """A range of a file: bytes `start` to `stop` of a file of lines, row groups of a parquet file, else the whole file.
 
-    `size`: its bytes, about. `first_line`: the number of the line after byte `start`."""
+    `size`: approximate bytes. `first_line`: number of the first line that starts in the piece."""
 
     path: Path
     start: int
@@ -52,16 +52,16 @@ class Piece:
 
 
 def shown(path: Path) -> str:
-    """A path in one line: line breaks and bytes that are no UTF-8 as escapes."""
+    """A path for messages: line breaks and invalid UTF-8 are escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
 def pieces_of(path: Path, key: str, cut: bool) -> list[Piece]:
-    """The pieces of a file, in order; one if not `cut` and it need not be. Raises: UserError."""
+    """The pieces of a file, in order. Without `cut`, one piece, except for parquet. Raises: UserError."""
     ending, packed = ending_of(path)
     where, size = f"{key}: {shown(path)}", path.stat().st_size
     check_fetched(path, where)
-    require(ending != PARQUET or not packed, f"{where}: parquet is compressed within: unpack it")
+    require(ending != PARQUET or not packed, f"{where}: parquet has its own compression: unpack it")
     try:
         if ending == PARQUET:
             return [Piece(path, *group) for group in row_groups(path, where, PIECE_BYTES)]
@@ -74,18 +74,18 @@ def pieces_of(path: Path, key: str, cut: bool) -> list[Piece]:
 
 
 def check_document(size: int, where: str) -> None:
-    """Raise UserError if a file that is one document would fill the memory."""
+    """Raise UserError if a file that is one document is too large for memory."""
     require(
         size <= LONGEST_DOCUMENT,
-        f"{where} is one document of over {LONGEST_DOCUMENT >> 30} GiB: cut it into several files, or write a .jsonl",
+        f"{where} is one document of over {LONGEST_DOCUMENT >> 30} GiB: split it into several files, or write a .jsonl",
     )
 
 
 def numbered(piece: Piece) -> Piece:
-    """The same piece with the number of its first line, for messages: finding it reads all that is before."""
+    """The same piece with the number of its first line, for messages. Reads the file up to the piece."""
     if ending_of(piece.path)[0] not in LINES or piece.start == 0:
         return piece
-    lines, left = 0, piece.start - 1  # the piece begins behind the first line end from there on
+    lines, left = 0, piece.start - 1  # the piece starts after the first line end at or after this byte
     with piece.path.open("rb") as file:
         while left > 0:
             block = file.read(min(left, CHUNK))
@@ -94,9 +94,9 @@ def numbered(piece: Piece) -> Piece:
 
 
 def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
-    """The records of a piece; a file that is one document as `{text_field: …}`.
+    """The records of a piece; a file that is one document becomes `{text_field: …}`.
 
-    Raises: UserError that names file and line. What cannot be read is the file's fault, whoever opens it."""
+    Raises: UserError that names file and line."""
     ending, _ = ending_of(piece.path)
     where = f"{key}: {shown(piece.path)}"
     try:
@@ -114,16 +114,16 @@ def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
 
 
 def has_text(path: Path) -> bool:
-    """Whether there is anything but white space in a file."""
+    """Whether a file contains more than white space."""
     try:
         with opened(path) as file:
             return any(block.strip() for block in iter(lambda: file.read(CHUNK), b""))
     except DAMAGES:
-        return True  # reading it will say what is wrong
+        return True  # reading the records will report the damage
 
 
 def _document(piece: Piece, where: str, text_field: str) -> Item:
-    """A whole file; line ends as Python's text files have them."""
+    """A file as one record. Line ends become \\n."""
     blocks, size = [], 0
     with opened(piece.path) as file:
         while block := file.read(CHUNK):
@@ -137,33 +137,33 @@ def _document(piece: Piece, where: str, text_field: str) -> Item:
 
 
 def _lines(file: BinaryIO, where: str, first: int = 1) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers. Raises: UserError for one that would fill the memory."""
+    """Lines with their numbers. Raises: UserError for a line over `LONGEST_LINE`."""
     number = first
     while line := file.readline(LONGEST_LINE + 1):
         require(
             len(line) <= LONGEST_LINE,
-            f"{where}, line {number} is longer than {LONGEST_LINE >> 20} MiB: write a record a line, or leave it out",
+            f"{where}, line {number} is longer than {LONGEST_LINE >> 20} MiB: write a record per line or leave it out",
         )
         yield number, line
         number += 1
 
 
 def _decoded_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, BadRecord | None]]:
-    """Lines of a table: what is wrong with one does not hide where its row ends."""
+    """Lines of a table, each with its decoding error, if any. A line with an error is yielded too: it may end a row."""
     for number, line in _lines(file, where):
         text = _decoded(line, f"{where}, line {number}")
         yield (line.decode(errors="replace"), text) if isinstance(text, BadRecord) else (text, None)
 
 
 def _json_lines(piece: Piece, where: str) -> Iterator[Item]:
-    """A record a line. A blank line is fine only if nothing follows it."""
+    """One record per line. Blank lines are allowed only at the end."""
     with opened(piece.path) as file:
         position = piece.start
         if position:
             file.seek(position - 1)
             position += len(file.readline(LONGEST_LINE)) - 1
         packed = ending_of(piece.path)[1] != ""
-        if not packed and position >= piece.stop:  # one line spans the piece
+        if not packed and position >= piece.stop:  # no line starts in this piece
             return
         blank = None
         for number, line in _lines(file, where, piece.first_line):
@@ -190,14 +190,14 @@ def _row(line: bytes, where: str) -> Item:
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
         return BadRecord(f"{where} is not JSON ({reason}): each line must be an object, {{…}}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested brackets
         return BadRecord(f"{where} cannot be read ({one_line(error)}): leave it out")
     brackets = text.count("{") + text.count("[")
     return _object(row, where, "each line must be an object, {…}", brackets)
 
 
 def _object(row: Any, where: str, rule: str, brackets: int) -> Item:
-    """The record of a parsed object in which there are no more than so many brackets."""
+    """The record of a parsed value. `brackets`: upper bound of its depth."""
     if not isinstance(row, dict):
         return BadRecord(f"{where} is a {type(row).__name__}: {rule}")
     if brackets <= DEEPEST:
@@ -207,81 +207,81 @@ def _object(row: Any, where: str, rule: str, brackets: int) -> Item:
         level = list(chain.from_iterable(map(_inside, level)))
         if not level:
             return Record(where, row)
-    return BadRecord(f"{where} has over {DEEPEST} brackets within each other: leave it out")
+    return BadRecord(f"{where} has more than {DEEPEST} nested brackets: leave it out")
 
 
 def _inside(value: Any) -> list[Any]:
-    """The lists and objects directly within one."""
+    """The lists and objects directly inside a list or object."""
     return [each for each in (value.values() if isinstance(value, dict) else value) if isinstance(each, (list, dict))]
 
 
 def _is_array(path: Path) -> bool:
-    """Whether a file begins as a json array does."""
+    """Whether a file starts with the bracket of a json array."""
     with opened(path) as file:
         return file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def _array(piece: Piece, where: str) -> Iterator[Item]:
-    """The objects of an array, each parsed as soon as it is there."""
-    decoder, number, buffer, place = json.JSONDecoder(), 0, "", 0
+    """The objects of a json array, parsed one by one."""
+    decoder, number, buffer, position = json.JSONDecoder(), 0, "", 0
     with io.TextIOWrapper(opened(piece.path), encoding="utf-8-sig", newline="") as file:
 
         def more() -> bool:
-            nonlocal buffer, place
-            size = len(buffer) - place
+            nonlocal buffer, position
+            size = len(buffer) - position
             require(
                 size <= LONGEST_LINE,
                 f"{where}, item {number + 1} is longer than {LONGEST_LINE >> 20} MiB: leave it out",
             )
-            try:  # doubling, so that a long object is not parsed often
+            try:  # doubles the buffer, so that a long object is parsed only a few times
                 chunk = file.read(max(CHUNK, size))
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 after item {number}: convert it or leave it out") from error
-            buffer, place = buffer[place:] + chunk, 0
+            buffer, position = buffer[position:] + chunk, 0
             return bool(chunk)
 
         def mark() -> str:
-            """The next character that is no white space, which `place` is at; "" at the end."""
-            nonlocal place
-            place = _behind_space(buffer, place)
-            while place == len(buffer) and more():
-                place = _behind_space(buffer, place)
-            return buffer[place : place + 1]
+            """Move `position` to the next character that is not white space, and return it; "" at the end."""
+            nonlocal position
+            position = _after_space(buffer, position)
+            while position == len(buffer) and more():
+                position = _after_space(buffer, position)
+            return buffer[position : position + 1]
 
         mark()
-        place += 1  # the bracket
+        position += 1  # the bracket
         while mark() != "]":
             here = f"{where}, item {number + 1}"
             try:
-                row, end = decoder.raw_decode(buffer, place)
-                end = _behind_space(buffer, end)
+                row, end = decoder.raw_decode(buffer, position)
+                end = _after_space(buffer, end)
             except json.JSONDecodeError:
                 row, end = None, len(buffer)
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+            except (ValueError, RecursionError) as error:  # as in `_row`
                 raise UserError(f"{here} cannot be read ({one_line(error)}): leave it out") from error
             if buffer[end : end + 1] not in (",", "]"):
                 require(more(), f"{here} is not JSON, or the array does not end: correct it")
                 continue
             number += 1
-            brackets = buffer.count("{", place, end) + buffer.count("[", place, end)
+            brackets = buffer.count("{", position, end) + buffer.count("[", position, end)
             yield _object(row, here, "each must be an object, {…}", brackets)
-            place = end + (buffer[end] == ",")
-        place += 1
+            position = end + (buffer[end] == ",")
+        position += 1
         require(mark() == "", f"{where}: something follows the array: remove it")
 
 
-def _behind_space(text: str, place: int) -> int:
-    space = SPACE.match(text, place)
+def _after_space(text: str, position: int) -> int:
+    space = SPACE.match(text, position)
     assert space is not None
     return space.end()
 
 
 def _decoded(text: bytes, where: str) -> str | BadRecord:
-    """The text without the mark that some editors put before it."""
+    """The decoded text without a byte-order mark."""
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         return BadRecord(f"{where} is not UTF-8 but UTF-16: convert it or leave it out")
-    if b"\0" in text:  # in UTF-16 without a mark, in binary files, in what a crash left of a file
-        return BadRecord(f"{where} holds a NUL byte, so it is no text in UTF-8: convert it or leave it out")
+    if b"\0" in text:  # in UTF-16 without a mark, in binary files, after a crash
+        return BadRecord(f"{where} holds a NUL byte, so it is not UTF-8 text: convert it or leave it out")
     try:
         return text.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

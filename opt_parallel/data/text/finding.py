@@ -1,7 +1,7 @@
-"""What an entry of `data.train` leads to: files, datasets in folders of their form, or an id of the hub.
+"""Resolves an entry of `data.train` to files, datasets in local folders, or a hub id.
 
-Nothing goes unseen: a folder counts what it leaves out, follows each linked folder once, and whatever cannot be read is
-an error.
+Nothing is skipped silently: files that a search leaves out are counted, a linked folder is followed once, and an
+unreadable file or folder is an error.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ SPLITS = {
 
 @dataclass
 class Found:
-    """Files by their real paths, with the names that led to them; folders and ids that are datasets; what was left out
-    of folders, in words."""
+    """`files`: names by real path. `datasets`: folders and hub ids. `left_out`: files left out, counted by reason."""
 
     files: dict[str, Path] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, path: Path, real: str) -> None:
-        """Add a file; of the names of one the first counts, so that the order of entries does not."""
+        """Add a file. Of several names, the alphabetically first is kept, so the order of entries does not matter."""
         path = path.absolute()
         self.files[real] = min(path, self.files.get(real, path))
 
@@ -62,7 +61,7 @@ class Found:
 
 
 def find(key: str, entry: str) -> Found:
-    """What `entry` leads to. Raises: UserError."""
+    """The files and datasets of `entry`. Raises: UserError."""
     path, where, found = Path(local(f"{key}=", entry)), f"{key}={entry}", Found()
     reach(f"{key}=", entry)
     if path.is_dir():
@@ -72,7 +71,7 @@ def find(key: str, entry: str) -> Found:
     elif os.path.lexists(path):
         _check_ending(where, path)
         _check_file(key, path)
-        require(has_text(path), f"{where} holds no text: name a file that does")
+        require(has_text(path), f"{where} holds no text: name a file with text")
         found.add(path, os.path.realpath(path))
         return found
     elif glob.has_magic(entry):
@@ -99,7 +98,7 @@ def in_words(left_out: Counter[str]) -> str:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote a folder."""
+    """Whether `datasets.save_to_disk` wrote this folder."""
     return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
@@ -122,8 +121,8 @@ Entries = list[os.DirEntry[str]]
 def _folders(
     key: str, top: Path, closed: Callable[[Path, Entries], bool] = lambda *_: False
 ) -> Iterator[tuple[Path, str, Entries, bool]]:
-    """`top` and the folders below it, linked ones too, each once, with its real path and what is in it; hidden ones
-    are not entered, nor what is `closed`, which is told. Raises: UserError for one that cannot be read."""
+    """Walk `top` and the folders below, linked ones too, each once: (folder, real path, entries, whether `closed`).
+    Hidden folders are skipped, and closed ones are not entered. Raises: UserError for an unreadable folder."""
     seen: set[str] = set()
     pending = [top]
     while pending:
@@ -141,8 +140,8 @@ def _folders(
 
 
 def _matches(key: str, folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    """What a pattern matches, as `glob` has it, except that linked folders are followed once, and that a folder which
-    cannot be read is an error."""
+    """The paths that match a pattern, as in `glob`, but linked folders are followed once and an unreadable folder is an
+    error."""
     part, rest = parts[0], parts[1:]
     if part == "**":
         for below, _, _, _ in _folders(key, folder):
@@ -172,7 +171,7 @@ def _reading(key: str, folder: Path) -> Iterator[None]:
 
 
 def _take(key: str, path: Path, real: str, found: Found) -> None:
-    """Add a file that a search or a pattern came to, or count it."""
+    """Add a file that a search or a pattern found, or count it as left out."""
     ending, packed = ending_of(path)
     if ending not in ENDINGS:
         found.left_out[f"{ending}{packed}" or "without an ending"] += 1
@@ -185,19 +184,19 @@ def _take(key: str, path: Path, real: str, found: Found) -> None:
 def _check_ending(where: str, path: Path) -> None:
     ending, packed = ending_of(path)
     require(ending not in ARCHIVES, f"{where} is an archive, which is not read: unpack it, and name the folder")
-    said = f"ends in {ending}{packed}, which is not read" if ending else "has no ending that says what it holds"
-    require(ending in ENDINGS, f"{where} {said}: rename it to what it holds, or convert it; read are {READ}")
+    problem = f"ends in {ending}{packed}, which is not read" if ending else "has no ending that names its format"
+    require(ending in ENDINGS, f"{where} {problem}: rename it to its format, or convert it; readable are {READ}")
 
 
 def _check_file(key: str, path: Path) -> int:
-    """The bytes of a file. Raises: UserError unless it is a regular file that may be read."""
+    """The size of a file in bytes. Raises: UserError unless it is a readable regular file."""
     where = f"{key}: {shown(path)}"
     try:
         status = path.stat()
     except OSError as error:
-        what = "is a link to nothing" if path.is_symlink() else f"cannot be read ({error.strerror})"
+        what = "is a broken link" if path.is_symlink() else f"cannot be read ({error.strerror})"
         raise UserError(f"{where} {what}: repair it or remove it") from error
-    require(S_ISREG(status.st_mode), f"{where} is no regular file: write the text into one")
+    require(S_ISREG(status.st_mode), f"{where} is not a regular file: write the text into one")
     require(
         os.access(path, os.R_OK, effective_ids=True), f"{where} cannot be read: change its permissions or leave it out"
     )
@@ -207,13 +206,13 @@ def _check_file(key: str, path: Path) -> int:
 
 
 def _is_dataset(folder: Path, entries: Entries) -> bool:
-    """Whether a folder is a dataset that `datasets` saved, or a copy of one of the hub."""
+    """Whether a folder is a dataset saved by `datasets`, or a copy of a hub dataset."""
     names = {entry.name for entry in entries}
     return any(saved <= names for saved in SAVED) or (CARD in names and _is_card(folder / CARD))
 
 
 def _is_card(path: Path) -> bool:
-    """Whether a README is the card of a dataset of the hub: it begins with settings, among them a card's."""
+    """Whether a README is the card of a hub dataset: it starts with yaml that has a key of such cards."""
     try:
         if not path.is_file():
             return False
@@ -226,12 +225,12 @@ def _is_card(path: Path) -> bool:
 
 
 def _check_splits(where: str, folder: Path, found: Found) -> None:
-    """Raise UserError if a folder holds a test split, or one for validation, beside one for training."""
+    """Raise UserError if a folder holds a training split together with a test or validation split."""
     splits: dict[str, Path] = {}
     for path in sorted(found.files.values()):
         if path.is_relative_to(folder) and ending_of(path)[0] not in PLAIN:
-            words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
-            split = next((SPLITS[word] for word in words if word in SPLITS), None)
+            parts = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
+            split = next((SPLITS[part] for part in parts if part in SPLITS), None)
             splits.setdefault(split or "", path.relative_to(folder))
     if {"train", "test"} <= set(splits) or {"train", "validation"} <= set(splits):
         names = " and ".join(shown(path) for split, path in splits.items() if split)

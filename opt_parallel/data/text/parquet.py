@@ -1,4 +1,4 @@
-"""Records out of parquet files, a few rows at a time; numbers that stand for the names of labels become these names."""
+"""Reads records from parquet files, a few rows at a time. Class numbers become class names."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.data.text.unpacking import Unbelievable, believe, unbelievable
 from opt_parallel.runtime.errors import UserError, one_line
 
-ROWS_READ = 256  # at a time
-ClassNames = Mapping[str, list[str]]  # the names of a column's numbers
+ROWS_READ = 256  # rows read at a time
+ClassNames = Mapping[str, list[str]]  # by column: its class names, in the order of their numbers
 
 
 def row_groups(path: Path, where: str, size: int) -> list[tuple[int, int, int]]:
-    """Row groups together, of about `size` bytes: the first, the one behind the last, and their bytes.
-
-    Raises: UserError."""
+    """Ranges of row groups of about `size` bytes each: (first, last + 1, bytes). Raises: UserError."""
     with _opened(path, where) as file:
         metadata = file.metadata
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         sizes = [group.total_byte_size for group in groups]
-        rows = sum(group.num_rows for group in groups)  # said twice, and checked by no checksum
-        require(rows == metadata.num_rows, f"{where} has {rows:,} or {metadata.num_rows:,} rows: bring a good copy")
+        rows = sum(group.num_rows for group in groups)  # stored twice in the file, without a checksum
+        require(
+            rows == metadata.num_rows,
+            f"{where} states {rows:,} and {metadata.num_rows:,} rows: replace it by a good copy",
+        )
         for group in groups:
             believe(group.total_byte_size, _packed_size(group))
     found, start, gathered = [], 0, 0
@@ -52,12 +53,15 @@ def parquet_records(path: Path, start: int, stop: int, where: str) -> Iterator[I
                 number += 1
                 here = f"{where}, row {number}"
                 yield Record(here, readable(row, names)) if isinstance(row, dict) else BadRecord(f"{here} {row}")
-        require(number == last, f"{where} has {number:,} rows instead of {last:,}: bring a good copy or leave it out")
+        require(
+            number == last,
+            f"{where} has {number:,} rows instead of {last:,}: replace it by a good copy or leave it out",
+        )
 
 
 def class_names(features: Any) -> dict[str, list[str]]:
-    """The names of each column that holds numbers of classes, alone or in lists, by `features` as `datasets` writes
-    them: {"label": {"names": ["negative", "positive"], "_type": "ClassLabel"}}."""
+    """The class names of each column of class numbers, or of lists of them. `features`: as `datasets` writes them, such
+    as {"label": {"names": ["negative", "positive"], "_type": "ClassLabel"}}."""
     found = {}
     for column, feature in features.items() if isinstance(features, dict) else ():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else None
@@ -68,13 +72,13 @@ def class_names(features: Any) -> dict[str, list[str]]:
 
 
 def names_in(path: Path, where: str) -> dict[str, list[str]]:
-    """The names of classes that a file tells. Raises: UserError."""
+    """The class names in a file, by column. Raises: UserError."""
     with _opened(path, where) as file:
         return class_names(_features(file.schema_arrow))
 
 
 def readable(row: Mapping[str, Any], names: ClassNames) -> dict[str, Any]:
-    """A row with text instead of bytes that are UTF-8, and with names instead of the numbers of classes."""
+    """The row with UTF-8 bytes decoded to text, and class numbers replaced by class names."""
     return {name: _named(value, names[name]) if name in names else _text(value) for name, value in row.items()}
 
 
@@ -87,12 +91,12 @@ def _text(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            pass  # a picture, perhaps; whoever wants text of it will say that it is none
+            pass  # an image, perhaps; the encoder rejects it if it needs text
     return value
 
 
 def _named(value: Any, names: list[str]) -> Any:
-    """None for -1, by which `datasets` says that there is no label; a number without a name stays one."""
+    """The class name of a number; None for -1, which means no label; a number without a name unchanged."""
     if isinstance(value, list):
         return [_named(each, names) for each in value]
     if isinstance(value, int) and -1 <= value < len(names):
@@ -101,7 +105,7 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def _features(schema: Any) -> Any:
-    """What `datasets` wrote into a schema of its columns, if it did."""
+    """The features that `datasets` stores in a schema; None if there are none."""
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -109,7 +113,7 @@ def _features(schema: Any) -> Any:
 
 
 def _rows(batch: Any) -> list[Any]:
-    """The rows of a batch, and instead of one that cannot be read what is wrong with it."""
+    """The rows of a batch; for an unreadable row an error message."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -119,7 +123,7 @@ def _rows(batch: Any) -> list[Any]:
 
 
 def _text_size(row: Any) -> int:
-    """Of a row's own text: a batch may hold what is said many times once."""
+    """Size of a row's text. A batch may store repeated values only once."""
     return sum(len(value) for value in row.values() if isinstance(value, (str, bytes))) if isinstance(row, dict) else 0
 
 
@@ -129,8 +133,8 @@ def _packed_size(group: Any) -> int:
 
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[Any]:
-    """A parquet file. Raises: UserError for whatever is wrong with it, also later, while it is read."""
-    import pyarrow.parquet  # takes half a second
+    """An open parquet file. Raises: UserError for any damage, also while the file is read."""
+    import pyarrow.parquet  # imported late: takes half a second
 
     try:
         with path.open("rb") as file:
@@ -141,5 +145,5 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
         raise unbelievable(where) from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{where} is no whole parquet file ({one_line(error)}): bring a good copy or leave it out"
+            f"{where} is not a complete parquet file ({one_line(error)}): replace it by a good copy or leave it out"
         ) from error

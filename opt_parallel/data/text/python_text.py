@@ -1,4 +1,4 @@
-"""Real English text that every Python carries, for first tries: its language reference and its library's docstrings."""
+"""English text for first runs from Python itself: the language reference and the standard library's docstrings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 
 from opt_parallel.storage.atomic import new_file
 
-LEAST_CHARACTERS = 2000  # docstrings of one module are gathered into documents of at least this many, where they last
+LEAST_CHARACTERS = 2000  # per document, if a module has enough: its docstrings are joined up to this length
 VALIDATION_PERCENT = 5
 SHINGLE_WORDS = 8
-NEAR_DUPLICATE = 0.3  # of a document's shingles, found anywhere in the training text
+NEAR_DUPLICATE = 0.3  # share of a document's shingles that occur in the training text
 NOT_LIBRARY = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "pydoc_data"}
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def python_documents() -> Iterator[str]:
-    """The language reference, topic by topic, and the standard library's docstrings, gathered module by module.
+    """The topics of the language reference, and the docstrings of the standard library, joined module by module.
 
-    Read, not imported, in an order that is always the same."""
+    Modules are parsed, not imported, in a fixed order."""
     from pydoc_data.topics import topics
 
     yield from (topics[name].rstrip() for name in sorted(topics))
@@ -37,7 +37,7 @@ def python_documents() -> Iterator[str]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a module and of all in it, each of the latter under its name."""
+    """The docstrings of a module and of its classes and functions, the latter with their names."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # templates for code generators
@@ -63,9 +63,9 @@ def _gather(texts: Iterable[str]) -> Iterator[str]:
 
 
 def split(documents: Iterable[str]) -> tuple[list[str], list[str], int]:
-    """Training and validation documents, and how many were kept out of both as near-duplicates of training text.
+    """Training documents, validation documents, and the number of near-duplicates of training text in neither.
 
-    The hash of its text decides where a document goes, so the split of one is the split of all its exact copies."""
+    A hash of the text selects the split, so all exact copies of a document are in the same split."""
     train: list[str] = []
     candidates: list[str] = []
     for document in documents:
@@ -83,7 +83,7 @@ def _overlap(document: str, seen: set[int]) -> float:
 
 
 def _shingles(document: str) -> set[int]:
-    """Hashes (memory) of every `SHINGLE_WORDS` words in a row, case and punctuation aside; of a short document, one."""
+    """Hashes (to save memory) of all runs of `SHINGLE_WORDS` words, without case and punctuation; at least one."""
     words = re.findall(r"\w+", document.lower())
     starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
     return {hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts}

@@ -1,4 +1,4 @@
-"""Rows of the user's data and the text in them; those that cannot be used are an error, or left out and counted."""
+"""Records of the user's data and their text. A bad record is an error, or is left out and counted."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from opt_parallel.runtime.errors import UserError, one_line
 
-LISTED = 10  # bad records that are told one by one
-LONGEST_NAMES = 200  # characters of what a message says of a record's fields
+LISTED = 10  # bad records that are printed individually
+LONGEST_NAMES = 200  # characters of a record's field names in a message
 LEFT_OUT = "bad records left out"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row of the user's data, or a whole file of text as `{"text": …}`; `where` it stands, for messages."""
+    """A row of the user's data, or a text file as `{"text": …}`. `where`: its location, for messages."""
 
     where: str
     fields: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Record:
 
 
 class BadRecord(UserError):
-    """A record that cannot be used, while those beside it can. The message begins with where it stands."""
+    """A record that cannot be used; reading continues after it. The message starts with its location."""
 
 
 def require_good(condition: bool, message: str) -> None:
@@ -38,12 +38,12 @@ def require_good(condition: bool, message: str) -> None:
         raise BadRecord(message)
 
 
-Item = Record | BadRecord  # what a reader yields: it goes on after a bad record
+Item = Record | BadRecord  # what readers yield; they continue after a bad record
 
 
 @dataclass(frozen=True)
 class Text:
-    """Where the text of a record is: in `field`, or in several, as `template` puts them together."""
+    """How to get the text of a record: from `field`, or from several fields by a format string `template`."""
 
     field: str = "text"
     template: str | None = None
@@ -63,7 +63,7 @@ class Text:
                     raise BadRecord(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
             try:
                 text = self.template.format(**values)
-            except (ValueError, KeyError, OverflowError) as error:  # of a format in it, such as {score:.2f}
+            except (ValueError, KeyError, OverflowError) as error:  # {score:.2f} for a string
                 fix = f"{self._wanted}, in a format that suits it"
                 raise BadRecord(f"{record.where}: {one_line(error)}: {fix}") from error
         if not text.isascii():
@@ -87,7 +87,7 @@ class Text:
 
 
 def require_characters(text: str, where: str) -> None:
-    """Raise BadRecord, which begins with `where`, if there is half of a character in `text`: JSON can say it."""
+    """Raise BadRecord, with a message that starts with `where`, if `text` has a lone surrogate, which JSON allows."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -96,7 +96,7 @@ def require_characters(text: str, where: str) -> None:
 
 @dataclass
 class BadRecords:
-    """How many of `seen` records were bad, and the messages of the first."""
+    """The number of bad records among `seen`, and the messages of the `first` ones."""
 
     seen: int = 0
     count: int = 0
@@ -108,12 +108,12 @@ class BadRecords:
             self.first.append(str(error))
 
     def seek(self, items: Iterable[Item], check: Callable[[Record], Any]) -> None:
-        """Add those of `items` that cannot be read or that `check` raises BadRecord for."""
+        """Add the items that are bad or for which `check` raises BadRecord."""
         for _ in sift(items, check, self):
             pass
 
     def refusal(self) -> UserError:
-        """The error that says how many there are in all."""
+        """The error with the first message and the total number."""
         are = "is" if self.count == 1 else "are"
         return UserError(
             f"{self.first[0]}; {self.count:,} of {self.seen:,} records {are} bad: data.bad_records=skip leaves them out"
@@ -121,9 +121,9 @@ class BadRecords:
 
 
 def sift(items: Iterable[Item], check: Callable[[Record], Any], bad: BadRecords | None) -> Iterator[Record]:
-    """The records that can be read and that `check` raises no BadRecord for; the others are added to `bad`.
+    """The readable records that pass `check`; the others are added to `bad`.
 
-    Where `bad` is None the first unreadable one is raised, and nothing is checked."""
+    If `bad` is None, the first unreadable record is raised, and `check` is not called."""
     for item in items:
         if bad is None:
             if isinstance(item, BadRecord):

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs and datasets of the hub, read record by record, apart or in order."""
+"""The text of a setting: files, folders, globs and hub datasets, read as units by several processes or in order."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from opt_parallel.data.text.records import BadRecords, Item, Record, Text, sift
 from opt_parallel.data.text.unpacking import ending_of
 from opt_parallel.runtime.errors import UserError
 
-ROWS_APART = 4096  # of a dataset: a piece is a multiple of so many
+ROWS_APART = 4096  # a piece of a dataset is a multiple of this many rows
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of a dataset that is `opened`; `size`: their bytes, about."""
+    """Rows `start` to `stop` of a loaded dataset. `size`: approximate bytes."""
 
     dataset: Dataset
     opened: Any
@@ -35,7 +35,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read at a time, by one process: small files together, or a part of a large one."""
+    """The work of one process: several small files, or a piece of a large one."""
 
     pieces: tuple[Piece | Slice, ...]
 
@@ -45,7 +45,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Its first file or dataset, for a person."""
+        """The first file or dataset, for messages."""
         first = self.pieces[0]
         more = f" and {len(self.pieces) - 1} more" if len(self.pieces) > 1 else ""
         return f"{first.path if isinstance(first, Piece) else first.dataset.name}{more}"
@@ -53,10 +53,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of one setting `key` (data.train): files in the order of their names, then datasets of the hub, or in
-    folders of their form, with their `subset` and `split`. A file that several entries lead to counts once.
+    """The text of a setting `key` (data.train): files in alphabetical order, then the datasets `hub` (ids or folders)
+    with their `subset` and `split`. A file that several entries name is read once.
 
-    `left_out`: what a search did not take, in words; `skip_bad`: bad records are left out instead of raised."""
+    `left_out`: files that a search left out, for messages. `skip_bad`: leave bad records out instead of raising."""
 
     key: str
     files: tuple[Path, ...]
@@ -66,7 +66,7 @@ class Corpus:
     split: str = "train"
     left_out: str = field(default="", compare=False)
     skip_bad: bool = False
-    content: tuple[str, ...] = ()  # of its files, where it was looked into: data/sameness.py
+    content: tuple[str, ...] = ()  # checksums of its files, once computed by data/store/sameness.py
 
     @classmethod
     def find(
@@ -98,38 +98,38 @@ class Corpus:
         )
 
     def cache_key(self) -> list[Any]:
-        """What changes when the text does, and not where it lies."""
+        """A key that depends on the content of the text and not on its path."""
         hub = [[None if Path(name).is_dir() else name, self.subset, self.split] for name in self.hub]
         return [list(self.content), hub, self.text.field, *self._reading]
 
     @property
     def folders(self) -> list[Path]:
-        """Of data sets in the hub's form that lie here."""
+        """The local folders among the datasets."""
         return [Path(name) for name in self.hub if Path(name).is_dir()]
 
     def identity(self) -> list[Any]:
-        """What changes when a file does, read from the file system alone. Raises: UserError if a file is gone."""
+        """A key of paths, sizes and times, without reading files. Raises: UserError if a file is missing."""
         below = [path for folder in self.folders for path in sorted(folder.rglob("*")) if path.is_file()]
         try:
             status = [(path, path.stat()) for path in (*self.files, *below)]
         except OSError as error:
-            raise UserError(f"{self.key}: {error.filename} cannot be read ({error.strerror}): bring it back") from error
+            raise UserError(f"{self.key}: {error.filename} cannot be read ({error.strerror}): restore it") from error
         files = [[str(path), each.st_size, each.st_mtime_ns] for path, each in status]
         return [files, [[name, self.subset, self.split] for name in self.hub], self.text.field, *self._reading]
 
     @property
     def _reading(self) -> list[str]:
-        """What sets its text apart from that of the same files in earlier versions."""
+        """Marks a change of the reader, where the same files gave different text in earlier versions."""
         return ["quotation marks are text"] if any(ending_of(path)[0] == ".tsv" for path in self.files) else []
 
     @property
     def names(self) -> str:
-        """The first of what there is, and how many more."""
+        """The first file or dataset and the number of others, for messages."""
         every = [*map(str, self.files), *self.hub]
         return every[0] + (f" and {len(every) - 1} more" if len(every) > 1 else "")
 
     def units(self, cut: bool = True) -> list[Unit]:
-        """Everything, in order; `cut`: large files in parts, which cannot tell the numbers of their lines."""
+        """All units, in order. `cut`: split large files into pieces, whose line numbers are unknown."""
         pieces: list[Piece | Slice] = [piece for path in self.files for piece in pieces_of(path, self.key, cut)]
         for name in self.hub:
             pieces += self._slices(name)
@@ -145,7 +145,7 @@ class Corpus:
         return [*units, Unit(tuple(gathered))] if gathered else units
 
     def read(self, unit: Unit, count_lines: bool = False) -> Iterator[Item]:
-        """The records of a unit, bad ones too; with `count_lines` messages name the right lines. Raises: UserError."""
+        """The records of a unit, bad ones too. `count_lines`: find the line numbers for messages. Raises: UserError."""
         for piece in unit.pieces:
             if isinstance(piece, Slice):
                 yield from piece.dataset.rows(piece.opened, piece.start, piece.stop)
@@ -153,20 +153,20 @@ class Corpus:
                 yield from records_of(numbered(piece) if count_lines else piece, self.key, self.text.field)
 
     def items(self) -> Iterator[Item]:
-        """Every record, bad ones too, in order. Raises: UserError."""
+        """All records, bad ones too, in order. Raises: UserError."""
         for unit in self.units(cut=False):
             yield from self.read(unit)
 
     def records(self) -> Iterator[Record]:
-        """Every record, in order. Raises: UserError that names file and line."""
+        """All records, in order. Raises: UserError that names file and line."""
         return sift(self.items(), lambda record: None, self._bad())
 
     def documents(self) -> Iterator[str]:
-        """The text of every record, white space at its end removed."""
+        """The text of every record without trailing white space. Raises: UserError."""
         return (self.text.of(record).rstrip() for record in sift(self.items(), self.text.of, self._bad()))
 
     def sampled(self, share: float) -> Iterator[str]:
-        """About `share` of the text: the beginning of each unit."""
+        """About `share` of the text, from the start of each unit."""
         for unit in self.units():
             left = share * unit.size
             for record in sift(self.read(unit), self.text.of, self._bad()):
@@ -176,9 +176,8 @@ class Corpus:
                 yield self.text.of(record).rstrip()
 
     def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Item]]:
-        """The records behind the first `taken` of a unit, bad ones too, with the numbers of their units: files first,
-        each whole, then each dataset, which arrives as it is read. Raises: UserError, also if a dataset ends before its
-        end."""
+        """(unit, record) for all records after the first `taken` of a unit, bad ones too. Units are complete files,
+        then datasets, which are streamed. Raises: UserError, also if a stream ends early."""
         files = replace(self, hub=()).units(cut=False)
         for number in range(unit, len(files) + len(self.hub)):
             skip = taken if number == unit else 0
@@ -190,15 +189,15 @@ class Corpus:
 
     @property
     def tells_classes(self) -> bool:
-        """Whether there can be columns of numbers that stand for names."""
+        """Whether the data can have class columns, numbers with names."""
         return bool(self.hub) or any(ending_of(path)[0] == PARQUET for path in self.files)
 
     def class_names(self, column: str) -> list[str]:
-        """The names of the classes of a column that holds their numbers, in their order. Raises: UserError."""
+        """The class names of a column, in the order of their numbers. Raises: UserError."""
         files = [path for path in self.files if ending_of(path)[0] == PARQUET]
-        told = [names_in(path, f"{self.key}: {shown(path)}").get(column, []) for path in files]
-        told += [self._dataset(name).class_names(column) for name in self.hub]
-        return list(dict.fromkeys(name for names in told for name in names))
+        names_by_file = [names_in(path, f"{self.key}: {shown(path)}").get(column, []) for path in files]
+        names_by_file += [self._dataset(name).class_names(column) for name in self.hub]
+        return list(dict.fromkeys(name for names in names_by_file for name in names))
 
     def _bad(self) -> BadRecords | None:
         return BadRecords() if self.skip_bad else None

@@ -1,4 +1,4 @@
-"""Records out of tables in text: .csv by RFC 4180, and .tsv, in which quotation marks may be text as well."""
+"""Reads records from .csv (RFC 4180) and .tsv, in which quotation marks may also be text."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from opt_parallel.config.model import require
 from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.runtime.errors import UserError
 
-LONGEST_FIELD = 1 << 28  # characters: a quotation mark that nothing closes would take in all that follows
-Lines = Iterable[tuple[str, BadRecord | None]]  # a line as far as it can be read, and what is wrong with it
+LONGEST_FIELD = 1 << 28  # characters; an unclosed quotation mark would include the rest of the file
+Lines = Iterable[tuple[str, BadRecord | None]]  # a line, decoded as far as possible, and its error if it has one
 
 
 def csv_records(lines: Lines, where: str) -> Iterator[Item]:
-    """A record a row, by the names in the first."""
+    """One record per row; the first row has the names."""
     yield from _records(_Rows(lines, ","), where)
 
 
 def tsv_records(lines: Lines, where: str) -> Iterator[Item]:
-    """A record a line, by the names in the first. A line that lacks columns is a row whose quoted field goes on in the
-    next; in any other, a quotation mark that does not enclose its field is text."""
+    """One record per line; the first line has the names. A line with too few columns starts a row with a multi-line
+    quoted field. In other lines, a quotation mark that does not enclose its field is text."""
     yield from _records(_TabRows(lines, "\t"), where)
 
 
 class _Rows:
-    """Rows of fields. `first`, `last`: the lines of the row that was read last, and what is wrong with one of them."""
+    """Rows of fields. `first`, `last`: line numbers of the latest row. `fault`: the error of one of its lines."""
 
     def __init__(self, lines: Lines, delimiter: str) -> None:
         csv.field_size_limit(LONGEST_FIELD)
@@ -36,12 +36,12 @@ class _Rows:
         self.fault: BadRecord | None = None
 
     def row(self) -> list[str]:
-        """Raises: StopIteration, csv.Error."""
+        """The next row. Raises: StopIteration, csv.Error."""
         self.first, self.fault = self.last + 1, None
         return self._split(self._line())
 
     def _split(self, line: str) -> list[str]:
-        """The row that begins with `line`, whose quoted fields may go on in the lines behind."""
+        """The row that starts with `line`; quoted fields may continue in the next lines."""
         rest = iter(self._line, None)
         return next(csv.reader(chain([line], rest), delimiter=self.delimiter, strict=True))
 
@@ -66,7 +66,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _unquoted(cell: str) -> str:
-    """A cell without the quotation marks that enclose it; those inside of them are doubled."""
+    """The cell without enclosing quotation marks; inner ones are doubled."""
     enclosed = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
     return cell[1:-1].replace('""', '"') if enclosed else cell
 
@@ -81,7 +81,7 @@ def _records(rows: _Rows, where: str) -> Iterator[Item]:
         except csv.Error as error:
             bad = BadRecord(f"{where}, line {rows.first} is malformed ({error}): correct it")
             if names is None or rows.last > rows.first or "end of data" in str(error):
-                raise UserError(str(bad)) from error  # a mark that nothing closes takes other rows with it
+                raise UserError(str(bad)) from error  # an unclosed quotation mark includes other rows
             yield bad
             continue
         here = f"{where}, line {rows.first}"
@@ -89,7 +89,7 @@ def _records(rows: _Rows, where: str) -> Iterator[Item]:
             names, rows.width = row, len(row)
             require(rows.fault is None, str(rows.fault))
             twice = next((name for name, count in Counter(names).items() if count > 1), None)
-            require(twice is None, f"{here}: a column's name stands there twice: {twice!r:.60}")
+            require(twice is None, f"{here}: the column name {twice!r:.60} occurs twice: rename one")
         elif row and rows.fault is not None:
             yield rows.fault
         elif row and names is not None:

@@ -1,4 +1,4 @@
-"""Compressed files as plain bytes. Whatever is wrong with one is an error: there are never fewer bytes than went in."""
+"""Reads compressed files. Any damage is an error; data is never truncated silently."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ STREAMS: dict[str, Callable[[], Any]] = {
 }
 AT_ONCE = 1 << 16  # bytes
 PACKED = (*ARROW, *STREAMS)
-UNPACKED_SIZE = 4  # times the packed one, about: for the choice of units, and progress
-MOST_TIMES = 200  # the packed size: text packs 3 to 15 times, copies of one row perhaps a hundred
-ALWAYS_ALLOWED = 1 << 24  # bytes out of however few
-DAMAGES = (OSError, EOFError, lzma.LZMAError)  # what reading a damaged file raises; Arrow's are OSErrors
-# The last block of a file that bgzip wrote. Its other blocks are members of their own, so a cut between two of them
-# shows in nothing else.
+UNPACKED_SIZE = 4  # estimated ratio to the packed size, for units and progress
+MOST_TIMES = 200  # allowed ratio to the packed size; text has 3 to 15, copies of one row perhaps 100
+ALWAYS_ALLOWED = 1 << 24  # bytes, for any packed size
+DAMAGES = (OSError, EOFError, lzma.LZMAError)  # errors of reading a damaged file; Arrow raises OSErrors
+# Marks the last block of a bgzip file. Its blocks are separate gzip members, so only this mark reveals a cut between
+# two blocks.
 BGZF_MARK, BGZF_END = b"BC\x02\x00", bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
 
 def ending_of(path: Path) -> tuple[str, str]:
-    """The ending that says what `path` holds, and that of its compression or "", in small letters."""
+    """The ending of the format and that of the compression, or "", in lower case."""
     name = path.name.lower()
     packed = next((ending for ending in PACKED if name.endswith(ending)), "")
     return Path(name.removesuffix(packed)).suffix, packed
 
 
 class Unbelievable(OSError):
-    """Far more comes out of a file than any text would give."""
+    """A file unpacks to far more than text would, like a decompression bomb."""
 
 
 def opened(path: Path) -> BinaryIO:
-    """The bytes of a file, unpacked. Reading raises one of `DAMAGES` if it is damaged, ends early or is a bomb."""
+    """Open a file for reading, unpacked. Reading raises one of `DAMAGES` for a damaged file or a bomb."""
     packed = ending_of(path)[1]
     return io.BufferedReader(_Unpacked(path, packed), AT_ONCE) if packed else path.open("rb")
 
 
-def check_whole(path: Path, where: str) -> None:
-    """Raise UserError, which begins with `where`, unless a compressed file is whole: unpacks all of it."""
+def check_complete(path: Path, where: str) -> None:
+    """Unpack all of a compressed file; raise UserError, with a message that starts with `where`, if it is damaged."""
     try:
         with opened(path) as file:
             while file.read(1 << 20):
@@ -56,29 +56,29 @@ def check_whole(path: Path, where: str) -> None:
 
 
 def damaged(path: Path, where: str, error: Exception) -> UserError:
-    """What is said of a file that cannot be read."""
+    """The UserError for a file that cannot be read."""
     if isinstance(error, Unbelievable):
         return unbelievable(where)
     packed = ending_of(path)[1]
-    reason = f"is no whole {packed} file" if packed else "cannot be read"
-    return UserError(f"{where} {reason} ({one_line(error)}): bring a good copy or leave it out")
+    reason = f"is not a complete {packed} file" if packed else "cannot be read"
+    return UserError(f"{where} {reason} ({one_line(error)}): replace it by a good copy or leave it out")
 
 
 def believe(unpacked: int, packed: int) -> None:
-    """Raise Unbelievable if so many bytes came out of so few."""
+    """Raise Unbelievable if `packed` bytes cannot plausibly unpack to `unpacked` bytes."""
     if unpacked > max(ALWAYS_ALLOWED, MOST_TIMES * packed):
         raise Unbelievable
 
 
 def unbelievable(where: str) -> UserError:
     return UserError(
-        f"{where} unpacks to over {MOST_TIMES} times its size, as no text does: leave it out, or unpack it yourself if "
-        "that is right"
+        f"{where} unpacks to over {MOST_TIMES} times its size, unlike text: leave it out, or unpack it yourself if "
+        "that is correct"
     )
 
 
 class _Unpacked(io.RawIOBase):
-    """All members, frames or streams of a compressed file, one after the other."""
+    """The concatenated members, frames or streams of a compressed file."""
 
     def __init__(self, path: Path, packed: str) -> None:
         if path.stat().st_size == 0:
@@ -89,7 +89,7 @@ class _Unpacked(io.RawIOBase):
         if packed in STREAMS:
             self.stream: Any = _Streams(self.file, STREAMS[packed])
         else:
-            import pyarrow  # Python's own reader of .gz bears with more, and it has none of .zst
+            import pyarrow  # Python's gzip accepts more damage, and Python has no zstd
 
             self.stream = pyarrow.input_stream(self.file, compression=ARROW[packed])
 
@@ -109,8 +109,7 @@ class _Unpacked(io.RawIOBase):
 
 
 class _Streams(io.RawIOBase):
-    """A file of any number of streams, each for a decompressor of its own: Python's own readers take a damaged one, and
-    all behind it, for rubbish that may be ignored."""
+    """A file of any number of streams. Python's own readers ignore a damaged stream and all data after it."""
 
     def __init__(self, file: BinaryIO, decompressor: Callable[[], Any]) -> None:
         self.file, self.decompressor = file, decompressor

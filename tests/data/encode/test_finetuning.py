@@ -150,24 +150,24 @@ def test_of_a_chat_the_last_answer_stays() -> None:
 GOOD = {"prompt": "a", "completion": " b"}
 SAYS = {"role": "user", "content": "a"}
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "both": ({**GOOD, "messages": [SAYS]}, "has both 'prompt' and 'messages': .* leave one out"),
+    "both": ({**GOOD, "messages": [SAYS]}, "has both 'prompt' and 'messages': .* remove the other"),
     "half and messages": ({"prompt": "a", "messages": [SAYS]}, "has both 'prompt' and 'messages'"),
     "neither": ({"text": "a"}, r"has neither 'prompt' with 'completion' nor 'messages', only \['text'\]: set task"),
     "no completion": ({"prompt": "a"}, "has no 'completion' beside its 'prompt'"),
     "no prompt": ({"completion": "a", "prompt": None}, "has no 'prompt' beside its 'completion'"),
     "a number": ({"prompt": "a", "completion": 3}, "'completion' is 3, not a string"),
-    "empty": ({"prompt": "a", "completion": " \n"}, "'completion' is empty, so nothing to learn"),
+    "empty": ({"prompt": "a", "completion": " \n"}, "'completion' is empty, so there is nothing to learn"),
     "half a character": ({"prompt": "\ud83d", "completion": "a"}, r"'prompt': '\\ud83d' is half a character"),
     "no list": ({"messages": "hello"}, "'messages' is 'hello': it must be a list of messages"),
     "no messages": ({"messages": []}, r"'messages' is \[\]: it must be a list"),
     "no object": ({"messages": [SAYS, "hello"]}, "'messages': message 2 is 'hello': it must be an object"),
     "no content": ({"messages": [{"role": "user"}]}, "message 1 is {'role': 'user'}: it must be an object such as"),
     "role": ({"messages": [{**SAYS, "role": "tool"}]}, "message 1 is of role 'tool': roles are system, user, assist"),
-    "no answer": ({"messages": [SAYS]}, "'messages' has no message of the assistant, so nothing to learn"),
+    "no answer": ({"messages": [SAYS]}, "'messages' has no message of the assistant, so there is nothing to learn"),
     "content": (
         {"messages": [{"role": "assistant", "content": None}]}, "'messages': message 1 is None, not a string",
     ),
-    "empty answer": ({"messages": [SAYS, {"role": "assistant", "content": " "}]}, "message 2 is empty, so nothing"),
+    "empty answer": ({"messages": [SAYS, {"role": "assistant", "content": " "}]}, "message 2 is empty"),
 }  # fmt: skip
 
 

@@ -151,9 +151,9 @@ def test_the_labels_of_the_data(tokenizer: Tokenizer, kind: str, tmp_path: Path)
 
 
 WRONG: dict[str, tuple[dict[str, Any], Labels | None, list[Any], str]] = {
-    "outside the list": ({}, COLORS, ["red", "green"], "line 2: the label 'green' is none of blue, red"),
-    "outside, in a list": ({}, Labels(("a",), MULTI), [["a", "b"]], "line 1: the label 'b' is none of a"),
-    "a name among lists": ({}, Labels(("a",), MULTI), ["a"], "line 1: the label 'a' is no list of names"),
+    "outside the list": ({}, COLORS, ["red", "green"], "line 2: the label 'green' is not one of blue, red"),
+    "outside, in a list": ({}, Labels(("a",), MULTI), [["a", "b"]], "line 1: the label 'b' is not one of a"),
+    "a name among lists": ({}, Labels(("a",), MULTI), ["a"], "line 1: the label 'a' is not a list of names"),
     "a list among names": ({}, COLORS, [["red"]], "line 1: the label .'red'. is not one name"),
     "no number": ({}, Labels(("x",), REGRESSION), [1.0, "high"], "line 2: the label 'high' is not a number"),
     "not finite": ({}, Labels(("x",), REGRESSION), [float("nan")], "line 1: the label nan is not a number"),
@@ -162,9 +162,9 @@ WRONG: dict[str, tuple[dict[str, Any], Labels | None, list[Any], str]] = {
     "missing": ({"label_field": "color"}, None, ["red"], r"line 1 has no field 'color' among \['text', 'label'\]"),
     "mixed": ({}, None, ["red", 3], "line 1: the label is a name, but a.jsonl, line 2 has a whole number"),
     "mixed with lists": ({}, None, ["red", ["red"]], "line 2: the label is a list, but a.jsonl, line 1 has a name"),
-    "an object": ({}, None, [{"a": 1}], "line 1: the label {'a': 1} is no name and no number"),
-    "one alone": ({}, None, ["red", "red"], "all labels are 'red', and there is nothing to tell apart"),
-    "too many": ({}, None, [f"text {number}" for number in range(10_001)], "over 10,000 different labels"),
+    "an object": ({}, None, [{"a": 1}], "line 1: the label {'a': 1} is neither a name nor a number"),
+    "one alone": ({}, None, ["red", "red"], "all labels are 'red', so there is nothing to learn"),
+    "too many": ({}, None, [f"text {number}" for number in range(10_001)], "more than 10,000 different labels"),
     "no text": ({"pair_field": "other"}, COLORS, ["red"], "line 1 has no field 'other': set data.text_field"),
 }
 

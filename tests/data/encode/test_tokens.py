@@ -176,6 +176,6 @@ def test_the_end_token_must_be_a_special_one() -> None:
     other = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2}, []))
     other.pre_tokenizer = pre_tokenizers.ByteLevel()
     other.add_special_tokens(["<|endoftext|>"])
-    with pytest.raises(UserError, match=r"model.eos_token_id=2 is no special token of .* 3 \(<\|endoftext\|>\)"):
+    with pytest.raises(UserError, match=r"model.eos_token_id=2 is not a special token of .* 3 \(<\|endoftext\|>\)"):
         check_tokenizer(other, "x", model())
     check_tokenizer(other, "x", model(eos_token_id=3))

@@ -285,7 +285,7 @@ def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
     assert broken.returncode == 2, broken.stdout + broken.stderr
     errors = [line for line in broken.stderr.splitlines() if line]
     assert len(errors) == 1, broken.stderr
-    assert "ended after 40 rows, its split 'train' has 50: nothing is lost" in errors[0]
+    assert "ended after 40 rows, but its split 'train' has 50: nothing is lost" in errors[0]
     (folder / "README.md").write_text(card.replace("50", "40"))
     whole = python("scripts/prepare.py", *arguments)
     assert whole.returncode == 0, whole.stderr

@@ -96,7 +96,7 @@ CASES: dict[str, tuple[TaskConfig, list[Any], list[int], str]] = {
             {"messages": [{"role": "user", "content": "hi"}]},
         ],
         [1, 4],
-        "line 2: 'completion' is empty, so nothing to learn: write one, or leave the record out; 5 of 7",
+        "line 2: 'completion' is empty, so there is nothing to learn: fill it in, or leave the record out; 5 of 7",
     ),
     "labels": (
         TaskConfig(name=Task.classify, labels=["no", "yes"]),
@@ -258,7 +258,7 @@ def test_a_damaged_file_is_no_bad_record(tmp_path: Path, kind: str) -> None:
         "quote": ("a.csv", b'text,n\na,1\n"b,2\nc,3\n'),
     }[kind]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}(, item 2| is no whole|, line 3 is malformed)"):
+    with pytest.raises(UserError, match=rf"{name}(, item 2| is not a complete|, line 3 is malformed)"):
         prepare(configure(tmp_path, str(tmp_path / name), skip=True))
 
 

@@ -87,14 +87,14 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "array brackets": ("a.json", b"[" * 100_000, "a.json, item 1 cannot be read .*: leave it out"),
     "number": ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n", "a.jsonl, line 1 cannot be read .*: leave it out"),
     "columns": ("a.csv", b"text,n\na,1\nb\n", "a.csv, line 3 has 1 columns, the first line 2"),
-    "names": ("a.csv", b"text,text\na,1\n", "a.csv, line 1: a column's name stands there twice"),
+    "names": ("a.csv", b"text,text\na,1\n", "a.csv, line 1: the column name 'text' occurs twice"),
     "quotes": ("a.csv", b'text,n\n"a"b,1\n', "a.csv, line 2 is malformed"),
     "csv bytes": ("a.csv", b"text,n\na,\xff\n", "a.csv, line 2 is not UTF-8"),
-    "gzip": ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is no whole .gz file"),
-    "half a gzip": ("a.jsonl.gz", gzip.compress(written(".jsonl"))[:-12], "a.jsonl.gz is no whole .gz file"),
-    "xz": ("a.txt.xz", lzma.compress(b"text" * 99)[:-30], "a.txt.xz is no whole .xz file"),
-    "parquet": ("a.parquet", b"PAR1 and nothing", "a.parquet is no whole parquet file"),
-    "packed parquet": ("a.parquet.gz", b"", "a.parquet.gz: parquet is compressed within: unpack it"),
+    "gzip": ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is not a complete .gz file"),
+    "half a gzip": ("a.jsonl.gz", gzip.compress(written(".jsonl"))[:-12], "a.jsonl.gz is not a complete .gz file"),
+    "xz": ("a.txt.xz", lzma.compress(b"text" * 99)[:-30], "a.txt.xz is not a complete .xz file"),
+    "parquet": ("a.parquet", b"PAR1 and nothing", "a.parquet is not a complete parquet file"),
+    "packed parquet": ("a.parquet.gz", b"", "a.parquet.gz: parquet has its own compression: unpack it"),
 }
 
 
@@ -111,16 +111,16 @@ UTF16 = "a row of text".encode("utf-16")
 BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
     "utf-16": ("a.txt", UTF16, "a.txt is not UTF-8 but UTF-16: convert it"),
     "big endian": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a.jsonl, line 1 holds a NUL byte"),
-    "no mark": ("a.txt", "text".encode("utf-16-le"), "a.txt holds a NUL byte, so it is no text in UTF-8: convert it"),
+    "no mark": ("a.txt", "text".encode("utf-16-le"), "a.txt holds a NUL byte, so it is not UTF-8 text: convert it"),
     "zeros after a crash": ("a.txt", b"a text" + bytes(99), "a.txt holds a NUL byte"),
     "utf-16 table": ("a.csv", "text,n\na,1\n".encode("utf-16"), "a.csv, line 1 is not UTF-8 but UTF-16"),
     "latin-1": ("a.txt", "déjà".encode("latin-1"), r"a.txt is not UTF-8 at byte 1 \(0xe9\)"),
-    "deep": ("a.jsonl", b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}\n", "a.jsonl, line 1 has over 100 brackets within"),
-    "deep item": ("a.json", b'[{"a": ' + b'{"a": ' * 150 + b"1" + b"}" * 151 + b"]", "item 1 has over 100 brackets"),
+    "deep": ("a.jsonl", b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}\n", "line 1 has more than 100 nested"),
+    "deep item": ("a.json", b'[{"a": ' + b'{"a": ' * 150 + b"1" + b"}" * 151 + b"]", "item 1 has more than 100"),
     "deeper": ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1 cannot be read .*: leave it out"),
     "digits": ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "a.jsonl, line 1 cannot be read .*: leave it out"),
-    "empty .gz": ("a.txt.gz", b"", r"a.txt.gz is no whole .gz file \(it is empty\)"),
-    "empty .zst": ("a.jsonl.zst", b"", r"a.jsonl.zst is no whole .zst file \(it is empty\)"),
+    "empty .gz": ("a.txt.gz", b"", r"a.txt.gz is not a complete .gz file \(it is empty\)"),
+    "empty .zst": ("a.jsonl.zst", b"", r"a.jsonl.zst is not a complete .zst file \(it is empty\)"),
     "a pointer": ("a.md", b"version https://git-lfs.github.com/spec/v1\noid", "a.md is a pointer of Git LFS"),
 }
 
@@ -181,5 +181,5 @@ def test_lines_that_do_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         read(tmp_path / name)
     monkeypatch.setattr(files, "LONGEST_DOCUMENT", 1 << 12)
     (tmp_path / "a.txt").write_bytes(b"a" * (1 << 13))
-    with pytest.raises(UserError, match=r"a.txt is one document of over 0 GiB: cut it"):
+    with pytest.raises(UserError, match=r"a.txt is one document of over 0 GiB: split it"):
         read(tmp_path / "a.txt")

@@ -54,8 +54,8 @@ def test_endings_that_are_read(tmp_path: Path, name: str) -> None:
         ("a.jsonl.bak", ["ends in .bak"]),
         ("a.arrow", ["ends in .arrow"]),
         ("a.jsonl.lz4", ["ends in .lz4"]),
-        ("a.gz", ["has no ending that says what it holds"]),
-        ("README", ["has no ending that says what it holds"]),
+        ("a.gz", ["has no ending that names its format"]),
+        ("README", ["has no ending that names its format"]),
         ("a.tar.gz", ["is an archive", "unpack it"]),
         ("a.TGZ", ["is an archive"]),
         ("a.zip", ["is an archive"]),
@@ -121,10 +121,10 @@ def test_patterns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (lambda path: path.symlink_to("nothing"), "a.jsonl is a link to nothing: repair it or remove it"),
+        (lambda path: path.symlink_to("nothing"), "a.jsonl is a broken link: repair it or remove it"),
         (lambda path: path.symlink_to(path.name), "a.jsonl"),
-        (os.mkfifo, "a.jsonl is no regular file"),
-        (lambda path: path.symlink_to("/dev/zero"), "a.jsonl is no regular file"),
+        (os.mkfifo, "a.jsonl is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "a.jsonl is not a regular file"),
     ],
 )
 @pytest.mark.parametrize("entry", [".", "*.jsonl", "a.jsonl"])

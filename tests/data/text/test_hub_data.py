@@ -100,7 +100,7 @@ def damage(folder: Path, kind: str) -> None:
     ("kind", "cause"),
     [
         ("columns", "column names don't match"), ("type", "Couldn't cast array"), ("line", "JSON parse error"),
-        ("pointer", "pointer of Git LFS"), ("zst", "is no whole .zst file"), ("bz2", "is no whole .bz2 file"),
+        ("pointer", "pointer of Git LFS"), ("zst", "not a complete .zst file"), ("bz2", "not a complete .bz2 file"),
         ("parquet", "Parquet magic bytes not found"), ("csv", "Expected 2 fields in line 3, saw 3"),
     ],
 )  # fmt: skip
@@ -123,7 +123,7 @@ def test_splits_that_are_not_there(tmp_path: Path) -> None:
     for stream in (False, True):
         with pytest.raises(UserError, match=r"set has no split 'test', only train|has no split 'test', only train"):
             rows(tmp_path, stream, split="test")
-    with pytest.raises(UserError, match="is a file, which has no subset and no split"):
+    with pytest.raises(UserError, match="is a file, which has neither subset nor split"):
         rows(tmp_path / "train.jsonl", False, split="train")
 
 
@@ -198,7 +198,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_gives_nothing() -> None:
-    with pytest.raises(UserError, match=r"foo/bar: no such file, folder or glob, and the hub did not give its split"):
+    with pytest.raises(UserError, match=r"foo/bar: not a local file, folder or glob, and its split"):
         list(Corpus.find("data.train", ["foo/bar"]).records())
 
 

@@ -105,7 +105,7 @@ def test_damage_anywhere_is_an_error(tmp_path: Path) -> None:
     whole, bits = path.read_bytes(), random.Random(2)
     for cut in range(0, len(whole), 97):
         path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"a.parquet is no whole parquet file \("):
+        with pytest.raises(UserError, match=r"a.parquet is not a complete parquet file \("):
             read(path)
     for _ in range(40):
         damaged, bit = bytearray(whole), bits.randrange(8 * len(whole))

@@ -97,7 +97,7 @@ def test_a_stream_that_ends_early(tmp_path: Path) -> None:
     )
     (tmp_path / "README.md").write_text(card)
     corpus = Corpus.find("data.train", [str(tmp_path)], split="train")
-    with pytest.raises(UserError, match=r"ended after 3 rows, its split 'train' has 4: nothing is lost, the same"):
+    with pytest.raises(UserError, match=r"ended after 3 rows, but its split 'train' has 4: nothing is lost"):
         list(corpus.streamed())
     (tmp_path / "train.jsonl").write_text(GOOD * 3 + '{"text": ')
     with pytest.raises(UserError, match=r"train.jsonl, cannot be read after \d rows \(JSON parse error"):
@@ -167,7 +167,7 @@ def test_files_without_text(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     fails("empty holds no text: a folder is searched for .md, .py, .rst, .txt, .jsonl, .*.csv", tmp_path / "empty")
     (tmp_path / "blank.txt").write_text(" \n\n")
-    fails("blank.txt holds no text: name a file that does", tmp_path / "blank.txt")
+    fails("blank.txt holds no text: name a file with text", tmp_path / "blank.txt")
     (tmp_path / "bytes.txt").write_bytes(b"abc \xff")
     fails(r"bytes.txt is not UTF-8 at byte 4 \(0xff\)", tmp_path / "bytes.txt")
 
@@ -178,7 +178,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fails("none.txt: no such file or folder", tmp_path / "none.txt")
     fails("data.train=none.jsonl: no such file or folder", "none.jsonl")
     fails("matches no file", f"{tmp_path}/*.txt")
-    fails("data.train=foo/bar: no such file, folder or glob, and the hub did not give its split 'train' .*", "foo/bar")
+    fails("data.train=foo/bar: not a local file, folder or glob, and its split 'train' .*", "foo/bar")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

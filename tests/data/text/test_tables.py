@@ -53,7 +53,7 @@ def test_a_bad_row_hides_no_other(tmp_path: Path) -> None:
         "3 has 1 columns, the first line 2: correct it",
         "4 is malformed",
         "5 is not UTF-8 at byte 2",
-        "7 holds a NUL byte, so it is no text in UTF-8: convert it or leave it out",
+        "7 holds a NUL byte, so it is not UTF-8 text: convert it or leave it out",
     ]
 
 
@@ -63,7 +63,7 @@ def test_a_bad_row_hides_no_other(tmp_path: Path) -> None:
     [
         ('text,n\na,1\n"b\nc,2\n', "line 3 is malformed (unexpected end of data)"),
         ('text,n\n"a\nb"c,1\nd,2\n', "line 2 is malformed"),
-        ("text,text\na,1\n", "line 1: a column's name stands there twice"),
+        ("text,text\na,1\n", "line 1: the column name 'text' occurs twice"),
         ("text,\udcff\na,1\n", "line 1 is not UTF-8"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from opt_parallel.data.text import unpacking
-from opt_parallel.data.text.unpacking import BGZF_END, DAMAGES, check_whole, ending_of, opened
+from opt_parallel.data.text.unpacking import BGZF_END, DAMAGES, check_complete, ending_of, opened
 from opt_parallel.runtime.errors import UserError
 
 TEXT = b"".join(b'{"text": "row %d of some words"}\n' % number for number in range(40))
@@ -73,8 +73,8 @@ def test_damage_anywhere_is_an_error(tmp_path: Path, ending: str) -> None:
 def test_what_is_said_of_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.bz2"
     path.write_bytes(bz2.compress(TEXT)[:-5])
-    with pytest.raises(UserError, match=r"^key: it is no whole .bz2 file \(it ends early\): bring a good copy"):
-        check_whole(path, "key: it")
+    with pytest.raises(UserError, match=r"^key: it is not a complete .bz2 file \(it ends early\): replace it"):
+        check_complete(path, "key: it")
 
 
 def bgzf(*blocks: bytes) -> bytes:
@@ -104,7 +104,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, ending: str, mo
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(PACKERS[ending](bytes(1 << 24)))
     with pytest.raises(UserError, match=r"^key: it unpacks to over 200 times its size, .*: leave it out"):
-        check_whole(path, "key: it")
+        check_complete(path, "key: it")
     path.write_bytes(PACKERS[ending](bytes(1 << 19)))  # small ones may be anything
     assert read(path) == bytes(1 << 19)
 
