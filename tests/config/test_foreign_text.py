@@ -98,7 +98,7 @@ def test_labels_and_the_folder_of_a_hugging_face_classifier(classifier: Path) ->
 def test_what_a_manifest_says_of_its_data_and_its_task(tmp_path: Path, text: str) -> None:
     said = {"label_field": text, "prompt_field": text, "labels": [text, "b"]}
     folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": text}, task=said)
-    run = run_of(f"init_from={folder}", "data.validation=x", judge=True)
+    run = run_of(f"init_from={folder}", "data.validation=x", evaluation=True)
     assert run.data.text_field == run.task.label_field == run.task.prompt_field == text
     assert run.task.labels == [text, "b"]
 
@@ -144,7 +144,7 @@ def test_a_label_that_means_a_missing_value(classifier: Path, tmp_path: Path) ->
         run_of("task=classify", f"init_from={quoted(classifier)}", "data.sequence_length=16")
     folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": "???"})
     with pytest.raises(UserError, match=r"data.text_field: '\?\?\?' means a missing value"):
-        run_of(f"init_from={folder}", "data.validation=x", judge=True)
+        run_of(f"init_from={folder}", "data.validation=x", evaluation=True)
     records = [Record(f"line {n}", {"label": label}) for n, label in enumerate(["a", "???"])]
     with pytest.raises(BadRecord, match=r"^line 1: the label '\?\?\?' means a missing value"):
         find_labels(TaskConfig(), records)

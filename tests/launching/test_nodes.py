@@ -160,7 +160,7 @@ def test_two_hosts_are_apart_and_can_be_parted(tmp_path: Path) -> None:
         assert output.read_text().splitlines()[-1] == "nodeB"
         second.cut()
         assert not reached()
-        second.mend()
+        second.reconnect()
         while not reached():
             assert time.monotonic() < patience
         sleeper = second.start(["setsid", "--fork", "sleep", "1000"], output)
@@ -192,7 +192,7 @@ def test_a_cable_is_out_for_longer_than_the_timeout(nodes: Nodes, straight: Loss
     nodes.train_until_struck()
     second.cut()
     nodes.wait_until(lambda: all(GONE in nodes.said(host) for host in nodes.hosts), "both notice")
-    second.mend()
+    second.reconnect()
     assert nodes.wait_for_end(first, second) == [0, 0]
     nodes.check_continued(data=2)
     nodes.check_readable(first, second)
@@ -208,7 +208,7 @@ def test_a_host_fails_and_is_started_again(nodes: Nodes, straight: Losses, end: 
     nodes.train_until_struck()
     getattr(second, end)()
     nodes.wait_until(lambda: GONE in nodes.said(first), "the other host notices")
-    second.mend()
+    second.reconnect()
     nodes.start(second, *TORCHRUN)
     assert nodes.wait_for_end(first, second) == [0, 0]
     nodes.check_continued(data=2)

@@ -1,4 +1,4 @@
-"""Made-up examples for classifiers, and the same small run under the engine and by transformers' own class."""
+"""Synthetic examples for classifiers, and one small run with the engine and with transformers' class."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PROBLEMS = {
     "regression": Labels(("LABEL_0",), ProblemType.regression),
 }
 NO_DROPOUT = {"dropout": 0.0, "layerdrop": 0.0}
-HELD_OUT = 7  # examples: no even number of batches
+HELD_OUT = 7  # examples; not a multiple of the batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """`size` examples of 1 to 16 tokens, each a pure function of its number."""
+    """`size` examples of 1 to 16 tokens, each a pure function of its index."""
 
     problem: str
     size: int
@@ -62,8 +62,8 @@ def feed_for(run: Run, problem: str, data_rank: int = 0, data_size: int = 1) -> 
 
 
 def train(run: Run, problem: str, folder: str | None) -> tuple[list[float], Any, dict[str, Any]]:
-    """On the crew, from the weights in `folder` or drawn ones: losses, the validation, this rank's part of every
-    weight."""
+    """Runs on the crew, from the weights in `folder` or random ones. Returns losses, the validation result, and this
+    rank's part of every weight."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
@@ -83,7 +83,7 @@ def train(run: Run, problem: str, folder: str | None) -> tuple[list[float], Any,
 
 
 def their_model(problem: str, folder: Path) -> Any:
-    """A small OPTForSequenceClassification of transformers, saved in `folder`."""
+    """Save a small OPTForSequenceClassification of transformers in `folder`."""
     from transformers import OPTConfig, OPTForSequenceClassification
 
     labels = PROBLEMS[problem]
@@ -100,7 +100,7 @@ def their_model(problem: str, folder: Path) -> Any:
 
 
 def train_theirs(model: Any, run: Run, problem: str) -> list[float]:
-    """transformers' losses of the same steps, on one plain process with torch's AdamW."""
+    """The losses of the same steps with transformers and torch's AdamW, in one process."""
     from opt_parallel.optim import learning_rate
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)

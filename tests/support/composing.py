@@ -1,4 +1,4 @@
-"""What the commands make of their arguments, short of running them."""
+"""Parses the commands' arguments without running the commands."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from opt_parallel.config.run import Run
 from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, divide, rendered
 
 
-def run_of(*arguments: str, judge: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
-    """The run of a command line of train.py, or with `judge` of scripts/evaluate.py; `tokenizer`: after a look into
-    it, which may be elsewhere."""
+def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
+    """The run of a command line of train.py, or with `evaluation` of scripts/evaluate.py. `tokenizer`: also read the
+    special tokens from the tokenizer, which may be on the hub."""
     overrides = checked(arguments, TEXTS)
     register_schema()
     with initialize_config_dir(str(configs), version_base="1.3"):
@@ -31,7 +31,7 @@ def run_of(*arguments: str, judge: bool = False, configs: Path = ROOT / "configs
         HydraConfig.instance().set_config(config)
         with open_dict(config):
             del config["hydra"]
-    if judge:
+    if evaluation:
         inherit_for_evaluation(config, overrides)
     start_from_checkpoint(config, overrides)
     if tokenizer:
@@ -40,7 +40,7 @@ def run_of(*arguments: str, judge: bool = False, configs: Path = ROOT / "configs
 
 
 def dry(*arguments: str) -> str:
-    """What launch/submit.py would start."""
+    """The command, script or manifests that launch/submit.py would start."""
     ours, theirs = divide(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(ROOT / "configs", ours, theirs)
     check(launch, run)
@@ -53,13 +53,13 @@ def load_script(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
+    sys.modules[spec.name] = module  # dataclasses look the module up there
     spec.loader.exec_module(module)
     return module
 
 
 def parser_of(name: str) -> ArgumentParser:
-    """The parser that a script's `main` makes."""
+    """The parser of a script's `main`."""
 
     class Made(Exception):
         pass
@@ -77,7 +77,7 @@ def parser_of(name: str) -> ArgumentParser:
 
 
 def options_of(name: str) -> list[tuple[str | None, Action]]:
-    """A script's options and positional arguments, each with its verb."""
+    """A script's options and positional arguments, each with its subcommand."""
 
     def walk(parser: ArgumentParser, verb: str | None) -> Iterator[tuple[str | None, Action]]:
         for action in parser._actions:
@@ -90,5 +90,5 @@ def options_of(name: str) -> list[tuple[str | None, Action]]:
     return list(walk(parser_of(name), None))
 
 
-# those that take options; no other is called here, since its `main` would do its work
+# scripts with options; the `main` of others would do its work
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "parsed(" in path.read_text())

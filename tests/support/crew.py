@@ -1,7 +1,7 @@
-"""Worker processes that live as long as the test session, so that a multi-process test costs milliseconds.
+"""Worker processes for the whole test session, so that a multi-process test starts in milliseconds.
 
-The parent sends a function by name with its arguments; every rank runs it and answers with its result or its
-traceback; assertions stand in the parent. The processes meet through a file, so no port is taken.
+The parent sends a function by name with its arguments. Every rank runs it and returns its result or its traceback. The
+parent asserts. The rendezvous is a file, so no port is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATIENCE = 240.0  # seconds for one function
 
 
 class Crew:
-    """`size` processes of one thread each, joined in a gloo group. `all_seconds`: CPU seconds of all crews so far."""
+    """`size` processes with one thread each, in a gloo group. `all_seconds`: CPU seconds of all crews so far."""
 
     all_seconds = 0.0
 
@@ -35,11 +35,11 @@ class Crew:
                 arguments = [__file__, listener.address, str(folder / f"crew-{size}")]
                 process = fork_server().start(arguments, ROOT, environment(**ranks), 1, 2)
                 pipe = listener.accept()
-                pipe.send((sys.path, bytes(current_process().authkey)))  # tensors come through sockets that ask for it
+                pipe.send((sys.path, bytes(current_process().authkey)))  # sockets that transfer tensors need it
                 self.members.append((process, pipe))
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
-        """What `function` returned on each rank.
+        """The results of `function` by rank.
 
         Raises: AssertionError with the ranks' tracebacks."""
         for _, pipe in self.members:

@@ -1,4 +1,4 @@
-"""Checkpoints as training leaves them, and exports with a fault put in."""
+"""Training checkpoints, and exports with an injected fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layouts import Layout, micro_batches, run_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LAYOUT = Layout(tensor=2, data=2, stage=3)  # everything that a checkpoint can be put together from
+LAYOUT = Layout(tensor=2, data=2, stage=3)  # a layout that uses every way to split a tensor
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
@@ -26,14 +26,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(crew: Any, folder: Path, variant: str) -> Path:
-    """Two steps of training in `LAYOUT`, saved under `folder`."""
+    """Train two steps in `LAYOUT`, and save under `folder`."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
     crew(LAYOUT.world)(_save, str(folder), variant)
     return folder / "run" / "checkpoints" / "step-2"
 
 
 def _save(folder: str, variant: str) -> None:
-    """On the crew."""
+    """Runs on the crew."""
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.config.model import Activation
     from opt_parallel.config.run import RunConfig
@@ -52,7 +52,7 @@ def _save(folder: str, variant: str) -> None:
     )
     tokenizer = Path(folder) / "tokenizer"
     with Topology.open(run.parallel.tensor) as topology:
-        if topology.is_main:  # before the steps, after which it is there for every rank
+        if topology.is_main:  # before the steps, so that it exists for every rank afterwards
             texts = [f"Sentence {number} of a made-up text." for number in range(50)]
             save_tokenizer(train_tokenizer(texts, run.model.vocab_size), tokenizer)
         engine, clock = Engine.build(run, topology, random_source(run.seed)), Clock()
@@ -67,7 +67,7 @@ def _save(folder: str, variant: str) -> None:
 
 
 def tampered(export: Path, copy: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of a single-file export with its tensors changed."""
+    """Copy a single-file export and change its tensors."""
     shutil.copytree(export, copy)
     tensors = load_file(copy / "model.safetensors")
     change(tensors)

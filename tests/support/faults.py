@@ -1,11 +1,11 @@
-"""A file system that refuses, played by a small library in front of the C library's calls.
+"""Simulates file system errors with a small LD_PRELOAD library.
 
     python("train.py", …, **faults("write ENOSPC */metrics.jsonl", "fsync EINVAL */", when=folder / "now"))
 
-Each rule is a call, an error and a pattern (fnmatch) of absolute paths; a folder's ends with a slash. The error HANG is
-none: the call waits for the file `until`, and is made then. `when`: rules hold while that file exists. Calls: open (to
-write), write, truncate, fsync, rename, link, mkdir, remove (of files and folders), flock. Needs gcc and Linux;
-`why_not` says what is missing.
+Each rule is a call, an error and a pattern (fnmatch) of absolute paths; the pattern of a folder ends with a slash.
+HANG is not an error: the call waits until the file `until` exists. `when`: the rules apply while that file exists.
+Calls: open (to write), write, truncate, fsync, rename, link, mkdir, remove (files and folders), flock. Needs gcc and
+Linux; `why_not` names what is missing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 
 def why_not() -> str | None:
-    """What this machine lacks, None where it lacks nothing."""
+    """The missing requirement, or None."""
     return None if sys.platform == "linux" and shutil.which("gcc") else "a played file system needs Linux and gcc"
 
 
 def faults(*rules: str, when: Path | None = None, until: Path | None = None) -> dict[str, str]:
-    """The environment of a process for which the rules hold."""
+    """The environment of a process to which the rules apply."""
     numbered = []
     for rule in rules:
         call, name, pattern = rule.split(" ", 2)

@@ -1,11 +1,11 @@
-"""A process that has torch, DeepSpeed and Hydra imported and forks for each command that a test starts.
+"""A process with torch, DeepSpeed and Hydra imported, which forks for each command that a test starts.
 
 A cold start of train.py spends two thirds of its time on imports. A forked command runs the same file with the same
-arguments, environment, folder and streams, and ends as an interpreter of its own does.
+arguments, environment, folder and streams, and exits like a separate interpreter.
 
-Protocol: one connection to a Unix socket a command. The client sends a JSON request together with the descriptors of
-stdout and stderr; the server answers with the process's id, and at its end with the exit status and its CPU seconds. A
-client that hangs up has its command killed.
+Protocol: one connection to a Unix socket per command. The client sends a JSON request with the descriptors of stdout
+and stderr. The server answers with the process id, and at the end with the exit status and the CPU seconds. If the
+client disconnects, the server kills the command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PRELOADED = (
 
 
 class ForkServer:
-    """The client's side: starts the server at once, and ends it with this process."""
+    """The client. Starts the server at once; the server ends with this process."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.path = str(Path(tempfile.mkdtemp()) / "commands")
@@ -50,7 +50,7 @@ class ForkServer:
         atexit.register(self.process.kill)
 
     def start(self, arguments: list[str], folder: Path, environment: dict[str, str], out: int, err: int) -> Forked:
-        """Run a Python file; `out` and `err` are the descriptors that it writes to."""
+        """Run a Python file. `out`, `err`: descriptors for its output."""
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.path)
         request = {"arguments": arguments, "folder": str(folder), "environment": environment}
@@ -59,9 +59,9 @@ class ForkServer:
 
 
 class Forked:
-    """A command that runs in a fork of the server. `status`: as subprocess gives it, once it has ended.
+    """A command in a fork of the server. `status`: as in subprocess, after the end.
 
-    `all_seconds`: CPU seconds of all commands that have ended."""
+    `all_seconds`: CPU seconds of all ended commands."""
 
     all_seconds = 0.0
 
@@ -124,7 +124,7 @@ def serve(listener: socket.socket) -> dict[str, Any]:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Be the command that was asked for, with its own session, streams, folder and environment."""
+    """Run the requested command in this fork, with its own session, streams, folder and environment."""
     os.setsid()
     for descriptor, target in zip(request["descriptors"], (1, 2), strict=True):
         os.dup2(descriptor, target)
@@ -142,7 +142,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def preload() -> None:
-    """Import what commands import. No thread may be alive afterwards: a fork would lose it."""
+    """Import the commands' libraries. No thread may be alive afterwards, because a fork would lose it."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from opt_parallel.runtime.log import quiet_libraries
 

@@ -1,13 +1,13 @@
-"""Two hosts on one machine: network namespaces joined by a cable, each with an address, a host name and processes of
-its own, and the machine's file system for both.
+"""Two hosts on one machine: network namespaces connected by a virtual cable. Each has its own address, host name and
+processes. They share the machine's file system.
 
     with two_hosts() as (first, second):
         launcher = first.start(["torchrun", …], output)     # on nodeA, 10.77.0.1
         second.cut()                                        # the cable is out …
-        second.mend()                                       # … and in again
+        second.reconnect()                                  # … and in again
         second.fail()                                       # the power is off
 
-Needs Linux, root and iproute2; `why_not` says what is missing.
+Needs Linux, root and iproute2; `why_not` names what is missing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pathlib import Path
 
 from command import ROOT, environment
 
-FILES = Path("/etc/netns")  # `ip netns exec NAME` puts NAME's files over those of /etc
-NAMESPACE = re.compile(r"opt-nodes-(\d+)-[AB]")  # the number is the process that made it: two test sessions, four hosts
+FILES = Path("/etc/netns")  # `ip netns exec NAME` mounts NAME's files over those of /etc
+NAMESPACE = re.compile(r"opt-nodes-(\d+)-[AB]")  # with the id of the creating process: test sessions do not collide
 NAMES, ADDRESSES = ("nodeA", "nodeB"), ("10.77.0.1", "10.77.0.2")
 
 
 def why_not() -> str | None:
-    """What this machine lacks for making hosts, None where it lacks nothing."""
+    """The missing requirement, or None."""
     missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
     if missing:
         return f"two hosts need {' and '.join(missing)} (iproute2, util-linux)"
@@ -43,14 +43,14 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two: `name` is what it calls itself and is called by the other."""
+    """One of the two hosts. `name`: its host name, which both hosts resolve."""
 
     name: str
     address: str
     namespace: str
 
     def start(self, command: Sequence[str], output: Path, **env: str) -> subprocess.Popen[bytes]:
-        """Start a command in the repository's folder; what it prints is appended to `output`."""
+        """Start a command in the repository's folder; append its output to `output`."""
         named = ["unshare", "--uts", "sh", "-c", f'hostname {self.name}; exec "$@"', "sh"]
         with output.open("ab") as file:
             return subprocess.Popen(
@@ -60,16 +60,17 @@ class Host:
             )  # fmt: skip
 
     def processes(self) -> list[int]:
-        """All that runs here, in whatever session: a launcher gives each rank one of its own."""
+        """All processes of the host, in any session: a launcher gives each rank its own session."""
         return [int(number) for number in _ip("netns", "pids", self.namespace).split()]
 
     def fail(self) -> None:
-        """Lose power: all that runs here ends, and nobody is told. `mend` brings the host back, empty."""
-        self.cut()  # first: or the system would reset the connections of what is killed
+        """Lose power: all processes end without a network message. `reconnect` starts the host again, without
+        processes."""
+        self.cut()  # first, or the system would reset the connections of killed processes
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to all that runs here, and to what it starts meanwhile; the system says so to the other host."""
+        """SIGKILL all processes, also those started meanwhile. The system resets their connections."""
         while left := self.processes():
             for process in left:
                 with suppress(ProcessLookupError):
@@ -77,17 +78,17 @@ class Host:
             time.sleep(0.05)
 
     def cut(self) -> None:
-        """Take the cable out: nothing comes through, in neither direction."""
+        """Unplug the cable, in both directions."""
         _ip("-netns", self.namespace, "link", "set", "cable", "down")
 
-    def mend(self) -> None:
-        """Put the cable in again."""
+    def reconnect(self) -> None:
+        """Plug the cable in again."""
         _ip("-netns", self.namespace, "link", "set", "cable", "up")
 
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """nodeA and nodeB, which are gone with all their processes when the context ends."""
+    """nodeA and nodeB. The end of the context removes them with all their processes."""
     _remove_left_behind()
     hosts = tuple(
         Host(name, address, f"opt-nodes-{os.getpid()}-{name[-1]}")
@@ -103,7 +104,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             "peer", "name", "cable", "netns", second.namespace)  # fmt: skip
         for host in hosts:
             _ip("-netns", host.namespace, "address", "add", f"{host.address}/24", "dev", "cable")
-            host.mend()
+            host.reconnect()
         yield first, second
     finally:
         for host in hosts:
@@ -111,7 +112,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def _write_files(host: Host) -> None:
-    """Who is who, and nobody to ask for other names: looking one up fails at once instead of waiting."""
+    """Host names without a name server, so that looking up another name fails at once."""
     folder = FILES / host.namespace
     folder.mkdir(parents=True)
     known = "".join(f"{address} {name}\n" for name, address in zip(NAMES, ADDRESSES, strict=True))
@@ -120,7 +121,7 @@ def _write_files(host: Host) -> None:
 
 
 def _remove_left_behind() -> None:
-    """What a test session left that was itself killed."""
+    """Remove the hosts of a killed test session."""
     for name in _namespaces():
         owner = NAMESPACE.fullmatch(name)
         if owner and not Path(f"/proc/{owner[1]}").exists():

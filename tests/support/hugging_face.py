@@ -1,4 +1,4 @@
-"""Small OPT checkpoints as transformers writes them, and as TensorFlow and Flax once did."""
+"""Small OPT checkpoints in the formats of transformers, and of its former TensorFlow and Flax classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def random_model(variant: dict[str, Any] | None = None, kind: str = "OPTForCausalLM") -> Any:
-    """A transformers model of random weights, biases and LayerNorms away from 0 and 1; the same at every call."""
+    """A deterministic transformers model with random weights; biases and LayerNorms differ from 0 and 1."""
     import transformers
 
     torch.manual_seed(3)
@@ -46,15 +46,15 @@ def logits_of(model: Any) -> Tensor:
 
 
 def write_h5(model: Any, folder: Path, layout: str) -> None:
-    """`model` as TFOPTForCausalLM.save_pretrained of transformers 4.53 lays it out; its dtypes are numpy's.
+    """Write `model` in the layout of TFOPTForCausalLM.save_pretrained of transformers 4.53, in numpy's dtypes.
 
-    `single`: Keras's groups, layer and class before each name. `split`: datasets under bare names, with an index."""
+    `single`: Keras's groups, with layer and class before each name. `split`: datasets with bare names, and an index."""
     import h5py
 
     _write_config(model, folder)
     arrays = {
         _other_name(name, {"weight": "kernel"}, {"weight": "gamma", "bias": "beta"}) + ":0": values
-        for name, values in _turned(model).items()
+        for name, values in _transposed(model).items()
     }
     arrays = {name.replace("embed_positions/weight", "embed_positions/embeddings"): a for name, a in arrays.items()}
     if layout == "single":
@@ -72,8 +72,8 @@ def write_h5(model: Any, folder: Path, layout: str) -> None:
 
 
 def write_msgpack(model: Any, folder: Path, layout: str, chunk: int | None = None) -> None:
-    """`model` as FlaxOPTForCausalLM.save_pretrained of transformers 4.53 lays it out, arrays of more than `chunk`
-    elements in chunks of so many; bfloat16 where the model is."""
+    """Write `model` in the layout of FlaxOPTForCausalLM.save_pretrained of transformers 4.53, in the model's dtype.
+    Arrays of more than `chunk` elements are written in chunks."""
     import msgpack
 
     _write_config(model, folder)
@@ -96,7 +96,7 @@ def write_msgpack(model: Any, folder: Path, layout: str, chunk: int | None = Non
 
     parts: list[dict[str, Any]] = [{}, {}]
     files = {}
-    for number, (name, values) in enumerate(_turned(model).items()):
+    for number, (name, values) in enumerate(_transposed(model).items()):
         path = _other_name(name, {"weight": "kernel"}, {"weight": "scale"}).replace("layers.", "layers/")
         path = path.replace("embed_tokens/weight", "embed_tokens/embedding")
         path = path.replace("embed_positions/weight", "embed_positions/embedding")
@@ -115,8 +115,8 @@ def write_msgpack(model: Any, folder: Path, layout: str, chunk: int | None = Non
     _write_index(folder / "flax_model.msgpack.index.json", files)
 
 
-def _turned(model: Any) -> dict[str, Any]:
-    """Its parameters as numpy arrays, products' matrices as (in, out); bfloat16 as its bits, which numpy lacks."""
+def _transposed(model: Any) -> dict[str, Any]:
+    """The parameters as numpy arrays, matrices transposed to (in, out); bfloat16, which numpy lacks, as uint16."""
     arrays = {}
     for name, tensor in model.named_parameters():
         product = tensor.ndim == 2 and "embed_" not in name

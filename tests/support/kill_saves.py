@@ -1,9 +1,10 @@
-"""Kills a run while it saves, again and again: each start must find a whole checkpoint and go on as if never killed.
+"""Kills a run repeatedly while it saves. Each start must find a complete checkpoint and resume as if never killed.
 
     PYTHONPATH=.:tests/support python tests/support/kill_saves.py --kills 30 --seed 0
 
-A run of two processes saves after every step. Each of its starts is ended with SIGKILL, to one rank or to all and the
-launcher, at a random moment after a checkpoint's temporary folder appears. `--every 2` leaves the loop time between.
+A run of two processes saves after every step. Each start is killed with SIGKILL, to one rank or to all ranks and
+the launcher, at a random moment after a checkpoint's temporary folder appears. With `--every 2` there is time between
+saves.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from opt_parallel.checkpoint.damage import damage_in
 from opt_parallel.checkpoint.folders import steps_in
 
 PATIENCE = 240.0  # seconds for one start
-# 116 MB a checkpoint: its saving takes as long as a few steps, and most moments of the run are moments of a save
+# 116 MB per checkpoint: a save takes as long as a few steps, so the run is saving most of the time
 LARGE = [
     "model.hidden_size=512", "model.ffn_dim=2048", "model.num_hidden_layers=3", "model.vocab_size=301",
     "model.layerdrop=0.2", "zero.stage=1",
 ]  # fmt: skip
-STALE = "stale"  # put into what a kill left behind, to know it from a new save; no checkpoint may ever hold it
+STALE = "stale"  # put into the leftovers of a kill, to distinguish them from a new save; no checkpoint may contain it
 LAYOUTS = {"t2": ["parallel.tensor=2"], "d2": ["parallel.tensor=1"]}
 
 
 @dataclass
 class Tally:
-    """What the kills found: to whom, and what of the save was there at that moment."""
+    """Statistics of the kills: the victims, and the state of the save at that moment."""
 
     whom: Counter[str] = field(default_factory=Counter)
     moments: Counter[str] = field(default_factory=Counter)
-    begun_at: list[int] = field(default_factory=list)  # the steps that the starts began at
+    resumed_at: list[int] = field(default_factory=list)  # the steps at which the starts resumed
 
 
 class Start:
@@ -61,7 +62,7 @@ class Start:
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:
-        """The ranks' processes, which are in sessions of their own and outlive their launcher."""
+        """The ranks' processes, which are in their own sessions and outlive their launcher."""
         try:
             return list(
                 map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())
@@ -70,7 +71,7 @@ class Start:
             return []
 
     def kill(self, victim: int | None) -> None:
-        """SIGKILL to one rank, whereupon the launcher must end the other, or to all and the launcher."""
+        """SIGKILL one rank, after which the launcher must end the other, or all ranks and the launcher."""
         if victim is not None:
             os.kill(self.ranks()[victim], signal.SIGKILL)
             while self.running:
@@ -78,14 +79,14 @@ class Start:
         self.end()
 
     def end(self) -> None:
-        """Leave nothing of it alive."""
+        """Kill all remaining processes."""
         for process in self.ranks():
             os.kill(process, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
 
     def text(self) -> str:
-        """All that it printed."""
+        """The output so far."""
         self.output.seek(0)
         return self.output.read()
 
@@ -95,7 +96,7 @@ def partials(checkpoints: Path) -> list[Path]:
 
 
 def moment_of(checkpoints: Path) -> str:
-    """What a kill left of the save that it struck."""
+    """The state of the interrupted save."""
     for folder in partials(checkpoints):
         names = {path.name for path in folder.iterdir()}
         if "manifest.json" in names:
@@ -106,8 +107,8 @@ def moment_of(checkpoints: Path) -> str:
     return "no save on its way"
 
 
-def strike(start: Start, checkpoints: Path, draw: random.Random, tally: Tally) -> None:
-    """Wait for one of its saves, and kill within it. The run must not end before."""
+def kill_during_save(start: Start, checkpoints: Path, draw: random.Random, tally: Tally) -> None:
+    """Wait for a save, and kill during it. The run must not end before."""
     for folder in partials(checkpoints):
         (folder / STALE).touch()
     awaited, seen = draw.randrange(1, 4), set[Path]()
@@ -116,7 +117,7 @@ def strike(start: Start, checkpoints: Path, draw: random.Random, tally: Tally) -
     while len(seen) < awaited:
         assert start.running, f"ended before it was killed:\n{start.text()}"
         for folder in set(partials(checkpoints)) - seen:
-            taken = time.monotonic() - began if seen else taken  # from one save's begin to the next's
+            taken = time.monotonic() - began if seen else taken  # from the start of one save to the start of the next
             began = time.monotonic()
             seen.add(folder)
         time.sleep(0.001)
@@ -126,8 +127,8 @@ def strike(start: Start, checkpoints: Path, draw: random.Random, tally: Tally) -
     tally.moments[moment_of(checkpoints)] += 1
 
 
-def whole_steps(checkpoints: Path) -> list[int]:
-    """The steps that have a checkpoint, each of which must be whole to the last bit."""
+def complete_steps(checkpoints: Path) -> list[int]:
+    """The steps with a checkpoint. Asserts that each checkpoint is complete and undamaged."""
     for step in steps_in(checkpoints):
         damage = damage_in(checkpoints / f"step-{step}")
         assert not damage, f"step-{step}: {damage}"
@@ -135,8 +136,8 @@ def whole_steps(checkpoints: Path) -> list[int]:
     return steps_in(checkpoints)
 
 
-def begun_at(text: str) -> int:
-    """The step that a start says it began at."""
+def resumed_at(text: str) -> int:
+    """The step at which a start resumed, from its output."""
     for line in text.splitlines():
         if line.startswith("continuing at step "):
             return int(line.split()[3].rstrip(":"))
@@ -145,7 +146,7 @@ def begun_at(text: str) -> int:
 
 
 def kill_saves(folder: Path, kills: int, seed: int, layout: str = "t2", every: int = 1) -> Tally:
-    """Kill a run `kills` times, let it end, and hold its losses to a run's that was never killed.
+    """Kill a run `kills` times, let it finish, and compare its losses with those of an uninterrupted run.
 
     Raises: AssertionError."""
     draw, tally = random.Random(seed), Tally()
@@ -157,11 +158,11 @@ def kill_saves(folder: Path, kills: int, seed: int, layout: str = "t2", every: i
     for number in range(kills):
         start = Start(common)
         try:
-            strike(start, checkpoints, draw, tally)
+            kill_during_save(start, checkpoints, draw, tally)
         finally:
             start.end()
         check_start(start.text(), kept, tally)
-        before, kept = kept, whole_steps(checkpoints)
+        before, kept = kept, complete_steps(checkpoints)
         assert not before or kept[-1:] >= before[-1:], f"the checkpoint of step {before[-1]} is lost"
         print(f"kill {number + 1}: {moment_of(checkpoints)}, whole: {kept}", flush=True)
     check_start(finish(common), kept, tally)
@@ -175,7 +176,7 @@ def kill_saves(folder: Path, kills: int, seed: int, layout: str = "t2", every: i
 
 
 def finish(arguments: list[str]) -> str:
-    """A start that ends by itself; what it printed."""
+    """Run a start to its end; return its output."""
     start = Start(arguments)
     try:
         while start.running:
@@ -187,11 +188,11 @@ def finish(arguments: list[str]) -> str:
 
 
 def check_start(text: str, kept: list[int], tally: Tally) -> None:
-    """A start must begin at the newest checkpoint that the kill before it left, and find nothing damaged."""
-    step = begun_at(text)
+    """A start must resume at the newest checkpoint that remains after the previous kill, and find no damage."""
+    step = resumed_at(text)
     assert step == (kept[-1] if kept else 0), text
     assert "damaged" not in text, text
-    tally.begun_at.append(step)
+    tally.resumed_at.append(step)
 
 
 if __name__ == "__main__":
@@ -203,4 +204,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         result = kill_saves(Path(scratch), options.kills, options.seed, options.layout, options.every)
-    print(f"killed {dict(result.whom)}; found {dict(result.moments)}; starts began at {result.begun_at}")
+    print(f"killed {dict(result.whom)}; found {dict(result.moments)}; starts began at {result.resumed_at}")

@@ -1,4 +1,4 @@
-"""The same small run on one plain process and under the engine in any layout."""
+"""One small run, in a single plain process and with the engine in any layout."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ TINY = {
     "max_position_embeddings": 64,
     "init_std": 0.08,
     "attention_dropout": 0.0,
-}  # 515 divides by neither 2 nor 4: the padded vocabulary is always in play
+}  # 515 is not a multiple of 2 or 4, so the vocabulary is always padded
 STYLE_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a run is spread: tensor and data degrees, ZeRO stage, micro-batch, recomputation, offload."""
+    """A layout: tensor and data degrees, ZeRO stage, micro-batch, recomputation, offload."""
 
     tensor: int = 1
     data: int = 1
@@ -60,7 +60,7 @@ class Layout:
 
 
 def pairwise(layouts: list[Layout]) -> list[Layout]:
-    """Some of `layouts`, in which each pair of settings appears that appears in any of them."""
+    """A subset of `layouts` that covers every pair of settings of `layouts`."""
     wanted = set().union(*map(_pairs, layouts))
     chosen: list[Layout] = []
     while missing := wanted.difference(*map(_pairs, chosen)):
@@ -98,7 +98,7 @@ def run_for(layout: Layout, model: dict[str, Any] | None = None, steps: int = 5,
 
 
 def batch_of(run: Run, samples: range) -> Batch:
-    """Made-up samples, each a pure function of its ordinal, with uneven numbers of labels that do not count."""
+    """Synthetic samples, each a pure function of its index, with different numbers of ignored labels."""
     length = run.data.sequence_length
     rows, labels = [], []
     for sample in samples:
@@ -118,7 +118,7 @@ def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> list[B
 
 
 def train(run: Run) -> tuple[list[float], list[float], dict[str, Any]]:
-    """On the crew: losses, gradient norms, and this rank's part of every weight (range, values)."""
+    """Runs on the crew. Returns losses, gradient norms, and this rank's part of every weight (range, values)."""
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
     from opt_parallel.parallel.topology import Topology
@@ -136,7 +136,7 @@ def train(run: Run) -> tuple[list[float], list[float], dict[str, Any]]:
 
 
 def weights_of(engine: Any) -> dict[str, Any]:
-    """On the crew, all ranks together: this tensor rank's part of every fp32 weight, (logical shape, range, values)."""
+    """Runs on all ranks of the crew. This tensor rank's part of every fp32 weight: (logical shape, range, values)."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from opt_parallel.parallel.shard import marked
@@ -150,7 +150,7 @@ def weights_of(engine: Any) -> dict[str, Any]:
 
 
 def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """The same run on one process without DeepSpeed: the truth that every layout is held to."""
+    """The same run in one process without DeepSpeed: the reference for every layout."""
     from opt_parallel.model.heads import CausalLM
     from opt_parallel.optim import build_optimizer, learning_rate
     from opt_parallel.parallel.random import Draw
@@ -177,7 +177,7 @@ def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]
 
 
 def assemble(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The logical tensors out of every rank's parts; ranks that hold the same part must agree."""
+    """Assemble the logical tensors from all ranks' parts; replicas must agree."""
     whole: dict[str, Tensor] = {}
     for weights in parts:
         for name, (shape, ranges, values) in weights.items():

@@ -1,4 +1,4 @@
-"""Small LoRA runs on a checkpoint of transformers', for the crew."""
+"""Small LoRA runs on a checkpoint from transformers, for the crew."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK, ALPHA = 4, 12.0
 
 
 def write_base(folder: Path, variant: str = "pre-norm", kind: str = "OPTForCausalLM", **config: Any) -> Path:
-    """What transformers saves of a random model."""
+    """Save a random model with transformers."""
     random_model({**VARIANTS[variant], **config}, kind).save_pretrained(folder)
     return folder
 
@@ -28,7 +28,7 @@ def write_base(folder: Path, variant: str = "pre-norm", kind: str = "OPTForCausa
 def run_on(
     base: Path, folder: Path, layout: Layout, steps: int = 4, targets: tuple[str, ...] = LORA_TARGETS, **model: Any
 ) -> Run:
-    """A run in `folder` that adapts `base`, spread as `layout` says; `model` changes its dropouts."""
+    """A run in `folder` that adapts `base` in `layout`. `model`: changed dropout rates."""
     from opt_parallel.checkpoint.inherit import model_at
 
     if not (folder / "tokenizer").exists():
@@ -45,8 +45,8 @@ def run_on(
 
 
 def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
-    """On the crew: the run from where it stands to step `last`, saved after the steps `saves`: the losses and norms,
-    and the frozen parameters that are not bit by bit the base's any more."""
+    """Runs on the crew, from the present step to step `last`, and saves after the steps `saves`. Returns losses,
+    norms, and the frozen parameters that differ from the base."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.parallel.topology import Topology
@@ -75,7 +75,8 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
 
 
 def moved_from(engine: Any, weights: Any) -> list[str]:
-    """On the crew: the frozen parameters whose values are not `weights`', and the trained ones' names if none moved."""
+    """Runs on the crew. The frozen parameters that differ from `weights`, and the trained ones' names if none
+    changed."""
     import deepspeed
 
     from opt_parallel.parallel.shard import marked
@@ -92,7 +93,7 @@ def moved_from(engine: Any, weights: Any) -> list[str]:
 
 
 def go_plainly(run: Run) -> tuple[list[float], list[float]]:
-    """The same run on one process without DeepSpeed: losses and gradient norms."""
+    """The same run in one process without DeepSpeed: losses and gradient norms."""
     from layouts import batch_of
 
     from opt_parallel.checkpoint.sources import open_checkpoint
@@ -122,7 +123,7 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
 
 
 def go_with_peft(run: Run, model: Any) -> list[float]:
-    """The same run, without dropouts, as somebody would write it with transformers and `peft`: the losses."""
+    """The losses of the same run without dropout, written with transformers and `peft`."""
     from layouts import batch_of
 
     from opt_parallel.optim import learning_rate
@@ -148,9 +149,9 @@ def go_with_peft(run: Run, model: Any) -> list[float]:
 
 
 def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ()) -> None:
-    """On the crew: a checkpoint of step 0 whose trained tensors are random, B and a classifier's score included.
+    """Runs on the crew. Saves a checkpoint of step 0 with random trained tensors, including B and a classifier's score.
 
-    `names`: of the labels; numbered without."""
+    `names`: names of the labels; numbers by default."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.config.model import Labels, ProblemType
@@ -166,7 +167,7 @@ def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ())
         store = Store(run, topology, run.folder / "tokenizer", labels, base)
         engine, _ = begin(run, topology, store, None, start, labels)
         for fragment in held_fragments(engine.wrapped, run.zero.stage, topology.data.rank, engine.moments):
-            where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # ranks that hold the same draw the same
+            where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # replicas draw the same values
             fragment.weights.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(crc32(where.encode())))
         store.save(engine, Clock())
         store.finish()

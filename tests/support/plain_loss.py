@@ -1,4 +1,4 @@
-"""The vocabulary-parallel loss as one writes it first: all logits at once, the gradient by autograd's rules."""
+"""A straightforward vocabulary-parallel loss: all logits at once, the gradient by autograd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opt_parallel.parallel.topology import Group
 
 
 def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, words: range, group: Group) -> Tensor:
-    """What `vocab_parallel_linear_cross_entropy` computes, by `F.linear` and the loss below."""
+    """The result of `vocab_parallel_linear_cross_entropy`, computed by `F.linear` and the loss below."""
     return vocab_parallel_cross_entropy(F.linear(hidden, weight), labels, words.start, words.stop, group)
 
 
@@ -22,12 +22,12 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, start: int, sto
     """Sum of −log softmax(logits)[label] over the labels that are not −100.
 
     With m = max_v z_v:  −log p = m + log Σ_v exp(z_v − m) − z_label; maximum, sum and label's logit are each one
-    all-reduce of one number a token. The softmax runs in fp32 at least, and so does the gradient until it is multiplied
-    by the one that comes in: a loss scale then reaches fp16 before rounding does.
+    all-reduce of one number per token. The softmax is in fp32 at least, and so is the gradient until it is multiplied
+    by the incoming gradient. So the loss scale is applied before rounding to fp16.
 
     Args:
-        logits: (…, n), this rank's part; those from column stop − start on belong to padded rows.
-        labels: (…), ids of the whole vocabulary, or −100.
+        logits: (…, n), this rank's part; columns from stop − start on belong to padded rows.
+        labels: (…), ids of the full vocabulary, or −100.
         start, stop: the ids that this rank holds.
     """
     return _CrossEntropy.apply(logits, labels, start, stop, group)

@@ -1,4 +1,4 @@
-"""A user's rights for tests that root runs: root may read and write everything, so no folder is closed to it."""
+"""Drops root's privileges for tests that root runs, because root may read and write every folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ VERSION = (
 
 @contextmanager
 def ordinary_rights() -> Iterator[None]:
-    """Within the block this thread has no capabilities in effect: the modes of its own files count, whoever it is."""
+    """Inside the block, this thread has no effective capabilities, so file modes apply to it."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(VERSION, 0)
     before, none = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, before) == 0
-    none[1], none[4] = before[1], before[4]  # permitted, to take them back
+    none[1], none[4] = before[1], before[4]  # keep the permitted set, to restore the effective one
     assert libc.capset(header, none) == 0
     try:
         yield

@@ -1,11 +1,11 @@
-"""Ends runs by every signal, from every launcher, on every terminal: each must save, say so in its state, and go on as
-if it had never been ended.
+"""Ends runs by every signal, from every launcher, on every terminal. Each run must save, write its state, and resume
+as if it had not been interrupted.
 
-    PYTHONPATH=.:tests/support python tests/support/signals.py    # the whole table, half an hour and more
+    PYTHONPATH=.:tests/support python tests/support/signals.py    # the full table, half an hour or more
     PYTHONPATH=.:tests/support python tests/support/signals.py --launchers python --signals HUP QUIT
 
-A signal goes to the whole process group, as a terminal sends it: `tee` and torchrun get it, too. torchrun's ranks do
-not: each is a session of its own. Plain torchrun hands SIGUSR1 and SIGKILL on to nobody: the ranks must see that it is
+A signal goes to the process group, as a terminal sends it, so `tee` and torchrun get it too. torchrun's ranks do not,
+because each has its own session. Plain torchrun does not forward SIGUSR1 and SIGKILL: the ranks must notice that it is
 gone.
 """
 
@@ -50,8 +50,8 @@ MARK = "OPT_PARALLEL_TEST_RUN"  # the variable that all of a run's processes inh
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of one run. `losses`: whether all of them, after going on too, are the straight run's. `left`: how many
-    processes did not end."""
+    """The result of one run. `losses`: whether all losses, also after resuming, equal those of the uninterrupted run.
+    `left`: number of processes that did not end."""
 
     launcher: str
     terminal: str
@@ -65,17 +65,18 @@ class Cell:
 
     @property
     def right(self) -> bool:
-        """The launcher's own status is its own matter, but for plain Python's."""
+        """Whether the result is correct. The exit status counts only for plain Python."""
         alone = self.launcher != "python" or self.status == (130 if self.signal == "INT" else 75)
         saved = self.state == "stopped" and self.checkpoint == self.rows and self.losses == "the same"
         return alone and saved and not self.left
 
 
 class Running:
-    """A run in a process group of its own, and what its output goes to."""
+    """A run in its own process group, and the sink of its output."""
 
     def __init__(self, command: list[str], terminal: str, hangs_up: bool, folder: Path) -> None:
-        """`hangs_up`: the terminal is the group's own, so that its end is a SIGHUP; else only its output goes there."""
+        """`hangs_up`: the terminal controls the process group, so closing it sends SIGHUP; else it only gets the
+        output."""
         self.reader: subprocess.Popen[bytes] | None = None
         self.master: int | None = None
         self.name = folder.name
@@ -113,7 +114,7 @@ class Running:
         process.stdout.close()
 
     def _read(self, master: int) -> None:
-        with suppress(OSError):  # of a terminal that nobody has open any more
+        with suppress(OSError):  # EIO: the terminal is closed
             while not self._closing.is_set():
                 if select.select([master], [], [], 0.1)[0]:
                     os.read(master, 4096)
@@ -126,7 +127,7 @@ class Running:
         self.master = None
 
     def send(self, name: str) -> None:
-        """By a key, where the terminal has one for it."""
+        """Send a signal, by a terminal's key if there is one for it."""
         keys = {"INT": b"\x03", "QUIT": b"\x1c"}
         if self.master is not None and name in keys:
             os.write(self.master, keys[name])
@@ -134,7 +135,7 @@ class Running:
             os.killpg(self.pid, getattr(signal, f"SIG{name}"))
 
     def end(self) -> tuple[int, int]:
-        """The status, once all of its processes have ended; how many had to be killed."""
+        """Wait for all processes to end. Returns the status and the number of processes that had to be killed."""
         _, status = os.waitpid(self.pid, 0)
         if self.master is not None:
             self.close_terminal()
@@ -148,7 +149,7 @@ class Running:
         return os.waitstatus_to_exitcode(status), len(left)
 
     def _processes(self) -> list[int]:
-        """Those that inherited the mark, of whatever group and parent."""
+        """All processes that inherited the mark, in any group and with any parent."""
         mark, found = f"{MARK}={self.name}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended
@@ -162,7 +163,7 @@ def losses_in(run: Path) -> list[float]:
 
 
 def straight(folder: Path, processes: int) -> list[float]:
-    """The losses of a run that nothing ends."""
+    """The losses of an uninterrupted run."""
     run = folder / f"straight-{processes}"
     if not (run / "metrics.jsonl").exists():
         done = launch(processes, "train.py", *arguments(folder, run), f"stop_at={STRAIGHT}")
@@ -175,7 +176,7 @@ def arguments(folder: Path, run: Path) -> list[str]:
 
 
 def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
-    """End one run, and go on with it."""
+    """End one run by a signal, and resume it."""
     run = folder / "-".join(f"{launcher}{terminal}{name}".split()).replace("|", "-")
     command = [*LAUNCHERS[launcher], str(ROOT / "train.py"), *arguments(folder, run)]
     running = Running(command, terminal, hangs_up=name == "HUP", folder=folder / f"{run.name}-output")

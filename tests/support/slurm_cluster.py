@@ -1,4 +1,4 @@
-"""A Slurm of four nodes on this machine: Debian's munged, slurmctld and slurmd under one folder, root's alone."""
+"""A Slurm cluster of four nodes on this machine: Debian's munged, slurmctld and slurmd under one folder of root."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here; None if one can."""
+    """The missing requirement of a cluster, or None."""
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -66,19 +66,19 @@ def missing() -> str | None:
 
 @dataclass
 class Cluster:
-    """The running daemons, and what one asks them."""
+    """The running daemons, and queries to them."""
 
     folder: Path
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Ours, without another launcher's, and where Slurm's programs find this cluster."""
+        """The environment for Slurm's programs to find this cluster, without variables of other launchers."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         return {**ours, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __call__(self, *words: str, timeout: float = 60) -> str:
-        """What one of Slurm's programs prints."""
+        """The output of one of Slurm's programs."""
         done = subprocess.run(
             words, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
         )  # fmt: skip
@@ -95,9 +95,9 @@ class Cluster:
         self.start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """What a power cut does to a node: its daemon and every process of every job on it end at once.
+        """Simulate a power cut of a node: its daemon and all processes of its jobs end at once.
 
-        Those that hold a job's step first: they would tell what became of it."""
+        The job steps' daemons are killed first, because they would report the end of the step."""
         self.daemons.pop(node).kill()
         while here := self.processes(f"SLURMD_NODENAME={node}"):
             holders = {parent for pid in here if read(f"/proc/{(parent := parent_of(pid))}/comm") == "slurmstepd\n"}
@@ -105,24 +105,24 @@ class Cluster:
                 kill(pid)
 
     def processes(self, variable: str | None = None) -> list[int]:
-        """Processes of this cluster's jobs and daemons, by the variables that they were started with."""
+        """Processes of this cluster's jobs and daemons, found by their initial environment."""
         wanted = {f"SLURM_CONF={self.folder / 'slurm.conf'}", *([variable] if variable else [])}
         return [pid for pid, variables in environments() if wanted <= variables]
 
     def field(self, job: str, name: str) -> str:
-        """One of the values that Slurm keeps of a job."""
+        """A field of a job in Slurm."""
         words = self("scontrol", "show", "job", job, "--oneliner").split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
     def wait(self, job: str, *states: str, timeout: float = 900) -> str:
-        """The job's state, once it is one of `states`."""
+        """Wait until the job's state is one of `states`, and return it."""
         until(lambda: self.field(job, "JobState") in states, timeout, lambda: self("scontrol", "show", "job", job))
         return self.field(job, "JobState")
 
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Four nodes of two CPUs, partitions `batch` and `urgent`, which preempts. All of it ends with the context."""
+    """Four nodes of two CPUs, with the partitions `batch` and `urgent`, which preempts. Ends with the context."""
     for name in ("munge", "state", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True, mode=0o755)
     key = folder / "munge" / "key"
@@ -145,7 +145,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def idle(slurm: Cluster) -> int:
-    """How many nodes are up and free."""
+    """The number of idle nodes."""
     done = subprocess.run(
         ["sinfo", "--noheader", "--partition=batch", "--Node", "--states=idle", "--format=%N"],
         env=slurm.environment, capture_output=True, text=True, timeout=60, check=False,
@@ -170,14 +170,14 @@ def stop(slurm: Cluster) -> None:
 
 
 def environments() -> Iterator[tuple[int, set[str]]]:
-    """Every process, and the variables that it was started with."""
+    """The initial environment of every process."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and (text := read(f"{folder}/environ")):
             yield int(folder.name), set(text.split("\0"))
 
 
 def read(path: str) -> str:
-    """A file's text; nothing of one that is gone."""
+    """The text of a file; "" if it does not exist."""
     try:
         return Path(path).read_text(errors="replace")
     except OSError:
@@ -185,7 +185,7 @@ def read(path: str) -> str:
 
 
 def parent_of(pid: int) -> int:
-    """A process's parent; 0 of one that is gone."""
+    """The parent of a process; 0 if the process does not exist."""
     fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[1]) if fields else 0
 
@@ -198,7 +198,7 @@ def kill(pid: int) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at just now."""
+    """Ports that are free at the moment."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -206,9 +206,9 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def until(holds: Callable[[], bool], timeout: float, tell: Callable[[], str]) -> None:
-    """Wait until `holds()`, for `timeout` seconds at most; `tell` says what is wrong then."""
+def until(holds: Callable[[], bool], timeout: float, describe: Callable[[], str]) -> None:
+    """Wait until `holds()`, for at most `timeout` seconds. `describe`: the state for the error message."""
     end = time.monotonic() + timeout
     while not holds():
-        assert time.monotonic() < end, f"not within {timeout} s: {tell()}"
+        assert time.monotonic() < end, f"not within {timeout} s: {describe()}"
         time.sleep(0.2)

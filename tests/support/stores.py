@@ -1,4 +1,4 @@
-"""Token stores made of numbers, without text."""
+"""Token stores of given numbers, without text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opt_parallel.data.store.store import PartWriter, TokenStore, write_manifest
 
 
 def store_of(folder: Path, parts: Sequence[Sequence[list[int]]], tokens: int = 1 << 16) -> TokenStore:
-    """A store whose parts hold these documents."""
+    """A store with these documents in its parts."""
     columns = {"ids": ids_column(tokens), "lengths": LENGTHS}
     written = []
     for number, documents in enumerate(parts):
@@ -28,7 +28,7 @@ def store_of(folder: Path, parts: Sequence[Sequence[list[int]]], tokens: int = 1
 
 
 def counting_rows(folder: Path, size: int, length: int) -> Rows:
-    """Row i holds i·length to i·length + length: a stream of counting numbers, in parts that cut through rows."""
+    """A sequence of counting numbers: row i has i·length to i·length + length. Parts end inside rows."""
     stream = list(range(size * length + 1))
     cuts = [0, len(stream) // 3, len(stream) // 3 + 1, len(stream)]
     return Rows(store_of(folder, [[stream[a:b]] for a, b in pairwise(cuts)], 1 << 20), length)
