@@ -164,7 +164,7 @@ def kill_saves(folder: Path, kills: int, seed: int, layout: str = "t2", every: i
         check_start(start.text(), kept, tally)
         before, kept = kept, complete_steps(checkpoints)
         assert not before or kept[-1:] >= before[-1:], f"the checkpoint of step {before[-1]} is lost"
-        print(f"kill {number + 1}: {moment_of(checkpoints)}, whole: {kept}", flush=True)
+        print(f"kill {number + 1}: {moment_of(checkpoints)}, complete: {kept}", flush=True)
     check_start(finish(common), kept, tally)
     assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{steps - every}", f"step-{steps}"]
     struck, straight = (

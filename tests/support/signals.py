@@ -44,7 +44,7 @@ CELLS = [
 ]
 ROWS, LENGTH, LONGER = 12, 2000, 3  # rows at the signal; steps of a run; those made after going on
 STRAIGHT = 200  # steps that the straight run makes of them
-PATIENCE = 600.0
+TIMEOUT = 600.0
 MARK = "OPT_PARALLEL_TEST_RUN"  # the variable that all of a run's processes inherit
 
 
@@ -141,8 +141,8 @@ class Running:
             self.close_terminal()
         if self.reader is not None:
             self.reader.wait()
-        patience = time.monotonic() + PATIENCE
-        while (left := self._processes()) and time.monotonic() < patience:
+        deadline = time.monotonic() + TIMEOUT
+        while (left := self._processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
@@ -180,9 +180,9 @@ def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
     run = folder / "-".join(f"{launcher}{terminal}{name}".split()).replace("|", "-")
     command = [*LAUNCHERS[launcher], str(ROOT / "train.py"), *arguments(folder, run)]
     running = Running(command, terminal, hangs_up=name == "HUP", folder=folder / f"{run.name}-output")
-    metrics, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + TIMEOUT
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= ROWS):
-        assert time.monotonic() < patience, f"{run.name} does not train"
+        assert time.monotonic() < deadline, f"{run.name} does not train"
         time.sleep(0.02)
     if terminal == "closed terminal":
         running.close_terminal()

@@ -141,9 +141,7 @@ def read_meta(part: Path) -> PartMeta:
         text_bytes, position, bad = content["text_bytes"], content["position"], content.get("bad", [])
         return PartMeta(own, content["counts"], lengths, text_bytes, position, bad)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Damaged(
-            part.parent, f"{part.name}/{META} does not have the expected content ({one_line(error)})"
-        ) from error
+        raise Damaged(part.parent, f"{part.name}/{META} has the wrong content ({one_line(error)})") from error
 
 
 class PartMaker:

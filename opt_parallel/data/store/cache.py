@@ -1,7 +1,7 @@
 """Folders of `data.cache`, each built by one process while the others wait. A folder is complete or absent.
 
-Ranks prepare data before any process group exists. The first rank on a machine builds a folder under a file lock; the
-others wait for the lock and then find the folder complete.
+Ranks prepare data before any process group exists. The first rank that gets the file lock builds the folder;
+the others wait for the lock and then find the folder complete.
 """
 
 from __future__ import annotations

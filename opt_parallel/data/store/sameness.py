@@ -26,10 +26,7 @@ from opt_parallel.runtime.machine import cpus
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
-LOOKED_INTO, ENDS = (
-    200,
-    2**16,
-)  # files whose first and last bytes are compared, and how many bytes
+LOOKED_INTO, ENDS = 200, 2**16  # files whose first and last bytes are compared, and how many bytes
 BLOCK, CHUNK = 2**26, 2**20  # bytes of a thread's task, and of one read
 AT_ONCE = 4096  # blocks in the queue of the threads
 LARGEST = 2**30  # bytes of a file of checksums
