@@ -22,7 +22,7 @@ SMALL := model=opt-125m model.num_hidden_layers=4 data.sequence_length=512 batch
 LARGE := model=opt-1.3b data.sequence_length=2048 batch.micro=4
 NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
-.PHONY: demo test test-slurm test-nodes test-interop test-all check docs bench clean
+.PHONY: demo test test-slurm test-nodes test-interop test-all check matrix docs bench clean
 
 ifneq ($(shell sh scripts/set_up.sh .venv "$(PYTHON)" --state),ready)
 .PHONY: .venv/installed
@@ -68,6 +68,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
+
+# docs/matrix.md, from a run of all tests
+matrix: .venv/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --matrix
 
 docs: .venv/installed
 	$(BIN)/python scripts/reference.py

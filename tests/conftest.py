@@ -6,7 +6,9 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import matrix
 import pytest
 import torch
 from crew import Crew
@@ -40,6 +42,7 @@ BUDGET = 60.0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-pairs", action="store_true", help="resume from every layout in every layout, not a choice")
+    parser.addoption("--matrix", action="store_true", help="write docs/matrix.md: which features ran together")
     parser.addoption("--long", action="store_true", help="also what takes half a minute and more, marked long")
 
 
@@ -61,6 +64,26 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def _cpu_seconds() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime + Forked.all_seconds + Crew.all_seconds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield
+    if request.config.getoption("--matrix"):
+        matrix.record_checkpoints(tmp_path_factory.getbasetemp())
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A worker sends what it ran to the session that started it, which writes the page."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ran"] = [sorted(names) for names in matrix.ran]
+    elif session.config.getoption("--matrix") and exitstatus == 0:
+        matrix.PAGE.write_text(matrix.page(), encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    matrix.ran.update(map(frozenset, getattr(node, "workeroutput", {}).get("ran", [])))
 
 
 @pytest.fixture(scope="session")

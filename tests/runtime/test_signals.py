@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from signals import CELLS, end_one
+from signals import CELLS, end_one, end_with_children
 
-SHARE = {("python", "closed terminal", "HUP"), ("python", "| tee", "INT")}
+SHARE = {("python", "closed terminal", "HUP"), ("python", "| tee", "INT"), ("torchrun", "terminal", "USR1")}
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +23,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_ended_is_saved_and_goes_on(folder: Path, launcher: str, terminal: str, name: str) -> None:
     cell = end_one(folder, launcher, terminal, name)
     assert cell.right, cell
+
+
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.long), True], ids=["prepare", "stream"])
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [("python", "TERM")]
+    + [
+        pytest.param(launcher, name, marks=pytest.mark.long)
+        for launcher in ("python", "torchrun")
+        for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "KILL")
+        if (launcher, name) != ("python", "TERM")
+    ],
+)
+def test_a_run_s_own_processes_end_with_it(folder: Path, launcher: str, name: str, stream: bool) -> None:
+    state, children, left = end_with_children(folder, launcher, name, stream)
+    assert children >= (1 if stream else 2)
+    assert left == 0
+    if stream and (launcher, name) != ("python", "KILL"):
+        assert state == "stopped"

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from command import ROOT, environment, fork_server
+from matrix import record
+
+from opt_parallel.config.run import Run
 
 PATIENCE = 240.0  # seconds for one function
 
@@ -42,6 +45,9 @@ class Crew:
         """The results of `function` by rank.
 
         Raises: AssertionError with the ranks' tracebacks."""
+        for run in arguments:
+            if isinstance(run, Run):
+                record(run, self.size)
         for _, pipe in self.members:
             pipe.send((function, arguments, named))
         answers, failures = [], []

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import pty
+import random
 import select
 import signal
 import subprocess
@@ -22,9 +23,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from command import ROOT, environment, launch, small, train_rows
 
@@ -142,20 +145,32 @@ class Running:
         if self.reader is not None:
             self.reader.wait()
         deadline = time.monotonic() + TIMEOUT
-        while (left := self._processes()) and time.monotonic() < deadline:
+        while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(status), len(left)
 
-    def _processes(self) -> list[int]:
-        """All processes that inherited the mark, in any group and with any parent."""
+    def processes(self, word: str = "") -> list[int]:
+        """All processes that inherited the mark, in any group and with any parent, whose command contains `word`."""
         mark, found = f"{MARK}={self.name}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                marked = mark in (folder / "environ").read_bytes().split(b"\0")
+                if marked and word.encode() in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
         return found
+
+    def wait_until(self, holds: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not holds():
+            assert time.monotonic() < deadline, f"{self.name}: not within {TIMEOUT} s"
+            time.sleep(0.02)
+
+
+def trains(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and metrics.read_bytes().count(b"\n") >= ROWS
 
 
 def losses_in(run: Path) -> list[float]:
@@ -180,10 +195,7 @@ def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
     run = folder / "-".join(f"{launcher}{terminal}{name}".split()).replace("|", "-")
     command = [*LAUNCHERS[launcher], str(ROOT / "train.py"), *arguments(folder, run)]
     running = Running(command, terminal, hangs_up=name == "HUP", folder=folder / f"{run.name}-output")
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + TIMEOUT
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= ROWS):
-        assert time.monotonic() < deadline, f"{run.name} does not train"
-        time.sleep(0.02)
+    running.wait_until(lambda: trains(run))
     if terminal == "closed terminal":
         running.close_terminal()
         time.sleep(0.3)  # some steps without it
@@ -198,6 +210,27 @@ def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
     same = again.returncode == 0 and len(there) == rows + LONGER and there == expected[: len(there)]
     losses = "the same" if same else "others"
     return Cell(launcher, terminal, name, status, state, rows, last and step_of(last), losses, left)
+
+
+def end_with_children(folder: Path, launcher: str, name: str, stream: bool) -> tuple[str, int, int]:
+    """End a run whose own processes prepare its text, or fill its stream: its state, how many these were, how many of
+    all were left over."""
+    words, texts = random.Random(0), folder / "texts"
+    if not texts.exists():
+        texts.mkdir()
+        for file in range(4):  # 10 MB each, as two processes share them
+            rows = ({"text": " ".join(f"{words.getrandbits(32):x}" for _ in range(200))} for _ in range(5500))
+            (texts / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = folder / "-".join(f"{launcher} {name} {'stream' if stream else 'prepare'}".split())
+    train = f"[{{path: {texts}, stream: true}}]" if stream else f"{texts}/*.jsonl"
+    more = [f"data.train={train}", f"data.cache={run}-cache", "data.workers=2", "steps=1000000"]
+    command = [*LAUNCHERS[launcher], str(ROOT / "train.py"), *arguments(folder, run), *more]
+    running = Running(command, "| tee", hangs_up=False, folder=Path(f"{run}-output"))
+    running.wait_until(lambda: trains(run) if stream else len(running.processes("spawn_main")) > 1)
+    children = len(running.processes("spawn_main"))
+    running.send(name)
+    _, left = running.end()
+    return (run / "state").read_text().strip(), children, left
 
 
 def main() -> int:
