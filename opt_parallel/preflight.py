@@ -40,7 +40,7 @@ from opt_parallel.runtime.log import aligned, bytes_in_words, say
 from opt_parallel.storage.atomic import remove
 
 PATIENCE = timedelta(seconds=20)
-LIBRARIES = (
+COMPARED = (
     "torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors", "accelerate", "hydra-core",
     "omegaconf",
 )  # fmt: skip
@@ -115,7 +115,7 @@ def code_checksum() -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "CUDA": str(torch.version.cuda)}
-    for name in LIBRARIES:
+    for name in COMPARED:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

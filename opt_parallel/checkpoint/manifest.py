@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from annotated_types import Gt, Lt, MaxLen, MinLen
 from typing_extensions import TypedDict
 
+from opt_parallel.config.values import flat
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.checked import Count, Integer, Size, is_deep, read_checked
 
@@ -218,13 +219,6 @@ def file_in(folder: Path, name: str) -> Path:
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
     """What differs between two manifests' (or nested sections') values: `section.key`, then, now."""
-    then, now = _flat(before), _flat(after)
+    then, now = flat(before), flat(after)
     differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     return [[key, str(then.get(key, "—")), str(now.get(key, "—"))] for key in differing]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

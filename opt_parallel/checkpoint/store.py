@@ -53,7 +53,7 @@ from opt_parallel.storage.atomic import PARTIAL, optional, publish
 from opt_parallel.storage.checked import dump_checked
 
 TOKENIZER = "tokenizer.json"
-LIBRARIES = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # what a run's numbers may depend on
+RECORDED = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # what a run's numbers may depend on
 NOT_TOLD = {"resume", "stop_at"}  # settings of one process, not of the run
 
 
@@ -338,7 +338,7 @@ class Store:
                 say(f"  {line}")
 
     def _versions(self) -> dict[str, str]:
-        return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+        return {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
 
 
 def _labels_as_json(labels: Labels) -> dict[str, Any]:

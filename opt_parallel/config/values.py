@@ -29,3 +29,11 @@ def check_values(value: Any, key: str = "") -> None:
         raise UserError(f"{key} is a number of {value.bit_length():,} bits: give one below 2⁶³")
     elif isinstance(value, str):
         refuse_secret_value(key, value)
+
+
+def flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: `section.key`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 from opt_parallel.config.compose import recorded
 from opt_parallel.config.output import Wandb
 from opt_parallel.config.run import Run
+from opt_parallel.config.values import flat
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import say
@@ -113,7 +114,10 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
 
     threading.excepthook = _quiet_tensorboard
     PartialState()  # the trackers ask it who is main; it takes the process group it finds and makes none
-    settings, trackers = _flat(recorded(run)), []
+    # TensorBoard holds neither null nor lists
+    known = (bool, int, float, str)
+    settings = {key: each if isinstance(each, known) else str(each) for key, each in flat(recorded(run)).items()}
+    trackers = []
     if name is not None:
         with optional(run.folder / "wandb"):
             wandb = _open_wandb(run, name)
@@ -170,14 +174,3 @@ def _quiet_settings() -> Any:
     import wandb
 
     return wandb.Settings(silent=True, console="off")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested sections as `section.key`; what TensorBoard cannot hold (null, lists) as text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat

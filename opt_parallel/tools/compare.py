@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from opt_parallel.config.task import Task
+from opt_parallel.config.values import flat
 from opt_parallel.report.plots import SMOOTH_FROM, Curve, draw_curves, losses_of, smoothed
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import aligned
@@ -146,15 +147,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is no run's configuration")
-    return dict(_flat(values))
-
-
-def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flat(values)
 
 
 def differing(records: Sequence[Record]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opt_parallel.config.model import IGNORED
+from opt_parallel.data.store.statistics import entropy
 from opt_parallel.data.store.store import Damaged, TokenStore
 
 TOKENS_READ = 1 << 20  # tokens read at a time while counting
@@ -66,8 +67,7 @@ class Rows:
             more = np.bincount(tokens, minlength=len(counts))
             more[: len(counts)] += counts
             counts = more
-        share = counts[counts > 0] / counts.sum()
-        return float(-(share * np.log(share)).sum())
+        return entropy(counts)
 
 
 class Labelled:
