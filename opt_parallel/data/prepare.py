@@ -152,7 +152,7 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
         (folder / LABELS).write_text(json.dumps(content), encoding="utf-8")
 
     asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
-    asked += ["named classes"] if any(corpus.tells_classes for corpus in corpora) else []
+    asked += ["named classes"] if any(corpus.has_class_columns for corpus in corpora) else []
     asked += [LEFT_OUT] if run.data.bad_records is BadRecordsPolicy.skip else []
     cache_key = [corpus.cache_key() for corpus in corpora]
     former_key = [corpus.identity() for corpus in corpora]
@@ -282,9 +282,8 @@ def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenize
             say(f"left out: {line}")
 
     cache_key, former_key = [each.cache_key() for each in recipes], [each.identity() for each in recipes]
-    folder = build_once(
-        cached(run, "store", cache_key, former_key), fill_in, checked=False
-    )  # by itself, block by block
+    # not checked here, because a store checks its own blocks
+    folder = build_once(cached(run, "store", cache_key, former_key), fill_in, checked=False)
     say(line_of(key, TokenStore(folder)))
     return folder
 

@@ -53,7 +53,7 @@ def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]]
 
 
 def read_messages(value: Any, where: str) -> list[tuple[str, Any]]:
-    """Role and content of each message. Raises: BadRecord that begins with `where`."""
+    """Role and content of each message. Raises: BadRecord, with a message that starts with `where`."""
     require_good(isinstance(value, list) and bool(value), f"{where} is {value!r:.40}: it must be a list of messages")
     messages = []
     for number, message in enumerate(value, start=1):

@@ -18,7 +18,7 @@ from opt_parallel.config.data import SpecialTokens
 from opt_parallel.config.model import Labels, ProblemType, require
 from opt_parallel.config.task import TaskConfig, Truncation, name_of
 from opt_parallel.data.encode.columns import LENGTHS, Column, Encoded, columns_of, ids_column
-from opt_parallel.data.encode.pretrain import EMPTY, how
+from opt_parallel.data.encode.pretrain import EMPTY, special_tokens_key
 from opt_parallel.data.encode.tokenizer import encode_documents
 from opt_parallel.data.text.records import BadRecord, Record, require_characters
 from opt_parallel.huggingface.tokenizer import count_tokens
@@ -57,7 +57,7 @@ class LabelledEncoder:
         fields = [self.text_field, task.pair_field, task.label_field, task.truncation.value]
         kind = labels.problem_type and labels.problem_type.value
         own = [self.tokenizer.to_str(), self.end, self.length, fields, list(labels.names), kind]
-        return ["labelled", *own, *how(self.spelled)]
+        return ["labelled", *own, *special_tokens_key(self.spelled)]
 
     def check(self, record: Record) -> tuple[list[str], int | list[float]]:
         """The texts and the label of a record. Raises: BadRecord."""

@@ -20,7 +20,7 @@ from opt_parallel.config.data import SpecialTokens
 from opt_parallel.config.task import TaskConfig, Truncation
 from opt_parallel.data.encode.chat import read_messages, turns_of
 from opt_parallel.data.encode.columns import LENGTHS, Column, Encoded, columns_of, ids_column
-from opt_parallel.data.encode.pretrain import how
+from opt_parallel.data.encode.pretrain import special_tokens_key
 from opt_parallel.data.encode.tokenizer import encode_documents
 from opt_parallel.data.text.records import BadRecord, Record, require_characters, require_good
 from opt_parallel.huggingface.tokenizer import count_tokens
@@ -52,7 +52,7 @@ class ExampleEncoder:
     def identity(self) -> list[Any]:
         task = self.task
         fields = [task.prompt_field, task.completion_field, task.messages_field, task.truncation.value]
-        return ["finetune", self.tokenizer.to_str(), self.end, *fields, self.length, *how(self.spelled)]
+        return ["finetune", self.tokenizer.to_str(), self.end, *fields, self.length, *special_tokens_key(self.spelled)]
 
     def check(self, record: Record) -> None:
         self._turns(record, Counter())

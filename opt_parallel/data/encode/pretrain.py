@@ -35,7 +35,7 @@ class Encoder(Protocol):
         ...
 
     def encode(self, records: list[Record]) -> Encoded:
-        """Raises: BadRecord."""
+        """Encode records into columns. Raises: BadRecord."""
         ...
 
 
@@ -53,7 +53,8 @@ class TextEncoder:
         self.columns = {"ids": ids_column(count_tokens(tokenizer)), "lengths": LENGTHS}
 
     def identity(self) -> list[Any]:
-        return ["text", self.tokenizer.to_str(), self.end, self.text.field, self.text.template, *how(self.spelled)]
+        text = [self.text.field, self.text.template]
+        return ["text", self.tokenizer.to_str(), self.end, *text, *special_tokens_key(self.spelled)]
 
     def check(self, record: Record) -> None:
         self.text.of(record)
@@ -74,7 +75,7 @@ class TextEncoder:
         return Encoded(columns, counts, size)
 
 
-def how(spelled: SpecialTokens) -> list[str]:
+def special_tokens_key(spelled: SpecialTokens) -> list[str]:
     """The part of an encoder's identity for `data.special_tokens`; empty for the default, as in earlier versions."""
     return [] if spelled is SpecialTokens.text else ["special tokens"]
 

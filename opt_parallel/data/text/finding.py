@@ -88,12 +88,12 @@ def find(key: str, entry: str) -> Found:
         found.datasets.append(entry)
         return found
     if not found.files and not found.datasets:
-        raise UserError(f"{missing}{'; left out: ' if found.left_out else ''}{in_words(found.left_out)}")
+        raise UserError(f"{missing}{'; left out: ' if found.left_out else ''}{describe(found.left_out)}")
     return found
 
 
-def in_words(left_out: Counter[str]) -> str:
-    """`2 .png, 1 hidden`."""
+def describe(left_out: Counter[str]) -> str:
+    """The counts as text, such as `2 .png, 1 hidden`."""
     return ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items(), key=lambda each: (-each[1], each)))
 
 

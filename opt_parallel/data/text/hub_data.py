@@ -25,7 +25,7 @@ from opt_parallel.storage.foreign import check_fetched
 
 # packages whose errors count as network errors
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "ssl", "socket", "http")
-LONGEST_CAUSE = 300  # characters of the library's message
+LONGEST_CAUSE = 300  # characters of the library's message that are shown
 GENERATORS = (
     "_generate_tables",
     "_generate_examples",

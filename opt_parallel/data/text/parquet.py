@@ -71,7 +71,7 @@ def class_names(features: Any) -> dict[str, list[str]]:
     return found
 
 
-def names_in(path: Path, where: str) -> dict[str, list[str]]:
+def class_names_in(path: Path, where: str) -> dict[str, list[str]]:
     """The class names in a file, by column. Raises: UserError."""
     with _opened(path, where) as file:
         return class_names(_features(file.schema_arrow))

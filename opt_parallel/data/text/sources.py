@@ -12,9 +12,9 @@ from typing import Any
 from opt_parallel.config.model import require
 from opt_parallel.config.paths import reach
 from opt_parallel.data.text.files import PARQUET, PIECE_BYTES, Piece, numbered, pieces_of, records_of, shown
-from opt_parallel.data.text.finding import Found, find, in_words
+from opt_parallel.data.text.finding import Found, describe, find
 from opt_parallel.data.text.hub_data import Dataset
-from opt_parallel.data.text.parquet import names_in
+from opt_parallel.data.text.parquet import class_names_in
 from opt_parallel.data.text.records import BadRecords, Item, Record, Text, sift
 from opt_parallel.data.text.unpacking import ending_of
 from opt_parallel.runtime.errors import UserError
@@ -93,7 +93,7 @@ class Corpus:
             Text(text_field, template),
             subset,
             split or default,
-            in_words(found.left_out),
+            describe(found.left_out),
             skip_bad,
         )
 
@@ -188,14 +188,14 @@ class Corpus:
             yield from ((number, item) for item in items)
 
     @property
-    def tells_classes(self) -> bool:
+    def has_class_columns(self) -> bool:
         """Whether the data can have class columns, numbers with names."""
         return bool(self.hub) or any(ending_of(path)[0] == PARQUET for path in self.files)
 
     def class_names(self, column: str) -> list[str]:
         """The class names of a column, in the order of their numbers. Raises: UserError."""
         files = [path for path in self.files if ending_of(path)[0] == PARQUET]
-        names_by_file = [names_in(path, f"{self.key}: {shown(path)}").get(column, []) for path in files]
+        names_by_file = [class_names_in(path, f"{self.key}: {shown(path)}").get(column, []) for path in files]
         names_by_file += [self._dataset(name).class_names(column) for name in self.hub]
         return list(dict.fromkeys(name for names in names_by_file for name in names))
 

@@ -1,4 +1,4 @@
-"""Reads compressed files. Any damage is an error; data is never truncated silently."""
+"""Reads compressed files. Damage and truncation are errors wherever the format reveals them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY),
 }
-AT_ONCE = 1 << 16  # bytes
+AT_ONCE = 1 << 16  # bytes per read
 PACKED = (*ARROW, *STREAMS)
 UNPACKED_SIZE = 4  # estimated ratio to the packed size, for units and progress
 MOST_TIMES = 200  # allowed ratio to the packed size; text has 3 to 15, copies of one row perhaps 100

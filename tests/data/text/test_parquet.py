@@ -87,7 +87,7 @@ def test_names_of_classes(tmp_path: Path) -> None:
         {"label": None, "labels": None, "n": 3},
         {"label": 7, "labels": ["neutral"], "n": 4},
     ]
-    assert ours.names_in(tmp_path / "a.parquet", "") == {"label": names, "labels": names}
+    assert ours.class_names_in(tmp_path / "a.parquet", "") == {"label": names, "labels": names}
 
 
 @pytest.mark.parametrize("told", [b"[" * 9999, b"3", b'{"info": 3}', b'{"info": {"features": [3]}}', b"\xff"])
