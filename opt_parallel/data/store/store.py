@@ -183,7 +183,7 @@ class TokenStore:
     """A store's documents and tokens by index. Each block is compared with its checksum when it is read."""
 
     def __init__(self, folder: Path | str, vocab_size: int | None = None) -> None:
-        """`vocab_size`: upper bound of token ids. Checks the files of a sample of the parts.
+        """`vocab_size`: token ids must be below it. Checks the files of a sample of the parts.
 
         Raises: Damaged."""
         self.folder, self.vocab_size = Path(folder), vocab_size

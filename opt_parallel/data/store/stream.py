@@ -166,7 +166,7 @@ class GrowingStore(TokenStore):
     """A store that a filler extends. Thread-safe."""
 
     def __init__(self, folder: Path, columns: Mapping[str, Column], length: int, vocab_size: int | None = None) -> None:
-        """`length`: tokens of a row; `vocab_size`: upper bound of token ids."""
+        """`length`: tokens of a row; `vocab_size`: token ids must be below it."""
         self.folder, self.columns, self.length, self.vocab_size = folder, dict(columns), length, vocab_size
         self.parts: list[Part] = []
         self.bad = 0  # bad records left out so far

@@ -17,7 +17,7 @@ import psutil
 
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
-from opt_parallel.runtime.machine import cpus  # noqa: F401 (whoever sizes `run_jobs` finds it here, too)
+from opt_parallel.runtime.machine import cpus  # noqa: F401 (callers that size `run_jobs` import it from here, too)
 from opt_parallel.runtime.process import host
 from opt_parallel.runtime.signals import ignore_all
 from opt_parallel.runtime.terminal import open_streams, outlive
@@ -53,7 +53,7 @@ class Pulse:
         how = "is stopped" if status == psutil.STATUS_STOPPED else "does nothing"
         line = f"process {self._process.pid} on {host()}, {doing}, {how}"
         if self._idle == WARNED:
-            say(f"warning: {line}: this run ends after {LOOK * GIVEN_UP:g} s")
+            say(f"warning: {line}: the run ends if this lasts {LOOK * GIVEN_UP:g} s")
         if self._idle == GIVEN_UP:
             raise Unfinished(
                 f"{line} for {LOOK * GIVEN_UP:g} s: check its disk, or continue a stopped process with "

@@ -117,7 +117,7 @@ def test_a_process_that_does_nothing_is_named_and_given_up(
     target.mkdir()
     with pytest.raises(Unfinished, match=rf"process \d+ on .*, which prepares .*text.jsonl, {how} for 2.4 s: .*again"):
         fill(target, [Recipe(corpus, Watched(log, "document 40 ", action))], 2)
-    assert f"text.jsonl, {how}: this run ends after 2.4 s\n" in capsys.readouterr().out
+    assert f"text.jsonl, {how}: the run ends if this lasts 2.4 s\n" in capsys.readouterr().out
     assert len(list(target.glob("part-?????"))) > 5
     fill(target, [Recipe(corpus, Watched(tmp_path / "again"))], 1)  # goes on from there
     assert len((tmp_path / "again").read_text().splitlines()) < len(TEXTS) / 2
