@@ -133,7 +133,7 @@ def test_what_may_be_said_of_the_vocabulary(theirs: Path) -> None:
     line = refused(start, "model=opt-tiny", "model.hidden_size=48")  # 512 rows that nobody asked for
     assert f"has {FEW}: leave" in line
     assert "model.vocab_size=512 by itself" in line
-    run = started(start, "model.vocab_size=400", "data.validation=x", "evaluation.every=0", judge=True)
+    run = started(start, "model.vocab_size=400", "data.validation=x", "evaluation.every=0", evaluation=True)
     with pytest.raises(UserError, match=r"an embedding grows where it is trained"):
         judge(run)
 
