@@ -18,7 +18,7 @@ from opt_parallel.data.encode.tokenizer import load_tokenizer
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.parallel.topology import ALONE
 
-BEFORE = Path(__file__).parent / "saved_before"
+BEFORE = Path(__file__).parents[1] / "saved_before"
 SETTINGS = [
     "model=opt-tiny", "model.hidden_size=16", "model.num_attention_heads=2", "model.ffn_dim=32",
     "model.max_position_embeddings=32", "precision=fp32", "data.sequence_length=16", "batch.global=4", "batch.micro=2",

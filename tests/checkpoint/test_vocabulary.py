@@ -27,7 +27,7 @@ from opt_parallel.tools.evaluate import judge
 
 started = partial(run_of, tokenizer=True)
 ROWS, MORE = SHAPE["vocab_size"], 167  # of which neither divides by 2
-SAVED = Path(__file__).parent / "saved_before" / "checkpoint"
+SAVED = Path(__file__).parents[1] / "saved_before" / "checkpoint"
 FEW = 270  # tokens of a trained tokenizer
 
 
