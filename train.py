@@ -11,13 +11,13 @@ from omegaconf import DictConfig, open_dict
 from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
 from opt_parallel.config.compose import command, run_from, take
 from opt_parallel.launching.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
-from opt_parallel.runtime.process import take_place, world_size
+from opt_parallel.runtime.process import set_ranks, world_size
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     """One run out of one composed configuration; a multirun calls this once a combination."""
-    take_place()  # a sweep's job may begin here
+    set_ranks()  # here too: submitit starts a sweep's job in this function
     status = 0
     with reported():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)

@@ -21,20 +21,20 @@ from opt_parallel.data.tasks import open_mixture
 from opt_parallel.engine import Engine
 from opt_parallel.parallel.precision import settle
 from opt_parallel.parallel.topology import Topology
-from opt_parallel.preflight import check_same, claim_folder, preflight
+from opt_parallel.preflight import check_same, make_run_folder, preflight
 from opt_parallel.report.metrics import Metrics
 from opt_parallel.report.plots import draw_confusion
 from opt_parallel.run_folder import (
     EXPORT,
-    forget_what_the_last_save_would,
-    only_run_in,
-    put_in_order,
+    apply_retention,
+    clean_up,
+    lock_folder,
     write_config,
     write_state,
 )
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import Diverged, Unread, UserError
-from opt_parallel.runtime.log import own_file, say
+from opt_parallel.runtime.log import log_to_file, say
 from opt_parallel.runtime.process import is_main
 from opt_parallel.runtime.signals import Interrupt
 from opt_parallel.start import Inputs, begin, open_store, resume_point, warn_of_unread_init
@@ -44,40 +44,39 @@ from opt_parallel.validation import validate
 
 
 def train(run: Run) -> int:
-    """Train until `run.stop`; the process's exit status: 0, or STOPPED or INTERRUPTED where a signal asked to stop and
-    the run is saved.
+    """Train until `run.stop`. Returns the exit status: 0, or STOPPED or INTERRUPTED after a signal, with the run saved.
 
-    Raises: UserError for what the user can mend; Lost where another rank is gone."""
-    with ExitStack() as folder:  # rank 0's, until it has exported
+    Raises: UserError for what the user can fix; Lost if another rank is gone."""
+    with ExitStack() as folder:  # rank 0 holds its lock until the export is written
         with (
             Interrupt.watch() as interrupt,
             Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology,
         ):
             check_same(run, topology)
-            resume_from = _occupy(run, topology, folder)
+            resume_from = _lock(run, topology, folder)
             warn_of_unread_init(run, resume_from)
-            if topology.exchange(topology.together(lambda: _nothing_left(run, resume_from)))[0]:  # as rank 0 sees it
+            if topology.exchange(topology.together(lambda: _is_done(run, resume_from)))[0]:  # rank 0 decides
                 return 0
-            topology.together(lambda: claim_folder(run))
+            topology.together(lambda: make_run_folder(run))
             if topology.is_main:
                 interrupt.last_words = partial(write_state, run, "stopped")
-            with own_file(run.folder), topology.losing(run.parallel.timeout):
+            with log_to_file(run.folder), topology.losing(run.parallel.timeout):
                 status = _train(run, resume_from, topology, interrupt)
         if status == 0 and newest(run.folder / "checkpoints") == run.folder / "checkpoints" / f"step-{run.steps}":
             _export_at_end(run, run.folder / "checkpoints" / f"step-{run.steps}")
         return status
 
 
-def _occupy(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
-    """Make this run the only one in its folder, and put that in order; the checkpoint that `resume` asks for.
+def _lock(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
+    """Lock the run's folder and clean it up. Returns the checkpoint to resume from.
 
-    Raises: UserError, with nothing touched, if another run trains there, or the settings do not fit."""
-    if resume_point(run, topology) is None:  # a mistake leaves no new folder
+    Raises: UserError, with nothing changed, if another run trains there or the warm-up does not fit."""
+    if resume_point(run, topology) is None:  # check first: a mistake must not leave a new folder
         run.check_warmup(Clock())
-    topology.together(lambda: folder.enter_context(only_run_in(run)) if topology.is_main else None)
+    topology.together(lambda: folder.enter_context(lock_folder(run)) if topology.is_main else None)
     if topology.is_main:
-        put_in_order(run)
-    return resume_point(run, topology)  # others may not see the newest yet
+        clean_up(run)
+    return resume_point(run, topology)  # again: another run may have saved before the lock was taken
 
 
 def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: Interrupt) -> int:
@@ -95,9 +94,9 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
     engine, _ = begin(run, topology, store, checkpoint, inputs.initial, inputs.data.labels)
     loader = Loader(_feed(run, topology, mixture), clock, run.stop, topology.device)
     metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock, store.wandb_id)
-    metrics.note(_greeting(run, why, topology, clock, engine, mixture))
+    metrics.note(_description(run, why, topology, clock, engine, mixture))
     topology.set_timeout(run.parallel.timeout)
-    interrupt.patient = True
+    interrupt.can_save = True
 
     status = 0
     try:
@@ -122,7 +121,7 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
         store.finish()
     except UserError as error:
         metrics.abandon()
-        _end_after(error, engine, clock, store, loader)
+        _handle(error, engine, clock, store, loader)
         raise
 
     metrics.close(finished=clock.step == run.steps)
@@ -130,7 +129,9 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
         write_state(run, "stopped" if status else "done")
     if status:
         interrupt.ignore()
-        topology.exchange(None)  # nobody ends before all ignore, and the state is written: launchers kill the rest
+        topology.exchange(
+            None
+        )  # no rank exits before all ignore signals and the state is written: launchers kill the rest
     engine.close()
     return status
 
@@ -138,7 +139,7 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
 def _open_samples(
     run: Run, topology: Topology, data: Prepared, checkpoint: CheckpointReader | None
 ) -> tuple[Clock, Mixture]:
-    """Where the run stands in its data, and the samples that follow."""
+    """The run's position in its data, and the samples from there on."""
     clock = resumed_clock(run, data.train, checkpoint.manifest) if checkpoint else Clock()
     run.check_warmup(clock)
     return clock, topology.together(lambda: open_mixture(run, data, clock))
@@ -149,41 +150,44 @@ def _feed(run: Run, topology: Topology, mixture: Mixture) -> Feed:
     return Feed(mixture, run.global_batch, run.micro_batch, rank, size, run.model.pad_token_id)
 
 
-def _end_after(error: UserError, engine: Engine, clock: Clock, store: Store, loader: Loader) -> None:
-    """Save what can be saved after an error in the loop. Raises: Unread, with where the run was saved."""
+def _handle(error: UserError, engine: Engine, clock: Clock, store: Store, loader: Loader) -> None:
+    """After an error in the loop: save if the weights are good, and finish the save in progress.
+
+    Raises: Unread, naming the checkpoint just saved."""
     if isinstance(error, Unread):
         raise Unread(f"{error}; {store.rescue(engine, clock)}", shared=True) from error
     store.wait()
     if isinstance(error, Diverged):
         if engine.topology.is_main:
             write_state(engine.run, "diverged")
-        loader.close()  # the next run of a sweep follows in this process
+        loader.close()  # a sweep starts its next run in this process
         engine.close()
 
 
 def _evaluate(engine: Engine, clock: Clock, inputs: Inputs, metrics: Metrics) -> float | None:
-    """The loss on the held-out text, where there is some."""
-    found, held_out, labels = None, inputs.held_out, inputs.data.labels
+    """Validate and write samples. Returns the loss on the held-out text, None without such text."""
+    result, held_out, labels = None, inputs.held_out, inputs.data.labels
     if held_out is not None:
-        found = validate(engine, held_out, labels)
+        result = validate(engine, held_out, labels)
         unigrams = held_out.unigram_entropy if isinstance(held_out, Rows) else None
-        metrics.validation(clock, found.loss, unigrams, found.figures)
-        if labels and found.confusion is not None and engine.topology.is_main:
+        metrics.validation(clock, result.loss, unigrams, result.figures)
+        if labels and result.confusion is not None and engine.topology.is_main:
             title = f"{engine.run.name}, step {clock.step}"
             picture = engine.run.folder / "confusion.png"
             with optional(picture):
-                draw_confusion(picture, title, labels.names, found.confusion)
+                draw_confusion(picture, title, labels.names, result.confusion)
     if inputs.prompts is not None:
         metrics.samples(clock, inputs.prompts.texts(engine, clock.step))
-    return None if found is None else found.loss
+    return None if result is None else result.loss
 
 
 def _due(every: int, clock: Clock, last: bool) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
+    """Whether to do now what is done every `every` steps and at the end; `every=0`: never."""
     return every > 0 and (last or clock.step % every == 0)
 
 
-def _nothing_left(run: Run, resume_from: Path | None) -> bool:
+def _is_done(run: Run, resume_from: Path | None) -> bool:
+    """Whether the run has no steps left; if so, say it and finish what an earlier process did not."""
     step = None if resume_from is None else step_of(resume_from)
     if resume_from is None or step is None or step < run.stop:
         return False
@@ -193,20 +197,20 @@ def _nothing_left(run: Run, resume_from: Path | None) -> bool:
         say(f"{run.name} is finished: {resume_from} is at step {step} of {run.steps}; a larger steps continues it")
         _export_at_end(run, resume_from)
     if is_main():
-        forget_what_the_last_save_would(run)
+        apply_retention(run)
         write_state(run, "done")
     return True
 
 
 def _export_at_end(run: Run, checkpoint: Path) -> None:
-    """Write the finished run's `export`, unless it is there already, of the same checkpoint.
+    """Export the finished run's checkpoint, unless `export` already holds that checkpoint.
 
-    Rank 0 does it alone, and no group waits for it."""
+    Rank 0 exports alone, after the process groups are closed or while no rank waits."""
     output = run.folder / EXPORT
     if not run.export.at_end or not is_main():
         return
     if is_of(output, checkpoint):
-        say(f"{output} is there already, of that checkpoint: remove it to write it anew")
+        say(f"{output} already holds that checkpoint: remove it to export again")
         return
     size = bytes_of(run.export.max_shard_size, "export.max_shard_size=")
     try:
@@ -218,7 +222,7 @@ def _export_at_end(run: Run, checkpoint: Path) -> None:
     say(f"exported {checkpoint} to {output}")
 
 
-def _greeting(run: Run, why: str, topology: Topology, clock: Clock, engine: Engine, mixture: Mixture) -> str:
+def _description(run: Run, why: str, topology: Topology, clock: Clock, engine: Engine, mixture: Mixture) -> str:
     fresh = "starting" if run.init_from is None else f"starting from {run.init_from}"
     start = f"continuing at step {clock.step}" if clock.step else fresh
     lora, trained = run.task.lora, ""

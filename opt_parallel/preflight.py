@@ -99,7 +99,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
     ]
 
 
-def claim_folder(run: Run) -> None:
+def make_run_folder(run: Run) -> None:
     """Make the run's folder. Raises: UserError if it cannot be written."""
     make_folder("run.dir=", run.folder)
 

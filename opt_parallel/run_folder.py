@@ -1,4 +1,4 @@
-"""A run's folder from one start to the next: its only writer, the state it is in, and what killed processes left."""
+"""A run's folder: its lock, its state file, its configuration, and the cleanup after killed processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opt_parallel.storage.rows import METRICS
 from opt_parallel.tools.compare import CONFIG, STATE
 
 EXPORT = "export"
-WRITTEN = (
+WRITTEN_FILES = (
     STATE,
     CONFIG,
     METRICS,
@@ -29,46 +29,46 @@ WRITTEN = (
 )
 
 
-def only_run_in(run: Run) -> AbstractContextManager[None]:
-    """While the context lasts, no other process trains in the run's folder. Raises: UserError that names the one that
-    does."""
+def lock_folder(run: Run) -> AbstractContextManager[None]:
+    """Lock the run's folder while the context lasts. Raises: UserError that names the process that holds it."""
     return only_writer(run.folder, f"run.dir={run.folder}")
 
 
-def write_state(run: Run, word: str) -> None:
-    """Running, stopped (on request, to be continued), diverged or done. Launchers' scripts read it."""
+def write_state(run: Run, state: str) -> None:
+    """Write the state file: running, stopped (on request, can be continued), diverged or done. Batch scripts read
+    it."""
     path = run.folder / STATE
     with optional(path):
-        content = f"{word}\n"
+        content = f"{state}\n"
         if not path.is_file() or path.read_bytes() != content.encode():  # a finished run's folder may be read-only
             write_text(path, content)
 
 
 def write_config(run: Run) -> None:
-    """The resolved configuration, as it was composed."""
+    """Write the resolved configuration."""
     with optional(run.folder / CONFIG):
         write_text(run.folder / CONFIG, to_yaml(run))
 
 
-def put_in_order(run: Run) -> None:
-    """Delete what killed processes left; nobody else may write to the run's folder."""
+def clean_up(run: Run) -> None:
+    """Delete what killed processes left. The caller holds the folder's lock."""
     remove_unfinished(run.folder / "checkpoints")
-    for name in WRITTEN:
+    for name in WRITTEN_FILES:
         remove_leftovers(run.folder / name, any_host=True)
-        remove(run.folder / f"{name}{PARTIAL}")  # of earlier versions
+        remove(run.folder / f"{name}{PARTIAL}")  # the name that earlier versions gave
     for probe in run.folder.glob(".preflight-*"):
         remove(probe)
 
 
-def forget_what_the_last_save_would(run: Run) -> None:
-    """Delete the checkpoints that the newest made superfluous, where its process was killed before it could; where
-    nothing is left to do, no later save will."""
+def apply_retention(run: Run) -> None:
+    """Delete the checkpoints that the newest one replaces. Each save does this; for a finished run whose process was
+    killed before it did, no later save follows."""
     last = newest(run.folder / "checkpoints")
     if last is None:
-        return  # `resume` names one elsewhere
+        return  # `resume` names a checkpoint in another folder
     try:
-        kept = read_manifest(last)["config"]["checkpoint"]
+        settings = read_manifest(last)["config"]["checkpoint"]
     except (UserError, KeyError):
         return
-    renew_best(last.parent, kept.get("keep_best", False))
-    forget_old(last.parent, kept["keep"], kept.get("keep_every", 0))
+    renew_best(last.parent, settings.get("keep_best", False))
+    forget_old(last.parent, settings["keep"], settings.get("keep_every", 0))

@@ -1,4 +1,4 @@
-"""What a run starts from: the checkpoint that it resumes, the weights of `init_from`, its text."""
+"""What a run starts from: the checkpoint it resumes from, the weights of `init_from`, its text."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from opt_parallel.validation import Prompts
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before it has an engine. `initial`: the checkpoint of `init_from`, None where it is not read;
-    `base`: the same for LoRA, which never changes its weights."""
+    """What a run reads before it builds the engine. `initial`: the checkpoint of `init_from`, None if it is not read.
+    `base`: the same checkpoint if the run trains LoRA, else None."""
 
     initial: Opened | None
     base: Base | None
@@ -42,7 +42,9 @@ class Inputs:
 
     @classmethod
     def read(cls, run: Run, resume_from: Path | None) -> Inputs:
-        """Called on every rank, outside of any collective, since preparing text may take hours. Raises: UserError."""
+        """Read everything. Every rank calls this outside of any collective: preparing text may take hours.
+
+        Raises: UserError."""
         check_trackers(run)
         initial = _open_initial(run, resume_from)
         base = initial.as_base(str(run.init_from)) if initial and run.task.lora.rank else None
@@ -66,7 +68,7 @@ def begin(
     initial: Opened | None = None,
     labels: Labels | None = None,
 ) -> tuple[Engine, Clock]:
-    """The engine with its weights and optimizer state, and its clock: as `checkpoint` left them, else at step 0."""
+    """Build the engine; restore weights, optimizer state and clock from `checkpoint`, or start at step 0."""
     engine = Engine.build(run, topology, weights(run, initial, checkpoint), labels)
     if initial:
         initial.warn_of_not_finite(topology.tensor)
@@ -82,23 +84,23 @@ def weights(run: Run, initial: Opened | None, checkpoint: CheckpointReader | Non
 
 
 def open_store(run: Run, topology: Topology, resume_from: Path | None, inputs: Inputs) -> Store:
-    """What saves the run's checkpoints and finds the one to resume."""
+    """The store that saves the run's checkpoints and finds the one to resume from."""
     data, tracked = inputs.data, _wandb_id(run, resume_from)
     return Store(run, topology, data.tokenizer, data.labels, inputs.base, data.text, tracked)
 
 
 def warn_of_unread_init(run: Run, resume_from: Path | None) -> None:
-    """Warn that `init_from` is not read, where the checkpoint to resume was started from another."""
+    """Warn if the checkpoint to resume from was started from another `init_from`: the run's own is then not read."""
     if run.init_from is None or resume_from is None or run.task.lora.rank > 0:
         return
     try:
         earlier = read_manifest(resume_from)["config"].get("init_from")
     except UserError:
-        return  # damaged: it will be set aside
+        return  # damaged: the store will move it out of the way
     if earlier is None or absolute("", earlier) != absolute("", run.init_from):
         say(
-            f"warning: init_from={run.init_from} is not read: {resume_from} goes on, which began from "
-            f"{earlier or 'random weights'}; choose another run.name or run.dir to start anew"
+            f"warning: init_from={run.init_from} is not read: the run resumes from {resume_from}, which started from "
+            f"{earlier or 'random weights'}; choose another run.name or run.dir for a fresh start"
         )
 
 
@@ -118,15 +120,15 @@ def _open_initial(run: Run, resume_from: Path | None) -> Opened | None:
 
 
 def _wandb_id(run: Run, resume_from: Path | None) -> str | None:
-    """The run's id at wandb, on rank 0. A new one for a fresh start and for a branch, which resumes another folder's
-    checkpoint or an earlier one of its own: wandb takes no step twice."""
+    """The run's id at wandb; None on other ranks than 0. A fresh start gets a new id, and so does a run that resumes
+    from an older checkpoint or another run's: wandb accepts each step once."""
     if not is_main():
         return None
     if resume_from is None:
-        return wandb_id(run, anew=run.resume == "never")
+        return wandb_id(run, new=run.resume == "never")
     last = newest(run.folder / "checkpoints")
     try:
         saved = read_manifest(resume_from).get("wandb_id")
-    except UserError:  # damaged: it will be set aside
+    except UserError:  # damaged: the store will move it out of the way
         saved = None
-    return wandb_id(run, saved, anew=last is None or last.resolve() != resume_from.resolve())
+    return wandb_id(run, saved, new=last is None or last.resolve() != resume_from.resolve())

@@ -17,7 +17,7 @@ from opt_parallel.runtime import process as place
 from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import quiet_libraries, say
 from opt_parallel.storage.atomic import write_text
-from opt_parallel.storage.foreign import read_whole
+from opt_parallel.storage.foreign import read_limited
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if path.exists() and not path.is_file():
         raise UserError(f"--prompts-file {path} is no regular file: write the prompts into one")
     try:
-        text = read_whole(path).decode("utf-8-sig").replace("\r\n", "\n")
+        text = read_limited(path).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts-file {path} cannot be read: {error}") from error
     if not text:

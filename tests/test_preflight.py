@@ -36,7 +36,7 @@ def said(runs: list[Run], hosts: list[str], folders: list[Path]) -> tuple[bool, 
     and after how many seconds."""
     rank = int(os.environ["RANK"])
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.preflight import check_same, claim_folder, preflight
+    from opt_parallel.preflight import check_same, make_run_folder, preflight
 
     before, began = Path.cwd(), time.monotonic()
     os.environ["SLURMD_NODENAME"] = hosts[rank]
@@ -45,7 +45,7 @@ def said(runs: list[Run], hosts: list[str], folders: list[Path]) -> tuple[bool, 
     try:
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)
-            topology.together(lambda: claim_folder(run))
+            topology.together(lambda: make_run_folder(run))
             return False, "\n".join(preflight(run, topology)), time.monotonic() - began
     except UserError as error:
         return error.shared, str(error), time.monotonic() - began

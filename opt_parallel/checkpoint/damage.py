@@ -40,7 +40,7 @@ def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | No
     return reader, wrong + [what for name, written in files if (what := _damage_of(folder, name, written))]
 
 
-def read_whole(folder: Path) -> CheckpointReader:
+def read_limited(folder: Path) -> CheckpointReader:
     """A checkpoint of which this process has read its share of the files. Raises: Damaged."""
     reader, wrong = read_share(folder, process.rank(), process.world_size())
     if reader is None or wrong:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opt_parallel.checkpoint.damage import check_sizes, read_whole
+from opt_parallel.checkpoint.damage import check_sizes, read_limited
 from opt_parallel.checkpoint.grown import Grown
 from opt_parallel.checkpoint.inherit import labels_at, model_at
 from opt_parallel.checkpoint.lora import Base, Merged, Weights, lora_of
@@ -204,7 +204,7 @@ def open_checkpoint(
                 f"remove {CHECKSUMS}"
             )
         return Opened(config, weights, folder, folder)
-    reader = read_whole(folder) if checksums else CheckpointReader(folder)
+    reader = read_limited(folder) if checksums else CheckpointReader(folder)
     check_sizes(reader)
     stored = _on_its_base(reader, checksums, above) if reader.manifest.get("base") else reader
     return Opened(config, stored, folder / "tokenizer", folder)

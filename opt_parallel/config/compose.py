@@ -30,7 +30,7 @@ from opt_parallel.config.secrets import looks_secret, masked, refuse_secret_valu
 from opt_parallel.config.values import check_values
 from opt_parallel.runtime.errors import UserError, one_line, reporting
 from opt_parallel.runtime.log import quiet_libraries
-from opt_parallel.runtime.process import take_place
+from opt_parallel.runtime.process import set_ranks
 from opt_parallel.runtime.terminal import outlive
 
 PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.output_subdir", "hydra.sweep.dir", "hydra.sweep.subdir")
@@ -42,7 +42,7 @@ def command(main: Callable[[], None]) -> None:
     works on when nobody reads what it prints."""
     with said_in_one_line():
         outlive()
-        take_place()
+        set_ranks()
         quiet_libraries()
         register_schema()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too

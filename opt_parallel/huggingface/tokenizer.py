@@ -20,7 +20,7 @@ from opt_parallel.config.paths import reach
 from opt_parallel.huggingface.hub import HUB_ID
 from opt_parallel.huggingface.tokenizer_trial import require_quick
 from opt_parallel.runtime.errors import UserError, one_line
-from opt_parallel.storage.foreign import content_of, file_in, parse_json, read_json, read_whole
+from opt_parallel.storage.foreign import content_of, file_in, parse_json, read_json, read_limited
 
 START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
 OF_GPT2 = "<|endoftext|>"
@@ -245,7 +245,7 @@ def _token(value: Any, special: bool | None = None) -> AddedToken:
 
 
 def _from_json(path: Path, name: str) -> Tokenizer:
-    text = read_whole(path).decode()
+    text = read_limited(path).decode()
     require_quick(text, name)
     tokenizer = Tokenizer.from_str(text)
     require(tokenizer.get_vocab_size() > 0, f"data.tokenizer={name} has no tokens: bring another")
@@ -267,7 +267,7 @@ def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Token
         f"data.tokenizer={name} is a {settings.get('tokenizer_class')!r:.80}, and {VOCABULARY} alone is read as "
         f"GPT-2's: bring the {TOKENIZER} that transformers saves of it",
     )
-    read_whole(vocabulary), read_whole(merges)  # or say that they are too large
+    read_limited(vocabulary), read_limited(merges)  # or say that they are too large
     model = models.BPE.from_file(str(vocabulary), str(merges))
     named = [_text(settings[role]) for role in ROLES if settings.get(role)]
     if not named:

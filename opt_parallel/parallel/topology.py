@@ -223,7 +223,7 @@ def _join() -> None:
 
 def check_place() -> None:
     """Raise UserError unless the launcher's variables are numbers that fit together."""
-    for name in process.PLACE:
+    for name in process.RANK_VARIABLES:
         if not os.environ.get(name, "0").isdecimal():
             raise UserError(
                 f"{name}={os.environ[name]} is not a whole number from 0 on: start by torchrun, or unset it"

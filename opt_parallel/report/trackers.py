@@ -39,16 +39,16 @@ def wandb_mode(run: Run) -> Wandb:
     return mode
 
 
-def wandb_id(run: Run, saved: str | None = None, anew: bool = False) -> str | None:
+def wandb_id(run: Run, saved: str | None = None, new: bool = False) -> str | None:
     """The run's name at wandb, kept in its folder; None without wandb. `saved`: what the checkpoint that it goes on
-    from says; `anew`: it begins anew or branches off there, and so is another run."""
+    from says; `new`: it begins anew or branches off there, and so is another run."""
     if wandb_mode(run) is Wandb.disabled:
         return None
     path = run.folder / WANDB_ID
     kept = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
     known = kept if re.fullmatch(r"[\w-]{1,64}", kept) else saved
-    name = os.environ.get("WANDB_RUN_ID") or (None if anew else known) or secrets.token_hex(4)
-    if anew and saved:
+    name = os.environ.get("WANDB_RUN_ID") or (None if new else known) or secrets.token_hex(4)
+    if new and saved:
         say(f"wandb: run {name} branches off run {saved}")
     if name != kept:
         with optional(path):

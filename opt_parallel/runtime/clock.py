@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""A run's position: steps, samples, tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Clock:
-    """Optimizer steps done, samples consumed and tokens seen, padding left out, since the run began.
+    """Optimizer steps done, samples consumed and tokens seen (without padding) since the run's start.
 
-    What follows is for a run whose sources changed on the way, see `data/resuming.py`. `mixed`: the sample of the run
-    from which on they are mixed as they are now; `taken`: of each source, the samples that it gave before; `orders`:
-    what a source's order is drawn by where that is not its name."""
+    The other fields serve a run whose sources changed, see `data/resuming.py`. `mixed`: the position from which the
+    present mixture holds; `taken`: samples that each source gave before it; `orders`: the key that seeds a source's
+    order, where it is not the source's name."""
 
     step: int = 0
     samples: int = 0
@@ -23,7 +23,7 @@ class Clock:
 
     @classmethod
     def saved(cls, values: dict[str, Any]) -> Clock:
-        """What a checkpoint says; earlier versions wrote less, and later ones may write more."""
+        """The clock of a checkpoint. Earlier versions wrote fewer keys, later ones may write more."""
         return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     def after(self, samples: int, tokens: int) -> Clock:

@@ -1,4 +1,4 @@
-"""What a user got wrong, said in one line."""
+"""Error types, exit statuses, and the one line that reports a user's mistake."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from typing import NoReturn
 from opt_parallel.runtime import process, terminal
 from opt_parallel.runtime.machine import is_out_of_memory
 
-# How a process ends that a signal asked to: after its step and saved where it was training, at once before that.
+# Exit statuses after a signal: with the step finished and saved, or at once if training had not started.
 INTERRUPTED = 130  # Ctrl-C, by the shell's convention
 STOPPED = 75  # SIGTERM or SIGUSR1: EX_TEMPFAIL of sysexits.h, start it again
 
 
 class UserError(Exception):
-    """A mistake of the user's. The message is one line that names the value and the way out.
-
-    `shared`: every rank raises it."""
+    """A user's mistake. The message is one line: the value, the cause, the way out. `shared`: every rank raises it."""
 
     def __init__(self, message: str, shared: bool = False) -> None:
         super().__init__(message)
@@ -30,16 +28,17 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The training came to numbers that are not finite: a mistake of one run, and a result among those of a sweep."""
+    """Gradients or the loss scale left the finite range. An error of a single run; one result among others in a
+    sweep."""
 
 
 class Unread(UserError):
-    """Text that was there at the start cannot be read any more: what was trained is as good as before."""
+    """Prepared text became unreadable during training. The weights are good and can be saved."""
 
 
 class Lost(Exception):
-    """Another rank is gone, or cannot be reached: no mistake, and the newest checkpoint goes on. `speaks`: whether this
-    rank is the one of its host that says so on the terminal."""
+    """Another rank is gone or unreachable. Not the user's mistake: a restart resumes from the newest checkpoint.
+    `speaks`: whether this rank prints the line for its host."""
 
     def __init__(self, message: str, speaks: bool = True) -> None:
         super().__init__(message)
@@ -53,29 +52,28 @@ def one_line(error: BaseException) -> str:
     return "; ".join(kept) or type(error).__name__
 
 
-def leave(line: str, status: int = 2, patience: float = 10.0, shared: bool = False) -> NoReturn:
+def leave(line: str, status: int = 2, timeout: float = 10.0, shared: bool = False) -> NoReturn:
     """End this process with `status`; under a launcher rank 0 alone prints `line`.
 
-    A launcher ends every rank as soon as one of them stops. So the others wait to be told, `patience` seconds at most,
-    since rank 0 must get to speak first; and rank 0 stays a moment, for those that are still starting, unless the line
-    is `shared`: then all are here.
+    Launchers kill every rank when one exits. So the other ranks wait up to `timeout` seconds for that signal, and rank
+    0 prints first. Rank 0 waits half as long for ranks that are still starting, or 1 s if all ranks raised together
+    (`shared`). A rank that no signal reaches prints the line itself: the mistake is this rank's alone.
     """
     if process.is_main():
         print(f"error: {line}", file=sys.stderr, flush=True)
-        if process.world_size() > 1 and patience:
-            time.sleep(1.0 if shared else patience / 2)
-    elif patience:
+        if process.world_size() > 1 and timeout:
+            time.sleep(1.0 if shared else timeout / 2)
+    elif timeout:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
-        time.sleep(patience)
+        time.sleep(timeout)
         if not shared:
-            # nobody ended us: the mistake is this rank's alone
             print(f"error: {process.host()}, rank {process.rank()}: {line}", file=sys.stderr)
-    terminal.flush()  # `os._exit` would lose it
-    os._exit(status)  # not sys.exit: a half-open process group would wait for ranks that are gone
+    terminal.flush()  # `os._exit` does not
+    os._exit(status)  # not sys.exit: closing a process group would wait for ranks that are gone
 
 
 def out_of_memory(error: BaseException) -> str:
-    """The line for an error that says so."""
+    """The line for an error that `is_out_of_memory`."""
     why = one_line(error).partition("; ")[0]
     return (
         f"out of memory ({why}): a smaller batch, length or dtype takes less, more processes take a part each, and a "
@@ -87,11 +85,11 @@ def out_of_memory(error: BaseException) -> str:
 def reporting(
     expected: tuple[type[Exception], ...] = (), explain: Callable[[BaseException], str] = str
 ) -> Iterator[None]:
-    """Turn a user's mistake into one line and status 2, the loss of another rank into one line and status 1. A command
-    that only prints ends without a word when nobody reads it any more, as `head` does.
+    """Turn a user's mistake into one line and status 2, and the loss of another rank into one line and status 1. A
+    command that only prints exits silently when its reader is gone (`| head`).
 
-    `expected` are the types of a library in front of us (Hydra, OmegaConf) whose errors are the user's too; `explain`
-    puts them into words. Everything else is our own fault and keeps its traceback.
+    `expected`: error types of a library that parses user input (Hydra, OmegaConf); they are user mistakes too, and
+    `explain` makes their line. Other errors are bugs and keep their traceback.
     """
     terminal.open_streams()
     try:
@@ -102,22 +100,22 @@ def reporting(
     except expected as error:
         leave(explain(error))
     except Lost as error:
-        if error.speaks or not process.is_main():  # what others print is in their log
+        if error.speaks or not process.is_main():  # other ranks print into their log files
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     except terminal.Closed:
         os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        leave("interrupted", status=INTERRUPTED, patience=0.0)
+        leave("interrupted", status=INTERRUPTED, timeout=0.0)
     except Exception as error:
         if is_out_of_memory(error):
             leave(out_of_memory(error))
         if isinstance(error, OSError) and error.filename in terminal.NAMES.values():
             leave(f"{error.filename} cannot be written ({error.strerror})")
         if isinstance(error, PermissionError) and error.filename:
-            leave(f"{error.filename} cannot be read or written ({error.strerror}): change its permissions or its place")
+            leave(f"{error.filename} cannot be read or written ({error.strerror}): change its permissions or move it")
         if process.world_size() == 1:
             raise
         traceback.print_exc()
         terminal.flush()
-        os._exit(1)  # at once: the interpreter would wait for threads that wait for other ranks
+        os._exit(1)  # at once: the interpreter would join threads that wait for other ranks

@@ -1,5 +1,4 @@
-"""The CPUs and the memory that this process may use: containers, batch systems and `ulimit` give it less than the
-machine has."""
+"""The CPUs and the memory that this process may use: containers, batch systems and `ulimit` limit both."""
 
 from __future__ import annotations
 
@@ -12,29 +11,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROC = Path("/proc/self")
-# CPUs of this process or of its job, as Slurm, PBS, TORQUE, Grid Engine and LSF tell their jobs
+# number of CPUs of a process or job, set by Slurm, PBS, TORQUE, Grid Engine and LSF
 CPUS_GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "PBS_NUM_PPN", "NSLOTS", "LSB_DJOB_NUMPROC")
 
 
 def cpus() -> int:
-    """CPUs that this process may use: the least of its affinity, its control groups' quotas (a part of a CPU does not
-    count, but for the first) and what a batch system gave it."""
+    """CPUs that this process may use: the minimum of its affinity, its cgroups' quotas (rounded down) and the batch
+    system's grant; at least 1."""
     quotas = [int(quota) for quota in _quotas()]
     return max(1, min([_affinity(), *quotas, *_given()]))
 
 
 def limit_threads() -> None:
-    """Have libraries start no more threads than there are CPUs. They know the affinity alone, and read this when they
-    are imported."""
+    """Limit the threads of libraries to `cpus()`. On their own they look at the affinity only; they read these
+    variables when they are imported."""
     number = cpus()
     if number < _affinity():
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
             os.environ.setdefault(name, str(number))
 
 
-def stand_in_for_account() -> str | None:
-    """Set USER and HOME where the system knows neither, as of a container's number that has no account: libraries fail
-    without them. The home folder then made, in the system's temporary one, or None."""
+def ensure_home() -> str | None:
+    """Set USER and HOME if the user id has no account, as in some containers: libraries fail without them.
+
+    Returns the temporary home folder, None if the user has a home."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # the latter from Python 3.13 on
@@ -48,16 +48,16 @@ def stand_in_for_account() -> str | None:
 
 
 def memory_limit() -> int:
-    """Bytes of memory that this process can have at most: the least of the machine's, its control groups' limits, its
-    own (`ulimit -v`, `-d`) and what Slurm gave its job."""
+    """Most bytes of memory that this process can have: the minimum of the machine's memory, its cgroups' limits, its
+    own (`ulimit -v`, `-d`) and the Slurm job's."""
     import psutil
 
     return min([psutil.virtual_memory().total, *(limit for limit, _ in (*_shared_memory(), *_own_memory()))])
 
 
 def memory_free(processes: int = 1) -> int:
-    """Bytes that each of so many `processes` alike can still take on this host, by the same limits. Pages of files that
-    are only kept in case they are read again count as free."""
+    """Bytes that each of `processes` equal processes can still allocate on this host, by the limits of `memory_limit`.
+    The page cache counts as free."""
     import psutil
 
     shared = [psutil.virtual_memory().available, *(limit - used for limit, used in _shared_memory())]
@@ -65,8 +65,8 @@ def memory_free(processes: int = 1) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's and NumPy's, torch's of a GPU, or one that repeats what the
-    system said, of an allocation or of a file that was to be mapped."""
+    """Whether memory ran out: a MemoryError (Python, NumPy), torch's OutOfMemoryError (GPU), or an error with ENOMEM's
+    text (an allocation or mmap that failed)."""
     gpu = type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError) or gpu or os.strerror(errno.ENOMEM) in str(error)
 
@@ -81,46 +81,49 @@ def _given() -> list[int]:
 
 
 def _quotas() -> Iterator[float]:
-    """CPUs by the quotas of this process's groups: microseconds of CPU a period."""
+    """CPU quota of each of this process's cgroups: quota / period, both in microseconds."""
     for folder in _groups("cpu"):
         quota, _, period = _text(folder / "cpu.max").partition(" ")  # version 2
         quota = quota or _text(folder / "cpu.cfs_quota_us")
         period = period or _text(folder / "cpu.cfs_period_us")
-        if quota.isdecimal() and period.isdecimal():  # without a quota: max, -1
+        if quota.isdecimal() and period.isdecimal():  # `max` or -1: no quota
             yield int(quota) / int(period)
 
 
 def _shared_memory() -> Iterator[tuple[int, int]]:
-    """Each limit in bytes that holds for all of a job's processes on this host, and how much of it is used."""
+    """Each limit shared by a job's processes on this host, and its use, in bytes."""
     yield from _group_memory()
     given, by_cpu, cpus_here = (
         os.environ.get(f"SLURM_{name}", "") for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
     )
-    mebibytes = int(given or 0) or int(by_cpu or 0) * int(cpus_here or 0)  # 0: all that the host has
+    mebibytes = int(given or 0) or int(by_cpu or 0) * int(cpus_here or 0)  # 0: all of the host's memory
     if mebibytes:
         yield mebibytes << 20, _status().get("VmRSS", 0)
 
 
 def _group_memory() -> Iterator[tuple[int, int]]:
-    """Limit and use of each of this process's groups that has a limit, in bytes. Version 2's `high` is one, too: above
-    it a group comes nearly to a halt."""
+    """Limit and use of each of this process's cgroups that has a limit, in bytes. `memory.high` (version 2) counts as a
+    limit: the kernel slows a group above it almost to a halt."""
     for folder in _groups("memory"):
         limits = [_text(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
         for limit in limits:
             if limit.isdecimal() and used:
-                yield int(limit), int(used) - _kept_in_case(folder)
+                yield int(limit), int(used) - _page_cache(folder)
 
 
-def _kept_in_case(folder: Path) -> int:
-    """Bytes of a group's use that are pages of files, which the kernel takes back when it needs them."""
+def _page_cache(folder: Path) -> int:
+    """Bytes of a cgroup's use that are page cache, which the kernel reclaims on demand."""
     rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-    names = ("active_file", "inactive_file")  # of this group; with total_, those below it as well, where both exist
+    names = (
+        "active_file",
+        "inactive_file",
+    )  # of this group alone; total_…: with its children, where the kernel has both
     return sum(int(rows.get(f"total_{name}", rows.get(name, 0))) for name in names)
 
 
 def _own_memory() -> Iterator[tuple[int, int]]:
-    """Limit and use of this process's own limits: of address space, and of data."""
+    """Limit and use, in bytes, of this process's address space and data segment, where limited."""
     import resource
 
     status = _status()
@@ -131,13 +134,15 @@ def _own_memory() -> Iterator[tuple[int, int]]:
 
 
 def _status() -> dict[str, int]:
-    """Sizes of this process, in bytes, by the kernel's names for them."""
+    """Sizes in bytes from /proc/self/status, by name."""
     return {name: int(size) * 1024 for name, size in re.findall(r"(\w+):\s+(\d+) kB", _text(PROC / "status"))}
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, of either version, from its own to the outermost."""
-    own = dict(line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines())  # by controllers; "": version 2
+    """Folders of the cgroups (version 1 or 2) that this process is in, from its own to the outermost."""
+    own = dict(
+        line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines()
+    )  # controllers: path; version 2 has no controllers
     paths = {name: path for names, path in own.items() for name in names.split(",")}
     for line in _text(PROC / "mountinfo").splitlines():
         fields, _, system = line.partition(" - ")
@@ -157,7 +162,7 @@ def _unescaped(field: str) -> str:
 
 
 def _text(path: Path) -> str:
-    """What stands in a file of the kernel's; nothing where it has none such."""
+    """Content of a kernel file; "" if it does not exist or cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:

@@ -1,8 +1,8 @@
-"""Ctrl-C, a terminal's SIGHUP and SIGQUIT, a launcher's SIGTERM and SIGUSR1, and a launcher's own end, turned into a
-question the loop asks between two steps.
+"""Signals (SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGQUIT) and the launcher's exit, as a status that the loop reads after
+each step.
 
-The signals are read by a thread, through Python's wake-up descriptor: the main thread may hang in a collective, and a
-second signal must end it all the same.
+A thread reads the signals through Python's wake-up descriptor: the main thread may hang in a collective, and a second
+signal must still end the process.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ STATUS = {
     signal.SIGINT: INTERRUPTED,
     **dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT), STOPPED),
 }
-LOOK = 1.0  # seconds between two looks whether the launcher is gone
-SAME_REQUEST = 5.0  # seconds: one request reaches a rank twice, from a terminal or Slurm and from its launcher
+CHECK_EVERY = 1.0  # seconds between two checks that the launcher is alive
+SAME_REQUEST = 5.0  # seconds; within them a second signal is the same request, forwarded by the launcher
 
 
 class Interrupt:
-    """Whether this process was asked to stop. `status` is what it should then end with; 0: nobody asked.
+    """Whether this process was asked to stop. `status`: its exit status in that case; 0: not asked.
 
-    Until `patient` is set, and at a second request some seconds after the first, it ends at once, after `last_words`;
-    without them on a SIGTERM to one of several ranks, which launchers send after another rank has crashed, too."""
+    Before `can_save` is set, and on a second request more than `SAME_REQUEST` seconds after the first, the process
+    calls `last_words` and exits at once. On SIGTERM with several ranks it does not call `last_words`: launchers also
+    send SIGTERM after another rank crashed."""
 
     def __init__(self) -> None:
         self.status = 0
-        self.patient = False
+        self.can_save = False
         self.last_words: Callable[[], None] = lambda: None
         self._since = 0.0
         self._ignored = False
@@ -43,12 +44,12 @@ class Interrupt:
     @classmethod
     @contextmanager
     def watch(cls) -> Iterator[Interrupt]:
-        """Take note of the signals while the context lasts."""
+        """Receive the signals while the context lasts."""
         interrupt = cls()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first: no signal is lost in between
-        before = {number: signal.signal(number, lambda *_: None) for number in STATUS if not _kept_off(number)}
+        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # before the handlers: no signal is lost
+        before = {number: signal.signal(number, lambda *_: None) for number in STATUS if not _by_nohup(number)}
         threading.Thread(target=interrupt._listen, args=(reader,), daemon=True).start()
         try:
             yield interrupt
@@ -60,7 +61,8 @@ class Interrupt:
             os.close(writer)
 
     def ignore(self) -> None:
-        """Let no signal change any more what this process ends with: launchers send one to all as soon as one ends."""
+        """Ignore signals from now on: launchers signal all ranks as soon as one exits, which would change the
+        status."""
         self._ignored = True
         ignore_all()
 
@@ -68,7 +70,7 @@ class Interrupt:
         signals = select.poll()
         signals.register(reader, select.POLLIN)
         while True:
-            if not signals.poll(LOOK * 1000):
+            if not signals.poll(CHECK_EVERY * 1000):
                 if not self.status and process.launcher_is_gone():
                     say(f"warning: the launcher, process {process.PARENT}, is gone: this run stops as on SIGTERM")
                     self._note(signal.SIGTERM)
@@ -82,22 +84,23 @@ class Interrupt:
 
     def _note(self, number: signal.Signals) -> None:
         status, now = STATUS[number], time.monotonic()
-        if not self.patient or (self.status and now - self._since > SAME_REQUEST):
+        if not self.can_save or (self.status and now - self._since > SAME_REQUEST):
             if number != signal.SIGTERM or process.world_size() == 1:
-                with suppress(OSError):  # this thread must live
+                with suppress(OSError):  # this thread must go on
                     self.last_words()
-            leave("interrupted", status, patience=0.0)
+            leave("interrupted", status, timeout=0.0)
         if not self.status:
             self.status, self._since = status, now
 
 
 def ignore_all() -> None:
-    """In a process whose parent decides when it ends: terminals and batch systems signal all processes of a run."""
+    """Ignore all of these signals, in a worker process that its parent stops: terminals and batch systems also signal
+    workers."""
     for number in STATUS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _kept_off(number: signal.Signals) -> bool:
-    """Whether `nohup` keeps a signal off. Shells have SIGINT and SIGQUIT ignored, too, in what a script starts with &;
-    who sends one to that process by its number means it."""
+def _by_nohup(number: signal.Signals) -> bool:
+    """Whether `nohup` made this process ignore the signal. SIGINT and SIGQUIT are not checked: shells ignore them in
+    background jobs of a script, but a signal sent to such a job by its id is a request."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

@@ -1,8 +1,8 @@
-"""Standard output and standard error, made so that no terminal ends a run.
+"""Standard output and standard error that do not end a run.
 
-A terminal may be closed from the start, hang up, be a pipe whose reader has ended or no longer reads, be a file without
-room, or lack characters; and what is printed may hold control characters. `open_streams` serves every command; in one
-that outlives its terminal, printing never fails.
+They may be closed from the start, a terminal that hangs up, a pipe whose reader has ended or stopped reading, a file on
+a full disk, or an encoding that lacks characters; and printed text may hold control characters. Every command calls
+`open_streams`. After `outlive`, printing never fails.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-# escape sequences and their like, which would move the cursor, hide text or change a terminal's state
+# control characters: they would move the cursor, hide text or change a terminal's state
 CONTROL = re.compile(r"(?!^)\r(?!\n)|[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 COLORS = re.compile(r"\x1b\[[\d;]*m")
-UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # a write of its own, by which tqdm and wandb go back
+UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # written alone by tqdm and wandb to move the cursor back
 NAMES = {1: "standard output", 2: "standard error"}
-PATIENCE = 30.0  # seconds for a reader that does not read: meanwhile the other ranks wait, too
-GONE = (errno.EPIPE, errno.EIO)  # of a pipe and of a terminal
+READ_TIMEOUT = 30.0  # seconds to wait for a reader that does not read; the other ranks wait too
+GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone
 
-gone: dict[int, str] = {}  # descriptors that were given up, and what was said of it
+gone: dict[int, str] = {}  # descriptors that were given up, and the warning printed for each
 _outliving = False
 
 
 class Closed(BrokenPipeError):
-    """Nobody reads what a command prints, which may end therefore."""
+    """The reader of a command's output is gone, so the command may exit."""
 
 
 def open_streams() -> None:
-    """Replace Python's own `sys.stdout` and `sys.stderr`. What was closed becomes /dev/null, and a character that the
-    encoding lacks is written as its escape."""
+    """Replace Python's own `sys.stdout` and `sys.stderr`. A closed descriptor becomes /dev/null; a character that the
+    encoding lacks is written as an escape."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one, before a file of ours does
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is `fd`
             if fd:
                 gone[fd] = f"warning: {NAMES[fd]} is closed"
     if sys.stdin is None:
@@ -52,26 +52,26 @@ def open_streams() -> None:
 
 
 def outlive() -> None:
-    """From here on printing never fails: at its first failure a stream is given up, which the log says."""
+    """From here on printing never fails: a stream is given up at its first failure, with a warning in the log."""
     global _outliving  # noqa: PLW0603
     _outliving = True
 
 
 def flush() -> None:
-    """Write what was printed and is not written yet."""
+    """Flush both streams; errors are ignored."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
 
 
 def plain(text: str) -> str:
-    """`text` with escapes in place of control characters but line ends and tabs, and without colours, which libraries
-    give. A carriage return stays at the beginning, where a progress bar has it."""
+    """`text` without colours, and with control characters escaped, except line ends, tabs and a carriage return at the
+    start (progress bars)."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), COLORS.sub("", text))
 
 
 def _is_pythons_own(stream: Any, fd: int) -> bool:
-    """Not one that somebody put in its place, and not ours."""
+    """Whether the stream is Python's original one on `fd`, not a replacement by others or by us."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)  # without a buffer: PYTHONUNBUFFERED
     return type(stream) is io.TextIOWrapper and stream.fileno() == fd and not isinstance(raw, _Descriptor)
 
@@ -87,7 +87,7 @@ def _stream(fd: int, before: io.TextIOWrapper | None) -> io.TextIOWrapper:
 
 
 class _Plain(io.TextIOWrapper):
-    """A stream of text that holds foreign words: names of files, labels, what a network wrote."""
+    """A text stream that escapes control characters: file names, labels and generated text may hold them."""
 
     def write(self, text: str) -> int:
         super().write(text if UPWARDS.fullmatch(text) else plain(text))
@@ -95,19 +95,19 @@ class _Plain(io.TextIOWrapper):
 
 
 class _Descriptor(io.FileIO):
-    """What lies below a stream's buffer."""
+    """A stream's raw file."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, "w", closefd=False)
         self._unread = False
 
     def write(self, data: Any) -> int:
-        """Write some of the bytes, at most as many as a pipe takes at once; return their number."""
+        """Write up to PIPE_BUF bytes. Returns the number written."""
         piece = memoryview(data)[: select.PIPE_BUF]
         try:
             if _outliving and not self._is_read():
                 return len(piece)
-            while (written := super().write(piece)) is None:  # full, and somebody made it non-blocking
+            while (written := super().write(piece)) is None:  # None: the descriptor is non-blocking, and full
                 select.select([], [self.fileno()], [])
             return written
         except OSError as error:
@@ -119,16 +119,19 @@ class _Descriptor(io.FileIO):
             raise OSError(error.errno, error.strerror, NAMES[self.fileno()]) from error
 
     def _is_read(self) -> bool:
-        """Whether there is room, or soon is. What is printed while there is none is left out, without another wait."""
-        has_room = bool(select.select([], [self.fileno()], [], 0 if self._unread else PATIENCE)[1])
+        """Wait up to `READ_TIMEOUT` for room; False if there is none. Later writes do not wait, and are dropped, until
+        there is room again."""
+        has_room = bool(select.select([], [self.fileno()], [], 0 if self._unread else READ_TIMEOUT)[1])
         if has_room is self._unread:
             self._unread = not has_room
-            how = "is read again" if has_room else f"was not read for {PATIENCE:g} s: what follows is left out there"
+            how = (
+                "is read again" if has_room else f"was not read for {READ_TIMEOUT:g} s: what follows is left out there"
+            )
             _log(f"warning: {NAMES[self.fileno()]} {how}")
         return has_room
 
     def _give_up(self, error: OSError) -> None:
-        """Let all that is still printed, by C++ libraries too, go nowhere."""
+        """Redirect the descriptor to /dev/null, for C++ libraries too."""
         fd = self.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, fd)
@@ -140,5 +143,5 @@ class _Descriptor(io.FileIO):
 
 
 def _log(line: str) -> None:
-    """For the file of the run, where there is one (`log.OURS`)."""
+    """Write to the run's log, if there is one (`log.OURS`)."""
     logging.getLogger("opt_parallel").info(line)

@@ -1,1 +1,1 @@
-"""What lies on a disk, whatever disk it is: files and folders that are complete or absent."""
+"""Files and folders that are complete or absent, on any file system."""

@@ -1,8 +1,8 @@
-"""Files and folders that are complete or absent: written beside their place, confirmed by the disk (fsync), renamed.
+"""Files and folders that are complete or absent: written under a temporary name, fsynced, renamed.
 
-Each writer has a name of its own beside the place, so that two of them never meet in one file. While it writes it holds
-a lock (flock), which ends with the process: what nobody holds was left by a killed one, and the next writer of the same
-file deletes it.
+Each writer has its own temporary name beside the final path, so two writers never share a file. A writer holds a lock
+(flock) on it, which ends with the process. An unlocked temporary file was left by a killed process, and the next writer
+of the same path deletes it.
 """
 
 from __future__ import annotations
@@ -23,67 +23,67 @@ from typing import BinaryIO
 from opt_parallel.runtime import process
 from opt_parallel.runtime.log import say
 
-PARTIAL = ".partial"  # what the name of anything unfinished ends with
-HELD = ".writing"  # the locked file in an unfinished folder: a folder itself cannot be locked on NFS
+PARTIAL = ".partial"  # suffix of temporary names
+HELD = ".writing"  # the locked file in an unfinished folder: NFS cannot lock a folder
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
-NOT_OPENED = {errno.EACCES, errno.EPERM, errno.EISDIR}  # a folder that may be written to, but not opened
-_said: set[str] = set()
+NOT_OPENED = {errno.EACCES, errno.EPERM, errno.EISDIR}  # errors of opening a folder that is writable but not readable
+_warned: set[str] = set()
 
 
 @contextmanager
 def new_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, called `path` once the block has ended without an error; after one nothing of it is left. What
-    is in /dev and no file is written to as it is.
+    """A file to write. It is renamed to `path` when the block ends, and removed after an error. Devices and pipes under
+    /dev and /proc are written to directly.
 
     Args:
-        replace: whether an existing file gives way.
+        replace: whether to replace an existing file.
 
-    Raises: OSError; FileExistsError without `replace`, also where another process was faster.
+    Raises: OSError; FileExistsError without `replace`, also if another process created the file meanwhile.
     """
     is_special = path.exists() and not path.is_file()
     if is_special and path.absolute().parts[1] in ("dev", "proc"):
         with open(path, "wb") as file:
             yield file
         return
-    path = path if is_special else Path(os.path.realpath(path))  # a link to a file stays one
+    path = path if is_special else Path(os.path.realpath(path))  # a symbolic link is kept, its target replaced
     with _unfinished(path, folder=False) as (partial, file):
         yield file
         file.flush()
         confirm(file.fileno(), path)
-        file.close()  # some file systems rename no open file
+        file.close()  # some file systems cannot rename an open file
         (os.replace if replace else _rename_to_new)(partial, path)
     _confirm_names(path.parent)
 
 
 def write_text(path: Path, text: str, replace: bool = True) -> None:
-    """Write a whole file in UTF-8. Raises: OSError, as `new_file`."""
+    """Write a file atomically, in UTF-8. Raises: OSError, as `new_file`."""
     write_bytes(path, text.encode(), replace)
 
 
 def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
-    """Write a whole file. Raises: OSError, as `new_file`."""
+    """Write a file atomically. Raises: OSError, as `new_file`."""
     with new_file(path, replace) as file:
         file.write(content)
 
 
 def free_name(path: Path, why: str) -> Path:
-    """Where something can be moved aside: `step-8.damaged`, or with the first number after it that is not taken."""
+    """A free path to move `path` to: `step-8.damaged`, or with the first free number, `step-8.damaged1`."""
     names = (path.with_name(f"{path.name}.{why}{number or ''}") for number in itertools.count())
     return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill, called `path` once the block has ended without an error; after one nothing of it is left.
+    """A folder to fill. It is renamed to `path` when the block ends, and removed after an error.
 
     Args:
-        replace: whether an existing folder gives way; an empty one always does.
+        replace: whether to replace an existing folder; an empty one is always replaced.
 
-    Raises: OSError; without `replace` ENOTEMPTY or EEXIST, also where another process was faster.
+    Raises: OSError; without `replace` ENOTEMPTY or EEXIST, also if another process created the folder meanwhile.
     """
     with _unfinished(path, folder=True) as (partial, held):
         yield partial
-        sync_below(partial)
+        fsync_tree(partial)
         held.close()
         (partial / HELD).unlink()
         sync(partial)
@@ -95,19 +95,19 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def beside(path: Path) -> Path:
-    """A name for what will be `path`, that no other process writes to."""
+    """A temporary name for `path`, unique to this process."""
     return path.with_name(f"{path.name}.{process.host()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a file or folder that is complete its name. Raises: OSError; a folder at `path` must be empty."""
-    sync_below(partial) if partial.is_dir() else sync(partial)
+    """Fsync a complete file or folder and rename it to `path`. Raises: OSError; a folder at `path` must be empty."""
+    fsync_tree(partial) if partial.is_dir() else sync(partial)
     os.rename(partial, path)
     _confirm_names(path.parent)
 
 
-def sync_below(folder: Path) -> None:
-    """Have the disk confirm every file in a folder, and the names of them all. Raises: OSError."""
+def fsync_tree(folder: Path) -> None:
+    """Fsync every file and folder below `folder`, and `folder`. Raises: OSError."""
     for here, _, names in os.walk(folder):
         for name in names:
             sync(Path(here, name))
@@ -115,8 +115,7 @@ def sync_below(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk confirm a file's bytes, or the names in a folder; a file system that has no such thing is passed
-    over, and that said once. Raises: OSError."""
+    """Fsync a file or folder. A file system without fsync gives one warning. Raises: OSError."""
     try:
         number = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -130,12 +129,12 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Delete a file or folder; whether it is gone. Why it is not is said once, and is no error: whether something else
-    was saved does not depend on it."""
+    """Delete a file or folder. Returns whether it is gone; a failure is a warning, given once, since nothing that was
+    saved depends on it."""
     is_folder = path.is_dir() and not path.is_symlink()
     try:
         if is_folder:
-            shutil.rmtree(path, ignore_errors=True)  # as much as goes
+            shutil.rmtree(path, ignore_errors=True)  # deletes what it can
         if os.path.lexists(path):
             shutil.rmtree(path) if is_folder else path.unlink()
     except FileNotFoundError:
@@ -146,32 +145,32 @@ def remove(path: Path) -> bool:
 
 
 def remove_leftovers(path: Path, any_host: bool = False) -> None:
-    """Delete what killed processes left beside `path` of what they wrote there: those of this host, since locks may not
-    reach another; those of `any_host` where only one process writes at a time."""
+    """Delete the temporary files and folders of `path` that killed processes of this host left. `any_host`: those of
+    other hosts too, whose locks may not be visible here; only where the caller is the single writer."""
     host = "*" if any_host else glob.escape(process.host())
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.{host}-????????{PARTIAL}"):
         held = leftover / HELD if leftover.is_dir() else leftover
         if any_host and not held.exists():
-            remove(leftover)  # killed as it was deleted
+            remove(leftover)  # its writer was killed while it deleted the folder
             continue
-        with suppress(OSError):  # then nobody can tell whether it is still written
+        with suppress(OSError):  # leave it: it may still be in use
             number = os.open(held, os.O_RDWR)
             try:
                 if hold(number):
-                    aside = beside(path)
-                    os.rename(leftover, aside)  # fails if its writer has finished it meanwhile
-                    remove(aside)
+                    renamed = beside(path)
+                    os.rename(leftover, renamed)  # fails if its writer has published it meanwhile
+                    remove(renamed)
             finally:
                 os.close(number)
 
 
 @contextmanager
 def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
-    """An unfinished file or folder beside `path`, and the file that is held; what is left of it at the end goes."""
+    """A temporary file or folder beside `path`, and its locked file; removed at the end unless renamed."""
     remove_leftovers(path)
     file, partial = None, path
     try:
-        while file is None or not os.path.exists(file.name):  # another process may have taken it for a leftover
+        while file is None or not os.path.exists(file.name):  # another process may have deleted it before it was locked
             partial = beside(path)
             if folder:
                 partial.mkdir(parents=True)
@@ -182,7 +181,7 @@ def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
         yield partial, file
     finally:
         if file is not None:
-            with suppress(OSError):  # what could not be written is tried once more; after an error, which is on its way
+            with suppress(OSError):  # close flushes once more; the first error is already being raised
                 file.close()
         if partial != path:
             remove(partial)
@@ -200,7 +199,7 @@ def hold(number: int) -> bool | None:
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:
-    """Rename, but not over an existing file."""
+    """Rename; fail if `path` exists."""
     try:
         os.link(partial, path)
     except FileExistsError:
@@ -212,20 +211,21 @@ def _rename_to_new(partial: Path, path: Path) -> None:
 
 
 def _exchange(partial: Path, path: Path) -> None:
-    """Rename, what is at `path` out of the way; that comes back if the other cannot be renamed."""
-    aside = beside(path)
+    """Replace the folder at `path`; restore it if the rename fails."""
+    earlier = beside(path)
     with suppress(FileNotFoundError):
-        os.rename(path, aside)
+        os.rename(path, earlier)
     try:
         os.rename(partial, path)
     except OSError:
         with suppress(OSError):
-            os.rename(aside, path)
+            os.rename(earlier, path)
         raise
-    remove(aside)
+    remove(earlier)
 
 
 def confirm(number: int, path: Path) -> None:
+    """Fsync an open file; a file system without fsync gives one warning. Raises: OSError."""
     try:
         os.fsync(number)
     except OSError as error:
@@ -239,7 +239,7 @@ def confirm(number: int, path: Path) -> None:
 
 
 def _confirm_names(folder: Path) -> None:
-    """After a rename, when all is there: what fails here is a warning."""
+    """Fsync a folder after a rename. A failure is a warning: the file is complete."""
     try:
         sync(folder)
     except OSError as error:
@@ -248,7 +248,7 @@ def _confirm_names(folder: Path) -> None:
 
 @contextmanager
 def optional(path: Path, done: str = "written") -> Iterator[None]:
-    """Around what a run does not depend on, as the writing of a file that only tells of it: a failure is said, once."""
+    """Around work that the run does not depend on, such as a log or a plot: an OSError becomes one warning."""
     try:
         yield
     except OSError as error:
@@ -256,8 +256,8 @@ def optional(path: Path, done: str = "written") -> Iterator[None]:
 
 
 def _warn(text: str, once_for: str | None = None) -> None:
-    """Once a process, and not in those that prepare text: there are many."""
+    """Warn once a process; not in worker processes, which are many."""
     key = once_for or text
-    if key not in _said and multiprocessing.parent_process() is None:
-        _said.add(key)
+    if key not in _warned and multiprocessing.parent_process() is None:
+        _warned.add(key)
         say(f"warning: {text}")

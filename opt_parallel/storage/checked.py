@@ -1,6 +1,6 @@
-"""JSON objects that carry a checksum of themselves as their last key: one changed bit of a file is seen.
+"""JSON objects whose last key is a checksum of the rest, so that one changed bit is detected.
 
-What is read may come from anywhere: only regular files are opened, and nothing is read beyond a size.
+The input may come from anywhere: only regular files are opened, up to a size limit.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from annotated_types import Ge, Lt
 CHECKSUM = "checksum"
 END = re.compile(rb', "checksum": "([0-9a-f]{8})"\}\n?\Z')
 LONGEST_END = 40  # bytes, more than END ever matches
-DEEPEST = 32  # levels of lists and objects; what walks through them must not run out of stack
-MOST = 2**16  # bytes of a file, unless the reader expects more
+DEEPEST = 32  # levels of lists and objects; recursive readers must not overflow the stack
+MOST = 2**16  # bytes of a file; the default limit
 
 # types of the fields that readers check
 Integer = Annotated[int, Ge(-(2**63)), Lt(2**63)]
@@ -27,15 +27,15 @@ Size = Annotated[Integer, Ge(1)]
 
 
 def dump_checked(values: dict[str, Any], ascii_only: bool = True) -> str:
-    """`values` as one line of JSON, and `checksum`: CRC-32 of all bytes before it, in eight hexadecimal digits."""
+    """`values` as one line of JSON with the last key `checksum`: CRC-32 of all bytes before it, eight hex digits."""
     text = json.dumps(values, ensure_ascii=ascii_only).removesuffix("}")
     return f'{text}, "{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}'
 
 
 def parse_checked(text: bytes) -> dict[str, Any]:
-    """The object that `dump_checked` wrote; or one that has no checksum, as earlier versions wrote.
+    """The object that `dump_checked` wrote. A missing checksum is accepted: earlier versions wrote none.
 
-    Raises: ValueError, with the reason, if it is anything else."""
+    Raises: ValueError with the reason."""
     try:
         values = json.loads(text.decode(), object_pairs_hook=without_duplicates)
     except RecursionError as error:
@@ -51,7 +51,7 @@ def parse_checked(text: bytes) -> dict[str, Any]:
 
 
 def read_checked(path: Path, most: int = MOST) -> dict[str, Any]:
-    """The object in a file. Raises: OSError if it cannot be read; ValueError, with the reason, if it is none."""
+    """The object in a file of at most `most` bytes. Raises: OSError; ValueError with the reason, as `parse_checked`."""
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would never end
         raise ValueError("it is not a regular file")
     with open(path, "rb") as file:
@@ -62,7 +62,7 @@ def read_checked(path: Path, most: int = MOST) -> dict[str, Any]:
 
 
 def is_deep(values: Any) -> bool:
-    """Whether lists and objects lie more than `DEEPEST` levels deep in each other."""
+    """Whether lists and objects are nested more than `DEEPEST` levels."""
     level = [values]
     for _ in range(DEEPEST):
         level = [
@@ -75,7 +75,8 @@ def is_deep(values: Any) -> bool:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. Raises: ValueError if a key occurs twice."""
     values = dict(pairs)
-    if len(values) < len(pairs):  # readers in other languages may take the first of two
+    if len(values) < len(pairs):  # parsers differ in which of two they take
         raise ValueError("a key is there twice")
     return values

@@ -1,7 +1,7 @@
-"""Files of folders that somebody else made: regular files inside the folder alone are read, and JSON of a bounded size.
+"""Files of untrusted folders: only regular files inside the folder are read, up to a size limit.
 
-A link that leads out of the folder would turn any file of this machine into a part of an export, and a device or a
-named pipe would never end.
+A symbolic link out of the folder could put any file of this machine into an export; reading a device or a named pipe
+might never end.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.checked import without_duplicates
 
 POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # what Git LFS leaves instead of a file
-MOST_BYTES = 100_000_000  # of a file that is read whole; an index of 175B's weights has 0.1 MB, a large tokenizer 35
+MOST_BYTES = 100_000_000  # size limit; an index of 175B's weights has 0.1 MB, a large tokenizer 35 MB
 
 
 def file_in(folder: Path, name: str) -> Path | None:
-    """The regular file `name` of `folder`; None where there is nothing of that name.
+    """The regular file `name` of `folder`; None if there is none.
 
-    Raises: UserError if it is a link that leads out of the folder, not a file, or Git LFS's pointer to one."""
+    Raises: UserError for a link out of the folder, anything but a regular file, or a Git LFS pointer."""
     path = folder / name
     try:
         target = path.resolve(strict=True)
@@ -41,7 +41,7 @@ def file_in(folder: Path, name: str) -> Path | None:
 
 
 def check_fetched(path: Path, where: str) -> None:
-    """Raise UserError if only Git LFS's pointer to the file is there."""
+    """Raise UserError if the file is a Git LFS pointer."""
     if path.stat().st_size < POINTER_BYTES:
         with path.open("rb") as file:
             if file.read(len(POINTER)) == POINTER:
@@ -49,19 +49,19 @@ def check_fetched(path: Path, where: str) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where a file of `folder` may lie: inside it, and if it is a snapshot of the hub's cache where that has its
-    contents, in the `blobs` of the repository or in those that all repositories share."""
+    """Folders that a file of `folder` may be in: `folder` itself and, if it is a snapshot in the hub's cache, the
+    repository's `blobs` and the `blobs` shared by all repositories."""
     here = folder.resolve()
     roots = [here]
-    for place in (here, *here.parents):
-        repository = place.parent.parent
-        if place.parent.name == "snapshots" and repository.name.startswith("models--"):
+    for parent in (here, *here.parents):
+        repository = parent.parent.parent
+        if parent.parent.name == "snapshots" and repository.name.startswith("models--"):
             roots += [repository / "blobs", repository.parent / "blobs"]
     return roots
 
 
-def read_whole(path: Path) -> bytes:
-    """The content of a file. Raises: OSError; ValueError if it is larger than anything of its kind."""
+def read_limited(path: Path) -> bytes:
+    """The content of a file. Raises: OSError; ValueError if it is larger than `MOST_BYTES`."""
     with open(path, "rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -70,23 +70,23 @@ def read_whole(path: Path) -> bytes:
 
 
 def content_of(folder: Path, name: str) -> bytes | None:
-    """The content of the regular file `name` of `folder`, None where there is none.
+    """The content of the regular file `name` of `folder`; None if there is none.
 
     Raises: UserError as `file_in`, or if it cannot be read."""
     path = file_in(folder, name)
     try:
-        return None if path is None else read_whole(path)
+        return None if path is None else read_limited(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): bring a whole copy") from error
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises: OSError; ValueError as `parse_json`, or if it is too large."""
-    return parse_json(read_whole(path))
+    """A JSON file's value. Raises: OSError; ValueError as `parse_json`, or if it is too large."""
+    return parse_json(read_limited(path))
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON says. Raises: ValueError if it is none, is nested too deeply or has a key twice."""
+    """The value of a JSON text. Raises: ValueError if it is malformed, nested too deeply or has a key twice."""
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=without_duplicates)
     except RecursionError as error:

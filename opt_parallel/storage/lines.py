@@ -1,4 +1,4 @@
-"""A file that grows line by line while a run goes on, whatever its disk does."""
+"""A file that a run appends lines to, and that survives a full disk or its own removal."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from opt_parallel.storage.atomic import write_bytes
 
 
 class Lines:
-    """Appends to a file. What the disk does not take is kept, which is said once, and written as soon as it does; where
-    the file or its folder was removed, it is made anew with all that was in it."""
+    """Appends to a file. Lines that cannot be written are kept in memory, with one warning, and written later. A file
+    that was removed is created again with all its lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,12 +21,12 @@ class Lines:
         self._failed = False
 
     def write(self, line: str) -> None:
-        """Append a line. Never fails."""
+        """Append a line. Never raises."""
         self._kept += line.encode() + b"\n"
         self.flush()
 
     def close(self) -> None:
-        """Nothing more is written; lines that the disk never took are lost, and that is said."""
+        """Close the file. Lines that could not be written are lost, with a warning."""
         if self._kept:
             self.flush()
         if lost := self._kept.count(b"\n"):
@@ -35,7 +35,7 @@ class Lines:
             self._file.close()
 
     def flush(self) -> None:
-        """Write what is kept, and make the file where there is none. Never fails."""
+        """Write the kept lines; create the file if it is missing. Never raises."""
         try:
             file = self._opened()
             while self._kept:
@@ -50,14 +50,14 @@ class Lines:
         self._failed = False
 
     def _opened(self) -> BinaryIO:
-        """The file that has the path. Raises: OSError."""
+        """The open file at `path`, created again if it was removed. Raises: OSError."""
         if self._file is not None and self._is_there(self._file):
             return self._file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._file is not None:
             self._file.seek(0)
             write_bytes(self.path, self._file.read())
-            say(f"warning: {self.path} was removed or moved in mid-run: it is made anew, with all its lines")
+            say(f"warning: {self.path} was removed or moved: it is created again, with all its lines")
             self._file.close()
             self._file = None
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115

@@ -1,8 +1,8 @@
-"""One writer in a folder, and a lock that a crash leaves behind harmlessly.
+"""A folder's lock: one process writes at a time, and a crash leaves no stale lock.
 
-The writer holds the folder's file `lock` open and locked (flock), so that it is free as soon as the process is gone,
-however that ended. In the file stands who it is, and a number that grows every few seconds: a heartbeat, to go by where
-locks do not reach other hosts or do not exist. Hosts' clocks decide nothing: who waits looks whether the number grows.
+The writer keeps the folder's file `lock` open and locked (flock); the lock ends with the process. The file names the
+writer and holds a heartbeat, a counter that grows every few seconds, for file systems whose locks do not reach other
+hosts or do not exist. A waiting process watches whether the counter grows, so hosts' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import confirm, hold
 
 LOCK = "lock"
-BEAT, SILENT = 5.0, 60.0  # seconds between two beats, and without one until a writer counts as gone
-PATIENCE = 2.0  # seconds that a process may take to die
-LOOK = 0.5  # seconds between two looks at another's file
-SIZE = 512  # bytes of the file, always the same: each beat is written over the one before
+BEAT, SILENT = 5.0, 60.0  # seconds between two heartbeats; seconds without one after which a writer counts as gone
+EXIT_TIMEOUT = 2.0  # seconds that a dying process may take
+POLL = 0.5  # seconds between two reads of the file
+SIZE = 512  # bytes of the file; each heartbeat overwrites it
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Who writes. `kernel`: the same for all whose locks one kernel keeps; `token`: one process's and no other's."""
+    """The process that writes. `kernel`: equal for processes that share one kernel's locks; `token`: unique."""
 
     host: str
     process: int
@@ -52,13 +52,13 @@ class Writer:
 
 @contextmanager
 def only_writer(folder: Path, key: str, beat: float = BEAT, silent: float = SILENT) -> Iterator[None]:
-    """Be the only process that writes to `folder`, which is made, while the context lasts.
+    """Create `folder` and hold its lock while the context lasts.
 
-    Where another takes the folder all the same, since this process was silent for long, this process ends at once.
-    Nobody is kept out of a folder that is closed to writing.
+    If this process was silent so long that another took the lock, this process exits at once. A read-only folder needs
+    no lock.
 
     Args:
-        key: what the user calls the folder, for messages.
+        key: the folder as the user set it, for messages.
         beat, silent: seconds, see `BEAT` and `SILENT`.
 
     Raises: UserError that names the other writer, or why the folder cannot be written.
@@ -77,14 +77,14 @@ def only_writer(folder: Path, key: str, beat: float = BEAT, silent: float = SILE
         ended.set()
         if thread.is_alive():
             thread.join()
-            with suppress(OSError):  # then it looks as after a crash
+            with suppress(OSError):  # on failure the file looks as after a crash
                 if _writer_in(path) == this:
                     os.ftruncate(number, 0)
         os.close(number)
 
 
 def _open(path: Path, key: str) -> int | None:
-    """The lock's file, made where it is missing; None in a folder that is closed to writing. Raises: UserError."""
+    """Open or create the lock's file; None in a read-only folder. Raises: UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -99,61 +99,66 @@ def _unwritable(key: str, path: Path, error: OSError) -> UserError:
 
 
 def _take(number: int, path: Path, key: str, this: Writer, silent: float) -> None:
-    """Write down who writes, once nobody else does. Raises: UserError."""
+    """Wait until no other process writes, then name this one in the file. Raises: UserError."""
     refusal = f"{key}: another run trains there, {{}}: wait until it has ended, or choose another run.dir"
-    locked, deadline = hold(number), time.monotonic() + PATIENCE
-    while locked is False and time.monotonic() < deadline:  # it may be dying, or have named nobody yet
-        time.sleep(LOOK)
+    locked, deadline = hold(number), time.monotonic() + EXIT_TIMEOUT
+    while (
+        locked is False and time.monotonic() < deadline
+    ):  # the other process may be exiting, or about to write its name
+        time.sleep(POLL)
         locked = hold(number)
     other = _writer_in(path)
-    same_kernel = other is None or other.kernel == this.kernel  # then the lock tells all, where there are locks
+    same_kernel = other is None or other.kernel == this.kernel  # then flock alone decides, if the file system has it
     if locked is False and same_kernel:
-        raise UserError(refusal.format(other or "which says nothing of itself"))
+        raise UserError(refusal.format(other or "unnamed"))
     if other is not None and not (locked and same_kernel):
-        say(f"{path} names {other}: waiting up to {silent:.0f} s for a sign that it lives")
+        say(f"{path} names {other}: waiting up to {silent:.0f} s for its heartbeat")
         if _beats(path, silent):
             raise UserError(refusal.format(other))
         if locked is False and hold(number) is False:
-            raise UserError(f"{refusal.format(other)}; it is silent: if its host is gone, remove {path}")
+            raise UserError(f"{refusal.format(other)}; it has no heartbeat: if its host is gone, remove {path}")
     try:
         _write(number, path, this, 0)
     except OSError as error:
         if not locked:
             raise _unwritable(key, path, error) from error
     if locked is None:
-        time.sleep(2 * LOOK)
+        time.sleep(2 * POLL)
         other = _writer_in(path)
-        if other is not None and other != this:  # both found the folder free, and it was later
+        if other is not None and other != this:  # both found the folder free, and the other wrote last
             raise UserError(refusal.format(other))
 
 
 def _beats(path: Path, silent: float) -> bool:
-    """Whether the writer named in the file shows within a time that it lives."""
+    """Whether the writer in the file gives a heartbeat within `silent` seconds."""
     first, deadline = _content(path), time.monotonic() + silent
     while time.monotonic() < deadline:
-        time.sleep(LOOK)
+        time.sleep(POLL)
         now = _content(path)
         if now != first:
-            return bool(now.strip(b"\0"))  # else it has ended in good order
+            return bool(now.strip(b"\0"))  # an empty file: it exited normally
     return False
 
 
 def _beat(number: int, path: Path, key: str, this: Writer, ended: threading.Event, beat: float) -> None:
-    """Show that this process lives, until the context ends."""
-    count, pause = 0, LOOK  # soon: where locks do not reach another host, both may have found the folder free
+    """Write heartbeats until the context ends."""
+    count, pause = (
+        0,
+        POLL,
+    )  # the first one soon: without locks across hosts, two processes may both have found the folder free
     while not ended.wait(pause):
         count, pause = count + 1, beat
         other = _writer_in(path)
         if other is not None and other != this:
-            leave(f"{key}: another run trains there now, {other}, and this one ends: they would mix", patience=0.0)
-        with suppress(OSError):  # the disk may be full for now; the lock holds all the same
+            leave(f"{key}: another run trains there now, {other}, and this one ends: they would mix", timeout=0.0)
+        with suppress(OSError):  # the disk may be full for now; the lock still holds
             if not path.exists():
-                _make_anew(number, path)
+                _create_again(number, path)
             _write(number, path, this, count)
 
 
-def _make_anew(number: int, path: Path) -> None:
-    """After somebody removed the file: lock a new one, under the same descriptor. Raises: OSError."""
+def _create_again(number: int, path: Path) -> None:
+    """Create and lock the file again after a user removed it, on the same descriptor. Raises: OSError."""
     new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     hold(new)
     os.dup2(new, number, inheritable=False)
@@ -163,7 +168,7 @@ def _make_anew(number: int, path: Path) -> None:
 def _write(number: int, path: Path, this: Writer, count: int) -> None:
     text = json.dumps({**asdict(this), "beat": count})
     os.pwrite(number, text.ljust(SIZE - 1).encode()[: SIZE - 1] + b"\n", 0)
-    confirm(number, path)  # other hosts see it only then
+    confirm(number, path)  # fsync: other hosts see it only then
 
 
 def _content(path: Path) -> bytes:
@@ -174,16 +179,16 @@ def _content(path: Path) -> bytes:
 
 
 def _writer_in(path: Path) -> Writer | None:
-    """Whom the file names; None if it is empty, or not readable yet."""
+    """The writer named in the file; None if the file is empty or incomplete."""
     try:
-        said = json.loads(_content(path))
-        return Writer(**{field.name: said[field.name] for field in fields(Writer)})
+        values = json.loads(_content(path))
+        return Writer(**{field.name: values[field.name] for field in fields(Writer)})
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _kernel() -> str:
-    """What all processes of one running system have in common, in containers too."""
+    """An id of the running kernel, the same in all its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Lines of JSON that a run appends to: `metrics.jsonl`, `samples.jsonl`. Each line carries a checksum of itself."""
+"""JSON lines with a checksum each, that a run appends to: `metrics.jsonl`, `samples.jsonl`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Row = dict[str, Any]
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
-    """Each line of a regular file, with its row: None where it is not what was written. A last line that was cut short
-    by a kill, or is being written, is left out. Raises: OSError."""
+    """Each line of a regular file with its row, None if the line is damaged. An incomplete last line (a killed process,
+    or one that is writing) is left out. Raises: OSError."""
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n") or CHECKSUM.encode() in line:
@@ -27,9 +27,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[int]]:
-    """The rows of a file, and the numbers of the lines that are not what was written; nothing where there is no file.
-
-    Raises: OSError."""
+    """The rows of a file and the numbers of its damaged lines, from 1; both empty without a file. Raises: OSError."""
     rows: list[Row] = []
     damaged: list[int] = []
     for number, (_, row) in enumerate(read_lines(path) if path.is_file() else (), start=1):
@@ -41,25 +39,25 @@ def read_rows(path: Path) -> tuple[list[Row], list[int]]:
 
 
 def rows_of(path: Path) -> list[Row]:
-    """The rows of a file; a warning says which lines are not what was written. Raises: OSError."""
+    """The rows of a file; a warning names damaged lines. Raises: OSError."""
     rows, damaged = read_rows(path)
     if damaged:
-        say(f"warning: {in_words(path, damaged)}, and left out")
+        say(f"warning: {describe_damaged(path, damaged)}, and left out")
     return rows
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Take back the rows of steps after `last_step`, at once or not at all. Where lines are not what was written, the
-    file stays beside it as it was, under another name, and a warning says so. Raises: OSError."""
+    """Delete the rows of steps after `last_step`, atomically. If lines are damaged, keep a copy of the original file
+    under another name, with a warning. Raises: OSError."""
     lines = list(read_lines(path)) if last_step and path.is_file() else []
     damaged = [number for number, (_, row) in enumerate(lines, start=1) if row is None]
     if damaged:
-        aside = free_name(path, "damaged")
-        shutil.copyfile(path, aside)
-        say(f"warning: {in_words(path, damaged)}, and left out; the file as it was is {aside.name}")
+        copy = free_name(path, "damaged")
+        shutil.copyfile(path, copy)
+        say(f"warning: {describe_damaged(path, damaged)}, and left out; the original file is {copy.name}")
     kept = b"".join(line for line, row in lines if row is not None and row["step"] <= last_step)
     if path.is_file() and not damaged and _begins_with(path, kept):
-        os.truncate(path, len(kept))  # a full disk has room for it
+        os.truncate(path, len(kept))  # works on a full disk
     elif path.exists():
         write_bytes(path, kept)
 
@@ -69,8 +67,8 @@ def _begins_with(path: Path, content: bytes) -> bool:
         return file.read(len(content)) == content
 
 
-def in_words(path: Path, damaged: list[int]) -> str:
-    """Which lines are damaged."""
+def describe_damaged(path: Path, damaged: list[int]) -> str:
+    """The damaged lines, for a message."""
     more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
     numbers = ", ".join(map(str, damaged[:10]))
     return f"{path}, {'line' if len(damaged) == 1 else 'lines'} {numbers}{more}: not what was written"

@@ -20,7 +20,7 @@ from opt_parallel.config.values import flat
 from opt_parallel.report.plots import SMOOTH_FROM, Curve, draw_curves, losses_of, smoothed
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import aligned
-from opt_parallel.storage.rows import METRICS, Row, in_words, read_rows
+from opt_parallel.storage.rows import METRICS, Row, describe_damaged, read_rows
 
 CONFIG, STATE = "config.yaml", "state"
 INNER = {"checkpoints", "export", "logs", "wandb"}  # of a run's folder; no runs there
@@ -133,7 +133,7 @@ def _rows(path: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if damaged:
-        raise UserError(f"{in_words(path, damaged)}; restore the file, or remove what is damaged")
+        raise UserError(f"{describe_damaged(path, damaged)}; restore the file, or remove what is damaged")
     return rows
 
 

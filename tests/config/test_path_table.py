@@ -26,7 +26,7 @@ from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import corpora, prepare_tokenizer
 from opt_parallel.data.store.cache import build_once, cached
 from opt_parallel.launching.settings import SECTIONS
-from opt_parallel.preflight import claim_folder
+from opt_parallel.preflight import make_run_folder
 from opt_parallel.runtime.errors import UserError
 
 SIGNS = "a=b (c) [d] #e ~ ßé,{f};'g' $h%"
@@ -122,7 +122,7 @@ def use_tokenizer(value: str) -> Path:
 def use_folder(value: str) -> Path:
     run = composed("run.dir", value)
     choose(run)
-    claim_folder(run)
+    make_run_folder(run)
     return run.folder
 
 

@@ -42,7 +42,7 @@ def test_a_run_keeps_its_name(tmp_path: Path) -> None:
 
 def test_a_branch_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = wandb_id(run_in(tmp_path))
-    branch = wandb_id(run_in(tmp_path), saved=name, anew=True)
+    branch = wandb_id(run_in(tmp_path), saved=name, new=True)
     assert branch != name
     assert wandb_id(run_in(tmp_path), saved=name) == branch  # from here on
     assert capsys.readouterr().out == f"wandb: run {branch} branches off run {name}\n"

@@ -1,4 +1,4 @@
-"""Signals to a process of its own: noted once it is patient, deadly before that and the second time."""
+"""Signals to a process of its own: noted once it can save, deadly before that and the second time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from command import ROOT, environment
 PROGRAM = """
 import sys, time
 from opt_parallel.runtime import signals as module
-module.SAME_REQUEST, module.LOOK = float(sys.argv[1]), 0.02
+module.SAME_REQUEST, module.CHECK_EVERY = float(sys.argv[1]), 0.02
 with module.Interrupt.watch() as interrupt:
-    interrupt.patient = sys.argv[2] != "impatient"
+    interrupt.can_save = sys.argv[2] != "impatient"
     interrupt.last_words = lambda: print("last words", flush=True)
     if sys.argv[2] == "hang":
         from datetime import timedelta
@@ -27,7 +27,7 @@ with module.Interrupt.watch() as interrupt:
         HashStore().wait(["nothing"], timedelta(seconds=60))
     print("ready", flush=True)
     for _ in range(6000):
-        if interrupt.status and interrupt.patient:
+        if interrupt.status and interrupt.can_save:
             print("asked", interrupt.status, flush=True)
             break
         time.sleep(0.01)
@@ -146,7 +146,7 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
 
     before = [signal.getsignal(number) for number in STATUS]
     with Interrupt.watch() as interrupt:
-        interrupt.patient = True
+        interrupt.can_save = True
         signal.raise_signal(signal.SIGUSR1)
     assert [signal.getsignal(number) for number in STATUS] == before
     assert signal.set_wakeup_fd(-1) == -1

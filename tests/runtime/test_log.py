@@ -27,7 +27,7 @@ def speak(folder: Path, failure: str | None) -> tuple[str, str]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            with log.own_file(folder):
+            with log.log_to_file(folder):
                 log.say("a line of ours")
                 for _ in range(3):
                     logging.getLogger("deepspeed").warning("a library is worried")
@@ -80,7 +80,7 @@ def lonely(folder: Path) -> None:
 
     os.environ.update(RANK="1", WORLD_SIZE="2")
     errors.time.sleep = lambda _: None  # type: ignore[attr-defined]
-    with errors.reporting(), log.own_file(folder):
+    with errors.reporting(), log.log_to_file(folder):
         raise errors.UserError("this rank cannot read part 7")
 
 

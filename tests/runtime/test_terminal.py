@@ -19,10 +19,10 @@ import os, sys, warnings
 from pathlib import Path
 from opt_parallel.runtime import log, terminal
 from opt_parallel.runtime.errors import reporting
-terminal.PATIENCE = 0.3
+terminal.READ_TIMEOUT = 0.3
 with reporting():
     terminal.outlive()
-    with log.own_file(Path(sys.argv[1])):
+    with log.log_to_file(Path(sys.argv[1])):
         log.quiet_libraries()
         log.say("before")
         sys.stdin.readline()

@@ -56,13 +56,13 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == f"exported {checkpoint} to {export}"
     third = python("train.py", *arguments, "export.dtype=bfloat16").stdout
-    assert third.splitlines()[-1] == f"{export} is there already, of that checkpoint: remove it to write it anew"
+    assert third.splitlines()[-1] == f"{export} already holds that checkpoint: remove it to export again"
     assert '"torch_dtype": "float32"' in (export / "config.json").read_text()
 
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     os.utime(tmp_path / "copy" / "export" / "config.json", (0, 0))  # no file's time says anything
     copied = python("train.py", *arguments, f"run.dir={tmp_path / 'copy'}").stdout
-    assert "is there already, of that checkpoint" in copied
+    assert "already holds that checkpoint" in copied
     longer = python("train.py", *arguments, "steps=3", "export.at_end=false")
     assert longer.returncode == 0, longer.stderr
     later = time.time() + 1000

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from opt_parallel.runtime.errors import UserError
-from opt_parallel.runtime.process import PLACE, first_host, host, rank, take_place, tasks_per_node, world_size
+from opt_parallel.runtime.process import RANK_VARIABLES, first_host, host, rank, set_ranks, tasks_per_node, world_size
 
 # of task 3 of an `srun --ntasks 5 --nodes 3`, as Slurm 22.05 sets them
 SLURM = {
@@ -23,13 +23,15 @@ OPEN_MPI = {
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in PLACE})
+    monkeypatch.setattr(
+        os, "environ", {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    )
 
 
 def place_with(variables: dict[str, str]) -> list[str | None]:
     os.environ.update(variables)
-    take_place()
-    return [os.environ.get(name) for name in (*PLACE, "MASTER_ADDR", "MASTER_PORT")]
+    set_ranks()
+    return [os.environ.get(name) for name in (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")]
 
 
 def test_a_task_of_srun() -> None:
@@ -37,7 +39,7 @@ def test_a_task_of_srun() -> None:
 
 
 def test_a_variable_that_is_set_to_nothing_is_as_good_as_none() -> None:
-    nothing = dict.fromkeys((*PLACE, "MASTER_ADDR", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK"), "")
+    nothing = dict.fromkeys((*RANK_VARIABLES, "MASTER_ADDR", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK"), "")
     assert place_with(nothing) == [None] * 6
     assert (rank(), world_size()) == (0, 1)
 
