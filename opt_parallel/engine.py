@@ -1,4 +1,4 @@
-"""A run's optimizer steps, on DeepSpeed ZeRO. The only module that drives DeepSpeed."""
+"""A run's optimizer steps, on DeepSpeed ZeRO. The only module that imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from opt_parallel.zero import (
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. Tensors are 0-d and best read late, so that nobody waits for the device.
+    """One optimizer step. 0-d tensors; reading one synchronises with the device.
 
-    `loss` is the mean over the global batch's targets, `tokens` the number of its tokens that are not padding;
-    `skipped` says that fp16 gradients overflowed and the weights stayed.
+    `loss`: mean over the global batch's targets. `tokens`: its tokens without padding. `skipped`: fp16 gradients
+    overflowed, and the weights did not change.
     """
 
     loss: Tensor
@@ -54,13 +54,14 @@ class StepResult:
 
 
 class Engine:
-    """A model under ZeRO: steps, evaluates, gives and takes back its state."""
+    """A model under ZeRO: steps, evaluation, and views of the training state."""
 
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology, self.moments = run, topology, OPTIMIZERS[run.optimizer.name].moments
         self.wrapped = wrapped  # deepspeed.DeepSpeedEngine
-        # ZeRO-1 in bf16 keeps all fp32 gradients in flat buffers. DeepSpeed would copy them into another, round that to
-        # bf16, reduce it and copy it back, a third of a small model's step; here they are reduced where they lie.
+        # ZeRO-1 in bf16 keeps all fp32 gradients in flat buffers. DeepSpeed would copy them to another buffer, round
+        # that to bf16, reduce it and copy it back (a third of a small model's step); here they are reduced in place, in
+        # fp32.
         self.flat_gradients: list[Tensor] = []
         if isinstance(wrapped.optimizer, BF16_Optimizer):
             assert wrapped.optimizer.grad_acc_dtype is torch.float32
@@ -72,15 +73,15 @@ class Engine:
 
     @classmethod
     def build(cls, run: Run, topology: Topology, source: Source, labels: Labels | None = None) -> Engine:
-        """The run's model with `source`'s values, in DeepSpeed's hands. `labels` are a classifier's."""
+        """The run's model with weights from `source`, wrapped by DeepSpeed. `labels`: a classifier's."""
         model = network(run, labels, topology.tensor)
         settings = deepspeed_settings(run, topology)
-        # DeepSpeed would compile a CPU collective that only its inference uses, and fail where there is no compiler
+        # else DeepSpeed compiles a CPU collective that only its inference uses, and fails without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # and refuse fp16 on a CPU without instructions for it, where torch computes it all the same, slowly
+        # else DeepSpeed refuses fp16 on CPUs without fp16 instructions, where torch emulates it
         get_accelerator().is_fp16_supported = lambda: True
 
-        def split_at_once(module: nn.Module) -> None:
+        def partition(module: nn.Module) -> None:
             deepspeed.zero.Init(
                 module=module,
                 data_parallel_group=topology.data.handle,
@@ -89,9 +90,9 @@ class Engine:
                 dtype=DTYPES[run.precision.name],
             )
 
-        settle = split_at_once if run.zero.stage == 3 else lambda module: None
-        fill(model, source, topology.device, DTYPES[run.precision.name], settle)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory, from every rank
+        on_filled = partition if run.zero.stage == 3 else lambda module: None
+        fill(model, source, topology.device, DTYPES[run.precision.name], on_filled)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use on every rank
             wrapped, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=build_optimizer(model, run.optimizer),
@@ -102,17 +103,19 @@ class Engine:
         return cls(run, topology, wrapped)
 
     def step(self, batches: list[Batch], clock: Clock) -> StepResult:
-        """The optimizer step that follows `clock`, on this data rank's micro-batches.
+        """The optimizer step after `clock`, on this data rank's micro-batches.
 
-        The loss is the mean over all targets of the global batch, wherever they are: their number N is known before
-        the first forward, and each micro-batch's sum enters as sum / N. DeepSpeed averages gradients over the data
-        ranks, hence the factor; gradients that are reduced here are summed.
+        The loss is the mean over all N targets of the global batch. N is summed over the data ranks before the first
+        forward, and each micro-batch's loss is its sum / N. DeepSpeed averages gradients over the data ranks, hence the
+        factor `data.size`; the flat gradients are summed here instead.
+
+        Raises: UserError if no target counts; Diverged.
         """
         data, step = self.topology.data, clock.step
         targets = self.topology.sum(sum(batch.targets for batch in batches), data)
         tokens = self.topology.sum(sum(batch.tokens for batch in batches), data)
         if targets == 0:
-            raise UserError(f"step {step + 1}: no label in the whole batch of {self.run.global_batch} samples counts")
+            raise UserError(f"step {step + 1}: no label in the global batch of {self.run.global_batch} samples counts")
         lr = learning_rate(self.run, clock.after(self.run.global_batch, tokens))
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
@@ -126,7 +129,7 @@ class Engine:
             total += loss.detach()
             self.wrapped.backward(loss * weight, scale_wrt_gas=False)
             if micro < len(batches) - 1:
-                self.wrapped.step()  # counts the micro-batch; the weights move after the last one
+                self.wrapped.step()  # only counts the micro-batch; the last one updates the weights
         loss_scale = None if self.scaler is None else self.scaler.scale
         norm = self._apply(step)
         skipped = bool(getattr(self.wrapped.optimizer, "overflow", False))
@@ -141,14 +144,14 @@ class Engine:
         return loss
 
     def _apply(self, step: int) -> Tensor:
-        """Move the weights; the gradient norm before clipping."""
+        """Update the weights. Returns the gradient norm before clipping, 0-d."""
         if self.run.zero.stage > 0:
             for gradients in self.flat_gradients:
                 all_reduce_in_place(gradients, self.topology.data)
             self.wrapped.step()
             norm = self.wrapped.get_global_grad_norm()
             return torch.as_tensor(float("nan") if norm is None else norm)
-        norm = gradient_norm(self.wrapped.module, self.topology.tensor)  # stage 0 reports none
+        norm = gradient_norm(self.wrapped.module, self.topology.tensor)  # DeepSpeed computes none at stage 0
         if not bool(norm.isfinite()):
             raise _diverged(step)
         if self.run.optimizer.clip > 0:
@@ -176,11 +179,12 @@ class Engine:
         return output
 
     def owned(self) -> Iterator[Fragment]:
-        """What this rank saves of the training state; live, and each element on one rank alone."""
+        """The fragments that this rank saves, as live views; each element of the training state is on exactly one
+        rank."""
         return owned_fragments(self.wrapped, self.run.zero.stage, self.topology, self.moments)
 
     def replicas(self) -> Iterator[Replica]:
-        """What this rank and others must hold to the same bit; live."""
+        """Live views of the values that other ranks hold too, bit for bit."""
         return replicas(self.wrapped, self.run.zero.stage, self.topology, self.moments)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
@@ -190,34 +194,34 @@ class Engine:
 
     @property
     def updates(self) -> int:
-        """Optimizer steps made; those that fp16 skipped do not count."""
+        """Optimizer steps so far, without those that fp16 skipped."""
         return updates_made(self.wrapped, self.run.zero.stage)
 
     def restore(self, read: Callable[[Fragment], None], updates: int, loss_scale: dict[str, Any] | None) -> None:
-        """Go on from a saved state, at the start or in mid-run: `read` writes into each fragment of this rank's weights
-        and moments."""
+        """Load a saved state, at the start or during a run. `read` fills each fragment of this rank's weights and
+        moments in place."""
         stage = self.run.zero.stage
         reset_moments(self.wrapped, stage, self.moments, updates)
         for fragment in held_fragments(self.wrapped, stage, self.topology.data.rank, self.moments):
             read(fragment)
         refresh_working_weights(self.wrapped, stage)
         if self.scaler is not None and loss_scale is not None:
-            self.scaler.continue_from(loss_scale)
+            self.scaler.load_state(loss_scale)
 
     def close(self) -> None:
-        """Give DeepSpeed's buffers and hooks back, so that another engine can follow in this process."""
+        """Free DeepSpeed's buffers and hooks, so that this process can build another engine."""
         self.wrapped.destroy()
 
 
 def _diverged(step: int) -> Diverged:
     return Diverged(
-        f"step {step + 1}: the gradients are not finite, and the weights were left alone; go on from the last "
+        f"step {step + 1}: the gradients are not finite, and the weights were not updated; resume from the last "
         "checkpoint with a lower optimizer.lr or another seed"
     )
 
 
 def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
-    """The run in DeepSpeed's terms."""
+    """DeepSpeed's configuration of the run."""
     zero = run.zero
     on_gpu = topology.device.type == "cuda"
     sections: dict[str, Any] = {

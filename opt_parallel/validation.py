@@ -1,4 +1,4 @@
-"""The loss, and a classifier's figures, on text that the run does not train on, and the texts that its model writes."""
+"""Validation on held-out text: the loss, a classifier's metrics, and samples of generated text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from opt_parallel.parallel.topology import Topology
 from opt_parallel.report.scores import figures, tally
 from opt_parallel.runtime.errors import UserError
 
-TEMPERATURE, TOP_P = 0.8, 0.95  # of the samples: varied, but without the words that a model gives next to no chance
+TEMPERATURE, TOP_P = 0.8, 0.95  # of the samples: varied, without very unlikely tokens
 
 
-class Judged(Protocol):
-    """A network to validate: an engine's, or one that is not trained."""
+class Evaluated(Protocol):
+    """A network to validate: an `Engine`, or an `Untrained` one."""
 
     run: Run
     topology: Topology
@@ -47,7 +47,7 @@ class Judged(Protocol):
 
 @dataclass
 class Untrained:
-    """A network without an optimizer, in evaluation mode."""
+    """A network in evaluation mode, without an optimizer."""
 
     run: Run
     topology: Topology
@@ -66,8 +66,9 @@ class Untrained:
 
 @dataclass(frozen=True)
 class Validation:
-    """`loss`: the mean over the `targets` of all data ranks, in nats where they are tokens; of a classifier `figures`,
-    see `report.scores`, and where each example has one label the `confusion` matrix, true labels in rows."""
+    """`loss`: mean over the `targets` of all data ranks; in nats per token for a language model. A classifier has
+    `figures` (see `report.scores`) and, if each example has one label, a `confusion` matrix (N, N), rows: true
+    labels."""
 
     loss: float
     targets: int
@@ -75,45 +76,45 @@ class Validation:
     confusion: np.ndarray | None = None
 
 
-def validate(judged: Judged, samples: Samples, labels: Labels | None = None) -> Validation:
-    """Every one of `samples` once, over all data ranks, which take part together. `labels` are a classifier's.
+def validate(evaluated: Evaluated, samples: Samples, labels: Labels | None = None) -> Validation:
+    """Evaluate each of `samples` once; all data ranks take part. `labels`: a classifier's.
 
-    Raises: Unread, on every rank, if one cannot read a sample."""
-    run, data = judged.run, judged.topology.data
-    total, targets = torch.zeros((), device=judged.topology.device, dtype=torch.float64), 0
+    Raises: Unread, on every rank, if one rank cannot read a sample."""
+    run, data = evaluated.run, evaluated.topology.data
+    total, targets = torch.zeros((), device=evaluated.topology.device, dtype=torch.float64), 0
     tallied = np.zeros(1)
     batches = validation_batches(samples, run.micro_batch, data.rank, data.size, run.model.pad_token_id)
-    while (batch := read_together(partial(next, batches, None), judged.topology)) is not None:
+    while (batch := read_together(partial(next, batches, None), evaluated.topology)) is not None:
         targets += batch.targets
         if labels is None:
-            total += judged.evaluate(batch)
+            total += evaluated.evaluate(batch)
             continue
         assert labels.problem_type is not None
-        scores = judged.scores(batch)
+        scores = evaluated.scores(batch)
         total += example_losses(scores, batch.labels.to(scores.device), labels.problem_type).sum()
         counts = batch.counting
         tallied = tallied + tally(
             scores[counts].float().cpu().numpy(), batch.labels[counts].numpy(), labels.problem_type
         )
-    targets = judged.topology.sum(targets, data)
+    targets = evaluated.topology.sum(targets, data)
     loss = float(all_reduce(total, data)) / targets
     if labels is None or labels.problem_type is None:
         return Validation(loss, targets)
-    whole = all_reduce(torch.from_numpy(tallied), data).numpy()
+    total_tally = all_reduce(torch.from_numpy(tallied), data).numpy()
     single = labels.problem_type is ProblemType.single_label_classification
-    return Validation(loss, targets, figures(whole, labels.problem_type), whole if single else None)
+    return Validation(loss, targets, figures(total_tally, labels.problem_type), total_tally if single else None)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The run's `evaluation.prompts` as token ids, and the tokenizer that made them."""
+    """The run's `evaluation.prompts` as token ids, and their tokenizer."""
 
     tokenizer: Tokenizer
     ids: list[list[int]]
 
     @classmethod
     def encode(cls, run: Run, tokenizer_folder: Path) -> Prompts:
-        """Raises: UserError for a prompt that leaves no room for its text."""
+        """Encode the prompts. Raises: UserError for a prompt that leaves no positions for new tokens."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
         ids = [
             encode_prompt(tokenizer, prompt, run.model, run.data.special_tokens) for prompt in run.evaluation.prompts
@@ -126,11 +127,11 @@ class Prompts:
         return cls(tokenizer, ids)
 
     def texts(self, engine: Engine, step: int) -> list[str]:
-        """What the model makes of each prompt after `step` steps. Every rank takes part, and all get the same texts."""
+        """A continuation of each prompt by the model at `step`. Every rank takes part and gets the same texts."""
         run, topology = engine.run, engine.topology
         ids, mask = left_padded(self.ids, run.model.pad_token_id, topology.device)
         engine.wrapped.eval()
-        # under ZeRO-3 a forward gathers weights from all ranks, so all of them must take as many
+        # the world group: under ZeRO-3 each forward gathers weights from all ranks, so all must do equally many
         output = generate(engine.wrapped.module, ids, mask, _decoding(run, step), topology.world)
         starts = [ids.size(1) - len(prompt) for prompt in self.ids]
         return [

@@ -1,6 +1,6 @@
-"""Where a rank's training state lies under each ZeRO stage: fp32 weights and the optimizer's moments, as live views.
+"""Live views of a rank's training state (fp32 weights and moments) under each ZeRO stage.
 
-Nothing is copied here: what is written into a fragment is what the optimizer goes on with.
+Nothing is copied: writing to a fragment changes the optimizer's state.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from opt_parallel.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` to `start` + n of a parameter's flattened tensor-parallel part, padding included.
+    """Elements `start` to `start` + n of a parameter's flattened shard, padding included.
 
-    `weights` (n,) fp32; `moments`: each of the optimizer's (n,), or none before the first optimizer step."""
+    `weights`: (n,) fp32; `moments`: (n,) each, or empty before the first optimizer step."""
 
     name: str
     shard: Shard
@@ -30,7 +30,7 @@ class Fragment:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What there is to save, by kind."""
+        """The tensors to save, by kind."""
         return {"weights": self.weights, **self.moments}
 
     def narrow(self, first: int, last: int) -> Fragment:
@@ -40,23 +40,23 @@ class Fragment:
 
 
 def held_fragments(wrapped: Any, stage: int, data_rank: int, moments: tuple[str, ...]) -> Iterator[Fragment]:
-    """All that this rank holds of what is trained, at most one fragment of each parameter. `moments` names the
-    optimizer's, as `optim.Optimizer` does."""
+    """This rank's fragments of the trained parameters, at most one of each. `moments`: names, see `optim.Optimizer`."""
     base = base_optimizer(wrapped)
     for name, tensor, shard in trained(wrapped.module):
-        place = _place(wrapped, stage, data_rank, tensor)
-        if place is None:
+        address = _address(wrapped, stage, data_rank, tensor)
+        if address is None:
             continue
-        flat, start, offset, count = place
+        flat, start, offset, count = address
         state = base.state.get(flat, {})
         parts = {kind: state[kind].view(-1)[offset : offset + count] for kind in moments if kind in state}
         yield Fragment(name, shard, start, flat.detach().view(-1)[offset : offset + count], parts)
 
 
 def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple[str, ...]) -> Iterator[Fragment]:
-    """What this rank saves: of everything that several ranks hold, one of them a part.
+    """The fragments that this rank saves, so that each element is saved once.
 
-    Whole parameters are the first tensor rank's; at stage 0, where all data ranks hold all, each has a share."""
+    The first tensor rank saves replicated parameters. At stage 0, where each data rank holds everything, each saves an
+    equal share."""
     for fragment in held_fragments(wrapped, stage, topology.data.rank, moments):
         if fragment.shard.count < topology.tensor.size and topology.tensor.rank > 0:
             continue
@@ -70,7 +70,8 @@ def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple
 
 @dataclass(frozen=True)
 class Replica:
-    """Values that other ranks hold, too: those of the data group, of the tensor group, or of both."""
+    """Values that other ranks hold too: those of the data group (`in_data`), the tensor group (`in_tensor`), or
+    both."""
 
     name: str
     values: Tensor
@@ -79,27 +80,27 @@ class Replica:
 
 
 def replicas(wrapped: Any, stage: int, topology: Topology, moments: tuple[str, ...]) -> Iterator[Replica]:
-    """All that this rank holds and others must hold to the same bit, frozen parameters too.
+    """All values of this rank that other ranks hold bit for bit, frozen parameters included.
 
-    The weights that the network computes with are the same over the data group, but for stage 3, which splits them;
-    fp32 weights and moments are so at stage 0 alone. Over the tensor group everything of a whole parameter is."""
+    Working weights are equal over the data group at stages 0 to 2; fp32 weights and moments only at stage 0. Over the
+    tensor group, everything of a replicated parameter is equal."""
     several = topology.data.size > 1
     for name, tensor, shard in marked(wrapped.module):
-        whole = shard.count < topology.tensor.size
+        in_tensor = shard.count < topology.tensor.size
         if stage < 3:
-            yield Replica(name, tensor.detach(), several, whole)
+            yield Replica(name, tensor.detach(), several, in_tensor)
         else:
             part = tensor.ds_tensor  # type: ignore[attr-defined]
             rest = tensor.ds_numel - topology.data.rank * part.ds_numel  # type: ignore[attr-defined]
-            yield Replica(name, part.detach()[: max(rest, 0)], False, whole)
+            yield Replica(name, part.detach()[: max(rest, 0)], False, in_tensor)
     for fragment in held_fragments(wrapped, stage, topology.data.rank, moments):
-        whole = fragment.shard.count < topology.tensor.size
+        in_tensor = fragment.shard.count < topology.tensor.size
         for kind, values in (fragment.moments if stage == 0 else fragment.tensors).items():
-            yield Replica(f"{kind} of {fragment.name}", values, several and stage == 0, whole)
+            yield Replica(f"{kind} of {fragment.name}", values, several and stage == 0, in_tensor)
 
 
 def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: int) -> None:
-    """Set the optimizer's count of `updates`, and its moments to zero; before the first update it has none."""
+    """Set the optimizer's step count to `updates` and its moments to zero; with 0 updates delete its state."""
     base = base_optimizer(wrapped)
     for flat in _flat_weights(wrapped, stage):
         if updates == 0:
@@ -112,9 +113,9 @@ def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: i
 
 
 def refresh_working_weights(wrapped: Any, stage: int) -> None:
-    """Round the fp32 weights to those that the network computes with, as DeepSpeed does at the end of a step.
+    """Round the fp32 weights to the working weights, as DeepSpeed does at the end of a step.
 
-    Stage 0 computes with the fp32 weights themselves."""
+    Stage 0 computes with the fp32 weights."""
     optimizer = wrapped.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
@@ -126,28 +127,28 @@ def refresh_working_weights(wrapped: Any, stage: int) -> None:
 
 
 def updates_made(wrapped: Any, stage: int) -> int:
-    """Optimizer steps so far; those that fp16 skipped do not count."""
+    """Optimizer steps so far, without those that fp16 skipped."""
     state = base_optimizer(wrapped).state.get(_flat_weights(wrapped, stage)[0], {})
     return int(state["step"]) if "step" in state else 0
 
 
 def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
-    """The torch optimizer within DeepSpeed's, or DeepSpeed's own where there is nothing around it."""
+    """The torch optimizer, unwrapped from DeepSpeed's."""
     base = getattr(wrapped.optimizer, "optimizer", wrapped.optimizer)
     assert isinstance(base, torch.optim.Optimizer)
     return base
 
 
 def _flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
-    """The tensors that the torch optimizer steps: at stage 0 parameters, else this rank's flat fp32 partitions."""
+    """The tensors that the torch optimizer updates: parameters at stage 0, else this rank's flat fp32 partitions."""
     if stage == 3:
         return list(wrapped.optimizer.fp32_partitioned_groups_flat)
     return [flat for group in base_optimizer(wrapped).param_groups for flat in group["params"]]
 
 
-def _place(wrapped: Any, stage: int, data_rank: int, tensor: Tensor) -> tuple[Tensor, int, int, int] | None:
-    """Where this rank's fp32 elements of a parameter are: the flat tensor, the first element's number within the
-    parameter, its offset within the flat tensor, and how many; None if this rank has none."""
+def _address(wrapped: Any, stage: int, data_rank: int, tensor: Tensor) -> tuple[Tensor, int, int, int] | None:
+    """Where this rank's fp32 elements of a parameter are: flat tensor, index of the first element in the flattened
+    shard, its offset in the flat tensor, number of elements. None if this rank has none."""
     if stage == 0:
         return tensor, 0, 0, tensor.numel()
     if stage == 3:

@@ -163,7 +163,7 @@ def test_text_that_one_host_lacks_or_has_otherwise(crew: Any, tmp_path: Path) ->
     changed = (tmp_path / "text.jsonl").read_text().replace("Sentence 3 ", "Sentence 8 ")
     (elsewhere / "text.jsonl").write_text(changed)
     line = refusal(crew, [run, run], [tmp_path, elsewhere])
-    assert line.startswith("nodeB, rank 1 has another text.jsonl than nodeA, rank 0: bring the same text to every host")
+    assert line.startswith("nodeB, rank 1 has another text.jsonl than nodeA, rank 0: copy the same text to every host")
 
 
 def test_the_same_text_at_other_places(crew: Any, tmp_path: Path) -> None:
