@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from opt_parallel.config.compose import said_in_one_line
+from opt_parallel.config.compose import one_line_errors
 from opt_parallel.launching.submit import submit
 
 if __name__ == "__main__":
-    with said_in_one_line():
+    with one_line_errors():
         submit(Path(os.path.abspath(__file__)).parent.parent, sys.argv[1:])

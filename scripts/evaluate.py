@@ -16,13 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from opt_parallel.checkpoint.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
-from opt_parallel.config.compose import command, run_from, said_in_one_line
+from opt_parallel.config.compose import command, one_line_errors, run_from
 from opt_parallel.runtime.log import say
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
 def main(config: DictConfig) -> None:
-    with said_in_one_line():
+    with one_line_errors():
         inherit_for_evaluation(config, HydraConfig.get().overrides.task)
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)

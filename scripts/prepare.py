@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
 from opt_parallel.checkpoint.manifest import read_manifest
-from opt_parallel.config.compose import command, run_from, said_in_one_line
+from opt_parallel.config.compose import command, one_line_errors, run_from
 from opt_parallel.config.model import require
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.log import aligned
@@ -24,7 +24,7 @@ VERIFY = "verify"  # no key of a run
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
 def main(config: DictConfig) -> None:
-    with said_in_one_line():
+    with one_line_errors():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
@@ -66,6 +66,6 @@ def take_verify() -> bool:
 
 
 if __name__ == "__main__":
-    with said_in_one_line():
+    with one_line_errors():
         verify = take_verify()
     command(main)

@@ -193,7 +193,7 @@ def test_too_little_disk(crew: Any, tmp_path: Path) -> None:
     try:
         line = refusal(crew, [run, run], [tmp_path] * 2)
         assert f"run.dir={disk} has 8.39 MB free for checkpoints, and 3 checkpoints of 3.17 MB" in line
-        assert "(checkpoint.keep=2, and the one that is written): make room" in line
+        assert "(checkpoint.keep=2, and the one being written): free space" in line
         assert not refused_with(crew, dataclasses.replace(run, checkpoint=CheckpointConfig(every=10, keep=1)), tmp_path)
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's side of the configuration: composed YAML in, `Run` out, and back."""
+"""From Hydra's composed YAML to a `Run` and back, and Hydra's errors as one line."""
 
 from __future__ import annotations
 
@@ -38,40 +38,40 @@ TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a Hydra command line, `main` decorated with `hydra.main`: its mistakes are one line and status 2, and it
-    works on when nobody reads what it prints."""
-    with said_in_one_line():
+    """Run `main`, decorated with `hydra.main`, on the command line. A user's mistake is one line and status 2; a closed
+    output does not end the command."""
+    with one_line_errors():
         outlive()
         set_ranks()
         quiet_libraries()
         register_schema()
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the errors of composing, too
-        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # Hydra itself writes down what a multirun was given
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors of composing instead of printing them
+        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # before Hydra writes a multirun's overrides to a file
         main()
 
 
 class CheckConfig(Callback):
-    """Checks what Hydra composed before Hydra makes its folders and writes the configuration of a multirun."""
+    """Checks the composed configuration before Hydra creates folders and writes a multirun's configuration."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with said_in_one_line():  # Hydra would turn an exception into a warning
+        with one_line_errors():  # Hydra would turn an exception into a warning
             check_values(OmegaConf.to_container(config))
             HydraConfig.instance().set_config(copy.deepcopy(config))  # run.name asks it for the model's name
             for key in PATHS_OF_HYDRA:
                 name = str(OmegaConf.select(config, key))
-                if (whole := local(f"{key}=", name)) != name:
-                    raise UserError(f"{key}={name}: Hydra knows no ~: write {key}={whole}")
+                if (path := local(f"{key}=", name)) != name:
+                    raise UserError(f"{key}={name}: Hydra does not expand ~: write {key}={path}")
                 reach(f"{key}=", name)
 
     on_multirun_start = on_run_start
 
 
 def _from_environment(name: str, *default: Any) -> Any:
-    """`${oc.env:NAME}`, but of no secret: a configuration is written beside the run, and sent to trackers."""
+    """`${oc.env:NAME}`, refused for secrets: a configuration is written to the run's folder and sent to trackers."""
     if looks_secret(name):
         raise UserError(
             f"${{oc.env:{name}}} looks like a secret, and a run's configuration is written to files: leave it out; "
-            "what needs it reads the environment itself"
+            "the library that needs it reads the environment itself"
         )
     value = oc.env(name, *default)
     refuse_secret_value(f"${{oc.env:{name}}}", str(value))
@@ -82,7 +82,7 @@ OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
 
 
 def verbatim(value: Any) -> Any:
-    """Plain values with all text escaped, so that OmegaConf gives it back as it stands and interpolates nothing."""
+    """Plain values with all text escaped, so that OmegaConf interpolates nothing."""
     if isinstance(value, dict):
         return {key: verbatim(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -91,22 +91,23 @@ def verbatim(value: Any) -> Any:
 
 
 def take(config: DictConfig, key: str, value: Any) -> None:
-    """Set a key to what a file or a folder's name says. The only way for text into a configuration that the user did
-    not type into it. Raises: UserError for the text that OmegaConf takes for a missing value."""
+    """Set a key to a value from a file, never interpolated. All text that the user did not type must be set by this.
+
+    Raises: UserError for `???`, which OmegaConf takes for a missing value."""
     if MISSING in (value if isinstance(value, (list, tuple)) else [value]):
         raise UserError(f"{key}: {MISSING!r} means a missing value in a configuration: rename it in the checkpoint")
     OmegaConf.update(config, key, verbatim(value))
 
 
 def register_schema() -> None:
-    """Make the types known to Hydra as `schema`, first in the defaults of `configs/config.yaml`."""
+    """Register `Run` with Hydra as `schema`, the first of the defaults in `configs/config.yaml`."""
     ConfigStore.instance().store(name="schema", node=Run)
 
 
 def run_from(config: DictConfig) -> Run:
-    """The composed configuration as a checked, sealed `Run`.
+    """The composed configuration as a checked, immutable `Run`.
 
-    Raises: `UserError`, OmegaConf's errors."""
+    Raises: UserError, and OmegaConf's errors."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError(
             f"{missing[0]}={MISSING} means a missing value in a configuration: give it one, or leave it out"
@@ -116,13 +117,13 @@ def run_from(config: DictConfig) -> Run:
     refuse_breaks("run.name=", str(values["run"]["name"]))
     change_paths(values, Run, local)
     plain = OmegaConf.create(verbatim(values))
-    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses what `+key=…` added
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses keys that `+key=…` added
     assert isinstance(run, Run)
     return run
 
 
 def explain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's errors in one line that names the key and the way out, and repeats no secret."""
+    """A Hydra or OmegaConf error as one line with the key and the way out; secrets are masked."""
     return masked(_explained(error))
 
 
@@ -133,7 +134,7 @@ def _explained(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         why = one_line(Exception(str(error.__cause__ or error).partition("See https")[0]))
         example = '\'key=["a=b", "größe"]\''
-        return f"{error.override} is not of Hydra's grammar ({why}): put quotes around each text within it, {example}"
+        return f"{error.override} does not follow Hydra's grammar ({why}): quote each text in it, such as {example}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
         siblings = [str(key) for key in cause.parent_node]
@@ -142,44 +143,50 @@ def _explained(error: BaseException) -> str:
         meant = f"did you mean {full_key.removesuffix(str(cause.key))}{close[0]}?" if close else ""
         return f"{full_key} does not exist: {meant or 'there are ' + ', '.join(siblings)}"
     key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
-    return f"{key}{_of_ours(error) or one_line(cause)}"
+    return f"{key}{_wrapped_user_error(error) or one_line(cause)}"
 
 
-def _of_ours(error: BaseException | None) -> UserError | None:
-    """The mistake that a resolver of ours named, which OmegaConf wraps."""
+def _wrapped_user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that one of our resolvers raised, which OmegaConf wraps."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 @contextmanager
-def said_in_one_line() -> Iterator[None]:
-    """`reporting`, with Hydra's and OmegaConf's errors, and what a YAML file is read with."""
+def one_line_errors() -> Iterator[None]:
+    """`reporting` that also covers Hydra's, OmegaConf's and YAML errors."""
     with reporting((HydraException, OmegaConfBaseException), explain):
         try:
             yield
-        except (ValueError, RecursionError, YAMLError) as error:  # also thousands of brackets or digits, Latin-1
+        except (
+            ValueError,
+            RecursionError,
+            YAMLError,
+        ) as error:  # also for nested brackets, long numbers, wrong encodings
             for frame, _ in traceback.walk_tb(error.__traceback__):
-                if frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals:  # Hydra's
+                if (
+                    frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals
+                ):  # Hydra's function that reads a file
                     where, why = frame.f_locals["full_path"], masked(one_line(error))
                     raise UserError(f"{where} cannot be read as YAML ({why:.300}): correct it") from error
             raise
 
 
 def to_yaml(run: Run) -> str:
-    """What `recorded` says as YAML for Hydra, which reads the same values again: text is escaped."""
+    """`recorded` as YAML that Hydra reads back to the same values: text is escaped."""
     return OmegaConf.to_yaml(OmegaConf.create(verbatim(recorded(run))))
 
 
 def recorded(run: Run) -> dict[str, Any]:
-    """The configuration as it is written beside the run: as `to_dict`, with paths from / on."""
+    """The configuration as written to the run's folder: `to_dict` with absolute paths."""
     values = to_dict(run)
     change_paths(values, Run, absolute)
     return values
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """The resolved configuration in plain values (enums by name)."""
+    """The resolved configuration as plain values (enums by name)."""
     return {each.name: _plain(getattr(run, each.name)) for each in fields(run)}
 
 

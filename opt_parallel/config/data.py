@@ -1,4 +1,4 @@
-"""Where a run's text is: the sources of its splits, its tokenizer, its cache."""
+"""Configuration of a run's data: sources, tokenizer, preparation."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 from opt_parallel.config.model import Section, require
 from opt_parallel.config.paths import PATH
 
-KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # of a source
-PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # of what every Python carries
+KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # keys of a source
+PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # the documentation in Python's standard library
 
 
 class BadRecordsPolicy(Enum):
-    """What becomes of a record that cannot be read or lacks what the task needs: `error` names the first and says how
-    many there are; `skip` leaves them out, counts them and lists the first."""
+    """Handling of records that cannot be read or lack a field: `error` names the first and their number; `skip` leaves
+    them out, counts them and lists the first."""
 
     error = "error"
     skip = "skip"
 
 
 class SpecialTokens(Enum):
-    """What a special token is that a text spells, as `</s>`: four characters of `text` like any other, or that token
-    (`tokens`). The same in documents, examples and prompts, in training, evaluation and generation."""
+    """How the spelling of a special token in a text, such as `</s>`, is encoded: as ordinary `text` or as that token
+    (`tokens`). Holds for documents, examples and prompts, in training, evaluation and generation."""
 
     text = "text"
     tokens = "tokens"
@@ -35,14 +35,14 @@ class SpecialTokens(Enum):
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of a split: where its text is, and its share of the run's samples among the split's sources.
+    """One source of a split. Its share of the run's samples is `weight` divided by the sum of the split's weights.
 
-    `subset` and `split` are those of a dataset, of the hub or in a folder of the same form; `stream`: trained on while
-    it is read, instead of prepared before."""
+    `subset`, `split`: of a dataset on the hub or in a folder of that form. `stream`: train while the text is read
+    instead of preparing it first."""
 
     name: str
     path: tuple[str, ...]
-    weight: str = "1"  # as it was written: shares are exact
+    weight: str = "1"  # a decimal text, so that shares are exact
     text_field: str = "text"
     template: str | None = None
     subset: str | None = None
@@ -52,19 +52,16 @@ class SourceConfig:
 
 @dataclass
 class DataConfig(Section):
-    """`train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` for the text that
-    every Python carries, or a list of these, which is one source. Or a list of sources, each with `path` (one of the
-    above) and if need be `weight`, `name`, `text_field`, `template`, `subset`, `split`, `stream`. `tokenizer`: a
-    tokenizer.json or its folder, a hub id, or null: `init_from`'s own, and without `init_from` one of
-    `model.vocab_size` tokens that is trained on the training text. `text_field`: the field of a record that is its
-    text; `template`: a text made of several, such as "{title}: {body}". `special_tokens`: what a special token is that
-    a text spells. `deduplicate`: each text of a source counts once. `held_out`: the share of the training documents to
-    validate on where `validation` is null. `bad_records`: what becomes of records that cannot be used. `workers`:
-    processes that prepare; 0: as many as there are CPUs for this one."""
+    """The text and how it is prepared.
+
+    `train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` (documentation in
+    Python's standard library), or a list of these as one source; or a list of sources, each with a `path` and
+    optionally `weight`, `name`, `text_field`, `template`, `subset`, `split`, `stream`. `tokenizer=null`: that of
+    `init_from`; without `init_from`, one of `model.vocab_size` tokens trained on the training text."""
 
     # training text: files, folders, globs, hub ids, python:train; or a list of sources (docs/data.md)
     train: Any = field(default=None, metadata=PYTHON_TEXT)
-    # held-out text, as train
+    # held-out text, in the same form as train
     validation: Any = field(default=None, metadata=PYTHON_TEXT)
     # tokenizer.json, its folder, or a hub id; null: init_from's, else one is trained on the training text
     tokenizer: str | None = field(default=None, metadata=PATH)
@@ -72,19 +69,19 @@ class DataConfig(Section):
     sequence_length: int = 2048
     # the field of a record that holds its text
     text_field: str = "text"
-    # a text made of several fields, such as "{title}: {body}"
+    # builds the text from several fields, such as "{title}: {body}"
     template: str | None = None
-    # what a special token is that a text spells, as </s>: text like any other, or that token (tokens)
+    # encoding of a special token's spelling in a text, such as </s>: as ordinary text, or as that token (tokens)
     special_tokens: SpecialTokens = SpecialTokens.text
     # train while the text is read, instead of preparing it first
     stream: bool = False
-    # use each text of a source once
+    # drop repeated texts of a source
     deduplicate: bool = False
-    # share of the training documents to validate on, where validation is null and evaluation.every is set
+    # share of the training documents kept for validation if validation is null and evaluation.every > 0
     held_out: float = 0.005
-    # error: a record that cannot be used ends the run; skip: leave it out and list it
+    # error: an unusable record ends the run; skip: leave unusable records out and list them
     bad_records: BadRecordsPolicy = BadRecordsPolicy.error
-    # processes that prepare text; 0: one for each CPU that this process may use
+    # processes that prepare text; 0: one for each available CPU
     workers: int = 0
     # folder of prepared tokens, shared between runs
     cache: str = field(default="cache", metadata=PATH)
@@ -102,8 +99,8 @@ class DataConfig(Section):
             )
         require(
             not (self.deduplicate and any(source.stream for source in sources)),
-            "data.deduplicate=true needs all of the text before the first step, which a stream is not: set one of "
-            "data.deduplicate and stream to false",
+            "data.deduplicate=true needs all text before the first step, and a stream is read during training: set "
+            "data.deduplicate or stream to false",
         )
 
     @property
@@ -123,7 +120,7 @@ class DataConfig(Section):
     def _source(self, key: str, split: str, entry: Any) -> SourceConfig:
         require(
             isinstance(entry, dict) and set(entry) <= set(KNOWN) and "path" in entry,
-            f"{key}={entry} is no source: give it a path, and if need be {', '.join(KNOWN[1:])}",
+            f"{key}={entry} is not a source: give it a path, and optionally {', '.join(KNOWN[1:])}",
         )
         paths = _as_list(entry["path"])
         require(
@@ -132,7 +129,7 @@ class DataConfig(Section):
         )
         for name in ("name", "text_field", "template", "subset", "split"):
             value = entry.get(name)
-            require(value is None or isinstance(value, str), f"{key}.{name}={value} is no text: put it in quotes")
+            require(value is None or isinstance(value, str), f"{key}.{name}={value} is not a text: put it in quotes")
         weight = str(entry.get("weight", 1))
         require(
             re.fullmatch(r"\d*\.?\d+(e[+-]?\d{1,2})?", weight) is not None and 0 < float(weight) < math.inf,
@@ -164,7 +161,7 @@ def _check_template(key: str, template: str | None) -> None:
         fields = [str(error)]
     require(
         bool(fields) and all(field.isidentifier() for field in fields),
-        f"{key}={template!r} names no fields as it should: write their names in braces, such as {{title}}: {{text}}",
+        f"{key}={template!r} is not a template: write field names in braces, such as {{title}}: {{text}}",
     )
 
 

@@ -1,4 +1,4 @@
-"""The shape of an OPT network, and what follows from it without building one: parameters and FLOPs.
+"""The shape of an OPT network, its number of parameters and its FLOPs.
 
 Field names are those of Hugging Face's `OPTConfig`. The nine published shapes are the files of `configs/model/`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from opt_parallel.runtime.errors import UserError
 
-IGNORED = -100  # a label that counts nowhere
+IGNORED = -100  # a label that does not count
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
 MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15  # a config.json may say anything; OPT-175B has 96 and 1.75 · 10¹¹
 MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between runs that share weights
@@ -25,15 +25,15 @@ class Activation(Enum):
 
 
 class Init(Enum):
-    """`paper`: N(0, 0.006), the two products that end in the residual stream divided by sqrt(2 · layers)
-    (Zhang et al. 2022, section 2.2, and its launcher). `huggingface`: N(0, 0.02) throughout."""
+    """`paper`: N(0, 0.006); the two projections into the residual stream are divided by sqrt(2 · layers)
+    (Zhang et al. 2022, section 2.2, and metaseq). `huggingface`: N(0, 0.02) throughout."""
 
     paper = "paper"
     huggingface = "huggingface"
 
 
 class ProblemType(Enum):
-    """What a classifier's labels are, in Hugging Face's words: numbers, one label of several, or any of several."""
+    """The kind of a classifier's labels, with Hugging Face's names: numbers, one of N labels, or any of N labels."""
 
     regression = "regression"
     single_label_classification = "single_label_classification"
@@ -42,19 +42,19 @@ class ProblemType(Enum):
 
 @dataclass(frozen=True)
 class Labels:
-    """A classifier's labels by number, and what they are; None: as the first labels show."""
+    """A classifier's label names by index, and their kind; None: inferred from the first labels."""
 
     names: tuple[str, ...]
     problem_type: ProblemType | None = None
 
     @classmethod
     def numbered(cls, count: int, problem_type: ProblemType | None = None) -> Labels:
-        """`count` labels by the names that transformers gives where there are none."""
+        """`count` labels with transformers' default names."""
         return cls(tuple(f"LABEL_{number}" for number in range(count)), problem_type)
 
 
 class Section:
-    """A part of the configuration: checked once made, and sealed."""
+    """A section of the configuration: checked when it is created, then immutable."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -65,7 +65,7 @@ class Section:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_sealed", False):
-            raise AttributeError(f"{type(self).__name__} is sealed; {name} cannot be set")
+            raise AttributeError(f"{type(self).__name__} is immutable; {name} cannot be set")
         object.__setattr__(self, name, value)
 
 
@@ -77,19 +77,19 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass
 class ModelConfig(Section):
-    """The network. Defaults are the paper's 125M; `OPTConfig`'s differ only in dropping nothing in attention."""
+    """The network. Defaults are the paper's 125M; `OPTConfig`'s differ only in attention_dropout=0."""
 
-    # tokens of the vocabulary; a tokenizer may have fewer
+    # size of the vocabulary; a tokenizer may have fewer tokens
     vocab_size: int = 50272
     # width H of the hidden states
     hidden_size: int = 768
     # decoder layers
     num_hidden_layers: int = 12
-    # attention heads of a layer; divides hidden_size, and parallel.tensor divides it
+    # attention heads of a layer; must divide hidden_size and be a multiple of parallel.tensor
     num_attention_heads: int = 12
-    # width of the feed-forward layer; parallel.tensor divides it
+    # width of the feed-forward layer; a multiple of parallel.tensor
     ffn_dim: int = 3072
-    # positions that the network knows, the longest sequence
+    # number of learned positions: the longest sequence
     max_position_embeddings: int = 2048
     # width of the token embedding; null: hidden_size. The 350m has 512, with projections in and out
     word_embed_proj_dim: int | None = None
@@ -101,21 +101,21 @@ class ModelConfig(Section):
     enable_bias: bool = True
     # weights and biases in the LayerNorms
     layer_norm_elementwise_affine: bool = True
-    # of the feed-forward layer
+    # activation of the feed-forward layer
     activation_function: Activation = Activation.relu
     # probability of dropping an element after attention and after feed-forward
     dropout: float = 0.1
     # probability of dropping an attention weight
     attention_dropout: float = 0.1
-    # probability of skipping a whole layer in a training step (Fan et al. 2019)
+    # LayerDrop: probability of skipping a layer in a training step (Fan et al. 2019)
     layerdrop: float = 0.0
     # paper: N(0, 0.006), output layers divided by √(2 · layers); huggingface: N(0, 0.02)
     init: Init = Init.paper
-    # standard deviation of the initial weights; null: that of init
+    # standard deviation of the initial weights; null: init's
     init_std: float | None = None
     # id of the token that begins a prompt
     bos_token_id: int = 2
-    # id of padding
+    # id of the padding token
     pad_token_id: int = 1
     # id of the token that ends a document
     eos_token_id: int = 2
@@ -133,7 +133,7 @@ class ModelConfig(Section):
             require(value >= 1, f"model.{name}={value} must be at least 1")
         require(
             self.num_hidden_layers <= MOST_LAYERS,
-            f"model.num_hidden_layers={self.num_hidden_layers} is more than any network has: {MOST_LAYERS} at most",
+            f"model.num_hidden_layers={self.num_hidden_layers} is too many: {MOST_LAYERS} at most",
         )
         require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -158,11 +158,12 @@ class ModelConfig(Section):
             self.parameters() <= MOST_PARAMETERS,
             f"the network has {self.parameters():,} parameters (model.vocab_size={self.vocab_size}, hidden_size="
             f"{self.hidden_size}, ffn_dim={self.ffn_dim}, max_position_embeddings={self.max_position_embeddings}, "
-            f"word_embed_proj_dim={self.word_embed_proj_dim}), more than any: {MOST_PARAMETERS:,} at most",
+            f"word_embed_proj_dim={self.word_embed_proj_dim}), too many: {MOST_PARAMETERS:,} at most",
         )
 
     def check_splits(self, tensor: int, key: str) -> None:
-        """Raise `UserError` unless `tensor` ranks can share heads, feed-forward and words; `key` is what set it."""
+        """Raise UserError unless `tensor` ranks can split heads, feed-forward and vocabulary. `key`: the key that set
+        it."""
         for what in ("num_attention_heads", "ffn_dim"):
             size = getattr(self, what)
             require(
@@ -173,13 +174,13 @@ class ModelConfig(Section):
         rows = -(-self.vocab_size // tensor)
         require(
             (tensor - 1) * rows < self.vocab_size,
-            f"model.vocab_size={self.vocab_size} leaves a rank of {key}{tensor} without words ({rows} each): "
+            f"model.vocab_size={self.vocab_size} leaves a rank of {key}{tensor} without tokens ({rows} each): "
             "choose a smaller tensor degree",
         )
 
     @property
     def embedding_size(self) -> int:
-        """Width of the token embedding; the hidden size unless projected, as in the 350m."""
+        """Width of the token embedding: `hidden_size` unless projected, as in the 350m."""
         return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
 
     @property
@@ -196,7 +197,7 @@ class ModelConfig(Section):
 
     @property
     def std(self) -> float:
-        """Standard deviation of the initial weights: `init_std`, or the initialisation's own."""
+        """Standard deviation of the initial weights: `init_std`, or that of `init`."""
         if self.init_std is not None:
             return self.init_std
         return 0.006 if self.init is Init.paper else 0.02
@@ -213,11 +214,11 @@ class ModelConfig(Section):
         return embeddings + projections + self.num_hidden_layers * layer + final_layer_norm
 
     def flops_per_token(self, sequence_length: int, frozen: bool = False) -> float:
-        """Model FLOPs of one trained token, forward and backward, causal attention not halved.
+        """Model FLOPs of one trained token, forward and backward; causal attention is not halved.
 
-        The formula of Narayanan et al. 2021 (Megatron-LM), section 5.1, without recomputation, for any
-        feed-forward and embedding width; a backward pass counts twice its forward. `frozen`: no gradient of a weight is
-        formed, which is one of the two; LoRA's own terms are left out.
+        The formula of Narayanan et al. 2021 (Megatron-LM), section 5.1, without recomputation, for any feed-forward and
+        embedding width; a backward counts as two forwards. `frozen`: weight gradients are not computed, which saves one
+        of the two; LoRA's own terms are not counted.
         """
         projections = 4 * self.embedding_size * self.hidden_size if self.projected else 0
         head = 2 * self.vocab_size * self.embedding_size
@@ -225,7 +226,7 @@ class ModelConfig(Section):
         return full - (self._layers_forward_flops(0) + projections + head if frozen else 0)
 
     def hardware_flops_per_token(self, sequence_length: int, recompute: bool, frozen: bool = False) -> float:
-        """FLOPs really done: `flops_per_token`, and one more forward of every layer where it is recomputed."""
+        """`flops_per_token`, plus one more forward of every layer if `recompute`."""
         again = self._layers_forward_flops(sequence_length) if recompute else 0
         return self.flops_per_token(sequence_length, frozen) + again
 

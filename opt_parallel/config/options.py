@@ -1,4 +1,4 @@
-"""The options of scripts that argparse reads: no secrets, and where a path is named, one of this machine."""
+"""Options of scripts that use argparse: checked for secrets, URLs, unreadable paths and numbers out of range."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from opt_parallel.config.values import check_values
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line's options. Those of `type=Path` have their `~` replaced.
+    """The parsed command line. `~` is expanded in options of `type=Path`.
 
-    Raises: UserError for a secret in any of them, a URL for a path, a path that is there and cannot be read, a number
-    that is not finite or too large."""
+    Raises: UserError for a secret, a URL as a path, an existing path that cannot be read, a number that is not finite
+    or too large."""
     _refuse_secrets(sys.argv[1:])
     for action in actions_of(parser):
         if action.type is Path:
@@ -29,7 +29,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """What a parser takes, its verbs' included."""
+    """All options and arguments of a parser and its subcommands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
@@ -38,7 +38,7 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def name_of(action: argparse.Action) -> str:
-    """An option as the user types it, or a positional argument's name."""
+    """An option as the user types it, or the name of a positional argument."""
     return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
 
 
@@ -48,7 +48,7 @@ def _path(option: str, text: str) -> Path:
 
 
 def _refuse_secrets(words: Sequence[str]) -> None:
-    """Before argparse repeats an option that it does not know."""
+    """Raise UserError for a secret, before argparse prints an unknown option with its value."""
     option = "the command line"
     for word in words:
         value = word

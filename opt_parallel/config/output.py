@@ -1,4 +1,4 @@
-"""What a run writes: validation, checkpoints, exports, logs."""
+"""Configuration of validation, checkpoints, export and logging."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from opt_parallel.config.units import bytes_of
 
 
 class ExportDtype(Enum):
-    """`auto`: the checkpoint's own, float32 for one that was trained here."""
+    """`auto`: the checkpoint's own dtype; float32 for our training checkpoints."""
 
     auto = "auto"
     float32 = "float32"
@@ -26,13 +26,13 @@ class Wandb(Enum):
 
 @dataclass
 class EvaluationConfig(Section):
-    """`every`: steps between two validations, and one at the end; 0: never. At each, the model continues `prompts`."""
+    """Validation every `every` steps and at the end. Each time the model continues `prompts`."""
 
-    # steps between two validations, and one at the end; 0: never
+    # steps between two validations; one more at the end; 0: never
     every: int = 0
-    # texts that the model continues at each validation, into samples.jsonl
+    # texts that the model continues at each validation; written to samples.jsonl
     prompts: list[str] = field(default_factory=list)
-    # tokens of a continuation
+    # tokens that continue a prompt
     max_new_tokens: int = 64
 
     def check(self) -> None:
@@ -40,26 +40,25 @@ class EvaluationConfig(Section):
         require(self.max_new_tokens >= 1, f"evaluation.max_new_tokens={self.max_new_tokens} must be at least 1")
         require(
             not self.prompts or self.every > 0,
-            f"evaluation.prompts={list(self.prompts)} are continued at each evaluation, but evaluation.every=0: "
-            "set how many steps lie between two",
+            f"evaluation.prompts={list(self.prompts)} are continued at each validation, but evaluation.every=0: "
+            "set the number of steps between two validations",
         )
 
 
 @dataclass
 class CheckpointConfig(Section):
-    """`every`: steps between two checkpoints, besides the one at the end; 0: only that. `keep`: newest to keep;
-    `keep_every`: keep those at a multiple of so many steps too; 0: none. `keep_best`: save one at each evaluation whose
-    validation loss is the lowest so far, and keep it. `asynchronous`: train on while they are written."""
+    """When checkpoints are saved and which are kept. `keep_best` also saves one at each validation with the lowest loss
+    so far."""
 
-    # steps between two checkpoints, besides the one at the end; 0: only that one
+    # steps between two checkpoints; one more is saved at the end; 0: only that one
     every: int = 0
-    # newest checkpoints to keep
+    # number of newest checkpoints to keep
     keep: int = 2
-    # keep those at a multiple of so many steps too; 0: none
+    # also keep checkpoints at multiples of this number of steps; 0: none
     keep_every: int = 0
-    # save and keep the checkpoint with the lowest validation loss
+    # also save and keep the checkpoint with the lowest validation loss
     keep_best: bool = False
-    # train on while a checkpoint is written
+    # continue training while a checkpoint is written
     asynchronous: bool = True
 
     def check(self) -> None:
@@ -70,11 +69,11 @@ class CheckpointConfig(Section):
 
 @dataclass
 class ExportConfig(Section):
-    """`at_end`: write the finished run's last checkpoint as a Hugging Face folder, `run.dir`/export."""
+    """Export of the finished run's last checkpoint as a Hugging Face folder."""
 
     # write the finished run's last checkpoint as a Hugging Face folder, run.dir/export
     at_end: bool = False
-    # of the exported weights
+    # dtype of the exported weights; auto: the checkpoint's own
     dtype: ExportDtype = ExportDtype.auto
     # largest weights file, such as 5GB or 500MiB
     max_shard_size: str = "5GB"
@@ -85,11 +84,13 @@ class ExportConfig(Section):
 
 @dataclass
 class LoggingConfig(Section):
+    """Experiment trackers and the device's peak speed."""
+
     # offline: files in run.dir; online: sent to wandb
     wandb: Wandb = Wandb.offline
     # write TensorBoard's files to run.dir
     tensorboard: bool = True
-    # TFLOP/s of one device, for mfu and hfu where our table lacks the device
+    # TFLOP/s of one device, for mfu and hfu; null: from our table of devices
     peak_tflops: float | None = None
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Overrides, `key=value` on a command line of Hydra's: checked before anything repeats them."""
+"""Checks of Hydra's overrides (`key=value`), before anything prints or writes them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ KEY = re.compile(r"[\w./-]+(@[\w.:/-]*)?")
 
 
 def checked(arguments: Sequence[str], texts: Collection[str]) -> list[str]:
-    """The command line as Hydra is to read it: overrides of the keys `texts` are in quotes where its grammar would
-    read none, or another value than was typed (1e3, true).
+    """The command line for Hydra. Values of the keys `texts` are quoted where Hydra's grammar would refuse them or read
+    another type (1e3, true).
 
-    Raises: UserError for a secret, and for a number that no key takes."""
+    Raises: UserError for a secret, and for a number that is not finite or too large."""
     parser = OverridesParser.create()
     several = bool({"-m", "--multirun"} & set(arguments))
     return [_checked(parser, argument, texts, several) for argument in arguments]
@@ -34,17 +34,17 @@ def _checked(parser: OverridesParser, argument: str, texts: Collection[str], sev
         refuse_secret_name(key)
         refuse_secret_value("the command line", argument)
         return argument
-    if key not in texts:  # of ours launch.secret alone looks like one, and is a name
+    if key not in texts:  # only launch.secret looks like a secret; it is the name of one
         refuse_secret_name(key)
     refuse_secret_value(key, value)
     try:
         value_read = _value(parser.parse_override(argument))
-    except ValueError as error:  # Python reads no number of more than 4,300 digits
+    except ValueError as error:  # Python refuses numbers of more than 4,300 digits
         raise UserError(f"{key} is a number of {len(value):,} characters: give one below 2⁶³") from error
-    except HydraException:  # a list with a mistake in it is for Hydra to explain, and so is what may be a sweep
+    except HydraException:  # Hydra explains a malformed list, and what may be a sweep
         is_text = not re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL) and not (several and "," in value)
     else:
-        is_text = isinstance(value_read, (bool, int, float))  # 1e3 is the text 1e3, not 1000.0
+        is_text = isinstance(value_read, (bool, int, float))  # so 1e3 stays the text 1e3
         if not (is_text and key in texts):
             check_values(value_read, key)
     return f"{head}={_in_quotes(value)}" if is_text and key in texts else argument

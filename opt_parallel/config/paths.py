@@ -1,4 +1,4 @@
-"""Names of files and folders as users give them: of this machine, with `~` for a home, never a URL."""
+"""Checks of paths that users give: local, with `~` for a home folder, never a URL."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ from typing import Any, get_type_hints
 
 from opt_parallel.runtime.errors import UserError
 
-# any scheme with two slashes, and those that are written with one; a single letter is a name that ends in a colon
+# any scheme with two slashes; some schemes also with one
 URL = re.compile(r"\s*([a-z][a-z0-9+.-]+://|(file|s3[an]?|gc?s|az|abfss?|adl|wasbs?|hdfs|dbfs|https?|hf):/)", re.I)
 HUB_PAGE = re.compile(r"\s*https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.I)
-BREAKS = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's control characters, bytes that are no text, ends of lines and paragraphs
+BREAKS = {
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # Unicode categories: control characters, surrogates (undecodable bytes), line and paragraph separators
 
 WAY_OUT = "change the permissions of the file and its folders, or choose another"
 
-# metadata of a configuration's field that names files or folders: as a text, a list of texts, `{path: …}`, or a list of
-# these. The tuple holds words that may stand there instead
+# metadata of a configuration field that holds paths: a text, a list of texts, `{path: …}`, or a list of these. The
+# tuple holds values that are not paths, such as auto
 PATH: dict[str, tuple[str, ...]] = {"path": ()}
 
-Change = Callable[[str, str], str]  # of a path, given `key=` and its text
+Change = Callable[[str, str], str]  # (`key=`, path) to the new path
 
 
 def typed_fields(section: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """Dotted key, field and type of all that a section of a configuration and those within it hold."""
+    """Dotted key, field and type of every field of a section and its subsections."""
     hints = get_type_hints(section)
     for each in fields(section):
         if is_dataclass(hints[each.name]):
@@ -41,18 +46,18 @@ def typed_fields(section: type, prefix: str = "") -> Iterator[tuple[str, Field[A
 
 
 def path_keys(section: type, prefix: str = "") -> list[str]:
-    """The keys of a section that name files or folders."""
+    """The keys of a section that hold paths."""
     return [key for key, each, _ in typed_fields(section, prefix) if "path" in each.metadata]
 
 
 def text_keys(section: type, prefix: str = "") -> list[str]:
-    """The keys of a section whose value is a text, or null."""
+    """The keys of a section whose value is a text or null."""
     found = typed_fields(section, prefix)
     return [key for key, each, kind in found if "path" in each.metadata or kind in (str, str | None)]
 
 
 def change_paths(values: dict[str, Any], section: type, change: Change, prefix: str = "") -> None:
-    """Put `change(key=, path)` in place of every path among a section's plain values."""
+    """Replace every path in a section's plain values by `change(key=, path)`."""
     for key, each, _ in typed_fields(section):
         *outer, name = key.split(".")
         holder = values
@@ -62,18 +67,18 @@ def change_paths(values: dict[str, Any], section: type, change: Change, prefix: 
             holder[name] = _changed(holder[name], partial(change, f"{prefix}{key}="), each.metadata["path"])
 
 
-def _changed(value: Any, change: Callable[[str], str], words: tuple[str, ...]) -> Any:
+def _changed(value: Any, change: Callable[[str], str], keywords: tuple[str, ...]) -> Any:
     if isinstance(value, list):
-        return [_changed(each, change, words) for each in value]
+        return [_changed(each, change, keywords) for each in value]
     if isinstance(value, dict) and "path" in value:
-        return {**value, "path": _changed(value["path"], change, words)}
-    return change(value) if isinstance(value, str) and value not in words else value
+        return {**value, "path": _changed(value["path"], change, keywords)}
+    return change(value) if isinstance(value, str) and value not in keywords else value
 
 
 def local(key: str, name: str) -> str:
-    """`name` with its `~` replaced. `key`: what it was set by, as `run.dir=`.
+    """`name` with `~` expanded. `key`: the key or option that set it, such as `run.dir=`, for messages.
 
-    Raises: UserError for a URL, for characters that no name should hold, and for a home that is not known."""
+    Raises: UserError for an empty name, a URL, control characters, an unknown home."""
     refuse_breaks(key, name)
     if not name.strip():
         raise UserError(f"{key} is empty: name a file or folder, such as ./data")
@@ -84,14 +89,14 @@ def local(key: str, name: str) -> str:
             f"{key}{name} is a URL, and only files and folders of this machine are read and written: mount it, or copy "
             "it to or from a folder here"
         )
-    whole = os.path.expanduser(name)
-    if whole.startswith("~") and not os.path.lexists(whole):
-        raise UserError(f"{key}{name}: this machine knows no such home: write the path from /, or ./{name}")
-    return whole
+    expanded = os.path.expanduser(name)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise UserError(f"{key}{name}: this machine has no such home: write the path from /, or ./{name}")
+    return expanded
 
 
 def refuse_breaks(key: str, text: str) -> None:
-    """Raise UserError for a line break, another control character, or bytes that are no UTF-8."""
+    """Raise UserError for a line break, another control character, or bytes that are not UTF-8."""
     if any(unicodedata.category(character) in BREAKS for character in text):
         raise UserError(
             f"{key}{text!r} holds a line break, another control character or bytes that are not UTF-8: choose another"
@@ -99,15 +104,15 @@ def refuse_breaks(key: str, text: str) -> None:
 
 
 def reach(key: str, name: str | Path) -> Path | None:
-    """The file or folder `name`, None where there is none. `key` as for `local`, whose errors it raises.
+    """The path of the file or folder `name`, None if it does not exist. `key`: see `local`.
 
-    Raises: UserError where it cannot be reached or read."""
+    Raises: UserError as `local`, or if it cannot be read."""
     path = Path(local(key, str(name)))
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             os.scandir(path).close()
-            os.stat(f"{path}/.")  # its names are of no use where none of them can be opened
+            os.stat(f"{path}/.")  # fails without the permission to open files in it
         elif stat.S_ISREG(mode):
             path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
@@ -118,7 +123,7 @@ def reach(key: str, name: str | Path) -> Path | None:
 
 
 def make_folder(key: str, folder: Path) -> None:
-    """Make a folder, unless it is there. `key` as for `local`. Raises: UserError where nothing can be written."""
+    """Create a folder if it is missing. `key`: see `local`. Raises: UserError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
@@ -128,7 +133,7 @@ def make_folder(key: str, folder: Path) -> None:
 
 
 def absolute(_: str, name: str) -> str:
-    """`name` from / on where it names files here, so that it is still theirs elsewhere; a hub id stays as it is."""
+    """`name` as an absolute path if it exists or is a glob; else unchanged, since it may be a hub id."""
     if os.path.exists(name):
         return str(Path(name).absolute())
     if glob.has_magic(name) and not os.path.isabs(name):

@@ -1,6 +1,6 @@
-"""Every key of the configuration with its values, default and explanation: for `--help` and docs/configuration.md.
+"""All configuration keys with values, default and explanation, for `--help` and docs/configuration.md.
 
-Each field of a section is explained by the comment above it, in the dataclass and nowhere else.
+The explanation of a key is the comment above its dataclass field.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opt_parallel.config.run import Run
 
 @dataclass(frozen=True)
 class Key:
-    """One key: `name` in full, such as `zero.stage`; its `values` and `default` as one types them."""
+    """One key: its full `name`, such as `zero.stage`; `values` and `default` as a user types them."""
 
     name: str
     values: str
@@ -29,7 +29,7 @@ class Key:
 
 
 def keys(section: type = Run, prefix: str = "") -> Iterator[Key]:
-    """All keys of a section and those within it, in the order of their definition."""
+    """All keys of a section and its subsections, in the order of definition."""
     hints, comments = typing.get_type_hints(section), comments_of(section)
     for field in dataclasses.fields(section):
         kind = hints[field.name]
@@ -38,12 +38,14 @@ def keys(section: type = Run, prefix: str = "") -> Iterator[Key]:
             assert isinstance(kind, type)
             yield from keys(kind, f"{name}.")
         else:
-            made = field.default_factory() if callable(field.default_factory) else field.default
-            if isinstance(made, dict):  # batch: `global` cannot be the name of a field
-                told = dict(part.split(": ", 1) for part in comments[field.name].split("; "))
-                yield from (Key(f"{name}.{each}", "integer", str(value), told[each]) for each, value in made.items())
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if isinstance(default, dict):  # batch: `global` cannot be the name of a field
+                explained = dict(part.split(": ", 1) for part in comments[field.name].split("; "))
+                yield from (
+                    Key(f"{name}.{each}", "integer", str(value), explained[each]) for each, value in default.items()
+                )
             else:
-                yield Key(name, _values(kind), _typed(made), comments.get(field.name, ""))
+                yield Key(name, _values(kind), _typed(default), comments.get(field.name, ""))
 
 
 def comments_of(section: type) -> dict[str, str]:
@@ -57,8 +59,8 @@ def comments_of(section: type) -> dict[str, str]:
             first = statement.lineno - 1
             while lines[first - 1].strip().startswith("#"):
                 first -= 1
-            words = [line.strip().removeprefix("#").strip() for line in lines[first : statement.lineno - 1]]
-            comments[statement.target.id] = " ".join(words)
+            texts = [line.strip().removeprefix("#").strip() for line in lines[first : statement.lineno - 1]]
+            comments[statement.target.id] = " ".join(texts)
     return comments
 
 
@@ -83,12 +85,12 @@ def _typed(value: Any) -> str:
 
 
 def markdown() -> str:
-    """docs/configuration.md."""
+    """The text of docs/configuration.md."""
     lines = [
         "# Configuration",
         "",
-        "Every key, as `python train.py --help` lists them. This page is written by `make docs` from the comments in",
-        "`opt_parallel/`. Defaults are those of the sections; a file of `configs/` may set others.",
+        "All keys, as in `python train.py --help`. `make docs` writes this page from the comments in `opt_parallel/`.",
+        "Defaults are those of the dataclasses; files in `configs/` may set others.",
     ]
     group = None
     for key in keys():
@@ -101,19 +103,19 @@ def markdown() -> str:
 
 
 def hydra_help() -> str:
-    """configs/hydra/help/keys.yaml: what `python train.py --help` prints."""
+    """The text of configs/hydra/help/keys.yaml, which `python train.py --help` prints."""
     width = max(len(f"{key.name}={key.default}") for key in keys() if len(key.default) < 12)
     lines = [
         "python train.py model=opt-125m data.train=/data/text steps=1000 …",
         "",
-        "Files of configs/ to choose from, as in task=finetune:",
+        "Groups and their files in configs/, chosen as in task=finetune:",
         "",
         "$APP_CONFIG_GROUPS",
-        "Keys with the sections' defaults; `python train.py --cfg job …` shows what a command line makes of them:",
+        "Keys with the dataclasses' defaults; `python train.py --cfg job …` prints a command line's values:",
         "",
         *(f"{key.name + '=' + key.default:{width}}  {key.explanation}" for key in keys()),
         "",
-        "-m runs every combination of values that are separated by commas. More: README.md, docs/configuration.md",
+        "-m runs every combination of comma-separated values. More: README.md, docs/configuration.md",
     ]
     head = "# Written by make docs from the comments in opt_parallel/.\napp_name: train.py\ntemplate: |-\n"
     return head + "".join(f"  {line}\n" if line else "\n" for line in lines)

@@ -1,7 +1,7 @@
-"""The typed configuration of a run: one section a file group, and the checks that reach across sections.
+"""The typed configuration of a run: one section for each group of configs/, and the checks across sections.
 
-Hydra composes YAML and command line into these types (`compose.py`), so an unknown key or a wrong type fails there;
-`Run` checks the rest as it is made and is sealed after. Nothing here imports torch.
+Hydra composes YAML and command line into these types (`compose.py`), which refuses unknown keys and wrong types. `Run`
+checks the values when it is created and is immutable afterwards. No torch here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Offload(Enum):
 
 
 class Precision(Enum):
-    """`auto`: bf16 where the device multiplies it, else fp32; `precision.settle` makes it one of the others."""
+    """`auto`: bf16 if the device has it natively, else fp32; `precision.settle` decides."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -33,8 +33,7 @@ class Precision(Enum):
 
 
 class Scaler(Enum):
-    """`paper`: window and floor as OPT-175B was trained, the window doubling and halving with the scale.
-    `standard`: a fixed window."""
+    """`paper`: as OPT-175B was trained, the window doubles and halves with the scale. `standard`: a fixed window."""
 
     paper = "paper"
     standard = "standard"
@@ -59,14 +58,13 @@ class ActivationCheckpointing(Enum):
 
 @dataclass
 class ParallelConfig(Section):
-    """`allow_cross_node`: a tensor group may lie on several hosts. `timeout`: seconds that a step's collectives wait
-    for a rank before the run fails."""
+    """The process grid: world size = data × tensor."""
 
-    # tensor-parallel degree: processes that share each layer; the rest of the world size is data parallelism
+    # tensor-parallel degree: processes that split each layer; the data-parallel degree is world size / tensor
     tensor: int = 1
-    # a tensor group may lie on several hosts; every layer then waits for their network
+    # allow tensor groups across hosts; every layer then waits for the network between them
     allow_cross_node: bool = False
-    # seconds that a step waits for a rank before the run fails and its launcher starts it again
+    # seconds that a collective waits for a rank before the run fails and its launcher restarts it
     timeout: float = 600.0
 
     def check(self) -> None:
@@ -78,17 +76,17 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
 
-    # 0: nothing is split (fp32 only); 1: optimizer state over the data ranks; 2: gradients too; 3: weights too
+    # 0: nothing is partitioned (fp32 only); 1: optimizer state over the data ranks; 2: gradients too; 3: weights too
     stage: int = 1
-    # cpu: the optimizer's state and step on the host
+    # cpu: keep the optimizer's state and do its step on the host
     offload: Offload = Offload.none
-    # elements of a gradient reduction
+    # elements of one gradient reduction
     reduce_bucket_size: int = 50_000_000
-    # elements of an all-gather of weights, stages 1 and 2
+    # elements of one all-gather of weights, stages 1 and 2
     allgather_bucket_size: int = 50_000_000
-    # elements gathered ahead, stage 3
+    # elements gathered in advance, stage 3
     prefetch_bucket_size: int = 50_000_000
-    # parameters of fewer elements stay gathered, stage 3
+    # smaller parameters (in elements) stay gathered, stage 3
     persistence_threshold: int = 100_000
 
     def check(self) -> None:
@@ -106,17 +104,17 @@ class ZeroConfig(Section):
 
 @dataclass
 class PrecisionConfig(Section):
-    """Training dtype, and for fp16 the loss scale: where it starts, after how many good steps it doubles, its floor."""
+    """Training dtype and, for fp16, the loss scale."""
 
-    # auto: bf16 where every rank's device multiplies it natively, else fp32; a resumed run keeps its own
+    # auto: bf16 if every rank's device has it natively, else fp32; a resumed run keeps its precision
     name: Precision = Precision.auto
     # fp16: paper: the window doubles and halves with the scale, as OPT-175B was trained; standard: fixed window
     scaler: Scaler = Scaler.paper
     # fp16: the loss scale at the start
     initial_scale: float = 4.0
-    # fp16: steps without overflow before the scale doubles
+    # fp16: steps without overflow after which the scale doubles
     window: int = 256
-    # fp16: the lowest loss scale; an overflow at it ends the run
+    # fp16: the lowest loss scale; an overflow there ends the run
     floor: float = 2.0**-5
 
     def check(self) -> None:
@@ -138,11 +136,11 @@ class OptimizerConfig(Section):
     lr: float = 6e-4
     # decay rates of the two moments
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    # added to the root of the second moment
+    # added to the square root of the second moment
     eps: float = 1e-8
-    # of matrices; biases and LayerNorms do not decay
+    # weight decay of matrices; biases and LayerNorms have none
     weight_decay: float = 0.1
-    # largest norm of the gradients; 0: no clipping
+    # largest gradient norm; 0: no clipping
     clip: float = 1.0
 
     def check(self) -> None:
@@ -158,22 +156,22 @@ class OptimizerConfig(Section):
 
 @dataclass
 class ScheduleConfig(Section):
-    """Linear warm-up, counted in steps or in tokens, then `name` down to `final_ratio` of the peak at the run's end."""
+    """Linear warm-up, in steps or tokens, then `name`, which ends at `final_ratio` of the peak."""
 
-    # after the warm-up; docs/resuming.md has the formulas
+    # the schedule after the warm-up; docs/resuming.md has the formulas
     name: ScheduleName = ScheduleName.linear
-    # steps of linear warm-up; null: counted in tokens, or none
+    # steps of linear warm-up; null: warmup_tokens, or none
     warmup_steps: int | None = None
-    # tokens of linear warm-up; null: counted in steps
+    # tokens of linear warm-up; null: warmup_steps
     warmup_tokens: int | None = None
-    # learning rate at the last step, as a share of the peak
+    # learning rate at the last step, as a fraction of the peak
     final_ratio: float = 0.1
 
     def check(self) -> None:
         require(
             self.warmup_steps is None or self.warmup_tokens is None,
             f"schedule.warmup_steps={self.warmup_steps} and schedule.warmup_tokens={self.warmup_tokens} "
-            "say the same thing twice: set one to null",
+            "both set the warm-up: set one to null",
         )
         for name in ("warmup_steps", "warmup_tokens"):
             value = getattr(self, name)
@@ -183,6 +181,8 @@ class ScheduleConfig(Section):
 
 @dataclass
 class RunConfig(Section):
+    """The run's name and folder."""
+
     # the run's name in logs and trackers
     name: str = "run"
     # the run's folder
@@ -191,8 +191,7 @@ class RunConfig(Section):
 
 @dataclass
 class Run(Section):
-    """Everything that defines a run. `init_from`: the checkpoint it starts from, a Hugging Face folder, a hub id or one
-    of ours; `compose.start_from_checkpoint` has taken the network from it."""
+    """Everything that defines a run. With `init_from`, `start_from_checkpoint` has set `model` from that checkpoint."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -211,15 +210,15 @@ class Run(Section):
     batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})
     # full: recompute each layer in the backward instead of keeping its activations
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    # optimizer steps of the run, which the schedule spans
+    # optimizer steps of the run and of its schedule
     steps: int = 1000
-    # end this process at that step, saved, to be continued later; null: at steps
+    # save and end this process at this step; a later stop_at continues the run; null: at steps
     stop_at: int | None = None
-    # of weights, samples and dropout
+    # seed of the initial weights, the order of samples, and dropout
     seed: int = 1
-    # weights to start from: a Hugging Face folder, a hub id, or a checkpoint of ours; null: random
+    # weights to start from: a Hugging Face folder, a hub id, or a training checkpoint; null: random
     init_from: str | None = field(default=None, metadata=PATH)
-    # auto: the newest complete checkpoint of run.dir; never; or a checkpoint's folder
+    # auto: from the newest complete checkpoint of run.dir; never; or the folder of a checkpoint
     resume: str = field(default="auto", metadata={"path": ("auto", "never")})
 
     def check(self) -> None:
@@ -236,16 +235,16 @@ class Run(Section):
         require(
             self.evaluation.every == 0 or given or self.holds_out,
             f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, "
-            "data.held_out where data.train is no stream, or evaluation.prompts; or evaluation.every=0",
+            "data.held_out if data.train is not a stream, or evaluation.prompts; or evaluation.every=0",
         )
         require(
             self.task.name.plain_text or not any(source.stream for source in self.data.train_sources),
-            f"task={self.task.name.value} needs all of its examples before it begins: set stream to false",
+            f"task={self.task.name.value} needs all examples before step 1: set stream to false",
         )
         validates = self.evaluation.every > 0 and bool(self.data.validation_sources or self.holds_out)
         require(
             validates or not self.checkpoint.keep_best,
-            f"checkpoint.keep_best=true goes by the validation loss, but evaluation.every={self.evaluation.every}, "
+            f"checkpoint.keep_best=true needs a validation loss, but evaluation.every={self.evaluation.every}, "
             f"data.validation={self.data.validation}: set both",
         )
         require(
@@ -255,11 +254,11 @@ class Run(Section):
         self._check_model_fits()
         require(
             self.task.name.plain_text or not any(source.template for source in self.data.train_sources),
-            f"task={self.task.name.value} takes its texts from fields: a template is for task=pretrain, set it to null",
+            f"task={self.task.name.value} reads its texts from fields: a template is for task=pretrain, set it to null",
         )
         require(
             self.task.lora.rank == 0 or self.init_from is not None,
-            f"task.lora.rank={self.task.lora.rank} adapts a network that has been trained: set init_from=… to its "
+            f"task.lora.rank={self.task.lora.rank} adapts a trained network: set init_from=… to its "
             "checkpoint, or task.lora.rank=0 to train every parameter",
         )
         require(
@@ -282,11 +281,11 @@ class Run(Section):
         )
 
     def check_warmup(self, clock: Clock) -> None:
-        """Raise `UserError` if a warm-up in tokens would outlast the run, which stands at `clock`."""
+        """Raise UserError if the warm-up in tokens would not end before the run, which is at `clock`."""
         wanted, left = self.schedule.warmup_tokens or 0, self.steps - clock.step
         require(
             wanted <= clock.tokens + left * self.batch_tokens,
-            f"schedule.warmup_tokens={wanted:,} is more than the run will have seen at steps={self.steps}: "
+            f"schedule.warmup_tokens={wanted:,} is more than the run will see until steps={self.steps}: "
             f"{clock.tokens:,} tokens at step {clock.step}, and {self.batch_tokens:,} a step; shorten the warm-up or "
             "train longer",
         )
@@ -309,7 +308,7 @@ class Run(Section):
 
     @property
     def holds_out(self) -> bool:
-        """Whether a share of the training documents is kept for validation."""
+        """Whether a share of the training documents is held out for validation."""
         wanted = self.evaluation.every > 0 and self.data.held_out > 0 and not self.data.validation_sources
         return wanted and not any(source.stream for source in self.data.train_sources)
 
@@ -327,19 +326,19 @@ class Run(Section):
         return self.global_batch * self.data.sequence_length
 
     def samples_at_end(self, clock: Clock) -> int:
-        """Samples that the run, which stands at `clock`, will have consumed at its last step."""
+        """Samples that the run, which is at `clock`, has consumed after its last step."""
         return clock.samples + (self.steps - clock.step) * self.global_batch
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up, tokens rounded up to whole steps of today's batch."""
+        """Steps of warm-up; `warmup_tokens` rounded up to full steps of today's batch."""
         if self.schedule.warmup_tokens is not None:
             return -(-self.schedule.warmup_tokens // self.batch_tokens)
         return self.schedule.warmup_steps or 0
 
     @property
     def stop(self) -> int:
-        """The step at which this process ends."""
+        """The last step of this process."""
         return self.steps if self.stop_at is None else min(self.steps, self.stop_at)
 
     @property

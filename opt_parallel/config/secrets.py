@@ -1,7 +1,7 @@
-"""What looks like a secret: the names of keys and variables, and values.
+"""Detection of secrets in keys, variables and values.
 
-A run's configuration is written to files and sent to trackers, so secrets come from the environment alone. No message
-repeats one.
+A run's configuration is written to files and sent to trackers, so secrets may come from the environment only. No
+message repeats a secret.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from urllib.parse import unquote
 
 from opt_parallel.runtime.errors import UserError
 
-# the last word of a name: hf_token, X-Amz-Signature, SSH_KEY; not eos_token_id or max_new_tokens
+# last parts of secret names: hf_token, X-Amz-Signature, SSH_KEY; not eos_token_id or max_new_tokens
 LAST = {
     "apikey", "auth", "authorization", "credential", "credentials", "jwt", "key", "pass", "passphrase", "pat", "pwd",
     "sas", "sig", "signature", "token",
 }  # fmt: skip
 ANYWHERE = re.compile(r"(access|account|api|private)_?key|connection_?string|passw(or)?d|secret", re.IGNORECASE)
-A_PATH = {"dir", "file", "folder", "home", "path", "sock"}  # HF_TOKEN_PATH says where a secret lies
+A_PATH = {"dir", "file", "folder", "home", "path", "sock"}  # HF_TOKEN_PATH is a path, not a secret
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 FOLDERS = {"PWD", "OLDPWD"}
-SHORTEST = 16  # characters of a variable's value that is searched for: a password may be an ordinary word
+SHORTEST = 16  # characters; shorter values of variables are not searched for, since they may be ordinary words
 
-# https://user:password@host, https://token@host; and user:password@host as a whole value
+# https://user:password@host and https://token@host anywhere; user:password@host as the complete value
 USER = re.compile(r"(?:^|:)//([^\s@/:]*:(?!\d+/)[^\s@]+|[^\s@/:?#]{16,})@")
 BARE_USER = re.compile(r"[\w.+-]+:([^\s@/:]+)@[\w-]+(?:\.[\w-]+)*(?::\d+)?(?:/.*)?", re.DOTALL)
-# in the query of a URL or a connection string; elsewhere only longer values, since prose has "a token=1"
+# values in the query of a URL or a connection string; elsewhere only longer ones, since prose has "a token=1"
 PARAMETER = re.compile(r"[?&;#]([\w.%-]+)=([^\s&;#]+)")
 ASSIGNED = re.compile(r"(?<![^\s\[{(,'\"])([\w-]+)=([^\s,;'\"]{6,})")
-WORDS = {"auth", "key", "pass"}  # key=value is a folder of partitioned data
+WORDS = {"auth", "key", "pass"}  # not as key=value, which may be a folder of partitioned data
 FLAG = re.compile(r"(?<!\S)--([\w-]+)\s+(\S{6,})")
 # tokens of Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, Google, npm, PyPI, wandb and NVIDIA; JSON web tokens, HTTP
 # headers, keys in PEM
@@ -46,7 +46,7 @@ TOKEN = re.compile(
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a key, a variable or a URL's parameter of that name holds a secret."""
+    """Whether `name` (of a key, a variable or a URL parameter) is that of a secret."""
     words = [word.lower() for word in WORD.findall(name)]
     if not words or words[-1] in A_PATH or name in FOLDERS:
         return False
@@ -54,7 +54,7 @@ def looks_secret(name: str) -> bool:
 
 
 def secrets_in(text: str) -> Iterator[tuple[int, int, str]]:
-    """Where each secret in a value begins and ends, and what it is, in words that do not repeat it."""
+    """Start, end and kind of each secret in a value; the kind does not repeat the secret."""
     users = [*USER.finditer(text), *filter(None, [BARE_USER.fullmatch(text)])]
     yield from ((*match.span(1), "a user's password") for match in users)
     yield from (
@@ -79,7 +79,7 @@ def masked(text: str) -> str:
 
 
 def refuse_secret_name(key: str) -> None:
-    """Raise UserError if the last part of a dotted key names a secret."""
+    """Raise UserError if the last part of a dotted key is the name of a secret."""
     if looks_secret(key.rpartition(".")[2]):
         raise UserError(
             f"{masked(key)} looks like a secret, and a run's configuration is written to files: leave it out, and set "
@@ -88,10 +88,10 @@ def refuse_secret_name(key: str) -> None:
 
 
 def refuse_secret_value(key: str, text: str) -> None:
-    """Raise UserError if a value holds a secret. `key`: what the user set it by."""
+    """Raise UserError if a value holds a secret. `key`: the key or option that set it."""
     for *_, what in secrets_in(text):
         raise UserError(
-            f"{masked(key)} holds {what}, which looks like a secret, and what is given to a command is written to "
-            "files: leave it out, and set it in the environment, as HF_TOKEN or WANDB_API_KEY; text behind a signed "
-            "URL must be fetched first"
+            f"{masked(key)} holds {what}, which looks like a secret, and a command's arguments are written to "
+            "files: leave it out, and set it in the environment, as HF_TOKEN or WANDB_API_KEY; download the text of a "
+            "signed URL first"
         )

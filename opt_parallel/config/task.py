@@ -1,4 +1,4 @@
-"""What a run trains: pretraining, fine-tuning on prompts, classification; all of the network or low-rank additions."""
+"""The task (pretraining, fine-tuning on prompts, classification) and LoRA."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # Huggi
 
 
 class Task(Enum):
-    """What a run trains. Code asks for a property, never for a name; `data/kinds.py` has each task's encoder and
-    samples."""
+    """The task. Code tests its properties, not its name; `data/kinds.py` has each task's encoder and samples."""
 
     pretrain = "pretrain"
     finetune = "finetune"
@@ -21,28 +20,28 @@ class Task(Enum):
 
     @property
     def plain_text(self) -> bool:
-        """A record is one text. So it may be streamed, filled in by a template, and train a tokenizer."""
+        """Whether a record is one text, so that it can be streamed, built by a template, and train a tokenizer."""
         return self is Task.pretrain
 
     @property
     def has_chats(self) -> bool:
-        """A record may be a list of messages."""
+        """Whether a record may be a list of messages."""
         return self is Task.finetune
 
     @property
     def classifies(self) -> bool:
-        """An example has a label, and the network a score for each label. Else tokens are predicted."""
+        """Whether the network scores labels instead of predicting tokens."""
         return self is Task.classify
 
     @property
     def unit(self) -> str:
-        """What the loss is a mean over."""
+        """The unit that the loss is averaged over."""
         return "example" if self.classifies else "token"
 
 
 class Truncation(Enum):
-    """Which end of an example's prompt, or of a text to classify, goes where it is too long: `keep_end` cuts its
-    beginning, `keep_start` its end. A completion that is too long even without its prompt is cut at its end."""
+    """Which end of a prompt, or of a text to classify, is kept if it is too long. A completion that is too long without
+    its prompt is cut at its end."""
 
     keep_end = "keep_end"
     keep_start = "keep_start"
@@ -50,14 +49,14 @@ class Truncation(Enum):
 
 @dataclass
 class LoraConfig(Section):
-    """Low-rank adaptation (Hu et al. 2021): the weights W of `targets` are frozen like all others, and
-    `alpha` / `rank` · B A is trained beside them. `rank=0`: every parameter is trained."""
+    """Low-rank adaptation (Hu et al. 2021): all weights are frozen, and the `targets` compute (W + alpha / rank · B A)
+    x with trained B and A. `rank=0`: every parameter is trained."""
 
-    # rank of the trained terms; 0: train every parameter
+    # rank of the trained matrices A and B; 0: train every parameter
     rank: int = 0
-    # the terms are scaled by alpha / rank
+    # B A is scaled by alpha / rank
     alpha: float = 16.0
-    # linear layers that get a term: q_proj, k_proj, v_proj, out_proj, fc1, fc2
+    # linear layers that are adapted: q_proj, k_proj, v_proj, out_proj, fc1, fc2
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
     def check(self) -> None:
@@ -67,7 +66,7 @@ class LoraConfig(Section):
         for name in self.targets:
             require(
                 name in LORA_TARGETS,
-                f"task.lora.targets={list(self.targets)}: there is no {name}; choose among {', '.join(LORA_TARGETS)}",
+                f"task.lora.targets={list(self.targets)}: no layer {name}; choose among {', '.join(LORA_TARGETS)}",
             )
         require(
             len(set(self.targets)) == len(self.targets),
@@ -77,46 +76,44 @@ class LoraConfig(Section):
 
 @dataclass
 class TaskConfig(Section):
-    """What is trained, and the fields that its records have.
+    """The task and the fields of its records.
 
-    pretrain: `data.text_field` or `data.template`, all tokens count.
-    finetune: `prompt_field` and `completion_field`, or a list of messages in `messages_field`; completions count.
-    `packing`: several examples to a row, each seeing itself alone; else one a row, padded.
-    classify: `data.text_field`, and a second text in `pair_field`; a label in `label_field`. `labels`: their names, in
-    the order of the scores; null: those of the training data, sorted. `problem_type`: null: as the labels show."""
+    pretrain: `data.text_field` or `data.template`; the loss covers all tokens.
+    finetune: `prompt_field` and `completion_field`, or messages in `messages_field`; the loss covers completions.
+    classify: `data.text_field` and optionally `pair_field`, with a label in `label_field`."""
 
-    # pretrain: all tokens count; finetune: completions count; classify: a label for a text
+    # pretrain: loss on all tokens; finetune: loss on completions; classify: a label for a text
     name: Task = Task.pretrain
-    # finetune: the field of a record that holds the prompt
+    # finetune: the field of the prompt
     prompt_field: str = "prompt"
-    # finetune: the field that holds the completion
+    # finetune: the field of the completion
     completion_field: str = "completion"
     # finetune: the field of a chat's messages, for records without a prompt
     messages_field: str = "messages"
-    # finetune: several examples share a row, each sees itself alone; false: one a row, padded
+    # finetune: pack several examples into a row, without attention between them; false: one a row, padded
     packing: bool = True
-    # which end of a prompt or text is kept where it is too long
+    # which end of a prompt or text is kept if it is too long
     truncation: Truncation = Truncation.keep_end
-    # classify: the field of a second text; null: there is one text
+    # classify: the field of a second text; null: one text
     pair_field: str | None = None
     # classify: the field of the label: a name, a list of names, or a number
     label_field: str = "label"
-    # classify: the labels' names in the order of the scores; null: those of the training data, sorted
+    # classify: names of the labels in the order of the scores; null: the training data's, sorted
     labels: list[Any] | None = None
-    # classify: null: as the labels show
+    # classify: the kind of labels; null: inferred from the training data
     problem_type: ProblemType | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         for label in self.labels or []:
             fits = isinstance(label, (str, bool, int, float))
-            require(fits, f"task.labels={self.labels}: {label} is no name of a label: put it in quotes")
+            require(fits, f"task.labels={self.labels}: {label} is not the name of a label: put it in quotes")
         self.labels = None if self.labels is None else [name_of(label) for label in self.labels]
         super().__post_init__()
 
     @property
     def cuts_rows(self) -> bool:
-        """Samples are rows of equal length, cut from texts put end to end."""
+        """Whether samples are rows of equal length, cut from concatenated texts."""
         return self.name.plain_text or (self.packing and not self.name.classifies)
 
     def check(self) -> None:
@@ -127,5 +124,5 @@ class TaskConfig(Section):
 
 
 def name_of(label: Any) -> str:
-    """A label as it is named; true and false as JSON writes them."""
+    """A label's name; true and false in JSON's spelling."""
     return str(label).lower() if isinstance(label, bool) else str(label)

@@ -1,4 +1,4 @@
-"""Values that a user gave, in whatever form: checked before anything repeats them."""
+"""Checks of values from users, before anything prints or writes them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from opt_parallel.config.secrets import refuse_secret_name, refuse_secret_value
 from opt_parallel.runtime.errors import UserError
 
-LARGEST = 2**63  # of whole numbers, as tensors hold them
+LARGEST = 2**63  # integers must be smaller: tensors hold 64 bits
 
 
 def check_values(value: Any, key: str = "") -> None:
-    """Check all that a value holds, at any depth; `key` is where it stands.
+    """Check a value and everything nested in it; `key` is its dotted key.
 
-    Raises: UserError, which names the key, for a secret, and for a number that is not finite or has no 64 bits."""
+    Raises: UserError that names the key, for a secret, a number that is not finite, or an integer beyond 64 bits."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            whole = f"{key}.{name}" if key else str(name)
-            refuse_secret_name(whole)
-            check_values(inner, whole)
+            full_key = f"{key}.{name}" if key else str(name)
+            refuse_secret_name(full_key)
+            check_values(inner, full_key)
     elif isinstance(value, (list, tuple)):
         for inner in value:
             check_values(inner, key)

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.config.compose import explain, said_in_one_line
+from opt_parallel.config.compose import explain, one_line_errors
 from opt_parallel.runtime.errors import Diverged, UserError
 from opt_parallel.runtime.log import quiet_libraries
 from opt_parallel.runtime.process import is_main, world_size
@@ -60,7 +60,7 @@ def reported() -> Iterator[None]:
     Where the command waits for jobs elsewhere, they are handed to it, and it says them once the other jobs have ended;
     so is a crash, whose traceback stays in the job's log."""
     if not runs_elsewhere():
-        with said_in_one_line():  # here already: Hydra would print its own word about a job that fails
+        with one_line_errors():  # here already: Hydra would print its own word about a job that fails
             try:
                 yield
             except Diverged as error:

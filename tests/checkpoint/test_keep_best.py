@@ -145,7 +145,7 @@ def test_a_run_keeps_its_best_besides_the_newest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("every", [0, 2])
 def test_it_needs_a_validation(every: int) -> None:
     evaluation = EvaluationConfig(every=every, prompts=["Once"] if every else [])
-    with pytest.raises(UserError, match=f"keep_best=true goes by the validation loss, but evaluation.every={every}"):
+    with pytest.raises(UserError, match=f"keep_best=true needs a validation loss, but evaluation.every={every}"):
         Run(checkpoint=CheckpointConfig(keep_best=True), evaluation=evaluation, data=DataConfig(held_out=0))
 
 

@@ -50,7 +50,7 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: Run(steps=0), ["steps=0"]),
     (
         lambda: Run(task=TaskConfig(name=Task.finetune), data=DataConfig(train="text", stream=True)),
-        ["task=finetune needs all of its examples", "set stream to false"],
+        ["task=finetune needs all examples", "set stream to false"],
     ),
     (lambda: Run(task=TaskConfig(lora=LoraConfig(rank=8))), ["task.lora.rank=8", "set init_from=…"]),
     (lambda: ScheduleConfig(warmup_steps=1, warmup_tokens=1), ["warmup_steps=1", "warmup_tokens=1"]),

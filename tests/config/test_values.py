@@ -112,7 +112,7 @@ def test_hydras_own_forms_are_left_alone() -> None:
 def test_a_list_that_hydra_does_not_read_says_how_to_write_it() -> None:
     done = python("scripts/prepare.py", "model=opt-tiny", "data.train=[größe/a,b]")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: data.train=[größe/a,b] is not of Hydra's grammar")
+    assert done.stderr.startswith("error: data.train=[größe/a,b] does not follow Hydra's grammar")
     assert '["a=b"' in done.stderr
     assert done.stderr.count("\n") == 1
 

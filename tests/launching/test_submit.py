@@ -309,7 +309,7 @@ def test_a_mistake_is_said_in_one_line(
     monkeypatch.setattr(
         "opt_parallel.runtime.errors.leave", stop
     )  # which ends the process; the next test sees it do so
-    with pytest.raises(SystemExit) as ended, compose.said_in_one_line():
+    with pytest.raises(SystemExit) as ended, compose.one_line_errors():
         dry(*arguments)
     assert said in str(ended.value)
     assert "\n" not in str(ended.value)

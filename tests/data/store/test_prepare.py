@@ -193,7 +193,7 @@ def test_a_template(tmp_path: Path) -> None:
     expected = [f"t{number} ({number})\n\n{each}" for number, each in enumerate(DOCUMENTS)]
     assert tokens_of(prepared.train[0].store) == stream(prepared, expected)
     fails(configure(tmp_path, train=str(train), template="{headline}"), "line 1 has no field 'headline', only")
-    with pytest.raises(UserError, match=r"data.template='\{\}' names no fields"):
+    with pytest.raises(UserError, match=r"data.template='\{\}' is not a template"):
         configure(tmp_path, train=str(train), template="{}")
     fails(configure(tmp_path, train=str(train), template="{title:.2f}"), "line 1: Unknown format .* that suits it")
     fails(configure(tmp_path, train=str(train), template="{n:{width}}"), "line 1: 'width': .* that suits it")
@@ -207,7 +207,7 @@ def test_sources_have_names_of_their_own(tmp_path: Path) -> None:
         configure(tmp_path, train=[{"path": str(first)}, {"path": str(second)}])
     named = configure(tmp_path, train=[{"path": str(first)}, {"path": str(second), "name": "more"}])
     assert [source.name for source in prepare(named).train] == ["text", "more"]
-    with pytest.raises(UserError, match=r"data.train\[0\].text_field=3 is no text: put it in quotes"):
+    with pytest.raises(UserError, match=r"data.train\[0\].text_field=3 is not a text: put it in quotes"):
         configure(tmp_path, train=[{"path": str(first), "text_field": 3}])
 
 
