@@ -85,9 +85,9 @@ def test_refused_in_one_line_that_names_the_values(make: Any, words: list[str]) 
 
 def test_sealed_once_made() -> None:
     run = Run()
-    with pytest.raises(AttributeError, match="sealed"):
+    with pytest.raises(AttributeError, match="immutable"):
         run.steps = 5
-    with pytest.raises(AttributeError, match="sealed"):
+    with pytest.raises(AttributeError, match="immutable"):
         run.model.dropout = 0.0
 
 
