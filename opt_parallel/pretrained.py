@@ -1,11 +1,12 @@
-"""OPT as Hugging Face documents it, on the parallel model: the same arguments, outputs and losses at any tensor degree.
+"""OPT's classes with Hugging Face's documented interface, on the parallel model: the same arguments, outputs and losses
+at any tensor degree.
 
     with Topology.open(tensor=2) as topology:
         model = OPTForCausalLM.from_pretrained("facebook/opt-125m", topology.tensor)
         loss = model(input_ids, labels=input_ids).loss
 
-Every rank of the tensor group calls the same methods with the same arguments and gets the same, whole results.
-Shapes: B sequences of S tokens, K with those in the cache, L layers, A heads, H hidden, E the embedding's width.
+Every rank of the tensor group calls the same methods with the same arguments and gets the same, full results.
+Shapes: B sequences of S tokens, K = S + tokens in the cache, L layers, A heads, H hidden size, E embedding width.
 """
 
 from __future__ import annotations
@@ -42,42 +43,43 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 
 class Arguments(TypedDict, total=False):
-    """What every forward takes besides `input_ids` (B, S) and `attention_mask` (B, K)."""
+    """Arguments of every forward besides `input_ids` (B, S) and `attention_mask` (B, K)."""
 
     inputs_embeds: Tensor | None  # (B, S, E), instead of input_ids
     position_ids: Tensor | None  # (B, S) from 0, −1 for padding; None: the mask's cumulative sum
-    head_mask: Tensor | None  # (A,) or (L, A), a factor for what each head contributes
-    past_key_values: Cache | None  # an earlier output's; extended in place
+    head_mask: Tensor | None  # (A,) or (L, A), factors of the heads' outputs
+    past_key_values: Cache | None  # from an earlier output; extended in place
     use_cache: bool | None  # whether to return past_key_values; None: unless training
-    output_attentions: bool | None  # return the weights, which costs the fused attention
+    output_attentions: bool | None  # return attention weights; disables the fused attention
     output_hidden_states: bool | None
 
 
 class _Pretrained(nn.Module):
-    """What the three classes share: the decoder behind the documented arguments.
+    """Base of the three classes: runs the decoder with the documented arguments.
 
-    In training mode dropout and LayerDrop act, decided by `seed` and by what went through before, alike on all ranks.
+    Dropout and LayerDrop act in training mode. They depend on `seed` and the number of samples and forwards so far, and
+    are the same on all ranks.
     """
 
     def __init__(self, model: CausalLM | SequenceClassifier, group: Group = ALONE, seed: int = 0) -> None:
         super().__init__()
         self.model, self.group, self.config, self.seed = model, group, model.decoder.config, seed
-        self.samples, self.forwards = 0, 0  # gone through in training mode
+        self.samples, self.forwards = 0, 0  # number of samples and forwards in training mode
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, group: Group = ALONE, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Self:
-        """The checkpoint `name`: a Hugging Face folder or hub id, or one of our training checkpoints.
+        """Load the checkpoint `name`: a Hugging Face folder or hub id, or a training checkpoint.
 
-        Raises: UserError if it cannot be read or is no OPT."""
+        Raises: UserError if it cannot be read or is not an OPT."""
         return cls(open_checkpoint(name).model(group, torch.device(device), dtype), group).eval()
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
-        """Write what `from_pretrained` reads, here and in transformers, in the weights' own dtype: whole or absent.
+        """Write a folder for `from_pretrained`, here and in transformers, in the weights' dtype. Atomic.
 
-        Every rank of the group takes part; the first writes, one tensor at a time. Where several tensor groups hold the
-        same model, one of them saves. Raises: UserError."""
+        Every rank of the tensor group must call this; the first rank writes, one tensor at a time. If several tensor
+        groups hold the same model, only one group may call it. Raises: UserError."""
         if Path(folder).exists():
             raise UserError(f"{folder} exists: remove it or choose another folder")
         tensors = {name: tensor for name, tensor, _ in marked(self.model)}
@@ -93,7 +95,7 @@ class _Pretrained(nn.Module):
         )
 
     def _content(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Of config.json."""
+        """The content of config.json."""
         return {**config_for_hf(self.config, dtype), "architectures": [type(self).__name__]}
 
     def _to_theirs(self, name: str, values: Tensor) -> dict[str, Tensor]:
@@ -139,7 +141,7 @@ class _Pretrained(nn.Module):
         )
 
     def _check_inputs(self, input_ids: Tensor | None, attention_mask: Tensor | None, batch: int, keys: int) -> None:
-        """Raise ValueError for what would be looked up or masked wrongly without a word, at some tensor degree."""
+        """Raise ValueError for ids and masks that some tensor degrees would silently compute wrongly with."""
         if input_ids is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
             raise ValueError(f"input_ids holds ids outside 0 to vocab_size − 1 = {self.config.vocab_size - 1}")
         if attention_mask is not None and attention_mask.shape != (batch, keys):
@@ -186,15 +188,15 @@ class OPTForCausalLM(_Pretrained):
         return_dict: bool | None = True,
         **arguments: Unpack[Arguments],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits (B, S, V) and, with `labels` (B, S), the mean cross entropy of each token given those before it.
+        """Logits (B, S, V) and, with `labels` (B, S), the mean next-token cross entropy.
 
-        `labels` are the ids themselves, shifted here; −100 does not count."""
+        `labels` are token ids, shifted here; −100 is ignored."""
         decoded = self._decode(input_ids, attention_mask, **arguments)
         logits = self.model.lm_head(decoded.last_hidden_state)
         loss = None
         if labels is not None:
-            ahead, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            loss = F.cross_entropy(ahead.float(), targets, ignore_index=IGNORED)
+            predicted, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            loss = F.cross_entropy(predicted.float(), targets, ignore_index=IGNORED)
         return _returned(CausalLMOutputWithPast(loss, logits, **_besides(decoded)), return_dict)
 
     @torch.inference_mode()
@@ -212,23 +214,23 @@ class OPTForCausalLM(_Pretrained):
         length_penalty: float = 1.0,
         seed: int = 0,
     ) -> Tensor:
-        """Prompts (B, S), the shorter ones padded on the left, and what follows them (B, S + n).
+        """Continue prompts (B, S), padded on the left; returns prompts with n new tokens (B, S + n).
 
-        The likeliest tokens, drawn ones (`do_sample`), or beam search (`num_beams`); see `model.decoding.Decoding`.
-        Raises: UserError; ValueError for inputs that do not fit."""
+        Greedy, sampled (`do_sample`) or beam search (`num_beams`); see `model.decoding.Decoding`.
+        Raises: UserError; ValueError for ids, masks or lengths that do not fit."""
         self._check_inputs(input_ids, attention_mask, *input_ids.shape)
         for name, given, neutral in (("temperature", temperature, 1.0), ("top_k", top_k, None), ("top_p", top_p, 1.0)):
             if not do_sample and given != neutral:
-                raise UserError(f"{name}={given} is of what is drawn: set do_sample=True, or leave {name} out")
+                raise UserError(f"{name}={given} affects sampling only: set do_sample=True, or leave {name} out")
         if do_sample and temperature == 0:
-            raise UserError("do_sample=True with temperature=0 draws nothing: leave both out for the likeliest tokens")
-        warmth = temperature if do_sample else 0.0
-        decoding = Decoding(max_new_tokens, warmth, top_k, top_p, num_beams, length_penalty, seed)
+            raise UserError("do_sample=True with temperature=0 is greedy: leave both out")
+        temperature = temperature if do_sample else 0.0
+        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, num_beams, length_penalty, seed)
         return generate(self.model, input_ids, attention_mask, decoding)
 
 
 class OPTForSequenceClassification(_Pretrained):
-    """Scores of whole sequences, read at the last token that is not padding."""
+    """Scores of sequences, read at the last token that is not padding."""
 
     model: SequenceClassifier
 
@@ -247,10 +249,10 @@ class OPTForSequenceClassification(_Pretrained):
         problem_type: str | None = None,
         seed: int = 0,
     ) -> Self:
-        """The checkpoint `name`, of a classifier or of a language model; the latter's new head is drawn from `seed`,
-        and this is said. `num_labels` and `problem_type`: the checkpoint's own where None.
+        """Load the checkpoint `name` of a classifier or a language model. A language model gets a new head, initialised
+        from `seed`, with a warning. `num_labels`, `problem_type`: None: the checkpoint's own.
 
-        Raises: UserError if it cannot be read, is no OPT, or has a head for another number of labels."""
+        Raises: UserError if it cannot be read, is not an OPT, or has a head for another number of labels."""
         opened = open_checkpoint(name)
         labels = opened.labels
         if num_labels is not None and num_labels != len(labels.names):
@@ -274,8 +276,8 @@ class OPTForSequenceClassification(_Pretrained):
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Scores (B, N) of N labels and, with `labels`, their loss by `problem_type`, see `classification_loss`.
 
-        Without a `problem_type` the first labels decide: N = 1 is regression, integers name one label a row, anything
-        else (B, N) says how far each label applies. With `inputs_embeds` the last position is read.
+        Without a `problem_type` the first labels decide: regression if N = 1, single label for integers, else multi
+        label (B, N). With `inputs_embeds` the last position is read.
         """
         decoded = self._decode(input_ids, attention_mask, **arguments)
         scores = self.model.score(last_tokens(decoded.last_hidden_state, input_ids, self.config.pad_token_id))
@@ -288,7 +290,7 @@ class OPTForSequenceClassification(_Pretrained):
 
 
 def _extent(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
-    """Sequences, their length and device."""
+    """Batch size, length and device. Raises: ValueError."""
     given = inputs_embeds if input_ids is None else input_ids
     if given is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -296,7 +298,7 @@ def _extent(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int
 
 
 def _besides(decoded: BaseModelOutputWithPast) -> dict[str, Any]:
-    """What every output carries besides its own result."""
+    """The fields that every output has besides its own result."""
     return {name: getattr(decoded, name) for name in ("past_key_values", "hidden_states", "attentions")}
 
 

@@ -1,1 +1,1 @@
-"""Starting a run on a machine or a cluster: settings and overrides in; a command, a batch script or manifests out."""
+"""Starts runs on a machine or a cluster: from settings and overrides to a command, a batch script or manifests."""

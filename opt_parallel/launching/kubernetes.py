@@ -1,4 +1,4 @@
-"""The manifests of a run on Kubernetes: an Indexed Job, and a headless Service by which its pods find the first."""
+"""A run's Kubernetes manifests: an Indexed Job, and a headless Service through which its pods find the first one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from opt_parallel.config.units import quantity_of
 from opt_parallel.launching.commands import PORT, threads, torchrun_environment, torchrun_options
 from opt_parallel.launching.settings import Kubernetes
 
-LABEL = "batch.kubernetes.io/job-name"  # which the Job controller gives to its pods
+LABEL = "batch.kubernetes.io/job-name"  # set by the Job controller on its pods
 
 
 def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Service and Job, as plain values. Each pod of the Job is one machine's torchrun."""
+    """Service and Job as plain values. Each pod runs one torchrun."""
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -36,7 +36,7 @@ def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, An
             "completions": launch.most,
             "parallelism": launch.most,
             "backoffLimit": launch.backoff,
-            # a pod that its node was drained or taken from is replaced without being counted
+            # pods of drained nodes are replaced and not counted as failed
             "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
             "template": {"spec": _pod(launch, overrides)},
         },
@@ -49,25 +49,25 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
     if launch.gpus:
         resources["nvidia.com/gpu"] = str(launch.gpus)
     variables = torchrun_environment(launch) | threads(launch.cpus, launch.processes)
-    place = ["--rdzv-endpoint", f"{launch.name}-0.{launch.name}:{PORT}", "--rdzv-id", str(launch.name)]
+    rendezvous = ["--rdzv-endpoint", f"{launch.name}-0.{launch.name}:{PORT}", "--rdzv-id", str(launch.name)]
     container: dict[str, Any] = {
         "name": "trainer",
         "image": launch.image,
         "command": ["torchrun"],
-        "args": [*map(literal, [*torchrun_options(launch), *place, f"{launch.code}/train.py", *overrides])],
+        "args": [*map(literal, [*torchrun_options(launch), *rendezvous, f"{launch.code}/train.py", *overrides])],
         "workingDir": launch.mount,
         "env": [{"name": name, "value": literal(value)} for name, value in variables.items()],
         "resources": {"requests": resources, "limits": dict(resources)},
         "volumeMounts": [
             {"name": "shared", "mountPath": launch.mount},
-            {"name": "memory", "mountPath": "/dev/shm"},  # NCCL's, larger than a container's 64 MB
+            {"name": "memory", "mountPath": "/dev/shm"},  # for NCCL, which needs more than a container's default 64 MB
         ],
     }
     if launch.secret:
         container["envFrom"] = [{"secretRef": {"name": launch.secret}}]
     return {
         "subdomain": launch.name,
-        "restartPolicy": "Never",  # a pod that failed stays, with its log; another takes its index
+        "restartPolicy": "Never",  # a failed pod and its log stay; a new pod takes its index
         "terminationGracePeriodSeconds": launch.grace,
         "containers": [container],
         "volumes": [
@@ -77,11 +77,11 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def literal(word: str) -> str:
-    """`word` as a container's argument: Kubernetes puts a variable for $(NAME), and one $ for $$."""
-    return word.replace("$", "$$")
+def literal(argument: str) -> str:
+    """An argument escaped for a container: Kubernetes replaces $(NAME) by a variable and $$ by $."""
+    return argument.replace("$", "$$")
 
 
 def to_yaml(documents: Sequence[dict[str, Any]]) -> str:
-    """The manifests as one text for kubectl."""
+    """The manifests as one YAML text for kubectl."""
     return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=120)

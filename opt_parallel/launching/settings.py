@@ -1,4 +1,4 @@
-"""How a run is started, typed: one section for each system of `configs/launch/`. No torch here."""
+"""The typed `launch` configuration: one section for each system of `configs/launch/`. No torch here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from opt_parallel.config.paths import PATH
 from opt_parallel.config.units import bytes_of
 from opt_parallel.runtime.errors import UserError
 
-UNITS_OF_TIME = {  # Slurm's ways to write a time, as its manual lists them
+TIME_FORMATS = {  # from the manual of sbatch
     r"(?P<m>\d+)(:(?P<s>\d+))?": "minutes or minutes:seconds",
     r"(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)": "hours:minutes:seconds",
     r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+))?(:(?P<s>\d+))?": "days-hours, days-hours:minutes, …",
 }
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-DNS_LABEL = r"[a-z]([-a-z0-9]{0,55}[a-z0-9])?"  # RFC 1035, as Services are named; a pod adds -0, -1, …
+DNS_LABEL = r"[a-z]([-a-z0-9]{0,55}[a-z0-9])?"  # RFC 1035, for Services; shorter by the -0, -1, … of pods
 
 
 class System(Enum):
@@ -30,9 +30,9 @@ class System(Enum):
 
 @dataclass
 class Launch(Section):
-    """What every system is told. `nodes`: machines, of torchrun also `fewest:most`; `processes`: of each machine;
-    `interface`: the network interface that gloo and NCCL talk over, None: theirs to find; `dry_run`: print what would
-    be started."""
+    """Settings of every system. `nodes`: number of machines, for torchrun also `fewest:most`. `processes`: on each
+    machine. `interface`: network interface of gloo and NCCL; None: their choice. `dry_run`: only print what would be
+    started."""
 
     system: System = System.torchrun
     nodes: str = "1"
@@ -43,12 +43,12 @@ class Launch(Section):
     def check(self) -> None:
         require(
             re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nodes) is not None and self.fewest <= self.most,
-            f"launch.nodes={self.nodes} is no number of machines: write 2, or with torchrun 1:2 for one or two",
+            f"launch.nodes={self.nodes} is not a number of machines: write 2, or for torchrun 1:2 (one or two)",
         )
         require(
             self.fewest == self.most or self.system is System.torchrun,
-            f"launch.nodes={self.nodes}: {self.system.value} starts as many as it is told, write one number; "
-            "launch=torchrun goes on with fewer",
+            f"launch.nodes={self.nodes}: {self.system.value} starts a fixed number of machines, write one "
+            "number; launch=torchrun can continue with fewer",
         )
         require(self.processes >= 1, f"launch.processes={self.processes} must be at least 1")
 
@@ -63,9 +63,9 @@ class Launch(Section):
 
 @dataclass
 class Elastic(Launch):
-    """What torchrun is told wherever it runs. `shutdown_timeout`: seconds that the processes have to save after a
-    signal; `restarts`: how often a machine starts its processes again, each time from the last whole checkpoint;
-    `rendezvous_timeout`: seconds that machines wait for one another, to begin and through an outage of the network."""
+    """torchrun's settings on every system. `shutdown_timeout`: seconds that the processes have to save after a signal.
+    `restarts`: how often a machine restarts its processes, each time from the newest complete checkpoint.
+    `rendezvous_timeout`: seconds that machines wait for each other at the start and during a network outage."""
 
     shutdown_timeout: int = 600
     restarts: int = 3
@@ -80,7 +80,7 @@ class Elastic(Launch):
 
 @dataclass
 class Torchrun(Elastic):
-    """`endpoint`: `HOST[:PORT]` where machines meet, one of them."""
+    """`endpoint`: `HOST[:PORT]` of the rendezvous; HOST is one of the machines."""
 
     endpoint: str | None = None
 
@@ -88,19 +88,19 @@ class Torchrun(Elastic):
         super().check()
         require(
             self.nodes == "1" or self.endpoint is not None,
-            f"launch.nodes={self.nodes} machines must know where to meet: set launch.endpoint=HOST:29500, one of them",
+            f"launch.nodes={self.nodes} machines need a rendezvous: set launch.endpoint=HOST:29500 to one of them",
         )
         require(
             self.endpoint is None or re.fullmatch(r"[^:\s]+(:\d+)?", self.endpoint) is not None,
-            f"launch.endpoint={self.endpoint} is no place to meet: write HOST or HOST:29500",
+            f"launch.endpoint={self.endpoint} is not an endpoint: write HOST or HOST:29500",
         )
 
 
 @dataclass
 class Slurm(Elastic):
-    """`warning`: seconds before the time limit at which the run is told to save and end. `venv`: the environment with
-    this package, None: the one that submits; `container`: an image that Apptainer runs instead. `options`: further
-    options of sbatch."""
+    """`warning`: the run saves and ends this many seconds before the time limit. `venv`: the virtual environment with
+    this package; None: the one that submits. `container`: an Apptainer image instead. `options`: further sbatch
+    options."""
 
     gpus_per_node: int = 0
     cpus_per_task: int | None = None
@@ -117,8 +117,8 @@ class Slurm(Elastic):
         require(self.gpus_per_node >= 0, f"launch.gpus_per_node={self.gpus_per_node} must not be negative (0: none)")
         require(
             self.gpus_per_node in (0, self.processes),
-            f"launch.processes={self.processes} on launch.gpus_per_node={self.gpus_per_node} GPUs: a process takes one "
-            "GPU, so give both the same number, or 0 GPUs to train on CPUs",
+            f"launch.processes={self.processes} on launch.gpus_per_node={self.gpus_per_node} GPUs: each process uses "
+            "one GPU: give both the same number, or 0 GPUs to train on CPUs",
         )
         require(
             self.cpus_per_task is None or self.cpus_per_task >= 1,
@@ -134,19 +134,19 @@ class Slurm(Elastic):
             )
         require(
             self.venv is None or self.container is None,
-            f"launch.venv={self.venv} and launch.container={self.container} are two homes of Python: set one to null",
+            f"launch.venv={self.venv} and launch.container={self.container} both set the environment: set one to null",
         )
         for option in self.options:
             require(
                 re.fullmatch(r"--[a-z][-a-z]*(=[^\n]+)?", option) is not None,
-                f"launch.options={self.options}: {option!r} is no option of sbatch: write --name or --name=value",
+                f"launch.options={self.options}: {option!r} is not an option of sbatch: write --name or --name=value",
             )
 
 
 @dataclass
 class DeepSpeed(Launch):
-    """`hostfile`: `HOST slots=N` a line; None: this machine alone. `address`: of the first machine, None: DeepSpeed
-    asks it."""
+    """`hostfile`: one `HOST slots=N` a line; None: this machine only. `address`: the first machine's; None: DeepSpeed
+    runs `hostname -I` there."""
 
     hostfile: str | None = field(default=None, metadata=PATH)
     address: str | None = None
@@ -156,13 +156,13 @@ class DeepSpeed(Launch):
         super().check()
         require(
             self.most == 1 or self.hostfile is not None,
-            f"launch.nodes={self.nodes} machines: name them in a file, launch.hostfile=…, one `HOST slots=N` a line",
+            f"launch.nodes={self.nodes} machines: list them in a file, launch.hostfile=…, one `HOST slots=N` a line",
         )
 
 
 @dataclass
 class Accelerate(Launch):
-    """`config`: a file of accelerate's own; `rank`: this machine's number; `address`: of machine 0;
+    """`config`: accelerate's configuration file. `rank`: this machine's index. `address`: machine 0's.
     `shutdown_timeout`: seconds that the processes have to save after a signal."""
 
     config: str | None = field(default=None, metadata=PATH)
@@ -178,15 +178,15 @@ class Accelerate(Launch):
         require(0 <= self.rank < self.most, f"launch.rank={self.rank} must lie between 0 and {self.most - 1}")
         require(
             self.most == 1 or self.address is not None,
-            f"launch.nodes={self.nodes} machines must know where to meet: set launch.address=… to machine 0's",
+            f"launch.nodes={self.nodes} machines need a rendezvous: set launch.address=… to machine 0's address",
         )
 
 
 @dataclass
 class Kubernetes(Elastic):
-    """`code`: where the image has this repository. `claim`, `mount`: a volume that all pods share, and where it is
-    mounted; the run begins there. `secret`: the name of a Secret whose entries become environment variables.
-    `grace`: seconds between a pod's SIGTERM and its end; `backoff`: failed pods that the Job replaces."""
+    """`code`: path of this repository in the image. `claim`, `mount`: the PersistentVolumeClaim that all pods share,
+    and its mount path, the run's working folder. `secret`: a Secret whose entries become environment variables.
+    `grace`: seconds between a pod's SIGTERM and SIGKILL. `backoff`: number of failed pods that the Job replaces."""
 
     name: str | None = None
     namespace: str = "default"
@@ -204,27 +204,29 @@ class Kubernetes(Elastic):
     def check(self) -> None:
         super().check()
         for key, example in (("name", "opt-13b"), ("image", "registry.example/opt:1"), ("claim", "runs")):
-            require(getattr(self, key) is not None, f"launch.{key} is not set: write launch.{key}={example}, for one")
+            require(
+                getattr(self, key) is not None, f"launch.{key} is not set: write, for example, launch.{key}={example}"
+            )
         for key in ("name", "namespace"):
             value = getattr(self, key)
             require(
                 re.fullmatch(DNS_LABEL, value) is not None,
-                f"launch.{key}={value} is no name in Kubernetes: small letters, digits and -, at most 57",
+                f"launch.{key}={value} is not a Kubernetes name: use lowercase letters, digits and -, at most 57",
             )
         for key in ("code", "mount"):
             value = getattr(self, key)
-            require(value.startswith("/"), f"launch.{key}={value} must be a whole path, from /")
+            require(value.startswith("/"), f"launch.{key}={value} must be an absolute path, from /")
         require(
             self.gpus in (0, self.processes),
-            f"launch.processes={self.processes} on launch.gpus={self.gpus} GPUs: a process takes one GPU, so give both "
+            f"launch.processes={self.processes} on launch.gpus={self.gpus} GPUs: each process uses one GPU: give both "
             "the same number, or 0 GPUs to train on CPUs",
         )
         require(self.cpus >= 1, f"launch.cpus={self.cpus} must be at least 1")
         bytes_of(self.memory, "launch.memory=")
         require(
             self.grace > self.shutdown_timeout,
-            f"launch.grace={self.grace} ends a pod before launch.shutdown_timeout={self.shutdown_timeout} has let it "
-            "save: give it more",
+            f"launch.grace={self.grace} kills a pod before launch.shutdown_timeout={self.shutdown_timeout} s to save "
+            "are over: make it larger",
         )
         require(self.backoff >= 0, f"launch.backoff={self.backoff} must not be negative (0: none)")
 
@@ -239,8 +241,8 @@ SECTIONS: dict[System, type[Launch]] = {
 
 
 def seconds_of(time: str) -> int:
-    """Seconds of a time limit as Slurm writes it. Raises: `UserError`."""
-    for pattern in UNITS_OF_TIME:
+    """Seconds of a time limit in Slurm's notation. Raises: UserError."""
+    for pattern in TIME_FORMATS:
         if match := re.fullmatch(pattern, time):
             return sum(SECONDS[unit] * int(number) for unit, number in match.groupdict().items() if number)
-    raise UserError(f"launch.time={time} is no time limit: write {'; '.join(UNITS_OF_TIME.values())}")
+    raise UserError(f"launch.time={time} is not a time limit: write {'; '.join(TIME_FORMATS.values())}")

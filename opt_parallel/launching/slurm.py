@@ -1,4 +1,4 @@
-"""The batch script of a run, out of launch/slurm/job.sbatch."""
+"""A run's batch script, rendered from launch/slurm/job.sbatch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TEMPLATE = "launch/slurm/job.sbatch"
 
 
 def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[str]) -> str:
-    """The script for sbatch. `folder` is the run's, `root` this repository's; the nodes must share both.
+    """The script for sbatch. `folder`: the run's; `root`: this repository's. All nodes must share both.
 
-    Raises: `UserError` for what sbatch itself would replace."""
+    Raises: UserError for a character in `folder` that sbatch would replace."""
     for sign in "%\\":
         if sign in str(folder):
-            raise UserError(f"run.dir={folder} holds a {sign}, which Slurm takes for a sign of its own: choose another")
+            raise UserError(f"run.dir={folder} holds a {sign}, which Slurm replaces in file names: choose another")
     templates = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -38,29 +38,30 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
         lock=folder / "lock",
         venv=None if launch.container else _venv(launch),
         variables=variables,
-        agent=_an_option_a_line(agent),
+        agent=_one_option_per_line(agent),
         training=shlex.join([str(root / "train.py"), *overrides]),
     )
 
 
 def _venv(launch: Slurm) -> Path:
-    """The environment with the package: the one named, or the one that submits."""
+    """The virtual environment of the job: `launch.venv`, else this one."""
     return Path(launch.venv).absolute() if launch.venv else Path(sys.prefix)
 
 
 def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
-    """Apptainer's words: home and working folder it shows by itself, the run's and this repository it is told to."""
+    """The `apptainer exec` command line, which binds the run's folder and this repository; empty without a container.
+    Apptainer itself binds the home and the working folder. Raises: UserError."""
     if launch.container is None:
         return []
     for path in (root, folder):
         if set(str(path)) & set(",:"):
             raise UserError(
-                f"{path} holds a comma or a colon, which Apptainer takes for its own: choose another folder"
+                f"{path} holds a comma or a colon, which separate paths for Apptainer: choose another folder"
             )
     gpus = ["--nv"] if launch.gpus_per_node else []
     return ["apptainer", "exec", *gpus, "--bind", f"{root},{folder}", os.path.expanduser(launch.container)]
 
 
-def _an_option_a_line(words: Sequence[str]) -> str:
-    """A command for a script, quoted and readable."""
-    return "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in map(shlex.quote, words))
+def _one_option_per_line(argv: Sequence[str]) -> str:
+    """A command for a shell script, quoted, each option on its own line."""
+    return "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in map(shlex.quote, argv))

@@ -1,4 +1,4 @@
-"""From one command line to a started run: what `launch.…` says and what train.py is told, composed and checked both."""
+"""Start a run: splits the command line into `launch.…` and train.py's overrides, composes and checks both."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ LAUNCH_TEXTS = {key for section in SECTIONS.values() for key in text_keys(sectio
 
 
 def submit(root: Path, arguments: Sequence[str]) -> None:
-    """Start train.py of the repository `root` as `arguments` say, or print what would be started.
+    """Start train.py of the repository `root` with `arguments`, or print what would be started (`launch.dry_run`).
 
-    A launcher of this machine takes this process's place. Raises: `UserError`, Hydra's and OmegaConf's errors."""
-    ours, theirs = divide(checked(arguments, TEXTS | LAUNCH_TEXTS))
+    A launcher on this machine replaces this process. Raises: UserError, and Hydra's and OmegaConf's errors."""
+    ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(root / "configs", ours, theirs)
     check(launch, run)
     started = rendered(launch, run, root, theirs)
     if launch.dry_run:
         print(started, end="\n" if isinstance(started, Command) else "")
     elif isinstance(started, Command):
-        become(started)
+        exec_command(started)
     elif isinstance(launch, Slurm):
-        (run.folder / "logs").mkdir(parents=True, exist_ok=True)  # sbatch loses the output of a job without it
-        feed(["sbatch"], started)
+        (run.folder / "logs").mkdir(parents=True, exist_ok=True)  # without it Slurm discards the job's output
+        pipe_to(["sbatch"], started)
     else:
-        feed(["kubectl", "apply", "--filename", "-"], started)
+        pipe_to(["kubectl", "apply", "--filename", "-"], started)
 
 
-def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides of `launch`, and train.py's."""
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of `launch`, and those of train.py. Raises: UserError for an option."""
     ours: list[str] = []
     theirs: list[str] = []
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key.startswith("-"):
             raise UserError(
-                f"{argument} is no override, key=value: submit starts one run; several go through train.py's own "
+                f"{argument} is not an override (key=value): submit starts one run; for several use train.py's "
                 "multirun, see launch/slurm/README.md"
             )
         (ours if key == "launch" or key.startswith("launch.") else theirs).append(argument)
@@ -64,7 +64,7 @@ def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple[Launch, Run]:
-    """Both configurations out of the folder `configs`, checked each for itself."""
+    """Compose both configurations from the folder `configs`, and check each."""
     register_schema()
     with initialize_config_dir(str(configs), version_base="1.3"):
         launch = launch_from(compose("launch", list(ours)))
@@ -72,7 +72,7 @@ def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple
         HydraConfig.instance().set_config(config)  # run.name asks it for the model's name
         with open_dict(config):
             del config["hydra"]
-        check_values(OmegaConf.to_container(config))  # before a message about one of them
+        check_values(OmegaConf.to_container(config))  # before a message repeats a value
         start_from_checkpoint(config, theirs)
         return launch, run_from(config)
 
@@ -88,7 +88,7 @@ def launch_from(config: DictConfig) -> Launch:
     for key, value in values["launch"].items():
         check_values(value, f"launch.{key}")
         for text in value if isinstance(value, list) else [value]:
-            refuse_breaks(f"launch.{key}=", str(text))  # it would end a directive of a batch script
+            refuse_breaks(f"launch.{key}=", str(text))  # a line break would end a directive in a batch script
     change_paths(values["launch"], section, local, "launch.")
     schema = OmegaConf.create({"launch": OmegaConf.structured(section)})
     launch = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(verbatim(values))).launch)
@@ -97,19 +97,19 @@ def launch_from(config: DictConfig) -> Launch:
 
 
 def check(launch: Launch, run: Run) -> None:
-    """Raise `UserError` unless the run fits the processes that are asked for, however many machines take part."""
+    """Raise UserError unless the run fits the processes, for each number of machines from `fewest` to `most`."""
     for nodes in range(launch.fewest, launch.most + 1):
         run.check_world(nodes * launch.processes)
     tensor, processes = run.parallel.tensor, launch.processes
     require(
         launch.most == 1 or processes % tensor == 0 or run.parallel.allow_cross_node,
-        f"parallel.tensor={tensor} on launch.processes={processes} a machine: a tensor group would lie on two; start a "
-        f"multiple of {tensor} on each, or set parallel.allow_cross_node=true",
+        f"parallel.tensor={tensor} on launch.processes={processes} a machine: a tensor group would span machines; "
+        f"start a multiple of {tensor} on each, or set parallel.allow_cross_node=true",
     )
 
 
 def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> Command | str:
-    """What is started: a command, or the text that a queue takes."""
+    """The command to run, or the text of a batch script or manifests."""
     script = root / "train.py"
     match launch:
         case Torchrun():
@@ -125,26 +125,26 @@ def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> 
     raise AssertionError(launch)
 
 
-def become(command: Command) -> None:
-    """Put `command` in this process's place: its status and the signals sent to it are then this one's."""
-    beside = str(Path(sys.executable).parent)  # of this Python's environment, activated or not
-    path = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
-    for program in [command.words[0], *command.needs]:
+def exec_command(command: Command) -> None:
+    """Replace this process by `command`, which keeps the process id, receives its signals and sets its exit status."""
+    programs = str(Path(sys.executable).parent)  # of this Python's environment, activated or not
+    path = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
+    for program in [command.argv[0], *command.needs]:
         require_program(program, path)
-    os.execvpe(command.words[0], command.words, {**os.environ, **command.environment, "PATH": path})
+    os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment, "PATH": path})
 
 
-def feed(words: list[str], text: str) -> None:
-    """Give `text` to a queue's own program, whose words are the user's answer."""
-    require_program(words[0], os.environ.get("PATH", os.defpath))
-    done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+def pipe_to(argv: list[str], text: str) -> None:
+    """Run `argv` (sbatch, kubectl) with `text` as its standard input, and print its output. Raises: UserError."""
+    require_program(argv[0], os.environ.get("PATH", os.defpath))
+    done = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{words[0]} did not take it: {one_line(Exception(done.stderr))}")
+        raise UserError(f"{argv[0]} refused it: {one_line(Exception(done.stderr))}")
     print(done.stdout, end="")
 
 
 def require_program(name: str, path: str) -> None:
-    """Raise `UserError` unless the program is in `path`."""
+    """Raise UserError unless the program is in `path`."""
     if shutil.which(name, path=path) is None:
         raise UserError(
             f"{name} is not installed here, or not in PATH; launch.dry_run=true prints what it would be given"

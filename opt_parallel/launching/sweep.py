@@ -1,4 +1,4 @@
-"""What sets the runs of a sweep (Hydra's multirun) apart, and the folders that are named by it."""
+"""Runs of a sweep (Hydra's multirun): their swept values, folder names and errors."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from opt_parallel.runtime.process import is_main, world_size
 from opt_parallel.runtime.terminal import open_streams, outlive
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-DIVERGED: list[str] = []  # what sets apart the runs of this process's sweep that diverged
-LONGEST_NAME = 200  # bytes; file systems end at 255, and some at less
+DIVERGED: list[str] = []  # swept values of this process's runs that diverged
+LONGEST_NAME = 200  # bytes; most file systems allow 255, some less
 
 
 class RememberSweep(Callback):
-    """Keeps which keys the command line gave one value, where every run of the sweep finds it: its process may be
-    another one, on another host, whose own command line says nothing."""
+    """Stores the keys that are not swept in Hydra's configuration, since jobs may run on other hosts without the
+    command line."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {override.get_key_element() for override in given if override.is_sweep_override()}
         fixed = [f"'{key}'" for key in dict.fromkeys(each.get_key_element() for each in given) if key not in swept]
-        # Hydra composes each run from these; the key is Hydra's own, for names that leave something out
+        # Hydra composes each run with these overrides; the key is Hydra's own, for `override_dirname`
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]")
 
 
 def is_sweep() -> bool:
-    """Whether the job that Hydra runs is one of a multirun's."""
+    """Whether Hydra's present job belongs to a multirun."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def runs_elsewhere() -> bool:
-    """Whether the job runs in a process that the command only waits for, as submitit's do."""
+    """Whether the job runs in another process than the command, as with submitit."""
     return is_sweep() and HydraConfig.get().launcher._target_ != BASIC_LAUNCHER
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around a job: its mistakes are one line and status 2. One of several that diverges has a line of its own, and the
-    others follow; `report_diverged` ends the sweep.
+    """Around a job: a user's mistake is one line and status 2. A run of a sweep that diverges prints a line and the
+    sweep continues; `report_diverged` ends it.
 
-    Where the command waits for jobs elsewhere, they are handed to it, and it says them once the other jobs have ended;
-    so is a crash, whose traceback stays in the job's log."""
+    A job in another process raises its error, which the command reports after all jobs have ended. The traceback of a
+    crash is in the job's log."""
     if not runs_elsewhere():
-        with one_line_errors():  # here already: Hydra would print its own word about a job that fails
+        with one_line_errors():  # in the job: Hydra would print its own message about a job that fails
             try:
                 yield
             except Diverged as error:
@@ -77,41 +77,43 @@ def reported() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None  # theirs hold configurations, which may not travel
+        raise UserError(explain(error)) from None  # the original exceptions hold configurations and may not pickle
     except UserError:
         raise
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
         if world_size() > 1:
-            os._exit(1)  # at once, as in `reporting`: other ranks wait
+            os._exit(1)  # at once, as in `reporting`: other ranks are waiting
         raise
 
 
 def report_diverged() -> None:
-    """After a sweep in this process. Raises: UserError that names the runs which diverged."""
+    """Call after a sweep in this process. Raises: UserError that names the runs that diverged."""
     if DIVERGED:
         number = len(DIVERGED)
         raise UserError(f"{number} run{'s' * (number > 1)} of the sweep diverged: {'; '.join(DIVERGED)}", shared=True)
 
 
 def swept_values() -> list[str]:
-    """The overrides that set this run of a sweep apart from its siblings."""
+    """The overrides of this run that the sweep varies."""
     hydra = HydraConfig.get()
     fixed = hydra.job.config.override_dirname.exclude_keys
-    last = {override.partition("=")[0]: override for override in hydra.overrides.task}  # the last one counts
+    last = {
+        override.partition("=")[0]: override for override in hydra.overrides.task
+    }  # the last override of a key wins
     return [override for key, override in last.items() if key not in fixed]
 
 
 def folder_name(overrides: Iterable[str]) -> str:
-    """A folder's name for such overrides: legal, readable, another one for others.
+    """A readable folder name for swept overrides, unique to them.
 
-    What a shell or a file system takes amiss is replaced or left out, and a long name cut; it then ends with a hash, so
-    that /a/b and /a_b do not meet in one folder."""
-    whole = ",".join(overrides)
-    plain = re.sub(r"[^\w=,.+@:~-]+", "_", re.sub(r"""[][{}()"']""", "", whole))
+    Characters that shells or file systems do not accept are replaced or dropped, and a long name is cut. A changed name
+    ends with a hash, so that /a/b and /a_b get different folders."""
+    full = ",".join(overrides)
+    plain = re.sub(r"[^\w=,.+@:~-]+", "_", re.sub(r"""[][{}()"']""", "", full))
     short = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
-    if short == whole:
-        return whole
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    if short == full:
+        return full
+    digest = hashlib.sha256(full.encode()).hexdigest()[:8]
     return f"{plain.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"

@@ -1,8 +1,7 @@
-"""What a run tells of itself: `metrics.jsonl`, `samples.jsonl`, a progress bar or plain lines, wandb and TensorBoard,
-`curve.png`.
+"""A run's records: `metrics.jsonl`, `samples.jsonl`, progress on the terminal, wandb and TensorBoard, `curve.png`.
 
-The main rank alone records; every other rank holds a `Metrics` whose methods do nothing. A step's loss and norm are
-tensors the device may still be computing, so each step's row is written one step late, when reading it costs no wait.
+Only rank 0 records; the `Metrics` of other ranks do nothing. The device may still be computing a step's loss and norm,
+so each row is written one step late, when reading them does not wait.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from opt_parallel.storage.checked import dump_checked
 from opt_parallel.storage.lines import Lines
 from opt_parallel.storage.rows import METRICS, Row, keep_rows, rows_of
 
-# Dense bf16/fp16 TFLOP/s of one device as torch counts devices, from the vendors' data sheets, by the words of its
-# name; the first entry whose words all occur counts. A MI250X is two devices, so half of its board's 383.
+# Dense bf16/fp16 TFLOP/s of one torch device, from the vendors' data sheets. The first key whose words all occur in the
+# device's name applies. An MI250X board (383) is two devices.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200 NVL": 835.5,
@@ -53,20 +52,19 @@ PEAK_TFLOPS = {
     "MI250X": 191.5,
 }
 
-Mark = Any  # a moment: a CUDA event, or seconds of the host's clock
+Mark = Any  # a point in time: a CUDA event, or seconds of the host's clock
 
 
 class Metrics:
-    """What the loop reports to. Itself silent, as the ranks that are not the main one need it."""
+    """The interface that the loop reports to. This base class, for ranks other than 0, does nothing."""
 
     @staticmethod
     def open(
         run: Run, world_size: int, is_main: bool, device: torch.device, clock: Clock, wandb_id: str | None = None
     ) -> Metrics:
-        """Continue the records of `run.folder` at `clock`, or replace them where it is at step 0.
-        `wandb_id`: the run's name at wandb.
+        """Continue the records of `run.folder` at `clock`, or replace them at step 0. `wandb_id`: the run's wandb id.
 
-        Needs the process group to exist. Raises: `UserError` where wandb is wanted online and cannot be."""
+        Needs the process group. Raises: UserError if online wandb fails."""
         return _Recorder(run, world_size, device, clock, wandb_id) if is_main else Metrics()
 
     def step(
@@ -82,33 +80,33 @@ class Metrics:
     ) -> None:
         """Report the optimizer step that led to `clock`; the 0-d tensors are read at the next call.
 
-        `waited`: seconds that the step waited for its data; `epochs`: how often each source has been gone through."""
+        `waited`: seconds that the step waited for data. `epochs`: passes over each source so far."""
 
     def validation(
         self, clock: Clock, loss: float, unigram_entropy: float | None, figures: dict[str, float] | None = None
     ) -> None:
-        """Report a validation: loss and the text's unigram entropy in nats a token, or a classifier's `figures`."""
+        """Report a validation: loss and unigram entropy in nats per token, or a classifier's `figures`."""
 
     def samples(self, clock: Clock, texts: list[str]) -> None:
-        """Report the texts that follow the run's prompts."""
+        """Report the continuations of the run's prompts."""
 
     def note(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent inside (validation, checkpoints) does not count as training."""
+        """Exclude the time in the context (validation, checkpoints) from training time."""
         yield
 
     def abandon(self) -> None:
-        """Write what is still held back, and end the trackers: the run fails."""
+        """Write pending rows and end the trackers, after an error."""
 
     def close(self, finished: bool) -> None:
         """Draw the curve, print the summary, end the trackers."""
 
 
 class _Recorder(Metrics):
-    """The main rank's."""
+    """The `Metrics` of rank 0."""
 
     def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock, wandb_id: str | None) -> None:
         self._run, self._device = run, device
@@ -128,7 +126,7 @@ class _Recorder(Metrics):
             with optional(path, f"taken back to step {clock.step}"):
                 keep_rows(path, clock.step)
         self._lines, self._samples = Lines(self._path), Lines(samples)
-        self._lines.flush()  # who follows the file finds it
+        self._lines.flush()  # creates the file, for `tail -f`
         self._progress = _Progress(run, clock)
         self._opened_at, self._since = time.perf_counter(), _mark(device)
 
@@ -167,8 +165,8 @@ class _Recorder(Metrics):
         self._unigram_entropy = unigram_entropy
         figures = figures or {"perplexity": perplexity_of(loss)}
         self._write("validation", {"step": clock.step, "loss": loss, **figures})
-        told = "".join(f", {name} {value:.{2 if name == 'perplexity' else 3}f}" for name, value in figures.items())
-        self.note(f"validation at step {clock.step}: loss {loss:.3f}{told}")
+        values = "".join(f", {name} {value:.{2 if name == 'perplexity' else 3}f}" for name, value in figures.items())
+        self.note(f"validation at step {clock.step}: loss {loss:.3f}{values}")
 
     def samples(self, clock: Clock, texts: list[str]) -> None:
         self._flush()
@@ -176,8 +174,8 @@ class _Recorder(Metrics):
         for prompt, text in pairs:
             row = {"step": clock.step, "prompt": prompt, "text": text}
             self._samples.write(dump_checked(row, ascii_only=False))
-        said = {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(pairs, start=1)}
-        self._trackers.log(said, clock.step)
+        logged = {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(pairs, start=1)}
+        self._trackers.log(logged, clock.step)
         self.note(f"sample at step {clock.step}: {''.join(pairs[0])!r}")
 
     def note(self, text: str) -> None:
@@ -185,7 +183,7 @@ class _Recorder(Metrics):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        self._flush()  # or a run killed after its checkpoint of this step would lack the step's row for good
+        self._flush()  # else a run killed after this step's checkpoint would lose the step's row
         yield
         self._since = _mark(self._device)
 
@@ -234,8 +232,8 @@ class _Recorder(Metrics):
         self._progress.step(row, seconds)
 
     def _write(self, kind: str, row: Row) -> None:
-        unsayable = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        row = {"kind": kind} | row | dict.fromkeys(unsayable)  # JSON has no word for them but null
+        not_finite = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        row = {"kind": kind} | row | dict.fromkeys(not_finite)  # null: JSON has no NaN and infinity
         self._lines.write(dump_checked(row))
         values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step", "epochs"} if row[key] is not None}
         values |= {f"epochs/{source}": passed for source, passed in row.get("epochs", {}).items()}
@@ -264,7 +262,7 @@ class _Recorder(Metrics):
 
 
 class _Progress:
-    """A bar on a terminal, else about a hundred plain lines over the run."""
+    """A progress bar on a terminal, else about a hundred plain lines per run."""
 
     def __init__(self, run: Run, clock: Clock) -> None:
         self._steps, self._every = run.steps, -(-run.steps // 100)
@@ -285,7 +283,7 @@ class _Progress:
         self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
         self._bar.update()
         if (self._bar.disable or 1 in terminal.gone) and (step % self._every == 0 or step in self._always):
-            # The median: compilation makes a process's first step slow, and one slow step says little of the rest.
+            # The median: compilation makes a process's first step slow.
             left = _duration(statistics.median(self._recent) * (self._steps - step))
             skipped = f"  skipped, loss scale {row['loss_scale']:g}" if row.get("skipped") else ""
             say(
@@ -294,7 +292,7 @@ class _Progress:
             )
 
     def note(self, text: str) -> None:
-        with tqdm.external_write_mode(file=sys.stdout):  # the bar steps aside, where there is one
+        with tqdm.external_write_mode(file=sys.stdout):  # clears the bar meanwhile, if there is one
             say(text)
 
     def close(self) -> None:
@@ -302,7 +300,7 @@ class _Progress:
 
 
 def _mark(device: torch.device) -> Mark:
-    """Now, in a GPU's own stream of work, which runs behind the host; else by the host's clock."""
+    """The present: an event in the GPU's stream, which runs behind the host, or the host's clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -311,7 +309,7 @@ def _mark(device: torch.device) -> Mark:
 
 
 def _seconds(start: Mark, end: Mark) -> float:
-    """Seconds between two marks, waiting until the device has passed `end`."""
+    """Seconds between two marks; waits until the device has passed `end`."""
     if isinstance(end, float):
         return end - start
     end.synchronize()
@@ -319,8 +317,8 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:
-    """Dense TFLOP/s of a device by the table, or None: for an unknown one or a slice of one, for bf16 on a V100,
-    which lacks it, and for fp32, where the figure hangs on whether TF32 is allowed."""
+    """Dense TFLOP/s of a device from the table. None for unknown devices, MIG slices, bf16 on a V100 (not supported),
+    and fp32 (depends on TF32)."""
     words = set(re.findall(r"[A-Za-z0-9]+", device_name))
     if precision is Precision.fp32 or "MIG" in words or (precision is Precision.bf16 and "V100" in words):
         return None
@@ -339,17 +337,17 @@ def _peak_flops(run: Run, device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: of tensors on a GPU, else of the process."""
+    """Peak memory in bytes: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # where ru_maxrss begins with the peak of the process that launched this one
+    if sys.platform == "linux":  # there ru_maxrss starts at the peak of the parent process
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from here; on a CPU that is not Linux's it stays that since the process began."""
+    """Reset `peak_memory`; without a GPU only on Linux."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
@@ -358,14 +356,14 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """`3:12`, or `1:02:03` from an hour on."""
+    """A duration: `3:12`, or `1:02:03` from one hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _short(count: int) -> str:
-    """`812`, `12.3k`, `2.5M`, `180.0B`."""
+    """A short number: `812`, `12.3k`, `2.5M`, `180.0B`."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.1f}{letter}"

@@ -1,4 +1,4 @@
-"""The pictures of runs: the losses of one, or of several, and what a classifier confuses."""
+"""Plots: losses of one run or several, and a classifier's confusion matrix."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from opt_parallel.runtime.terminal import plain
 from opt_parallel.storage.atomic import new_file
 from opt_parallel.storage.rows import Row
 
-MOST_NAMED = 40  # labels of a confusion matrix; the names of more overlap
-LONGEST_TITLE, LONGEST_LABEL = 60, 30  # characters: more leave no room, and thousands take minutes
-SMOOTH_FROM = 100  # rows; a shorter curve is read as it is
-# Seven that differ for the colour-blind, too, and on paper (Okabe & Ito 2008, without the yellow, weak on white), then
-# the same again in other strokes
+MOST_NAMED = 40  # labels of a confusion matrix whose names are drawn; more would overlap
+LONGEST_TITLE, LONGEST_LABEL = 60, 30  # characters; longer names leave no room, and thousands take minutes
+SMOOTH_FROM = 100  # rows; shorter curves are not smoothed
+# Seven colours for colour-blind readers (Okabe & Ito 2008, without yellow, which is weak on white), then the same in
+# other line styles
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STROKES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 MARKERS = "osD^v<>phdXP"
-MOST_RAW = 4  # runs whose losses are drawn as they are, too, behind the smoothed
+MOST_RAW = 4  # most runs whose unsmoothed losses are also drawn
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's losses among others': where on the axis, and how much."""
+    """One run's losses: positions on the axis, and losses."""
 
     label: str
     training: tuple[list[int], list[float]]
@@ -37,7 +37,7 @@ class Curve:
 
 
 def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None, unit: str = "token") -> None:
-    """Write the picture of the losses over the steps; `unit` is what a loss is of."""
+    """Write a plot of a run's losses over steps. `unit`: the unit that a loss is averaged over."""
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(figsize=(8, 4.8), dpi=150, layout="constrained")
@@ -64,18 +64,18 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
 
 
 def draw_curves(path: Path, title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> None:
-    """Write the picture of several runs' losses over `axis` (steps, tokens); `unit` as for `draw`, None for several."""
+    """Write a plot of several runs' losses over `axis` (steps, tokens). `unit`: as for `draw`; None if they differ."""
     save_figure(figure_of(title, curves, axis, unit), path)
 
 
 def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> Any:
-    """The figure: training losses and, where some run has them, validation losses beside them on the same scale."""
+    """The figure: training losses and, if a run has any, validation losses beside them on the same scale."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
     panels = 1 + any(curve.validation[0] for curve in curves)
     width = 6 if panels == 1 else 10
-    longest = max(len(_short(curve.label)) for curve in curves) + 8  # the stroke takes as much as some letters
+    longest = max(len(_short(curve.label)) for curve in curves) + 8  # 8: the width of the line sample in characters
     columns = max(1, min(12 * width // longest, 4, (len(curves) + 1) // 2))
     height = 4.2 + 0.21 * -(-len(curves) // columns)
     figure = _figure(figsize=(width, height), dpi=150, layout="constrained")
@@ -111,8 +111,8 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """From the lowest loss up to the highest after a twentieth of a run, before which all of them fall fast and no
-    difference is seen; None where no loss is finite. A run that diverges leaves the picture."""
+    """Limits of the loss axis: from the lowest loss to the highest after the first twentieth of each run, in which
+    losses fall fast. None if no loss is finite. A run that diverges leaves the plot."""
     lowest, highest = [], []
     for curve in curves:
         for steps, losses in (curve.training, curve.validation):
@@ -149,9 +149,10 @@ def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture in the format that the ending says. Raises: OSError; ValueError for an ending that is none."""
+    """Write a figure in the format of the path's suffix (png without one). Raises: OSError; ValueError for an unknown
+    suffix."""
     with warnings.catch_warnings(), new_file(path) as file:
-        warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks are drawn as boxes
         figure.savefig(file, format=path.suffix[1:] or "png")
 
 
@@ -162,27 +163,26 @@ def _short(name: str, longest: int = LONGEST_TITLE) -> str:
 
 
 def _figure(**size: Any) -> Any:
-    """A figure without pyplot: no display is asked for, no figure left behind."""
+    """A figure without pyplot: needs no display and is garbage-collected."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["text.parse_math"] = False  # names of runs and labels are text, whatever signs they hold
+    matplotlib.rcParams["text.parse_math"] = False  # $ in names of runs and labels is ordinary text
     return Figure(**size)
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """exp(loss); infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def losses_of(rows: list[Row], kind: str) -> tuple[list[int], list[float]]:
-    """Steps and losses of all rows of a kind; NaN, a gap in the picture, for a loss that was not finite."""
+    """Steps and losses of all rows of a kind; NaN, drawn as a gap, for a loss that is not finite."""
     chosen = [row for row in rows if row["kind"] == kind]
     return [row["step"] for row in chosen], [math.nan if row["loss"] is None else row["loss"] for row in chosen]
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Means over a twentieth of the curve, centred so that the line does not lag; narrower at the steep beginning,
-    one-sided at the flat end."""
-    reaches = [min(i, len(losses) // 40) for i in range(len(losses))]
-    return [statistics.fmean(losses[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
+    """Moving means over a twentieth of the curve, centred; narrower windows at the start, one-sided at the end."""
+    half_widths = [min(i, len(losses) // 40) for i in range(len(losses))]
+    return [statistics.fmean(losses[i - half : i + half + 1]) for i, half in enumerate(half_widths)]

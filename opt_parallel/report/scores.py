@@ -1,10 +1,10 @@
-"""How good a classifier's decisions are: counts that add up over batches and ranks, and the figures that follow.
+"""Classification metrics, computed from a tally: counts that are summed over batches and ranks.
 
-A tally is an array of float64 whose meaning hangs on the problem:
-    single label    (N, N): examples of each label (row) by the label decided for (column), the confusion matrix
-    multi label     (N + 1, 3): of each label true positives, false positives, false negatives; in the last row examples
-                    with every label right, and examples
-    regression      (N, 6): of each number y and prediction x: examples, Σx, Σy, Σx², Σy², Σxy
+A tally is a float64 array; its form depends on the problem:
+    single label    (N, N): the confusion matrix, rows: true labels, columns: predicted labels
+    multi label     (N + 1, 3): a row for each label: true positives, false positives, false negatives; the last row:
+                    examples with all labels right, examples, 0
+    regression      (N, 6): for each target y and prediction x: examples, Σx, Σy, Σx², Σy², Σxy
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from opt_parallel.config.model import ProblemType
 
 
 def tally(scores: np.ndarray, labels: np.ndarray, problem_type: ProblemType) -> np.ndarray:
-    """What `scores` (B, N) add; `labels` are (B,) or (B, N), all of them of examples that count."""
+    """The tally of `scores` (B, N) against `labels` (B,) or (B, N); every row counts."""
     scores, number = scores.astype(np.float64), scores.shape[1]
     if problem_type is ProblemType.single_label_classification:
         cells = labels * number + scores.argmax(axis=1)
         return np.bincount(cells, minlength=number * number).reshape(number, number).astype(np.float64)
     if problem_type is ProblemType.multi_label_classification:
-        decided, true = scores > 0, labels > 0.5  # a sigmoid over one half
+        decided, true = scores > 0, labels > 0.5  # sigmoid(score) > 0.5
         counts = [(decided & true).sum(axis=0), (decided & ~true).sum(axis=0), (~decided & true).sum(axis=0)]
-        whole = [(decided == true).all(axis=1).sum(), len(labels), 0]
-        return np.vstack([np.stack(counts, axis=1), whole]).astype(np.float64)
+        totals = [(decided == true).all(axis=1).sum(), len(labels), 0]
+        return np.vstack([np.stack(counts, axis=1), totals]).astype(np.float64)
     y = labels.astype(np.float64)
     sums = [each.sum(axis=0) for each in (scores, y, scores**2, y**2, scores * y)]
     return np.stack([np.full(number, float(len(y))), *sums], axis=1)
 
 
 def figures(tallied: np.ndarray, problem_type: ProblemType) -> dict[str, float]:
-    """The figures of a whole tally, NaN where they are not defined.
+    """The metrics of a complete tally; NaN where undefined.
 
-    Single label: `accuracy`; `f1_macro`, the mean over the labels that occur or are decided for; `f1` of two labels, of
-    the second, which counts as positive; `matthews`. Multi label: `accuracy` of all labels at once, `f1_micro`,
-    `f1_macro`. Regression: `mse` and `pearson`, means over the numbers."""
+    Single label: `accuracy`; `f1_macro`, the mean over labels that occur or are predicted; `matthews`; with two labels
+    also `f1` of the second, the positive one. Multi label: `accuracy` (all labels right), `f1_micro`, `f1_macro`.
+    Regression: `mse` and `pearson`, means over the N targets."""
     if problem_type is ProblemType.regression:
         return _of_sums(tallied)
     if problem_type is ProblemType.multi_label_classification:
@@ -55,10 +55,10 @@ def figures(tallied: np.ndarray, problem_type: ProblemType) -> dict[str, float]:
 
 
 def matthews(confusion: np.ndarray) -> float:
-    """Matthews correlation of a confusion matrix (N, N), for N labels as Gorodkin 2004, "Comparing two K-category
-    assignments by a K-category correlation coefficient", gives it; 0 where one side is constant.
+    """Matthews correlation of a confusion matrix (N, N), for N labels after Gorodkin 2004, "Comparing two K-category
+    assignments by a K-category correlation coefficient"; 0 if labels or predictions are constant.
 
-    With s examples, c of them right, t_k of label k and p_k decided for it:
+    With s examples, c of them right, t_k with label k and p_k predictions of k:
     (c·s − Σ p_k t_k) / √((s² − Σ p_k²) (s² − Σ t_k²))"""
     s, c = confusion.sum(), confusion.trace()
     t, p = confusion.sum(axis=1), confusion.sum(axis=0)
@@ -67,7 +67,7 @@ def matthews(confusion: np.ndarray) -> float:
 
 
 def _f1(counts: np.ndarray) -> np.ndarray:
-    """2 tp / (2 tp + fp + fn) of each row, 0 where nothing was there or decided for (van Rijsbergen 1979)."""
+    """F1 of each row, 2 tp / (2 tp + fp + fn); 0 without examples and predictions (van Rijsbergen 1979)."""
     tp, fp, fn = counts.T
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
 

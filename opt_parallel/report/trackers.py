@@ -1,4 +1,4 @@
-"""Experiment trackers, wandb and TensorBoard, through accelerate."""
+"""Experiment trackers: wandb and TensorBoard, through accelerate."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import optional, write_text
 
-Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported only where it is used
-WANDB_ID = "wandb-id"  # a file in a run's folder: its name at wandb, however often it is started
+Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported late
+WANDB_ID = "wandb-id"  # the file in a run's folder with its wandb id, kept across starts
 MODE, CACHE = "WANDB_MODE", "WANDB_CACHE_DIR"
-FOLLOWED = (MODE, "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")  # instead of what we say
+FOLLOWED = (
+    MODE,
+    "WANDB_PROJECT",
+    "WANDB_NAME",
+    "WANDB_DIR",
+    "WANDB_RUN_ID",
+    "WANDB_RESUME",
+)  # variables that override our settings
 MODES = {
     "online": Wandb.online, "run": Wandb.online, "shared": Wandb.online,
     "offline": Wandb.offline, "dryrun": Wandb.offline, "disabled": Wandb.disabled,
 }  # fmt: skip
-caches = {""}  # values of CACHE that are not the user's
+caches = {""}  # values of CACHE that this process set
 
 
 def wandb_mode(run: Run) -> Wandb:
-    """As the environment has it, unless the configuration wants no wandb. Raises: UserError at an unknown one."""
+    """The mode from WANDB_MODE, else from the configuration, whose `disabled` always holds. Raises: UserError."""
     if run.logging.wandb is Wandb.disabled or not os.environ.get(MODE):
         return run.logging.wandb
     mode = MODES.get(os.environ[MODE])
@@ -40,17 +47,17 @@ def wandb_mode(run: Run) -> Wandb:
 
 
 def wandb_id(run: Run, saved: str | None = None, new: bool = False) -> str | None:
-    """The run's name at wandb, kept in its folder; None without wandb. `saved`: what the checkpoint that it goes on
-    from says; `new`: it begins anew or branches off there, and so is another run."""
+    """The run's wandb id, kept in its folder; None without wandb. `saved`: the id in the checkpoint that the run
+    resumes from. `new`: start another wandb run, for a fresh start or a branch."""
     if wandb_mode(run) is Wandb.disabled:
         return None
     path = run.folder / WANDB_ID
-    kept = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
-    known = kept if re.fullmatch(r"[\w-]{1,64}", kept) else saved
+    stored = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    known = stored if re.fullmatch(r"[\w-]{1,64}", stored) else saved
     name = os.environ.get("WANDB_RUN_ID") or (None if new else known) or secrets.token_hex(4)
     if new and saved:
         say(f"wandb: run {name} branches off run {saved}")
-    if name != kept:
+    if name != stored:
         with optional(path):
             run.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, f"{name}\n")
@@ -58,7 +65,7 @@ def wandb_id(run: Run, saved: str | None = None, new: bool = False) -> str | Non
 
 
 def check_trackers(run: Run) -> None:
-    """Raise UserError if wandb is wanted online and has no key: before a process group exists, on every rank alike."""
+    """Raise UserError if wandb is online and has no API key. Called on every rank, outside of any collective."""
     if wandb_mode(run) is not Wandb.online:
         return
     import wandb
@@ -76,7 +83,7 @@ def check_trackers(run: Run) -> None:
 
 
 class Trackers:
-    """Those of a run. One that fails, as on a full disk, is said and left out: the run does not depend on it."""
+    """A run's trackers. One that fails (a full disk, for example) is dropped with a warning; the run continues."""
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
         self.active = list(trackers)
@@ -91,7 +98,7 @@ class Trackers:
         for tracker in list(self.active):
             try:
                 work(tracker)
-            except Exception as error:  # theirs are of many types
+            except Exception as error:  # trackers raise many types
                 self.active.remove(tracker)
                 say(f"warning: {tracker.name} failed ({_reason(error)}): the run goes on without it")
 
@@ -101,7 +108,7 @@ def _reason(error: Exception) -> str:
 
 
 def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
-    """The experiment trackers, started and told the resolved configuration. `name`: the run's at wandb."""
+    """Start the experiment trackers and log the resolved configuration. `name`: the run's wandb id."""
     followed = [f"{each}={os.environ[each]}" for each in FOLLOWED if os.environ.get(each)]
     if followed and run.logging.wandb is not Wandb.disabled:
         say(f"wandb follows the environment: {', '.join(followed)}")
@@ -113,8 +120,8 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
     from torch.utils.tensorboard.summary import hparams
 
     threading.excepthook = _quiet_tensorboard
-    PartialState()  # the trackers ask it who is main; it takes the process group it finds and makes none
-    # TensorBoard holds neither null nor lists
+    PartialState()  # the trackers ask it for the rank; it uses the existing process group
+    # TensorBoard stores neither null nor lists
     known = (bool, int, float, str)
     settings = {key: each if isinstance(each, known) else str(each) for key, each in flat(recorded(run)).items()}
     trackers = []
@@ -125,34 +132,34 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
             trackers.append(wandb)
     if run.logging.tensorboard:
         with optional(run.folder / "logs" / "tensorboard"):
-            # purge_step hides the events of steps that will be run again, as `keep_rows` does
+            # purge_step hides events of steps that will be repeated, as `keep_rows` deletes rows
             tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
             tensorboard.start()
-            # not by the tracker, which makes two folders at each start
+            # not by the tracker: it would create two folders at each start
             for summary in hparams(settings, {}):
                 tensorboard.writer.file_writer.add_summary(summary)
             trackers.append(tensorboard)
     return Trackers(trackers)
 
 
-def _quiet_tensorboard(told: threading.ExceptHookArgs) -> None:
-    """For `threading.excepthook`: what fails in TensorBoard's thread is raised at the next `log`, too."""
-    if not type(told.thread).__module__.startswith("tensorboard."):
-        threading.__excepthook__(told)
+def _quiet_tensorboard(arguments: threading.ExceptHookArgs) -> None:
+    """A `threading.excepthook` that ignores TensorBoard's thread: the next `log` raises its error again."""
+    if not type(arguments.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(arguments)
 
 
 def _open_wandb(run: Run, name: str) -> Tracker:
     folder = run.folder.resolve()
-    if os.environ.get(CACHE, "") in caches:  # where its service logs
+    if os.environ.get(CACHE, "") in caches:  # wandb's service logs there
         os.environ[CACHE] = str(folder / "wandb" / "cache")
         caches.add(os.environ[CACHE])
     import wandb
     from accelerate.tracking import WandBTracker
 
     ours = {"name": run.name, "dir": str(folder), "mode": run.logging.wandb.value, "resume": "allow"}
-    told = {key: value for key, value in ours.items() if not os.environ.get(f"WANDB_{key.upper()}")}
+    arguments = {key: value for key, value in ours.items() if not os.environ.get(f"WANDB_{key.upper()}")}
     project = os.environ.get("WANDB_PROJECT") or "opt-parallel"
-    tracker = WandBTracker(project, id=name, settings=_quiet_settings(), **told)
+    tracker = WandBTracker(project, id=name, settings=_quiet_settings(), **arguments)
     try:
         tracker.start()
     except wandb.Error as error:
@@ -164,7 +171,7 @@ def _open_wandb(run: Run, name: str) -> Tracker:
 
 
 def _wanted(run: Run, mode: str | None = None) -> str:
-    """The setting that counts for wandb, as it is or with another value."""
+    """The effective wandb setting as text (variable or key), with its own value or `mode`."""
     if os.environ.get(MODE):
         return f"{MODE}={mode or os.environ[MODE]}"
     return f"logging.wandb={mode or run.logging.wandb.value}"

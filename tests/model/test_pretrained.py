@@ -279,7 +279,7 @@ def test_refusals(crew: Any, folder: Path) -> None:
         "(2, 9)",
         "(1, 10)",
         "temperature=0.5",
-        "top_k=5 is of what is drawn: set do_sample=True",
+        "top_k=5 affects sampling only: set do_sample=True",
         "draws nothing",
     ]
     assert all(words in message for words, message in zip(wanted, said, strict=True)), said

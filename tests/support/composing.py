@@ -18,7 +18,7 @@ from opt_parallel.checkpoint.inherit import inherit_for_evaluation, start_from_c
 from opt_parallel.config.compose import TEXTS, register_schema, run_from
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.run import Run
-from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, divide, rendered
+from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, rendered, split_overrides
 
 
 def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
@@ -41,7 +41,7 @@ def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "co
 
 def dry(*arguments: str) -> str:
     """The command, script or manifests that launch/submit.py would start."""
-    ours, theirs = divide(checked(arguments, TEXTS | LAUNCH_TEXTS))
+    ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(ROOT / "configs", ours, theirs)
     check(launch, run)
     return str(rendered(launch, run, ROOT, theirs))
