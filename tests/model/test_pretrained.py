@@ -280,7 +280,7 @@ def test_refusals(crew: Any, folder: Path) -> None:
         "(1, 10)",
         "temperature=0.5",
         "top_k=5 affects sampling only: set do_sample=True",
-        "draws nothing",
+        "is greedy",
     ]
     assert all(words in message for words, message in zip(wanted, said, strict=True)), said
 
