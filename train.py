@@ -16,7 +16,7 @@ from opt_parallel.runtime.process import set_ranks, world_size
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
-    """One run out of one composed configuration; a multirun calls this once a combination."""
+    """Train one run from its composed configuration. A multirun calls this for each combination."""
     set_ranks()  # here too: submitit starts a sweep's job in this function
     status = 0
     with reported():
@@ -28,7 +28,7 @@ def main(config: DictConfig) -> None:
         run = run_from(config)
         run.check_world(world_size())
 
-        from opt_parallel.loop import train  # only now: torch and DeepSpeed take seconds
+        from opt_parallel.loop import train  # imported late: torch and DeepSpeed take seconds
 
         status = train(run)
     if status:
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
 
 
 def run_or_sweep() -> None:
-    """What the command line asks for."""
+    """Train the run, or all runs of a sweep."""
     main()
     report_diverged()
 

@@ -1,7 +1,7 @@
 """Start a run on a machine or a cluster: `python launch/submit.py launch=slurm launch.nodes=2 model=opt-1.3b …`.
 
-What begins with `launch` chooses among configs/launch/ and sets its keys; all else is train.py's. launch.dry_run=true
-prints what would be started.
+Arguments that begin with `launch` choose a file of configs/launch/ and set its keys; all others are train.py's.
+launch.dry_run=true prints what would be started.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure ours and the others in one run.
+"""Measure opt-parallel and other trainers in one run.
 
     python scripts/benchmark.py train --processes 2 model=opt-125m parallel.tensor=2 batch.micro=2
     python scripts/benchmark.py loss --tokens 1024 4096 --words 25136
@@ -40,9 +40,9 @@ def main() -> None:
     train.add_argument("--threads", type=_positive, help="of each process; default: the cores divided by the processes")
     train.add_argument("--contenders", type=_names, default=list(NAMES), help=f"default: {','.join(NAMES)}")
     train.add_argument("--rounds", type=_positive, default=5)
-    train.add_argument("--steps", type=_positive, default=2, help="optimizer steps of a contender in a round")
+    train.add_argument("--steps", type=_positive, default=2, help="optimizer steps of each contender in a round")
     train.add_argument("--accumulation", type=_positive, default=1, help="micro-batches of a step")
-    train.add_argument("--name", help="of the files written; default: the time")
+    train.add_argument("--name", help="name of the files written; default: the time")
     train.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     train.add_argument("overrides", nargs="*", metavar="key=value")
     loss = verbs.add_parser("loss", help="the head's loss alone, fused and plain")
@@ -68,7 +68,9 @@ def main() -> None:
     generate.add_argument("--rounds", type=_positive, default=7)
     generate.add_argument("overrides", nargs="*", metavar="key=value")
     prepare = verbs.add_parser("prepare", help="text to tokens, beside datasets.map; and killed half-way")
-    prepare.add_argument("--megabytes", type=_positive, default=500, help="of text, made by repeating and changing")
+    prepare.add_argument(
+        "--megabytes", type=_positive, default=500, help="size of the text, which repeats and changes a short one"
+    )
     prepare.add_argument("--workers", type=_positive, default=2)
     prepare.add_argument("--vocab-size", type=_positive, default=16384)
     prepare.add_argument("--rounds", type=_positive, default=3)
@@ -84,7 +86,7 @@ def main() -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} must be an integer of at least 1")
     return int(text)
 
 
@@ -135,16 +137,16 @@ def run_race(arguments: argparse.Namespace) -> None:
 
 
 def check_setting(arguments: argparse.Namespace, run: Run) -> None:
-    """Make the output's folder. Raises: UserError if that fails, or the processes do not fit."""
+    """Create the output folder. Raises: UserError if that fails, or parallel.tensor does not divide the processes."""
     if arguments.processes % run.parallel.tensor:
         raise UserError(f"--processes {arguments.processes} is not a multiple of parallel.tensor={run.parallel.tensor}")
     make_folder("--output ", arguments.output)
 
 
 def compared_run(overrides: list[str], accumulation: int) -> Run:
-    """What train.py would make of `overrides`, for one data-parallel process; no schedule, which costs nothing.
+    """train.py's run for `overrides`, with one data-parallel process and no warm-up.
 
-    Raises: UserError for what would change ours alone."""
+    Raises: UserError for settings that would apply to opt-parallel only."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -152,7 +154,7 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
     from opt_parallel.config.compose import explain, register_schema, run_from
 
     if any(override.startswith("batch.global") for override in overrides):
-        raise UserError("batch.global is batch.micro × --accumulation × data here: set those")
+        raise UserError("batch.global is batch.micro × --accumulation × data here: set these")
     register_schema()
     configs = str(Path(__file__).resolve().parent.parent / "configs")
     ours = ["run.name=benchmark", "schedule.warmup_steps=null", "schedule.warmup_tokens=null"]
@@ -165,14 +167,14 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
     }
     for key, (value, only) in refused.items():
         if value is not only:
-            raise UserError(f"{key}={value.value} would change ours alone: use {key}={only.value}")
+            raise UserError(f"{key}={value.value} would apply to opt-parallel only: use {key}={only.value}")
     if run.precision.name is Precision.fp16:
-        raise UserError("precision=fp16: each trainer would skip other steps; use precision=bf16 or precision=fp32")
+        raise UserError("precision=fp16: the trainers would skip different steps: use precision=bf16 or precision=fp32")
     return dataclasses.replace(run, batch={"global": run.micro_batch * accumulation, "micro": run.micro_batch})
 
 
 def settled(run: Run) -> Run:
-    """`run` in a precision by name: a race in bf16 that this device emulates would compare emulations."""
+    """`run` with a concrete precision: emulated bf16 would compare emulations."""
     from opt_parallel.parallel.precision import settle_alone
 
     run, why = settle_alone(run)
@@ -209,7 +211,7 @@ def run_io(arguments: argparse.Namespace) -> None:
     rows = table_of(run.model, run.parallel.tensor, run.precision.name, size)
     print(
         f"\nOPT {run.model.parameters() / 1e6:,.0f}M, fp16 files of {arguments.max_shard_size} at most, imported as "
-        f"{run.precision.name.value}; a process's whole memory\n"
+        f"{run.precision.name.value}; total memory of a process\n"
     )
     print(aligned(rows))
 
@@ -258,7 +260,7 @@ def run_preparation(arguments: argparse.Namespace) -> None:
 
 
 def _processor() -> str:
-    """The processor's name as Linux knows it."""
+    """The processor's name, from Linux if possible."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

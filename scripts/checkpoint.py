@@ -1,9 +1,9 @@
-"""Look at a run's checkpoints.
+"""Inspect a run's checkpoints.
 
-python scripts/checkpoint.py list runs/opt-125m                              # all of them, damaged ones too
+python scripts/checkpoint.py list runs/opt-125m                              # all, including damaged ones
 python scripts/checkpoint.py show runs/opt-125m/checkpoints/step-1000
-python scripts/checkpoint.py verify runs/opt-125m/checkpoints/step-1000      # reads all; status 1 if damaged
-python scripts/checkpoint.py diff …/step-1000 …/step-2000                    # of whatever layouts
+python scripts/checkpoint.py verify runs/opt-125m/checkpoints/step-1000      # reads all files; status 1 if damaged
+python scripts/checkpoint.py diff …/step-1000 …/step-2000                    # of any layouts
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     for verb, meaning in (("show", "what a checkpoint holds"), ("verify", "read all of it and compare the checksums")):
         one = verbs.add_parser(verb, help=meaning)
         one.add_argument("folder", type=Path, help="…/checkpoints/step-<N>")
-    two = verbs.add_parser("diff", help="the largest differences between two checkpoints, tensor by tensor")
+    two = verbs.add_parser("diff", help="the largest differences between two checkpoints, by tensor")
     two.add_argument("a", type=Path)
     two.add_argument("b", type=Path)
     two.add_argument("--most", type=int, default=20, help="tensors to print (default 20)")
@@ -63,7 +63,7 @@ def show(arguments: argparse.Namespace) -> int:
     clock = manifest["clock"]
     losses = losses_at(clock["step"], metrics_of(folder, clock["step"]))
     facts = {
-        "step": f"{clock['step']:,} of {manifest['config']['steps']:,}; {manifest['updates']:,} moved the weights",
+        "step": f"{clock['step']:,} of {manifest['config']['steps']:,}; {manifest['updates']:,} updated the weights",
         "seen": f"{clock['samples']:,} samples, {clock['tokens']:,} tokens",
         "layout": layout_of(manifest),
         "losses": f"training {_loss(losses['train'])}, validation {_loss(losses['validation'])}",
@@ -71,7 +71,7 @@ def show(arguments: argparse.Namespace) -> int:
         "versions": _pairs(manifest["versions"]),
         "format": str(manifest["format"]),
     }
-    if base := manifest.get("base"):  # of a LoRA run
+    if base := manifest.get("base"):  # only LoRA checkpoints
         facts["base"] = f"{base['checkpoint']} (checksum {base['checksum']})"
     print(aligned([[name, value] for name, value in facts.items()]))
     groups = groups_of(manifest)
@@ -100,7 +100,7 @@ def verify(arguments: argparse.Namespace) -> int:
     for each in wrong:
         print(f"{arguments.folder}: {each}")
     if not wrong:
-        print(f"{arguments.folder} is whole: every file has the checksum it was written with")
+        print(f"{arguments.folder} is complete: every file matches its checksum")
     return 1 if wrong else 0
 
 
@@ -118,7 +118,9 @@ def diff(arguments: argparse.Namespace) -> int:
     sections = ("clock", "updates", "loss_scale", "layout", "versions", "config")
     before, after = ({name: each.manifest[name] for name in sections} for each in (a, b))
     rows = changes(before, after)
-    print(aligned([["differs", str(a.folder), str(b.folder)], *rows]) if rows else "no setting and no version differs")
+    print(
+        aligned([["differs", str(a.folder), str(b.folder)], *rows]) if rows else "all settings and versions are equal"
+    )
     apart = only_in_one(a, b)
     print("".join(f"\n{line}" for line in apart), end="\n" if apart else "")
     found = sorted(differences(a, b), key=lambda each: -each.rank)
@@ -131,9 +133,7 @@ def diff(arguments: argparse.Namespace) -> int:
         cells = [(NONE, NONE) if both is None else (f"{both[0]:.3g}", f"{both[1]:.3g}") for both in each.kinds.values()]
         lines.append([each.name, *(cell for pair in cells for cell in pair)])
     print(f"\n{aligned(lines)}")
-    print(
-        f"{len(differing)} of {len(found)} tensors differ; the largest differences, relative to the first, come first"
-    )
+    print(f"{len(differing)} of {len(found)} tensors differ; sorted by the difference relative to the first")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Compare runs: their loss curves in one picture, and a table of losses and of the settings that differ.
+"""Compare runs: a plot of their loss curves, and a table of losses and differing settings.
 
 python scripts/compare.py runs/a runs/b                    # two runs
-python scripts/compare.py runs/opt-tiny                    # all runs of a sweep, and of whatever lies below
+python scripts/compare.py runs/opt-tiny                    # all runs in and below a folder, such as a sweep's
 python scripts/compare.py runs/a runs/b --over tokens --output a-and-b.pdf
 """
 
@@ -20,8 +20,10 @@ from opt_parallel.tools.compare import AXES, diverged, draw, read_runs, table
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run's folder, or one that holds runs")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default compare.png)")
-    parser.add_argument("--over", choices=AXES, default="step", help="what the losses are drawn over (default step)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("compare.png"), help="the plot's file (default compare.png)"
+    )
+    parser.add_argument("--over", choices=AXES, default="step", help="horizontal axis (default step)")
     arguments = parsed(parser)
     quiet_libraries()
     records, empty = read_runs(arguments.runs)

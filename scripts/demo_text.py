@@ -1,8 +1,8 @@
-"""Real English text from what every Python carries, for trying things out: train.jsonl and validation.jsonl.
+"""English text for first tries, from Python's own documentation: train.jsonl and validation.jsonl.
 
     python scripts/demo_text.py --output data/demo [--source FOLDER]
 
-Without --source: the language reference and the docstrings of the standard library, read, not imported.
+Default source: the language reference and the standard library's docstrings, which are parsed and not imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opt_parallel.runtime.errors import UserError, reporting
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
-    parser.add_argument("--source", type=Path, help="folder of text files to take instead")
+    parser.add_argument("--source", type=Path, help="folder of text files to use instead")
     arguments = parsed(parser)
     documents = python_documents() if arguments.source is None else _from_folder(arguments.source)
     train, validation, removed = split(documents)
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def _from_folder(folder: Path) -> Iterator[str]:
-    require(folder.is_dir(), f"--source {folder} is no folder: name one with text files")
+    require(folder.is_dir(), f"--source {folder} is not a folder: name one with text files")
     return (text for text in Corpus.find("--source", [str(folder)], "text").documents() if text)
 
 

@@ -1,11 +1,11 @@
-"""Loss and perplexity of a checkpoint, or a classifier's figures, on `data.validation`: Hydra's command line as of
-train.py, alone or under a launcher.
+"""Evaluate a checkpoint on `data.validation`: loss and perplexity, or a classifier's metrics. Takes train.py's keys,
+alone or under a launcher.
 
 python scripts/evaluate.py init_from=runs/opt-125m/checkpoints/step-1000 data.validation=/data/held-out
 torchrun --nproc-per-node 2 scripts/evaluate.py init_from=facebook/opt-1.3b parallel.tensor=2 data.validation=…
 python scripts/evaluate.py init_from=… data.validation=labelled.jsonl           # a classifier
 
-Task, precision and length are the checkpoint's unless they are given. The result is printed, and written to
+Task, precision and sequence length default to the checkpoint's. The result is printed and written to
 `run.dir`/evaluation.json.
 """
 

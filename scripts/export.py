@@ -1,6 +1,6 @@
 """Write a checkpoint as a Hugging Face folder: `python scripts/export.py --checkpoint DIR --output DIR`.
 
-Of a LoRA run the merged weights, or with `--adapter` a PEFT adapter."""
+A LoRA run is exported with merged weights, or with `--adapter` as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest file: 5GB (default), 500MB, 5GiB")
     dtypes = list(ExportDtype.__members__)
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto (default): the checkpoint's own")
-    parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained alone, as `peft` loads it")
+    parser.add_argument("--adapter", action="store_true", help="export only a LoRA run's adapter, for `peft`")
     arguments = parsed(parser)
     quiet_libraries()
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")

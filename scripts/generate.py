@@ -1,7 +1,7 @@
-"""Continue prompts, greedily unless told otherwise: `python scripts/generate.py --checkpoint DIR --prompt TEXT`, or on
+"""Continue prompts, greedily by default: `python scripts/generate.py --checkpoint DIR --prompt TEXT`, or on
 several processes `torchrun --nproc-per-node 2 scripts/generate.py --tensor 2 …`.
 
-A single prompt's text appears as it is made; of several, each is printed with its text when done."""
+The text of a single prompt is printed token by token; several prompts are printed with their texts at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opt_parallel.config.options import parsed
-from opt_parallel.runtime import process as place
+from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import quiet_libraries, say
 from opt_parallel.storage.atomic import write_text
@@ -53,7 +53,7 @@ def main() -> None:
     check_fits(opened.config, decoding, max(map(len, encoded)))
     with Topology.open(arguments.tensor) as topology, torch.inference_mode():
         dtype = dtype_of(arguments, opened, topology, encoded)
-        opened = open_checkpoint(arguments.checkpoint, checksums=True)  # reads all of it, once there is room
+        opened = open_checkpoint(arguments.checkpoint, checksums=True)  # verifies every file; after the memory check
         model = opened.model(topology.tensor, topology.device, dtype)
         if len(prompts) == 1 and decoding.beams == 1 and arguments.output is None:
             stream(model, tokenizer, encoded[0], decoding)
@@ -61,7 +61,7 @@ def main() -> None:
         texts = write(model, tokenizer, encoded, decoding, arguments.batch)
     if arguments.output is None:
         say("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
-    elif place.is_main():
+    elif process.is_main():
         save(arguments.output, prompts, texts)
 
 
@@ -76,30 +76,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help='write {"prompt", "text"} a line to this new .jsonl, print nothing')
     parser.add_argument(
         "--special-tokens", choices=("text", "tokens"),
-        help="what a special token is that a prompt spells, as </s>; default: as the checkpoint was trained, else text",
+        help="encoding of a special token's spelling in a prompt, such as </s>; default: the checkpoint's, else text",
     )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest token; 1: as trained")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that make up this share")
-    parser.add_argument("--beams", type=int, default=1, help="search with so many texts at a time")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy; 1: the model's distribution")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens with this total probability"
+    )
+    parser.add_argument("--beams", type=int, default=1, help="number of beams; 1: no beam search")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams: above 1 favours long texts")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--batch", type=int, default=8, help="prompts at a time; changes no text")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at a time; does not change the texts")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree, the number of processes")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own, where it is native"
+        "--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own if the device has it natively"
     )
     return parsed(parser)
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise UserError for what can be said before anything is loaded."""
+    """Raise UserError for mistakes that need no checkpoint to detect."""
     for name in ("batch", "tensor"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1")
-    processes, tensor = place.world_size(), arguments.tensor
+    processes, tensor = process.world_size(), arguments.tensor
     if processes != tensor:
         raise UserError(
             f"--tensor {tensor} needs {tensor} processes, {processes} started: "
@@ -109,7 +111,7 @@ def check(arguments: argparse.Namespace) -> None:
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists: remove it or choose another file")
     if output is not None and not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: {output.parent} is no folder that can be written to")
+        raise UserError(f"--output {output}: {output.parent} is not a writable folder")
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -118,7 +120,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if path is None:
         return arguments.prompt
     if path.exists() and not path.is_file():
-        raise UserError(f"--prompts-file {path} is no regular file: write the prompts into one")
+        raise UserError(f"--prompts-file {path} is not a regular file: write the prompts into one")
     try:
         text = read_limited(path).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
@@ -188,7 +190,7 @@ def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: D
         nonlocal shown
         piece = "".join(decoder.step(tokenizer, token) or "" for token in tokens)
         shown += piece
-        if place.is_main():
+        if process.is_main():
             print(piece, end="", flush=True)
 
     show(prompt)
@@ -215,15 +217,15 @@ def write(model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], decod
 
 
 def save(path: Path, prompts: list[str], texts: list[str]) -> None:
-    """Write prompts and texts, the whole file at once or none."""
+    """Write prompts and texts to a new file, atomically. Raises: UserError."""
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     try:
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), replace=False)
     except FileExistsError as error:
-        raise UserError(f"--output {path} exists by now: remove it or choose another file") from error
+        raise UserError(f"--output {path} exists now: remove it or choose another file") from error
     except OSError as error:
         raise UserError(
-            f"--output {path} cannot be written ({error.strerror}): make room, or choose another"
+            f"--output {path} cannot be written ({error.strerror}): free space, or choose another"
         ) from error
     print(f"{len(rows)} texts in {path}", file=sys.stderr)
 

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 8 scripts/preflight.py model=opt-13b parallel.tensor=8 data.train=/data/text
 
-`train.py` does the same before its first step. Nothing is prepared and nothing is loaded: it takes seconds.
+`train.py` does the same before step 1. No text is prepared and no checkpoint loaded: it takes seconds.
 """
 
 from __future__ import annotations

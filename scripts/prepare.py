@@ -1,7 +1,7 @@
-"""Prepare the text of a run before it trains: `python scripts/prepare.py data.train=…`, with train.py's own keys.
+"""Prepare a run's text in advance: `python scripts/prepare.py data.train=…`, with train.py's own keys.
 
-Makes what `train.py` with the same command line would, and prints what is in it. A stream is filled as far as the run
-reads it. `verify=true`: then read all of it, and compare it with its checksums.
+Makes the stores that `train.py` with the same command line would, and prints their statistics. A stream is filled as
+far as the run reads it. `verify=true`: also read all stores and compare their checksums.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from opt_parallel.config.model import require
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.log import aligned
 
-VERIFY = "verify"  # no key of a run
+VERIFY = "verify"  # not a key of the configuration
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
@@ -28,14 +28,14 @@ def main(config: DictConfig) -> None:
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
-        from opt_parallel.checkpoint.damage import tokenizer_of  # torch comes with it
+        from opt_parallel.checkpoint.damage import tokenizer_of  # imports torch
         from opt_parallel.checkpoint.folders import choose
         from opt_parallel.data.prepare import prepare
         from opt_parallel.data.store.statistics import table_of
         from opt_parallel.data.store.store import TokenStore
 
-        begun = choose(run)
-        prepared = prepare(run, tokenizer_of(begun))
+        resume_from = choose(run)
+        prepared = prepare(run, tokenizer_of(resume_from))
         stores = {f"data.train ({each.name})": each.store for each in prepared.train if each.stream is None}
         if prepared.validation is not None:
             stores["validation"] = prepared.validation
@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
             from opt_parallel.data.resuming import resumed_clock
             from opt_parallel.data.tasks import fill_streams
 
-            clock = resumed_clock(run, prepared.train, read_manifest(begun)) if begun else Clock()
+            clock = resumed_clock(run, prepared.train, read_manifest(resume_from)) if resume_from else Clock()
             opened |= fill_streams(run, prepared, clock)
         for name in stores:
             print(f"\n{name}\n{aligned(table_of(opened[name]))}")
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
 
 
 def take_verify() -> bool:
-    """Whether the command line asks for it; it is told no more of that."""
+    """Remove `verify=…` from the command line; return its value. Raises: UserError."""
     given = [argument for argument in sys.argv[1:] if argument.partition("=")[0] == VERIFY]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in given]
     value = given[-1].partition("=")[2].lower() if given else "false"

@@ -1,4 +1,4 @@
-"""Write what is generated from the configuration's comments: docs/configuration.md and the text of --help."""
+"""Write docs/configuration.md and the text of --help from the comments in the configuration's dataclasses."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from opt_parallel.runtime.log import quiet_libraries
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders, globs, or datasets of the hub")
-    parser.add_argument("--vocab-size", type=int, required=True, help="the most tokens; OPT has 50272 rows for them")
+    parser.add_argument("--vocab-size", type=int, required=True, help="largest number of tokens; OPT has 50272 rows")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--text-field", default="text", help="of a record; default: text")
     arguments = parsed(parser)

@@ -1,6 +1,6 @@
 """Compare our outputs with transformers' on the same files: `python scripts/verify.py --checkpoint DIR`.
 
-With `--against` ours come from another checkpoint, such as the one that was exported. Status 0 if they agree, 1 if not.
+`--against`: take our outputs from another checkpoint, such as the exported one. Status 0 if they agree, 1 if not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What is reached without a network on the data of scripts/wordnet_text.py, and how often generated answers are right.
+"""Baselines on the data of scripts/wordnet_text.py, and the accuracy of generated answers.
 
     python scripts/wordnet_baselines.py --data data/wordnet [--answers answers.jsonl]
 
-Of the labels: always the commonest, and logistic regression on which words a gloss has. Of the pairs: always the
-commonest completion. `--answers` is what generate.py wrote for pairs-validation.jsonl.
+Labels: the most frequent one, and logistic regression on a bag of words. Pairs: the most frequent completion.
+`--answers`: generate.py's output for pairs-validation.jsonl.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opt_parallel.config.options import parsed
 from opt_parallel.report.scores import figures, tally
 from opt_parallel.runtime.errors import UserError, reporting
 
-SEEN = 2  # training glosses that a word must occur in to be a feature
+SEEN = 2  # a feature is a word that occurs in at least this many training glosses
 EPOCHS, BATCH, RATE = 6, 256, 5e-3
 SINGLE = ProblemType.single_label_classification
 
@@ -41,9 +41,9 @@ def main() -> int:
     truth = np.array([names.index(row["label"]) for row in held_out])
     commonest = Counter(row["label"] for row in train).most_common(1)[0][0]
     always = np.eye(len(names))[[names.index(commonest)] * len(held_out)]
-    print("labels, always the commonest:", in_words(figures(tally(always, truth, SINGLE), SINGLE)))
+    print("labels, always the commonest:", described(figures(tally(always, truth, SINGLE), SINGLE)))
     scores = bag_of_words(train, held_out, names)
-    print("labels, bag of words:", in_words(figures(tally(scores, truth, SINGLE), SINGLE)))
+    print("labels, bag of words:", described(figures(tally(scores, truth, SINGLE), SINGLE)))
 
     pairs, asked = (read(arguments.data / f"pairs-{name}.jsonl") for name in ("train", "validation"))
     completion = Counter(row["completion"] for row in pairs).most_common(1)[0][0]
@@ -56,35 +56,37 @@ def main() -> int:
 
 
 def bag_of_words(train: list[dict[str, str]], held_out: list[dict[str, str]], names: list[str]) -> np.ndarray:
-    """Scores (held-out glosses, labels) of multinomial logistic regression by Adam, the epoch that does best on every
-    twentieth training gloss, which it does not learn from."""
+    """Scores (held-out glosses, labels) of multinomial logistic regression, trained by Adam; of the epoch with the best
+    accuracy on every twentieth training gloss, which is not trained on."""
     seen = Counter(word for row in train for word in words_of(row["text"]))
-    number = {word: place for place, word in enumerate(sorted(word for word, n in seen.items() if n >= SEEN))}
+    number = {word: index for index, word in enumerate(sorted(word for word, n in seen.items() if n >= SEEN))}
     model = nn.EmbeddingBag(len(number) + 1, len(names), mode="sum", padding_idx=len(number))  # each word's scores
     nn.init.zeros_(model.weight)
     bias = nn.Parameter(torch.zeros(len(names)))
     optimizer = torch.optim.Adam([*model.parameters(), bias], lr=RATE)
 
     def features(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
-        """Each gloss's words, and where it begins among them."""
+        """The word indices of all glosses, concatenated, and the offset of each gloss."""
         bags = [[number[word] for word in words_of(row["text"]) if word in number] for row in rows]
         starts = np.cumsum([0, *map(len, bags)])[:-1]
         return torch.tensor([word for bag in bags for word in bag], dtype=torch.long), torch.from_numpy(starts)
 
     labels = torch.tensor([names.index(row["label"]) for row in train])
-    kept = [place for place in range(len(train)) if place % 20]
-    aside, best, scores = list(range(0, len(train), 20)), 0.0, np.zeros(0)
+    kept = [index for index in range(len(train)) if index % 20]
+    tuning, best, scores = list(range(0, len(train), 20)), 0.0, np.zeros(0)
     for _ in range(EPOCHS):
         order = torch.randperm(len(kept)).tolist()
         for first in range(0, len(order), BATCH):
-            chosen = [kept[place] for place in order[first : first + BATCH]]
-            loss = nn.functional.cross_entropy(model(*features([train[p] for p in chosen])) + bias, labels[chosen])
+            chosen = [kept[index] for index in order[first : first + BATCH]]
+            loss = nn.functional.cross_entropy(
+                model(*features([train[index] for index in chosen])) + bias, labels[chosen]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            found = (model(*features([train[p] for p in aside])) + bias).argmax(1)
-            right = float((found == labels[aside]).float().mean())
+            found = (model(*features([train[index] for index in tuning])) + bias).argmax(1)
+            right = float((found == labels[tuning]).float().mean())
             if right > best:
                 best, scores = right, (model(*features(held_out)) + bias).numpy()
     return scores
@@ -94,7 +96,7 @@ def words_of(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def in_words(found: dict[str, float]) -> str:
+def described(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 

@@ -1,12 +1,12 @@
-"""Three data sets out of WordNet 3.0's database files, as the Debian package wordnet-base lays them out.
+"""Three data sets from WordNet 3.0's database files, as in the Debian package wordnet-base.
 
     python scripts/wordnet_text.py --output data/wordnet [--source /usr/share/wordnet]
 
 text-*.jsonl: for pretraining, an article for each synset: its words and their gloss.
-pairs-*.jsonl: prompts and completions, a noun's article and what the noun is a kind of.
+pairs-*.jsonl: prompts (a noun's article) and completions (its hypernym).
 labels-*.jsonl: glosses labelled with the category (WordNet calls it the lexicographer file) of their synset.
 
-Glosses held out in one are held out in all, and so are those of the same words. docs/real-text.md says what for.
+A gloss, and its near-duplicates, are held out in all three sets or in none. docs/real-text.md uses these data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.storage.atomic import new_file
 
 SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
-# the numbers of lexnames(5WN), that part of WordNet's manual
+# in the order of lexnames(5WN) in WordNet's manual
 CATEGORIES = [
     *(f"adj.{name}" for name in ("all", "pert")), "adv.all", *(f"noun.{name}" for name in (
         "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling",
@@ -41,7 +41,7 @@ CATEGORIES = [
 
 @dataclass(frozen=True)
 class Synset:
-    """A set of synonyms. `kind_of`: where its first hypernym stands in the same file, if it has one."""
+    """A set of synonyms. `kind_of`: offset of its first hypernym in the same file, None without one."""
 
     speech: str
     offset: str
@@ -81,14 +81,14 @@ def main() -> int:
 
 
 def read_synsets(folder: Path) -> Iterator[Synset]:
-    """All synsets of the four files; wndb(5WN) of WordNet's manual describes them. Raises: UserError."""
+    """All synsets of the four files; wndb(5WN) in WordNet's manual has their format. Raises: UserError."""
     for name, speech in SPEECH.items():
         path = folder / f"data.{name}"
         require(path.is_file(), f"--source {folder} has no data.{name}: install wordnet-base, or name its folder")
         try:
             file = path.open(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--source: {path} cannot be read ({error.strerror}): bring WordNet 3.0") from error
+            raise UserError(f"--source: {path} cannot be read ({error.strerror}): install WordNet 3.0") from error
         with file:
             for number, line in enumerate(file, start=1):
                 if line.startswith("  "):  # the licence
@@ -96,7 +96,7 @@ def read_synsets(folder: Path) -> Iterator[Synset]:
                 try:
                     yield read_synset(line, speech)
                 except (ValueError, IndexError) as error:
-                    raise UserError(f"{path}, line {number} is no synset ({error}): bring WordNet 3.0") from error
+                    raise UserError(f"{path}, line {number} is not a synset ({error}): install WordNet 3.0") from error
 
 
 def read_synset(line: str, speech: str) -> Synset:
@@ -105,8 +105,8 @@ def read_synset(line: str, speech: str) -> Synset:
     offset, category, _, count, *rest = fields.split(" ")
     words = [word.partition("(")[0].replace("_", " ") for word in rest[0 : 2 * int(count, 16) : 2]]
     pointers = rest[2 * int(count, 16) + 1 :]
-    above = [pointers[place + 1] for place in range(0, len(pointers) - 3, 4) if pointers[place] == "@"]
-    return Synset(speech, offset, CATEGORIES[int(category)], words, above[0] if above else None, gloss.strip())
+    hypernyms = [pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] == "@"]
+    return Synset(speech, offset, CATEGORIES[int(category)], words, hypernyms[0] if hypernyms else None, gloss.strip())
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Saving and loading a run's state, ours and DeepSpeed's own, by the same engine in the same processes, in turn."""
+"""Saving and loading a run's state with our format and DeepSpeed's, alternately, in the same engine and processes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from opt_parallel.zero import Fragment, base_optimizer, held_fragments
 
 Rounds = dict[str, list[float]]
 
-WORDS = 16  # of the one sample that a data rank trains on, so that there are moments
+TOKENS = 16  # of the one sample that each data rank trains on, so that moments exist
 
 
 def measure(run: Run, processes: int, folder: Path, rounds: int) -> Rounds:
-    """By what is measured, a figure a round: seconds of the slowest process, or bytes of the fullest.
+    """Each quantity's values, one a round: seconds of the slowest process, or most bytes of a process.
 
-    Raises: UserError if a state that was loaded is not the one that was saved: the times would say nothing."""
+    Raises: UserError if a loaded state differs from the saved one."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, context) as pool:
@@ -68,7 +68,7 @@ def _work(run: Run, rank: int, world: int, folder: Path, rounds: int) -> Rounds:
             batch={"global": topology.data.size, "micro": 1},
         )
         engine = Engine.build(run, topology, random_source(run.seed))
-        words = torch.arange(4, 4 + WORDS).unsqueeze(0)
+        words = torch.arange(4, 4 + TOKENS).unsqueeze(0)
         engine.step([Batch(words, words, None, None, torch.tensor([topology.data.rank]))], Clock())
         bench = Bench(run, topology, engine, Store(run, topology, tokenizer), folder)
         measured: Rounds = {}
@@ -82,7 +82,7 @@ def _work(run: Run, rank: int, world: int, folder: Path, rounds: int) -> Rounds:
 
 @dataclasses.dataclass
 class Bench:
-    """One process's side."""
+    """One process of the measurement."""
 
     run: Run
     topology: Topology
@@ -91,7 +91,7 @@ class Bench:
     folder: Path
 
     def turn(self, turn: int) -> dict[str, float]:
-        """One round: a save and a load of each, who begins changes."""
+        """One round: both sides save and load; the order alternates."""
         sides = [self._ours, self._theirs]
         figures: dict[str, float] = {}
         for side in sides if turn % 2 else reversed(sides):
@@ -155,12 +155,12 @@ class Bench:
         return {"their save": whole, "their load": loaded, "their memory": peak, "their bytes": size / self.parameters}
 
     def _now(self) -> float:
-        """Seconds, once every process is here."""
+        """The clock in seconds, after a barrier."""
         self.topology.barrier()
         return time.perf_counter()
 
     def _state(self) -> list[Tensor]:
-        """All that a checkpoint is of: this rank's weights as the network has them, fp32 weights and moments."""
+        """This rank's training state: working weights, fp32 weights and moments."""
         held = [values for fragment in self._held() for values in fragment.tensors.values()]
         return held + [tensor.detach() for _, tensor, _ in marked(self.engine.wrapped.module)]
 
@@ -169,7 +169,8 @@ class Bench:
         return list(held_fragments(self.engine.wrapped, self.run.zero.stage, data_rank, moments))
 
     def _forget(self) -> list[float]:
-        """Zero weights and no moments, as little as a run that begins has; the sums of what there was."""
+        """Zero the weights and delete the moments, as at the start of a run. Returns the sums of the earlier
+        tensors."""
         sums = [float(values.double().sum()) for values in self._state()]
         self.size = sum(values.nbytes for values in self._state())
         self.moments = sum(values.nbytes for fragment in self._held() for values in fragment.moments.values())
@@ -180,19 +181,19 @@ class Bench:
         self.resident = peak_memory(self.topology.device)
         return sums
 
-    def _peak(self, made: int = 0) -> float:
-        """The most that this process held while loading, over its state: the rest was there before, or is of the
-        state itself, the moments and `made` bytes of weights."""
+    def _peak(self, created: int = 0) -> float:
+        """Peak memory of loading, relative to the state's size: 1 means no memory beyond the state. The moments and
+        `created` bytes of weights belong to the state."""
         grown = peak_memory(self.topology.device) - self.resident
-        return 1 + (grown - self.moments - made) / self.size
+        return 1 + (grown - self.moments - created) / self.size
 
     def _compare(self, before: list[float], whose: str) -> None:
         if before != [float(values.double().sum()) for values in self._state()]:
-            raise UserError(f"{whose} checkpoint did not bring the state back: its times say nothing")
+            raise UserError(f"{whose} checkpoint did not restore the state: its times are meaningless")
 
 
 def table(measured: Rounds) -> list[list[str]]:
-    """Medians and ranges, and each ratio round by round beside what it may be."""
+    """Medians and ranges, and the ratios of each round beside their goals."""
     lines = [["", "ours (range)", "DeepSpeed (range)", "ours ÷ it (range)", "goal"]]
 
     for what, ours, theirs, goal in (

@@ -1,7 +1,8 @@
-"""Trainers of the same OPT: ours, and what others would use in its place. Each is a function that does one step.
+"""The trainers that are compared: ours and the alternatives. Each is a function that does one optimizer step.
 
-All get the run's shape, precision, sequence, batch, dropout, clipping, AdamW (torch's fused kernel) and the same ids.
-What is theirs stays theirs: DeepSpeed's own bucket sizes and gradient types, DTensor's fp32 weights under autocast.
+All use the run's model, precision, sequence length, batch, dropout, clipping, AdamW (torch's fused kernel) and token
+ids. Each keeps its own defaults otherwise: DeepSpeed's bucket sizes and gradient types, DTensor's fp32 weights under
+autocast.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ PRODUCTS, PRODUCT_SIZE = 20, {"cpu": 2048, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Contender:
-    """`tensor`: whether it splits the model over `parallel.tensor`; else all processes are data-parallel.
+    """A trainer. `tensor`: whether it splits the model over `parallel.tensor`; else all processes are data-parallel.
 
-    `refuses(run, world)` says why it cannot run so, or nothing."""
+    `refuses(run, world)`: why it cannot run this setting; empty if it can."""
 
     title: str
     tensor: bool
@@ -43,7 +44,7 @@ class Contender:
 
 
 def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
-    """This data rank's micro-batches of a step, made of random words."""
+    """This data rank's micro-batches of a step, with random token ids."""
     micro, length = run.micro_batch, run.data.sequence_length
     for position in range(run.global_batch // (micro * data_size)):
         first = step * run.global_batch + (position * data_size + data_rank) * micro
@@ -66,7 +67,7 @@ def build_ours(run: Run) -> Step:
         batches = list(micro_batches(run, number, topology.data.rank, topology.data.size))
         return float(engine.step(batches, Clock(number)).loss)
 
-    step.opened = opened  # type: ignore[attr-defined]  # lives as long as the step
+    step.opened = opened  # type: ignore[attr-defined]  # keeps it alive as long as the step
     return step
 
 
@@ -104,7 +105,7 @@ def transformers_model(run: Run) -> Any:
 
 
 def build_with_deepspeed(run: Run, autotp: bool) -> Step:
-    """transformers' model in DeepSpeed's hands, with AutoTP or without."""
+    """transformers' model under DeepSpeed, with or without AutoTP."""
     import deepspeed
 
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -142,7 +143,7 @@ def build_with_deepspeed(run: Run, autotp: bool) -> Step:
 
 
 def build_dtensor(run: Run) -> Step:
-    """transformers' model split by torch's own tensor parallelism, embedding and head by the vocabulary."""
+    """transformers' model under torch's DTensor tensor parallelism; embedding and head are split by vocabulary."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.parallel import (
@@ -165,8 +166,8 @@ def build_dtensor(run: Run) -> Step:
     parallelize_module(model, mesh, {"model.decoder.embed_tokens": embedding, "lm_head": head})
     model.lm_head.weight = model.model.decoder.embed_tokens.weight
     split = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    whole = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
-    optimizer = adamw(run, [{"params": split}, {"params": whole}])
+    replicated = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+    optimizer = adamw(run, [{"params": split}, {"params": replicated}])
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.precision.name is Precision.bf16)
 
     def step(number: int) -> float:
@@ -181,7 +182,7 @@ def build_dtensor(run: Run) -> Step:
                 (loss / len(batches)).backward()
             losses.append(loss.detach())
         if run.optimizer.clip > 0:
-            clip_apart(split, whole, run.optimizer.clip)
+            clip_apart(split, replicated, run.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad()
         return float(torch.stack(losses).mean())
@@ -189,22 +190,22 @@ def build_dtensor(run: Run) -> Step:
     return step
 
 
-def clip_apart(split: Sequence[Tensor], whole: Sequence[Tensor], most: float) -> None:
-    """Clip DTensors and tensors by their common norm, which torch's own function does not take together."""
+def clip_apart(split: Sequence[Tensor], replicated: Sequence[Tensor], most: float) -> None:
+    """Clip DTensors and tensors by their common norm; torch's function cannot mix them."""
     from torch.distributed.tensor import DTensor
 
-    of_split, of_whole = (
+    split_norm, replicated_norm = (
         torch.nn.utils.get_total_norm([each.grad for each in group if each.grad is not None])
-        for group in (split, whole)
+        for group in (split, replicated)
     )  # fmt: skip
-    assert isinstance(of_split, DTensor)
-    norm = (of_split.full_tensor() ** 2 + of_whole**2) ** 0.5
-    for group in (split, whole):
+    assert isinstance(split_norm, DTensor)
+    norm = (split_norm.full_tensor() ** 2 + replicated_norm**2) ** 0.5
+    for group in (split, replicated):
         torch.nn.utils.clip_grads_with_norm_(group, most, norm)
 
 
 def build_product(run: Run) -> Step:
-    """Not a trainer: a step is PRODUCTS large matrix products, the most that a trainer could do."""
+    """Not a trainer: each step is PRODUCTS large matrix products, an upper bound for trainers."""
     device, dtype = local_device(), DTYPES[run.precision.name]
     size = PRODUCT_SIZE[device.type]
     left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))

@@ -1,5 +1,5 @@
-"""Memory and time of checkpoints going in and out: random weights as a Hugging Face folder, imported at a tensor
-degree, exported again, each in processes of its own whose peaks are their whole memory."""
+"""Memory and time of import and export: a Hugging Face folder with random weights is imported at a tensor degree and
+exported again, each in its own processes; the peaks are those of the complete processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Measured:
-    """One process's: seconds, the most bytes it held, and how many it may hold."""
+    """One process: seconds, its peak memory in bytes, and the bound of that."""
 
     what: str
     seconds: float
@@ -45,7 +45,7 @@ class Measured:
 
 
 def measure(model: ModelConfig, tensor: int, dtype: torch.dtype, shard_size: int) -> Iterator[Measured]:
-    """Import in `dtype` at degree `tensor`, then export of the same folder, which is fp16 in files of `shard_size`."""
+    """Import an fp16 folder with files of `shard_size` in `dtype` at degree `tensor`, then export it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, output = Path(temporary) / "theirs", Path(temporary) / "ours"
         with torch.device("meta"):
@@ -65,13 +65,13 @@ def measure(model: ModelConfig, tensor: int, dtype: torch.dtype, shard_size: int
 
 @contextmanager
 def _processes(number: int) -> Iterator[ProcessPoolExecutor]:
-    """Fresh ones: a forked process would begin with its parent's peak."""
+    """A pool of spawned processes: a forked process would start at its parent's peak memory."""
     with ProcessPoolExecutor(number, multiprocessing.get_context("spawn")) as pool:
         yield pool
 
 
 def _import(folder: Path, dtype: torch.dtype, rank: int, world: int, store: str) -> tuple[float, int, int]:
-    """Seconds, peak and the bytes of this rank's part."""
+    """Seconds, peak memory, and the bytes of this rank's shards."""
     quiet_libraries()
     import opt_parallel.engine  # noqa: F401  a trainer has DeepSpeed in memory too
 
@@ -94,7 +94,7 @@ def _timed(work: Callable[[], Any]) -> tuple[tuple[float, int], Any]:
 
 
 def row(measured: Measured) -> list[str]:
-    """One line of the table."""
+    """One row of the table."""
     within = "yes" if measured.peak <= measured.bound else "NO"
     return [
         measured.what, f"{measured.seconds:.1f} s", f"{measured.peak / GB:.2f} GB", f"{measured.bound / GB:.2f} GB",

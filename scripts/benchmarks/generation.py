@@ -1,4 +1,4 @@
-"""Greedy generation, ours and transformers' on the same weights in one process, and the matrix products alone."""
+"""Greedy generation by ours and transformers on the same weights in one process, and its matrix products alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD = [["batch", "ours (range)", "transformers (range)", "ours ÷ theirs (range
 
 
 def models(config: ModelConfig) -> tuple[CausalLM, Any]:
-    """Ours with random weights and transformers' on the very same memory."""
+    """Our model with random weights, and transformers' model that shares their memory."""
     from transformers import OPTConfig, OPTForCausalLM
 
     device = local_device()
@@ -43,7 +43,7 @@ def models(config: ModelConfig) -> tuple[CausalLM, Any]:
 def measure(config: ModelConfig, batch: int, prompt: int, new: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round, interleaved, for `new` tokens after prompts of `prompt` tokens.
 
-    Raises: UserError if the two do not give the same tokens, or end early: then they did not do the same work.
+    Raises: UserError if the two generate different tokens or end early, so that their work differs.
     """
     ours, theirs = models(config)
     generator = torch.Generator().manual_seed(2)
@@ -62,12 +62,14 @@ def measure(config: ModelConfig, batch: int, prompt: int, new: int, rounds: int)
             if turn >= 0:
                 measured[name].append(seconds)
         if not torch.equal(output["ours"], output["transformers"]) or output["ours"].size(1) != prompt + new:
-            raise UserError("ours and transformers made other texts, or ended early: their times say nothing")
+            raise UserError(
+                "ours and transformers generated different texts, or ended early: their times are meaningless"
+            )
     return measured
 
 
 def _products(model: CausalLM, batch: int, steps: int) -> Tensor:
-    """The linear layers' products and the head's, of so many steps, and nothing else."""
+    """Only the matrix products of the linear layers and the head, for this many steps."""
     products = (Linear, ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
     weights = [
         module.weight.view(-1, module.weight.size(-1)) for module in model.modules() if isinstance(module, products)
@@ -89,7 +91,7 @@ def _timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 def row(batch: int, measured: dict[str, list[float]]) -> list[str]:
-    """Of one batch size: medians and ranges of the times, and the ratio round by round."""
+    """A table row for one batch size: medians and ranges of the times, and of the ratios of each round."""
     cells = {name: _spread(times, 2, " s") for name, times in measured.items()}
     ratios = [ours / theirs for ours, theirs in zip(measured["ours"], measured["transformers"], strict=True)]
     return [str(batch), cells["ours"], cells["transformers"], _spread(ratios, 3), cells["products"]]

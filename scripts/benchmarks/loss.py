@@ -1,4 +1,4 @@
-"""The head's loss alone, forward and backward: fused, and as transformers writes it."""
+"""The loss of the head alone, forward and backward: fused, and plain as in transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure(tokens: int, width: int, words: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, interleaved, and in `… memory` the bytes above those held before, of each round."""
+    """Seconds of each round, interleaved; in `… memory`, additional bytes at the peak of each round."""
     device = local_device()
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
@@ -54,7 +54,7 @@ def _once(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[f
 
 
 def row(tokens: int, words: int, measured: dict[str, list[float]]) -> list[str]:
-    """Of one size: medians and ranges of the times, their ratio round by round, the most memory."""
+    """A table row for one size: medians and ranges of times and of the ratios of each round, and peak memory."""
     ratios = [slow / fast for slow, fast in zip(measured["plain"], measured["fused"], strict=True)]
     cells = [f"{tokens:,} × {words:,}"]
     for name in ("fused", "plain"):

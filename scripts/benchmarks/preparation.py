@@ -1,5 +1,5 @@
-"""Preparing a large text, ours and `datasets.map` with the same tokenizer, in turn, each in processes of its own; and
-ours killed half-way and started again."""
+"""Preparing a large text with ours and `datasets.map`, with the same tokenizer, alternately and each in its own
+processes; and ours, killed half-way and started again."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from opt_parallel.data.text.python_text import python_documents
 from opt_parallel.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-CHANGED = 0.05  # of the words, in each copy of the text
-LOOK = 0.05  # seconds between two looks at the memory
+CHANGED = 0.05  # share of the words that each copy of the text changes
+SAMPLE_EVERY = 0.05  # seconds between two readings of the memory
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds and the most memory: of the process, and of it with all below it, shared pages counted once for each."""
+    """Seconds, and peak memory in bytes: `parent`: of the process; `together`: summed over it and its children."""
 
     seconds: float
     parent: int
@@ -38,22 +38,22 @@ class Measured:
 
 
 def write_corpus(path: Path, size: int) -> None:
-    """`size` bytes of json lines: the text that this Python carries, again and again, other words changed each time."""
+    """Write `size` bytes of JSON lines: Python's documentation repeated, with other random words changed each time."""
     documents = list(python_documents())
     words = sorted({word for document in documents for word in document.split(" ") if word.isalpha()})
     draw, written = random.Random(0), 0
     with path.open("w", encoding="utf-8") as file:
         while written < size:
             document = draw.choice(documents).split(" ")
-            for place in draw.sample(range(len(document)), int(CHANGED * len(document))):
-                document[place] = draw.choice(words)
+            for index in draw.sample(range(len(document)), int(CHANGED * len(document))):
+                document[index] = draw.choice(words)
             line = json.dumps({"text": " ".join(document)}) + "\n"
             file.write(line)
             written += len(line)
 
 
 def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int) -> list[list[str]]:
-    """Lines of a table."""
+    """Rows of the table. Raises: UserError if the two count different tokens."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         here = Path(temporary)
         write_corpus(here / "text.jsonl", size)
@@ -66,13 +66,15 @@ def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int)
             store = _store(here)
             tokens = store.tokens
             shutil.rmtree(here / "theirs", ignore_errors=True)
-            whole = watched([sys.executable, __file__, str(here), str(workers)])
-            told = json.loads((here / "theirs.json").read_text())
-            if told["tokens"] + store.documents != tokens:  # ours end each document with a token
-                raise UserError(f"{told['tokens']} tokens and {store.documents} ends are not ours, {tokens}")
-            theirs.append(Measured(told["map"], whole.parent, whole.together))
-            loading.append(told["load"])
-            print(f"ours {ours[-1].seconds:.1f} s, datasets.map {told['map']:.1f} s after loading {told['load']:.1f} s")
+            total = watched([sys.executable, __file__, str(here), str(workers)])
+            figures = json.loads((here / "theirs.json").read_text())
+            if figures["tokens"] + store.documents != tokens:  # our stores end each document with a token
+                raise UserError(f"{figures['tokens']} tokens and {store.documents} ends are not ours, {tokens}")
+            theirs.append(Measured(figures["map"], total.parent, total.together))
+            loading.append(figures["load"])
+            print(
+                f"ours {ours[-1].seconds:.1f} s, datasets.map {figures['map']:.1f} s, loading {figures['load']:.1f} s"
+            )
         ratios = [b.seconds / a.seconds for a, b in zip(ours, theirs, strict=True)]
         with_loading = [(b.seconds + load) / a.seconds for a, b, load in zip(ours, theirs, loading, strict=True)]
         rows = [["", "seconds", "tokens/s", "peak of all", "of the parent"]]
@@ -87,7 +89,7 @@ def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int)
 def watched(command: list[str], until: Callable[[], bool] = lambda: False) -> Measured:
     """Run a command to its end, or kill it as soon as `until()`. Raises: UserError if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    begun, parent, together = time.perf_counter(), 0, 0
+    started, parent, together = time.perf_counter(), 0, 0
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         watching = psutil.Process(process.pid)
         while process.poll() is None:
@@ -98,14 +100,14 @@ def watched(command: list[str], until: Callable[[], bool] = lambda: False) -> Me
             for each in (watching, *_below(watching)):
                 try:
                     held.append(each.memory_info().rss)
-                except psutil.Error:  # it has ended meanwhile
+                except psutil.Error:  # the process has ended meanwhile
                     continue
             parent, together = max(parent, *held[:1], 0), max(together, sum(held))
-            time.sleep(LOOK)
+            time.sleep(SAMPLE_EVERY)
         status = process.wait()
     if status > 0:
         raise UserError(f"{' '.join(command)} ended with status {status}")
-    return Measured(time.perf_counter() - begun, parent, together)
+    return Measured(time.perf_counter() - started, parent, together)
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:
@@ -129,18 +131,19 @@ def _store(here: Path) -> TokenStore:
 
 
 def _killed(here: Path, workers: int) -> list[list[str]]:
-    """Ours without a break, then killed half-way and started again: the same bytes, the finished parts untouched."""
+    """Kill ours half-way and start it again. Raises: UserError unless the bytes are the same as without a kill, and
+    finished parts are kept."""
     store = _store(here)
-    whole = {path.relative_to(store.folder): path.read_bytes() for path in store.folder.rglob("*.bin")}
+    expected = {path.relative_to(store.folder): path.read_bytes() for path in store.folder.rglob("*.bin")}
     shutil.rmtree(here / "cache")
-    made = "store-*.partial/part-?????/part.json"
+    finished = "store-*.partial/part-?????/part.json"
     half = len(store.parts) // 2
-    watched(_ours(here, workers), until=lambda: len([*(here / "cache").glob(made)]) >= half)
-    kept = {path.parent.name: path.stat().st_mtime_ns for path in (here / "cache").glob(made)}
+    watched(_ours(here, workers), until=lambda: len([*(here / "cache").glob(finished)]) >= half)
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in (here / "cache").glob(finished)}
     again = watched(_ours(here, workers))
     store = _store(here)
     untouched = all((store.folder / part / "part.json").stat().st_mtime_ns == when for part, when in kept.items())
-    same = all((store.folder / path).read_bytes() == content for path, content in whole.items())
+    same = all((store.folder / path).read_bytes() == content for path, content in expected.items())
     if not (untouched and same and kept):
         raise UserError(f"killed and started again: {len(kept)} parts kept, untouched: {untouched}, same: {same}")
     return [[f"killed half-way with {len(kept)} of {len(store.parts)} parts, again", f"{again.seconds:.1f}"]]
@@ -161,12 +164,12 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def theirs(here: Path, workers: int) -> None:
-    """`datasets` reads the lines and maps the tokenizer over them; what took how long, into theirs.json."""
+    """Read the lines with `datasets`, map the tokenizer over them, and write the times to theirs.json."""
     import datasets
     from tokenizers import Tokenizer
 
     datasets.disable_progress_bars()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     text = datasets.load_dataset(
         "json", data_files=str(here / "text.jsonl"), split="train", cache_dir=str(here / "theirs")
     )
@@ -181,8 +184,8 @@ def theirs(here: Path, workers: int) -> None:
     mapped = text.map(encode, batched=True, num_proc=workers, remove_columns=text.column_names)
     done = time.perf_counter()
     tokens = sum(len(chunk.flatten()) for chunk in mapped.data.column("ids").chunks)
-    told = {"load": loaded - begun, "map": done - loaded, "tokens": tokens}
-    (here / "theirs.json").write_text(json.dumps(told))
+    figures = {"load": loaded - started, "map": done - loaded, "tokens": tokens}
+    (here / "theirs.json").write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

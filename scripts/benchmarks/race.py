@@ -1,7 +1,7 @@
-"""Contenders take turns: each has processes of its own that stay alive and wait while another's work.
+"""Contenders take turns: each has its own processes, which wait while another contender's processes work.
 
-So every round measures all of them within seconds of each other, on a machine that others may share, and what they
-need to start, import and compile is not in the figures.
+So every round measures all contenders within seconds, on a machine that others may share; start, import and compilation
+are not measured.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from opt_parallel.report.metrics import forget_peak_memory, peak_memory
 from opt_parallel.runtime.errors import one_line
 from opt_parallel.runtime.log import quiet_libraries
 
-WARM_UP = 2  # steps before the memory is watched: compiling, the allocator's first requests
-PATIENCE = 1200.0  # seconds for one answer
+WARM_UP = 2  # steps before memory is measured: compilation, first allocations
+ANSWER_TIMEOUT = 1200.0  # seconds
 
 
 @dataclass
 class Result:
-    """What one contender did. Rates are of all processes together, one a round; memory is of the fullest process."""
+    """One contender's result. Rates, one a round: of all processes together. Memory: largest of a process."""
 
     name: str
     title: str
@@ -51,7 +51,8 @@ class Result:
 
 @dataclass
 class Race:
-    """All results, and the rate of a large matrix product on all processes at once, FLOP/s of one process, a round."""
+    """All results, and the FLOP/s of one process in a large matrix product that all processes run at once, one a
+    round."""
 
     results: list[Result]
     matmul_flops: list[float]
@@ -71,7 +72,7 @@ class Team:
             arguments = (contender.title, run, rank, world, threads, meeting_point, theirs)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
-            theirs.close()  # so that a process that died reads as the end of the pipe
+            theirs.close()  # so that the pipe ends when the process dies
             self.members.append((process, ours))
 
     def ask(self, *question: Any) -> list[Any]:
@@ -84,13 +85,13 @@ class Team:
         return self.answers()
 
     def answers(self) -> list[Any]:
-        """The first failure ends the wait: the other ranks may hang in a collective."""
+        """Wait for all answers or the first failure: after one, the other ranks may hang in a collective."""
         answers: list[Any] = []
         missing = {pipe for _, pipe in self.members}
         while missing:
-            ready = wait(list(missing), PATIENCE)
+            ready = wait(list(missing), ANSWER_TIMEOUT)
             if not ready:
-                raise RuntimeError(f"no answer within {PATIENCE:.0f} s")
+                raise RuntimeError(f"no answer within {ANSWER_TIMEOUT:.0f} s")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 missing.remove(pipe)
@@ -115,9 +116,9 @@ class Team:
 
 
 def race(names: list[str], run: Run, world: int, threads: int, steps: int, rounds: int) -> Race:
-    """`rounds` times `steps` optimizer steps of each contender, in an order that turns with the rounds.
+    """Measure `rounds` times `steps` optimizer steps of each contender; the order rotates each round.
 
-    `run.global_batch` is that of one data-parallel process, and each contender has as many as its layout gives."""
+    `run.global_batch` is the batch of one data-parallel process; a contender's batch is that times its data degree."""
     results, teams = {}, {}
     for name in names:
         contender = CONTENDERS[name]
@@ -168,7 +169,7 @@ def _tell(text: str) -> None:
 
 
 def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_point: str, pipe: Connection) -> None:
-    """A process of a team: build, warm up, then answer until the pipe is closed."""
+    """A contender's process: build, warm up, then answer until the pipe is closed."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     quiet_libraries()
     torch.set_num_threads(threads)
@@ -187,7 +188,7 @@ def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_poi
             if question == "memory":
                 pipe.send((True, peak_memory(device)))
                 continue
-            step(done)  # not measured: whoever had the turn before left the caches full of other things
+            step(done)  # not measured: warms caches that the previous contender filled
             start = _now(device)
             for number in range(done + 1, done + 1 + arguments[0]):
                 step(number)
@@ -210,7 +211,7 @@ def _join(rank: int, world: int, meeting_point: str) -> torch.device:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given and every rank is here."""
+    """The clock in seconds, after synchronising the device and all ranks."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.all_reduce(torch.zeros(1))

@@ -1,4 +1,4 @@
-"""A race's table, JSON and picture."""
+"""A race's table, JSON file and plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Row = dict[str, Any]
 
 
 def rows_of(race: Race, run: Run, world: int) -> list[Row]:
-    """A row a contender: median and range of its rounds, MFU, memory, and ours over it, round by round."""
+    """One row per contender: median and range of its rounds, MFU, memory, and the ratio ours / contender of each
+    round."""
     rate = statistics.median(race.matmul_flops)
     flops = run.model.flops_per_token(run.data.sequence_length)
     ours = next((result for result in race.results if result.name == "ours" and not result.failure), None)
@@ -40,7 +41,7 @@ def _row(result: Result, ours: Result | None, mfu_of_a_token: float) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """The rows as a text table."""
     head = ["", "tensor × data", "tokens a step", "tokens/s (range)", "MFU", "peak memory", "first loss"]
     lines = [[*head, "ours ÷ it (range)", "our memory ÷ its"]]
     failed = []
@@ -60,7 +61,7 @@ def table(rows: list[Row]) -> str:
 
 
 def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) -> list[Path]:
-    """`name`.json and `name`.png in `folder`."""
+    """Write `name`.json and `name`.png to `folder`; return their paths."""
     data, picture = folder / f"{name}.json", folder / f"{name}.png"
     write_text(data, json.dumps({"setting": setting, "results": rows}, indent=1) + "\n")
     draw(picture, f"{title}\n{setting['machine']}", [row for row in rows if not row["failure"]])
@@ -68,7 +69,7 @@ def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) ->
 
 
 def draw(path: Path, title: str, rows: list[Row]) -> None:
-    """Bars of tokens/s, a line from the slowest to the fastest round, and of peak memory."""
+    """Plot bars of tokens/s, with the range of the rounds as a line, and of peak memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.55 * len(rows)), dpi=150, layout="constrained")

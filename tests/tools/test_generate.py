@@ -151,8 +151,8 @@ def test_prompts_of_a_jsonl_and_beams(
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "empty file": (["--prompts-file", "empty.txt"], ["empty.txt is empty"]),
     "no file": (["--prompts-file", "none.txt"], ["none.txt", "No such file"]),
-    "a pipe": (["--prompts-file", "pipe"], ["pipe is no regular file"]),
-    "a device": (["--prompts-file", "/dev/zero"], ["/dev/zero is no regular file"]),
+    "a pipe": (["--prompts-file", "pipe"], ["pipe is not a regular file"]),
+    "a device": (["--prompts-file", "/dev/zero"], ["/dev/zero is not a regular file"]),
     "deep line": (["--prompts-file", "deep.jsonl"], ["deep.jsonl, line 1 is not JSON: maximum recursion"]),
     "blank line": (["--prompts-file", "blank.txt"], ["blank.txt, line 2 is blank"]),
     "broken line": (["--prompts-file", "broken.jsonl"], ["broken.jsonl, line 2", "JSON"]),

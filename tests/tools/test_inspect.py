@@ -137,7 +137,7 @@ def test_verify(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     """Each kind of damage is named; only a checkpoint that is whole has status 0."""
     folder = copy / "checkpoints" / "step-4"
     status, text = said(capsys, monkeypatch, "verify", folder)
-    assert (status, "is whole" in text) == (0, True)
+    assert (status, "is complete" in text) == (0, True)
 
     first, second, manifest = (folder / name for name in (*RANKS, "manifest.json"))
     contents = {path: path.read_bytes() for path in (first, second, manifest)}
@@ -203,7 +203,7 @@ def test_diff_across_layouts(
     assert ["layout.tensor", "1", "2"] in [line.split() for line in lines]
     assert ["config.parallel.tensor", "1", "2"] in [line.split() for line in lines]
     _, text = said(capsys, monkeypatch, "diff", two, two)
-    assert "no setting and no version differs" in text
+    assert "all settings and versions are equal" in text
     assert "tensors are equal" in text
 
 
