@@ -86,7 +86,8 @@ def lonely(folder: Path) -> None:
 
 def test_a_mistake_that_only_one_rank_makes_is_said_by_it(tmp_path: Path) -> None:
     program = "import sys, pathlib, test_log; test_log.lonely(pathlib.Path(sys.argv[1]))"
-    process = python("-c", program, str(tmp_path), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    path = ":".join(str(folder) for folder in (ROOT, ROOT / "tests/runtime", ROOT / "tests/support"))
+    process = python("-c", program, str(tmp_path), PYTHONPATH=path)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
     assert process.stderr.endswith(", rank 1: this rank cannot read part 7\n")
