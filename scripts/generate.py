@@ -153,11 +153,11 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
     if not any((opened.tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"--checkpoint: {opened.tokenizer} has no tokenizer: put its tokenizer.json there")
     tokenizer = load_tokenizer(str(opened.tokenizer))
-    tokens, words = count_tokens(tokenizer), opened.config.vocab_size
-    if tokens > words:
+    tokens, rows = count_tokens(tokenizer), opened.config.vocab_size
+    if tokens > rows:
         raise UserError(
-            f"--checkpoint: the tokenizer in {opened.tokenizer} has {tokens} tokens, the model {words}: "
-            "bring the one that it was trained with"
+            f"--checkpoint: the tokenizer in {opened.tokenizer} has {tokens} tokens, the model {rows}: "
+            "use the tokenizer that the model was trained with"
         )
     return tokenizer
 

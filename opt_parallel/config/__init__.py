@@ -1,1 +1,1 @@
-"""The configuration: its types and checks, and Hydra's side of it."""
+"""The configuration: typed sections, their checks, and the interface to Hydra."""

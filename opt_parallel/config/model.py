@@ -61,7 +61,7 @@ class Section:
         object.__setattr__(self, "_sealed", True)
 
     def check(self) -> None:
-        """Raise `UserError` if the values contradict one another."""
+        """Raise `UserError` if the values contradict each other."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_sealed", False):

@@ -1,1 +1,1 @@
-"""What a run reports: metrics, trackers, plots, scores."""
+"""A run's metrics, trackers, plots and scores."""

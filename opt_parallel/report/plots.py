@@ -129,8 +129,8 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
 
 
 def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.ndarray) -> None:
-    """Write the picture of a confusion matrix (N, N): the share of each true label, a row, that each decision got, and
-    the number of examples where there is room for it."""
+    """Write a plot of a confusion matrix (N, N), rows: true labels. Colours are shares of each row; up to `MOST_NAMED`
+    labels, names and counts are drawn too."""
     number, labels = len(labels), [_short(label, LONGEST_LABEL) for label in labels]
     size = min(16.0, 3.2 + 0.5 * number)
     figure = _figure(figsize=(size + 1, size), dpi=150, layout="constrained")

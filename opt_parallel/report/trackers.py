@@ -100,7 +100,7 @@ class Trackers:
                 work(tracker)
             except Exception as error:  # trackers raise many types
                 self.active.remove(tracker)
-                say(f"warning: {tracker.name} failed ({_reason(error)}): the run goes on without it")
+                say(f"warning: {tracker.name} failed ({_reason(error)}): the run continues without it")
 
 
 def _reason(error: Exception) -> str:

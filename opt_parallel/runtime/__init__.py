@@ -1,1 +1,1 @@
-"""The process: its rank, host, terminal, log, signals, errors and clock."""
+"""The process: rank, host, terminal, log, signals, errors, and the run's clock."""

@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 
 
 def leave(line: str, status: int = 2, timeout: float = 10.0, shared: bool = False) -> NoReturn:
-    """End this process with `status`; under a launcher rank 0 alone prints `line`.
+    """End this process with `status`; under a launcher only rank 0 prints `line`.
 
     Launchers kill every rank when one exits. So the other ranks wait up to `timeout` seconds for that signal, and rank
     0 prints first. Rank 0 waits half as long for ranks that are still starting, or 1 s if all ranks raised together

@@ -252,7 +252,7 @@ def optional(path: Path, done: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _warn(f"{path} cannot be {done} ({error.strerror or error}): the run goes on", once_for=str(path))
+        _warn(f"{path} cannot be {done} ({error.strerror or error}): the run continues", once_for=str(path))
 
 
 def _warn(text: str, once_for: str | None = None) -> None:

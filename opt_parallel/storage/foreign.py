@@ -31,11 +31,11 @@ def file_in(folder: Path, name: str) -> Path | None:
             return None
         raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: copy the file there") from error
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a circle of links, a NUL in a name
-        raise UserError(f"{str(path)!r:.300} cannot be read ({one_line(error):.300}): bring a whole copy") from error
+        raise UserError(f"{str(path)!r:.300} cannot be read ({one_line(error):.300}): use a complete copy") from error
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise UserError(f"{path} leads out of its folder, to {target}: copy the file itself there, or remove the link")
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is not a regular file: bring a whole copy")
+        raise UserError(f"{path} is not a regular file: use a complete copy")
     check_fetched(path, str(path))
     return path
 
@@ -77,7 +77,7 @@ def content_of(folder: Path, name: str) -> bytes | None:
     try:
         return None if path is None else read_limited(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): bring a whole copy") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}): use a complete copy") from error
 
 
 def read_json(path: Path) -> Any:

@@ -42,7 +42,7 @@ class Lines:
                 del self._kept[: file.write(self._kept)]
         except OSError as error:
             if not self._failed:
-                say(f"warning: {self.path} cannot be written ({error.strerror}): the run goes on and keeps its lines")
+                say(f"warning: {self.path} cannot be written ({error.strerror}): the run continues and keeps its lines")
             self._failed = True
             return
         if self._failed:
