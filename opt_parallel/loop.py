@@ -129,9 +129,7 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
         write_state(run, "stopped" if status else "done")
     if status:
         interrupt.ignore()
-        topology.exchange(
-            None
-        )  # no rank exits before all ignore signals and the state is written: launchers kill the rest
+        topology.exchange(None)  # launchers kill all ranks when one exits: first all ignore signals, state is written
     engine.close()
     return status
 

@@ -19,12 +19,8 @@ from opt_parallel.runtime.errors import UserError
 # any scheme with two slashes; some schemes also with one
 URL = re.compile(r"\s*([a-z][a-z0-9+.-]+://|(file|s3[an]?|gc?s|az|abfss?|adl|wasbs?|hdfs|dbfs|https?|hf):/)", re.I)
 HUB_PAGE = re.compile(r"\s*https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.I)
-BREAKS = {
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # Unicode categories: control characters, surrogates (undecodable bytes), line and paragraph separators
+# Unicode categories: control characters, surrogates (undecodable bytes), line and paragraph separators
+BREAKS = {"Cc", "Cs", "Zl", "Zp"}
 
 WAY_OUT = "change the permissions of the file and its folders, or choose another"
 

@@ -14,9 +14,7 @@ from opt_parallel.config.paths import reach
 from opt_parallel.launching.settings import Accelerate, DeepSpeed, Elastic, Launch, Torchrun
 from opt_parallel.runtime.errors import UserError
 
-SIGNALS = (
-    "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's defaults, and SIGUSR1, which Slurm sends before a time limit
-)
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's defaults, and what Slurm sends before a time limit
 PORT = 29500
 
 

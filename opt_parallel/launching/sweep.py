@@ -99,9 +99,7 @@ def swept_values() -> list[str]:
     """The overrides of this run that the sweep varies."""
     hydra = HydraConfig.get()
     fixed = hydra.job.config.override_dirname.exclude_keys
-    last = {
-        override.partition("=")[0]: override for override in hydra.overrides.task
-    }  # the last override of a key wins
+    last = {override.partition("=")[0]: override for override in hydra.overrides.task}  # the last of a key wins
     return [override for key, override in last.items() if key not in fixed]
 
 

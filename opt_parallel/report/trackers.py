@@ -21,14 +21,7 @@ from opt_parallel.storage.atomic import optional, write_text
 Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported late
 WANDB_ID = "wandb-id"  # the file in a run's folder with its wandb id, kept across starts
 MODE, CACHE = "WANDB_MODE", "WANDB_CACHE_DIR"
-FOLLOWED = (
-    MODE,
-    "WANDB_PROJECT",
-    "WANDB_NAME",
-    "WANDB_DIR",
-    "WANDB_RUN_ID",
-    "WANDB_RESUME",
-)  # variables that override our settings
+FOLLOWED = (MODE, "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")  # override our settings
 MODES = {
     "online": Wandb.online, "run": Wandb.online, "shared": Wandb.online,
     "offline": Wandb.offline, "dryrun": Wandb.offline, "disabled": Wandb.disabled,

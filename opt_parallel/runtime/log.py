@@ -57,9 +57,7 @@ def quiet_libraries() -> None:
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger(RETRIES).setLevel(logging.ERROR)
-    logging.raiseExceptions = (
-        False  # on a full disk logging would print a traceback for each line of a library's own log
-    )
+    logging.raiseExceptions = False  # on a full disk logging would print a traceback for each line of a library's log
     OURS.setLevel(logging.INFO)
     OURS.propagate = False
     warnings.filterwarnings("ignore", category=FutureWarning)

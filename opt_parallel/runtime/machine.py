@@ -115,10 +115,7 @@ def _group_memory() -> Iterator[tuple[int, int]]:
 def _page_cache(folder: Path) -> int:
     """Bytes of a cgroup's use that are page cache, which the kernel reclaims on demand."""
     rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-    names = (
-        "active_file",
-        "inactive_file",
-    )  # of this group alone; total_…: with its children, where the kernel has both
+    names = ("active_file", "inactive_file")  # of this group; the kernel may also have total_…, with its children
     return sum(int(rows.get(f"total_{name}", rows.get(name, 0))) for name in names)
 
 
@@ -140,9 +137,7 @@ def _status() -> dict[str, int]:
 
 def _groups(controller: str) -> Iterator[Path]:
     """Folders of the cgroups (version 1 or 2) that this process is in, from its own to the outermost."""
-    own = dict(
-        line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines()
-    )  # controllers: path; version 2 has no controllers
+    own = dict(line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines())  # controllers to path
     paths = {name: path for names, path in own.items() for name in names.split(",")}
     for line in _text(PROC / "mountinfo").splitlines():
         fields, _, system = line.partition(" - ")
