@@ -146,7 +146,7 @@ def _prompt_of(line: str, where: str, suffix: str) -> str:
 
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises: UserError if it has none, or one for more words than the model has."""
+    """The checkpoint's tokenizer. Raises: UserError if there is none, or it has more tokens than the model has rows."""
     from opt_parallel.data.encode.tokenizer import load_tokenizer
     from opt_parallel.huggingface.tokenizer import count_tokens
 
@@ -165,7 +165,7 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
 def dtype_of(
     arguments: argparse.Namespace, opened: Opened, topology: Topology, prompts: list[list[int]]
 ) -> torch.dtype:
-    """The dtype to compute in. Raises: UserError, on every rank, if there is no memory for it."""
+    """The dtype to compute in. Raises: UserError, on every rank, if the model does not fit into memory."""
     import torch
 
     from opt_parallel.checkpoint.room import SCRIPT, choose_dtype

@@ -68,8 +68,8 @@ def _work(run: Run, rank: int, world: int, folder: Path, rounds: int) -> Rounds:
             batch={"global": topology.data.size, "micro": 1},
         )
         engine = Engine.build(run, topology, random_source(run.seed))
-        words = torch.arange(4, 4 + TOKENS).unsqueeze(0)
-        engine.step([Batch(words, words, None, None, torch.tensor([topology.data.rank]))], Clock())
+        ids = torch.arange(4, 4 + TOKENS).unsqueeze(0)
+        engine.step([Batch(ids, ids, None, None, torch.tensor([topology.data.rank]))], Clock())
         bench = Bench(run, topology, engine, Store(run, topology, tokenizer), folder)
         measured: Rounds = {}
         for turn in range(rounds):

@@ -50,8 +50,8 @@ def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> Iterat
         first = step * run.global_batch + (position * data_size + data_rank) * micro
         samples = torch.arange(first, first + micro)
         generator = torch.Generator().manual_seed(first)
-        words = torch.randint(4, run.model.vocab_size, (micro, length + 1), generator=generator)
-        yield Batch(words[:, :-1].contiguous(), words[:, 1:].contiguous(), None, None, samples)
+        ids = torch.randint(4, run.model.vocab_size, (micro, length + 1), generator=generator)
+        yield Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, None, samples)
 
 
 def build_ours(run: Run) -> Step:

@@ -25,13 +25,13 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
 
 
-def measure(tokens: int, width: int, words: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+def measure(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round, interleaved; in `… memory`, additional bytes at the peak of each round."""
     device = local_device()
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
-    weight = (0.02 * torch.randn(words, width, generator=generator)).to(device, dtype).requires_grad_()
-    labels = torch.randint(words, (tokens,), generator=generator).to(device)
+    weight = (0.02 * torch.randn(vocabulary, width, generator=generator)).to(device, dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
     measured: dict[str, list[float]] = {}
     for turn in range(-1, rounds):
         for loss in (fused, plain):
@@ -53,10 +53,10 @@ def _once(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[f
     return time.perf_counter() - start, peak_memory(hidden.device) - before
 
 
-def row(tokens: int, words: int, measured: dict[str, list[float]]) -> list[str]:
+def row(tokens: int, vocabulary: int, measured: dict[str, list[float]]) -> list[str]:
     """A table row for one size: medians and ranges of times and of the ratios of each round, and peak memory."""
     ratios = [slow / fast for slow, fast in zip(measured["plain"], measured["fused"], strict=True)]
-    cells = [f"{tokens:,} × {words:,}"]
+    cells = [f"{tokens:,} × {vocabulary:,}"]
     for name in ("fused", "plain"):
         times = [1000 * seconds for seconds in measured[name]]
         cells.append(f"{statistics.median(times):,.0f} ms ({min(times):,.0f}–{max(times):,.0f})")
