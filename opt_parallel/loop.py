@@ -19,7 +19,7 @@ from opt_parallel.data.samples.mixture import Mixture
 from opt_parallel.data.samples.samples import Rows
 from opt_parallel.data.tasks import open_mixture
 from opt_parallel.engine import Engine
-from opt_parallel.parallel.precision import settle
+from opt_parallel.parallel.precision import choose_precision
 from opt_parallel.parallel.topology import Topology
 from opt_parallel.preflight import check_same, make_run_folder, preflight
 from opt_parallel.report.metrics import Metrics
@@ -80,7 +80,7 @@ def _lock(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
 
 
 def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: Interrupt) -> int:
-    run, why = settle(run, topology, precision_of(resume_from))
+    run, why = choose_precision(run, topology, precision_of(resume_from))
     for line in preflight(run, topology):
         if topology.world.size > 1:
             say(line)

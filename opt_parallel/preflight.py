@@ -34,7 +34,7 @@ from opt_parallel.data.store.sameness import ends_of
 from opt_parallel.model.build import network
 from opt_parallel.optim import OPTIMIZERS
 from opt_parallel.parallel.shard import trained_shapes
-from opt_parallel.parallel.topology import ALONE, DEVICE_PATIENCE, Group, Topology
+from opt_parallel.parallel.topology import ALONE, DEVICE_TIMEOUT, Group, Topology
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import aligned, bytes_in_words, say
 from opt_parallel.storage.atomic import remove
@@ -77,7 +77,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
 
     Raises: UserError, on every rank."""
     started = time.perf_counter()
-    topology.together(partial(_check_device, topology.device), DEVICE_PATIENCE)
+    topology.together(partial(_check_device, topology.device), DEVICE_TIMEOUT)
     speeds = [
         f"{name} {_slowest(topology, group)}"
         for name, group in (("tensor", topology.tensor), ("data", topology.data))

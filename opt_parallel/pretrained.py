@@ -35,7 +35,7 @@ from opt_parallel.model.outputs import (
 )
 from opt_parallel.model.tracing import Trace, traced
 from opt_parallel.parallel.random import Draw
-from opt_parallel.parallel.shard import marked, whole
+from opt_parallel.parallel.shard import gather_parameter, marked
 from opt_parallel.parallel.topology import ALONE, Group
 from opt_parallel.runtime.errors import UserError
 
@@ -87,7 +87,7 @@ class _Pretrained(nn.Module):
             Path(folder),
             self._content(self.model.decoder.embed_tokens.weight.dtype),
             [(name, shard) for name, _, shard in marked(self.model)],
-            lambda name, shard: whole(tensors[name], shard, self.group),
+            lambda name, shard: gather_parameter(tensors[name], shard, self.group),
             self.model.decoder.embed_tokens.weight.dtype,
             bytes_of(max_shard_size, "max_shard_size="),
             to_theirs=self._to_theirs,

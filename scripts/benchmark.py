@@ -175,9 +175,9 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
 
 def settled(run: Run) -> Run:
     """`run` with a concrete precision: emulated bf16 would compare emulations."""
-    from opt_parallel.parallel.precision import settle_alone
+    from opt_parallel.parallel.precision import choose_precision_alone
 
-    run, why = settle_alone(run)
+    run, why = choose_precision_alone(run)
     if why:
         print(f"precision={run.precision.name.value}: {why}")
     return run

@@ -25,14 +25,14 @@ def main(config: DictConfig) -> None:
         run = run_from(config)
         run.check_world(world_size())
         from opt_parallel.checkpoint.folders import choose, precision_of
-        from opt_parallel.parallel.precision import settle
+        from opt_parallel.parallel.precision import choose_precision
         from opt_parallel.parallel.topology import Topology
         from opt_parallel.preflight import check_same, make_run_folder, preflight  # torch takes seconds
 
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)
             topology.together(lambda: make_run_folder(run))
-            run, why = settle(run, topology, topology.together(lambda: precision_of(choose(run))))
+            run, why = choose_precision(run, topology, topology.together(lambda: precision_of(choose(run))))
             say(f"precision={run.precision.name.value}" + (f" ({why})" if why else ""))
             for line in preflight(run, topology):
                 say(line)

@@ -207,7 +207,7 @@ def test_a_tensor_group_across_hosts(crew: Any, tmp_path: Path) -> None:
     run = run_in(tmp_path, parallel=ParallelConfig(tensor=2))
     line = refusal(crew, [run] * 4, [tmp_path] * 4, ("nodeA", "nodeB", "nodeB", "nodeA"))
     assert line.startswith(
-        "parallel.tensor=2: a tensor group lies on several hosts (rank 0 on nodeA, rank 1 on nodeB), and every layer "
+        "parallel.tensor=2: a tensor group spans several hosts (rank 0 on nodeA, rank 1 on nodeB), and every layer "
     )
     allowed = dataclasses.replace(run, parallel=ParallelConfig(tensor=2, allow_cross_node=True))
     answers = crew(4)(said, [allowed] * 4, ["nodeA", "nodeB", "nodeB", "nodeA"], [tmp_path] * 4)
@@ -264,8 +264,8 @@ def with_a_device_that_hangs(sick: int, *arguments: Any) -> tuple[bool, str, flo
         time.sleep(8)
         raise TimeoutError  # a rank that came back would wait for the others
 
-    patience, check = preflight.DEVICE_PATIENCE, preflight._check_device
-    preflight.DEVICE_PATIENCE = timedelta(seconds=2)
+    timeout, check = preflight.DEVICE_TIMEOUT, preflight._check_device
+    preflight.DEVICE_TIMEOUT = timedelta(seconds=2)
     if int(os.environ["RANK"]) == sick:
         preflight._check_device = hang
     try:
@@ -273,7 +273,7 @@ def with_a_device_that_hangs(sick: int, *arguments: Any) -> tuple[bool, str, flo
     except TimeoutError:
         return False, "", 0.0
     finally:
-        preflight.DEVICE_PATIENCE, preflight._check_device = patience, check
+        preflight.DEVICE_TIMEOUT, preflight._check_device = timeout, check
 
 
 @pytest.mark.parametrize("sick", [0, 1])

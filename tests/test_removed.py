@@ -119,7 +119,7 @@ def test_a_rank_that_is_lost_in_the_last_save_is_named(tmp_path: Path) -> None:
         os.kill(int(header.rpartition("process ")[2]), signal.SIGKILL)
         ended = process.result()
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert re.search(r", rank 0: another rank is gone.*: no answer from \S+, rank 1; the same command goes on", line)
+    assert re.search(r", rank 0: another rank is gone.*: no answer from \S+, rank 1; the same command resumes", line)
     assert "could not be written" not in ended.stdout + ended.stderr
     again = launch(2, "train.py", *arguments)
     assert again.returncode == 0, again.stderr

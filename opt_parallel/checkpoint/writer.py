@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from opt_parallel.huggingface.folder import safetensors_header
-from opt_parallel.parallel.topology import UNHURRIED, Topology
+from opt_parallel.parallel.topology import FIXED_TIMEOUT, Topology
 from opt_parallel.storage.atomic import confirm, remove
 from opt_parallel.zero import Fragment
 
@@ -38,8 +38,9 @@ class Saver:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         several = topology.world.size > 1
-        # threads must not meet the loop's collectives; and one rank may write much longer than a step may take
-        self.group = dist.new_group(backend="gloo", group_desc=UNHURRIED) if several else None
+        # Its own group: threads must not interleave with the loop's collectives, and writing may outlast a step's
+        # timeout
+        self.group = dist.new_group(backend="gloo", group_desc=FIXED_TIMEOUT) if several else None
         self.buffer = torch.empty(0)
         self.thread: threading.Thread | None = None
         self.failure: str | None = None

@@ -24,7 +24,7 @@ class Offload(Enum):
 
 
 class Precision(Enum):
-    """`auto`: bf16 if the device has it natively, else fp32; `precision.settle` decides."""
+    """`auto`: bf16 if the device has it natively, else fp32; `choose_precision` decides."""
 
     auto = "auto"
     fp32 = "fp32"

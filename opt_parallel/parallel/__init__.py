@@ -1,1 +1,1 @@
-"""Layers split over a tensor group, and what they stand on: marks, collectives, chance."""
+"""Process groups, layers split over a tensor group, and what these use: marks, collectives, random numbers."""

@@ -1,7 +1,7 @@
-"""The four collectives with gradients, named by what they do forward, and four without.
+"""Four collectives with gradients, named by what they do in the forward pass, and four without.
 
-All but one return their result instead of writing into an argument: torch.compile keeps the gradient, and nobody else's
-tensor changes under them. A group of one communicates nothing.
+All but `all_reduce_in_place` return a new tensor: torch.compile would lose the gradient of a tensor that is written
+into. A group of size 1 does not communicate.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
 
 
 def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
-    """Make `tensor` its sum over the group, without a second one: for what fills a good part of the memory."""
+    """Replace `tensor` by its sum over the group; for tensors too large to allocate twice."""
     if group.size > 1:
         dist.all_reduce(tensor, group=group.handle)
 
 
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
-    """The first rank's `tensor`, on every rank of the group; the others' give its shape and dtype. No gradient."""
+    """The first rank's `tensor`, on every rank of the group. The other ranks' `tensor` gives shape and dtype. No
+    gradient."""
     if group.size == 1:
         return tensor
     assert group.handle is not None
@@ -39,7 +40,7 @@ def broadcast(tensor: Tensor, group: Group) -> Tensor:
 
 
 def all_gather_last(tensor: Tensor, group: Group) -> Tensor:
-    """The ranks' tensors (…, n) side by side along the last dim, (…, n · size). No gradient."""
+    """The ranks' tensors (…, n), concatenated along the last dim: (…, n · size). No gradient."""
     if group.size == 1:
         return tensor
     assert group.handle is not None
@@ -52,12 +53,12 @@ def _own_part(tensor: Tensor, group: Group) -> Tensor:
 
 
 def copy(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: identity. Backward: all-reduce, since each rank's use of the copy adds to its gradient."""
+    """Forward: identity. Backward: all-reduce, since every rank's use of the copy contributes to the gradient."""
     return tensor if group.size == 1 else _Copy.apply(tensor, group)
 
 
 def reduce(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: all-reduce. Backward: identity, since each rank's part entered the sum once."""
+    """Forward: all-reduce. Backward: identity, since each rank's tensor enters the sum once."""
     return tensor if group.size == 1 else _Reduce.apply(tensor, group)
 
 

@@ -1,6 +1,6 @@
-"""torch.compile for small functions of large tensors, where it pays and where it works.
+"""torch.compile for small functions of large tensors, where it saves time and where it works.
 
-Each of them, run eagerly, reads and writes its tensors once an operation; compiled, once in all.
+Run eagerly, such a function reads and writes its tensors once per operation; compiled, once in total.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch._dynamo.exc import TorchDynamoException
 
 from opt_parallel.runtime.log import say
 
-COMPILED_FROM = 2**19  # elements; below, compiling takes longer than a small run can save
+COMPILED_FROM = 2**19  # elements; for smaller tensors compiling takes longer than it saves
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled for calls whose first argument is a tensor of COMPILED_FROM elements or more.
 
-    It must be the same function either way: pure tensor operations, shapes that may change, no collective. On a machine
-    without a working compiler it runs as written, and a line says so."""
+    `function` may contain only tensor operations, no collectives. On a machine without a working compiler it runs
+    eagerly, and a line says so."""
 
     @wraps(function)
     def call(large: Tensor, *rest: Any) -> Any:

@@ -1,11 +1,11 @@
 """Linear layers split over a tensor group (Shoeybi et al. 2019, Megatron-LM, section 3).
 
-    Y = X A:   A = [A_1 … A_t]  by columns   Y_i = X A_i           the ranks' outputs stand side by side
+    Y = X A:   A = [A_1 … A_t]  by columns   Y_i = X A_i           the outputs are concatenated
     Z = Y B:   B = [B_1; … B_t] by rows      Z   = Σ_i Y_i B_i     one all-reduce
 
-A column-parallel layer followed by a row-parallel one therefore communicates once forward (the sum) and once backward
-(the gradient of X). PyTorch stores weights as (out, in), so the paper's columns are dim 0 of a weight here, its rows
-dim 1.
+A column-parallel layer followed by a row-parallel layer therefore communicates once forward (the sum) and once backward
+(the gradient of X). PyTorch stores weights as (out, in): the paper's columns are dim 0 of a weight here, its rows dim
+1.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from opt_parallel.parallel.topology import Group
 
 
 class ColumnParallelLinear(nn.Module):
-    """(…, in) → (…, blocks · out/t): each rank computes its share of every block's outputs.
+    """(…, in) → (…, blocks · out/t): each rank computes its share of the outputs of every block.
 
-    `blocks` equal products of one input are one matrix product: with 3, the logical weight is (3, out, in), split
-    along its dim 1, so that each rank holds the same heads of query, key and value.
+    `blocks` products of equal shape with one input are computed as one. With 3, the logical weight is (3, out, in),
+    split along dim 1, so that each rank has query, key and value of the same heads.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
         self.lora_b: nn.Parameter | None = None
 
     def adapt(self, rank: int, alpha: float, blocks: tuple[int, ...] = (0,)) -> None:
-        """Add a low-rank term to the products `blocks`, in ascending order; each of several has its own A and B."""
+        """Add a LoRA term to each of `blocks` (ascending). Each block has its own A and B."""
         *outer, out_features, in_features = shard_of(self.weight).shape
         self.adapted, self.scale = blocks, alpha / rank
         several = (len(blocks),) if outer else ()
@@ -59,7 +59,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """(…, in/t) → (…, out): the ranks' partial sums are added, then the bias, once."""
+    """(…, in/t) → (…, out): the sum of the ranks' partial products, plus the bias."""
 
     def __init__(self, in_features: int, out_features: int, group: Group, std: float, bias: bool = True) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class RowParallelLinear(nn.Module):
         self.lora_b: nn.Parameter | None = None
 
     def adapt(self, rank: int, alpha: float) -> None:
-        """Add a low-rank term."""
+        """Add a LoRA term."""
         out_features, in_features = shard_of(self.weight).shape
         self.scale = alpha / rank
         self.lora_a = parameter((rank, in_features), initial_a(in_features), decay=True, group=self.group, dim=1)
@@ -84,13 +84,13 @@ class RowParallelLinear(nn.Module):
 
     def _product(self, hidden: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.linear(hidden, self.weight, self.bias)  # added within the product
+            return F.linear(hidden, self.weight, self.bias)  # one kernel for product and bias
         summed = reduce(F.linear(hidden, self.weight), self.group)
         return summed if self.bias is None else summed + self.bias
 
 
 class Linear(nn.Module):
-    """(…, in) → (…, out) without bias, whole on every rank: the 350m's narrow projections, a classifier's score."""
+    """(…, in) → (…, out) without bias, replicated: the projections of OPT-350m, a classifier's score."""
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         super().__init__()
@@ -101,9 +101,9 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dim (Ba et al. 2016), eps 1e-5 as in OPT, whole on every rank.
+    """Layer normalisation over the last dim (Ba et al. 2016), eps 1e-5 as in OPT, replicated.
 
-    Without `affine` it has no parameters: no scale, no shift.
+    Without `affine` it has neither scale nor shift.
     """
 
     def __init__(self, size: int, affine: bool = True) -> None:

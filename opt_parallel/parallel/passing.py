@@ -1,4 +1,4 @@
-"""A model that holds the parameters of one module at a time, those of the module that computes."""
+"""A model that holds the parameters of only the module that computes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from opt_parallel.parallel.shard import Source, filled, marked
 
 @contextmanager
 def filled_in_turn(model: nn.Module, source: Source, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """While the context lasts, each module of a model made on the meta device asks `source` for this rank's ranges of
-    its own parameters when it is called, and lets them go when it returns: the memory of `fill` is never needed, and
-    every forward reads everything. For modules that use no other's parameters, and without gradients."""
-    names = {parameter: name for name, parameter, _ in marked(model)}  # a tied one under its first name
+    """Within the context, each module of a `model` on the meta device reads this rank's ranges of its own parameters
+    from `source` when it is called, and frees them when it returns.
+
+    Needs the memory of one module instead of the model's; every forward reads all parameters. Works without gradients,
+    for modules that do not use other modules' parameters."""
+    names = {parameter: name for name, parameter, _ in marked(model)}  # a tied parameter under its first name
     handles = []
 
     def take(own: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
         for name, empty in own.items():
             setattr(module, name, filled(empty, names[empty], source, device, dtype))
 
-    def let_go(own: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
+    def free(own: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
         for name, empty in own.items():
             setattr(module, name, empty)
 
@@ -33,7 +35,7 @@ def filled_in_turn(model: nn.Module, source: Source, device: torch.device, dtype
         own = dict(module.named_parameters(recurse=False))
         if own:
             handles.append(module.register_forward_pre_hook(partial(take, own)))
-            handles.append(module.register_forward_hook(partial(let_go, own), always_call=True))
+            handles.append(module.register_forward_hook(partial(free, own), always_call=True))
     try:
         yield
     finally:

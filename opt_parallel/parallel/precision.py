@@ -1,8 +1,7 @@
-"""In which precisions a device multiplies, and what `precision=auto` means: bf16 where every rank's device does, else
-fp32.
+"""The precisions that a device supports natively, and the meaning of `precision=auto`: bf16 if the devices of all ranks
+support it, else fp32.
 
-A device that lacks instructions for a precision emulates it, which takes several times as long as fp32, on many CPUs a
-hundred times.
+A device without instructions for a precision emulates it: several times slower than fp32, on many CPUs a hundred times.
 """
 
 from __future__ import annotations
@@ -20,32 +19,32 @@ from opt_parallel.parallel.topology import Topology, local_device
 from opt_parallel.runtime.log import say
 
 CPUINFO = Path("/proc/cpuinfo")
-# A CPU multiplies in these with one of the flags; the last is ARM's, the others are x86's
+# A CPU supports a precision if it has one of these flags; the last of each is ARM's, the others are x86's
 FLAGS = {Precision.bf16: {"avx512_bf16", "amx_bf16", "bf16"}, Precision.fp16: {"avx512_fp16", "amx_fp16", "asimdhp"}}
-# What a user can hold oneDNN to, torch's library of products, that is without instructions for fp16; all but the last
-# are without those for bf16, too
+# Values of ONEDNN_MAX_CPU_ISA that limit oneDNN, torch's library for matrix products, to instructions without fp16; all
+# but the last also exclude bf16
 ISAS = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni", "avx512_core_bf16")
 WITHOUT = {Precision.bf16: ISAS[:-1], Precision.fp16: ISAS}
 
 
 def cpu_flags(cpuinfo: str) -> set[str]:
-    """What the first CPU of /proc/cpuinfo can do, in Linux' words."""
+    """The flags of the first CPU in the text of /proc/cpuinfo."""
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     return set(line[1].split()) if line else set()
 
 
 def native_on_cpu(flags: Set[str], environment: Mapping[str, str]) -> set[Precision]:
-    """The precisions in which a CPU with these flags multiplies, as far as `environment` lets oneDNN use them."""
-    held_to = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA", "")
-    able = {each for each, needed in FLAGS.items() if needed & flags and held_to.lower() not in WITHOUT[each]}
-    return {Precision.fp32, *able}
+    """The precisions that a CPU with these flags supports, unless `environment` forbids oneDNN to use them."""
+    limit = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA", "")
+    supported = {each for each, needed in FLAGS.items() if needed & flags and limit.lower() not in WITHOUT[each]}
+    return {Precision.fp32, *supported}
 
 
 def native(device: torch.device) -> set[Precision]:
-    """The precisions in which `device` multiplies rather than emulates them."""
+    """The precisions that `device` supports without emulation."""
     if device.type == "cuda":
         with torch.cuda.device(device):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # from compute capability 8.0 on
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # compute capability 8.0 or more
         return {Precision.fp32, Precision.fp16} | ({Precision.bf16} if bf16 else set())
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
@@ -54,27 +53,31 @@ def native(device: torch.device) -> set[Precision]:
     return native_on_cpu(cpu_flags(text), os.environ)
 
 
-def settle(run: Run, topology: Topology, before: Precision | None = None) -> tuple[Run, str]:
-    """`resolved` for the devices of all ranks, which take part together. `before`: of the checkpoint that the run goes
-    on from, as rank 0 sees it."""
-    told = topology.exchange((native(topology.device), before))
-    ranks = range(len(told))
-    names = [device_name(topology.device) + (f" of {topology.where(rank)}" if len(told) > 1 else "") for rank in ranks]
-    return resolved(run, [each for each, _ in told], names, told[0][1])
+def choose_precision(run: Run, topology: Topology, before: Precision | None = None) -> tuple[Run, str]:
+    """`resolved` for the devices of all ranks; every rank calls this. `before`: the precision of the checkpoint that
+    the run resumes from; rank 0's counts."""
+    answers = topology.exchange((native(topology.device), before))
+    several = len(answers) > 1
+    names = [
+        device_name(topology.device) + (f" of {topology.where(rank)}" if several else "")
+        for rank in range(len(answers))
+    ]
+    return resolved(run, [natives for natives, _ in answers], names, answers[0][1])
 
 
-def settle_alone(run: Run) -> tuple[Run, str]:
-    """`resolved` for this process's device, where no group exists yet."""
+def choose_precision_alone(run: Run) -> tuple[Run, str]:
+    """`resolved` for this process's device, before process groups exist."""
     return resolved(run, [native(local_device())], [device_name(local_device())])
 
 
 def resolved(
     run: Run, natives: Sequence[Set[Precision]], names: Sequence[str], before: Precision | None = None
 ) -> tuple[Run, str]:
-    """`run` with one of the three precisions; and, if it was left open, why it is that one, for people.
+    """`run` with `precision=auto` replaced by one of the three precisions, and the reason for the choice, for people
+    (empty if the run names a precision).
 
-    `natives`, `names`: of each rank's device, in which it multiplies, and what to call it. `before`: of the checkpoint
-    that the run goes on from. Says a warning if a device emulates the precision."""
+    `natives`: the precisions that each rank's device supports; `names`: the devices' names; `before`: the precision of
+    the checkpoint that the run resumes from. Warns if a device emulates the precision."""
     precision, why = run.precision.name, ""
     if precision is Precision.auto:
         precision, why = _chosen(run, natives, names, before)
@@ -88,19 +91,19 @@ def _chosen(
     run: Run, natives: Sequence[Set[Precision]], names: Sequence[str], before: Precision | None
 ) -> tuple[Precision, str]:
     if run.zero.stage == 0:
-        return Precision.fp32, "zero.stage=0 takes no other"
+        return Precision.fp32, "zero.stage=0 supports fp32 only"
     if before is not None:
         return before, "the checkpoint's"
     if emulating := _emulating(Precision.bf16, natives, names):
         return Precision.fp32, f"{emulating} would emulate bf16"
-    return Precision.bf16, "the device multiplies it"
+    return Precision.bf16, "the device supports it natively"
 
 
 def _emulating(precision: Precision, natives: Sequence[Set[Precision]], names: Sequence[str]) -> str:
-    """The first device that does not multiply in `precision`, nothing if all do."""
-    return next((name for name, able in zip(names, natives, strict=True) if precision not in able), "")
+    """The name of the first device that does not support `precision`; empty if all do."""
+    return next((name for name, native in zip(names, natives, strict=True) if precision not in native), "")
 
 
 def device_name(device: torch.device) -> str:
-    """What to call it."""
+    """The device's name in messages."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -1,9 +1,9 @@
-"""Chance that does not depend on the layout.
+"""Random numbers that do not depend on the layout.
 
-Hidden dropout and LayerDrop are pure functions of where they stand in the run, and a sampled token's draw of where it
-stands in its text, so recomputation, micro-batches, tensor and data parallelism change nothing. Attention dropout alone
-happens inside a fused kernel, which takes its numbers from the device's generator: there the generator is seeded anew
-for each use.
+Hidden dropout and LayerDrop are pure functions of their position in the run, and a sampled token is a pure function of
+its position in the text. Recomputation, micro-batches, tensor and data parallelism therefore change nothing. Only
+attention dropout happens inside a fused kernel, which uses the device's generator: the generator is seeded before each
+use.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from opt_parallel.parallel.compiled import compiled
 from opt_parallel.parallel.topology import Group
 
-# The odd constants and shifts of a two-round 32-bit integer hash (Wellons 2018, "Prospecting for hash functions",
-# lowbias32), written as the signed numbers that int32 tensors want.
+# The constants of a two-round 32-bit integer hash (Wellons 2018, "Prospecting for hash functions", lowbias32), as
+# signed numbers, since the tensors are int32.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where one training forward stands in the run.
+    """The position of one training forward in the run, from which its random numbers follow.
 
-    `samples` (B,) int64 are the samples' ordinals in the run; `step`, `micro` and `data_rank` count from 0.
+    `samples` (B,) int64 are the samples' positions in the run; `step`, `micro` and `data_rank` count from 0.
     """
 
     seed: int
@@ -38,7 +38,7 @@ class Draw:
     samples: Tensor
 
     def dropout(self, hidden: Tensor, p: float, layer: int, site: int) -> Tensor:
-        """Inverted dropout of `hidden` (B, S, H), decided by (seed, sample, position, channel, layer, site)."""
+        """Inverted dropout of `hidden` (B, S, H), a function of (seed, sample, position, channel, layer, site)."""
         if p == 0.0:
             return hidden
         key = torch.full((), number(self.seed, layer, site), dtype=torch.int32, device=hidden.device)
@@ -47,17 +47,18 @@ class Draw:
         return dropped
 
     def drops_layer(self, p: float, layer: int) -> bool:
-        """LayerDrop's decision (Fan et al. 2020), one for the whole step: all ranks must agree."""
+        """LayerDrop's decision (Fan et al. 2020), the same in the whole step, since all ranks must agree."""
         return p > 0.0 and uniform("layerdrop", self.seed, self.step, layer) < p
 
     def seed_attention(self, layer: int, group: Group) -> None:
-        """Seed the device's generator for one layer's attention dropout; each tensor rank has heads of its own."""
-        place = ("attention", self.seed, self.step, self.micro, self.data_rank, group.rank, layer)
-        torch.manual_seed(number(*place, bits=63))
+        """Seed the device's generator for one layer's attention dropout. Tensor ranks get different seeds, since they
+        have different heads."""
+        key = ("attention", self.seed, self.step, self.micro, self.data_rank, group.rank, layer)
+        torch.manual_seed(number(*key, bits=63))
 
 
 class _Dropout(torch.autograd.Function):
-    """The backward decides anew what fell: cheaper than keeping a mask, and nothing is kept."""
+    """The backward recomputes the mask, which is faster than storing it and takes no memory."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
@@ -73,28 +74,28 @@ class _Dropout(torch.autograd.Function):
 
 @compiled
 def _dropped(hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
-    fallen = hash_dropped(samples, hidden.size(1), hidden.size(2), p, key)
-    return hidden.masked_fill(fallen, 0.0) * (1.0 / (1.0 - p))
+    mask = hash_dropped(samples, hidden.size(1), hidden.size(2), p, key)
+    return hidden.masked_fill(mask, 0.0) * (1.0 / (1.0 - p))
 
 
 def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: Tensor) -> Tensor:
-    """Which elements of (B, length, channels) fall to dropout with probability `p`: bool, no generator involved.
+    """Which elements of (B, length, channels) dropout with probability `p` sets to zero: bool, without a generator.
 
-    A counter hash in int32 arithmetic: (sample, position, key) give a row's word, the channel another, and one more
-    round over their exclusive or gives the element's. `key` is a 0-d int32 tensor.
+    A counter-based hash in int32 arithmetic: one hash of (sample, position, key), one of (channel, key), and a hash of
+    their exclusive or for the element. `samples` (B,) int64; `key` is a 0-d int32 tensor.
     """
     low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
     sample = _mix(low + _mix(high + key))
     position = torch.arange(length, dtype=torch.int32, device=samples.device)
     channel = torch.arange(channels, dtype=torch.int32, device=samples.device)
     rows = _mix(sample.unsqueeze(-1) + _mix(position * _GOLDEN))
-    words = _mix(rows.unsqueeze(-1) ^ _mix(channel * _GOLDEN + key))
-    return words < int(p * 2**32) - 2**31
+    hashes = _mix(rows.unsqueeze(-1) ^ _mix(channel * _GOLDEN + key))
+    return hashes < int(p * 2**32) - 2**31
 
 
-def _mix(words: Tensor) -> Tensor:
-    """One lowbias32 over int32; multiplication wraps, shifts are made logical by their masks."""
-    mixed = words ^ ((words >> 16) & 0xFFFF)
+def _mix(values: Tensor) -> Tensor:
+    """lowbias32 of int32 values. Multiplication wraps; the masks make the shifts logical."""
+    mixed = values ^ ((values >> 16) & 0xFFFF)
     mixed *= _FIRST
     mixed ^= (mixed >> 15) & 0x1FFFF
     mixed *= _SECOND
@@ -102,12 +103,12 @@ def _mix(words: Tensor) -> Tensor:
     return mixed
 
 
-def number(*place: object, bits: int = 31) -> int:
-    """A whole number below 2^bits, a pure function of `place`."""
-    digest = hashlib.sha256(repr(place).encode()).digest()
+def number(*key: object, bits: int = 31) -> int:
+    """An integer below 2^bits, a pure function of `key`."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> (64 - bits)
 
 
-def uniform(*place: object) -> float:
-    """A number of [0, 1), a pure function of `place`."""
-    return number(*place, bits=53) / 2**53
+def uniform(*key: object) -> float:
+    """A number in [0, 1), a pure function of `key`."""
+    return number(*key, bits=53) / 2**53

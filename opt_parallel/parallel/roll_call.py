@@ -1,7 +1,8 @@
-"""Which ranks still answer, asked through the ranks' store once a collective has failed, and who says it.
+"""After a collective has failed: which ranks still answer, and which rank prints the error.
 
-Each rank has a thread that answers, so that one which only waits for others counts as alive. A rank that is stopped or
-gone does not answer. One that answers and whose own collective does not fail is busy elsewhere: it tells where.
+Ranks ask and answer through torch's store. A thread in each rank answers, so that a rank which only waits for others
+counts as alive. A stopped or dead rank does not answer. A rank that answers, but whose own collective does not fail, is
+busy elsewhere: it answers with the line of code that it executes.
 """
 
 from __future__ import annotations
@@ -15,38 +16,38 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-POLL = 1.0  # seconds between two looks whether somebody asks
-ANSWERED = 5.0  # seconds for an answer
-UNREACHABLE = 20.0  # seconds for the store itself
-PACKAGE = Path(__file__).parent
+POLL = 1.0  # seconds between checks for a question
+ANSWER_TIMEOUT = 5.0  # seconds
+STORE_TIMEOUT = 20.0  # seconds, for all exchanges with the store
+PACKAGE = Path(__file__).parents[1]
 
 
 class RollCall:
-    """`connect` makes a connection to a store of torch's, for this run alone; `hosts`: each rank's host."""
+    """`connect` opens a connection to a torch store that only this run uses; `hosts`: each rank's host."""
 
     def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...]) -> None:
         self._store, self._rank, self._hosts = connect(), rank, hosts
-        self._over = threading.Event()
+        self._closed = threading.Event()
         threading.Thread(target=self._answer, args=(connect(),), name="roll call", daemon=True).start()
 
     def close(self) -> None:
-        """Answer no more."""
-        self._over.set()
+        """Stop answering."""
+        self._closed.set()
 
     def ask(self) -> tuple[str, bool]:
-        """After a failure of this rank's: which ranks are missing, in words, and whether this one shall say so. Of each
-        host one does, the lowest that answers if it fails, too."""
+        """Called after a collective of this rank failed: a description of the missing ranks, and whether this rank
+        prints it. On each host one rank prints: the lowest of those that answer and whose collective failed."""
         found: list[tuple[str, bool]] = []
         asking = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
         asking.start()
-        asking.join(UNREACHABLE)
+        asking.join(STORE_TIMEOUT)
         return found[0] if found else self._without_store()
 
     def _answer(self, store: Any) -> None:
         with suppress(RuntimeError):  # the store is gone
-            while not self._over.wait(POLL):
+            while not self._closed.wait(POLL):
                 if store.check(["asked"]):
-                    store.set(f"here-{self._rank}", _place_of_main_thread())
+                    store.set(f"here-{self._rank}", _line_of_main_thread())
                     store.add("here", 1)
                     return
 
@@ -54,7 +55,7 @@ class RollCall:
         try:
             missing = self._missing()
             self._store.add("done", 1)
-            if self._rank == 0:  # which may be the one that keeps the store
+            if self._rank == 0:  # its process may host the store
                 self._wait(lambda: self._store.add("done", 0) == self._store.add("failed", 0))
             return missing
         except RuntimeError:
@@ -80,10 +81,10 @@ class RollCall:
         return f"{self._named(busy)} is still at {store.get(f'here-{busy[0]}').decode()}", True
 
     def _without_store(self) -> tuple[str, bool]:
-        """Where no launcher keeps the store, rank 0 does, and is the one that is missing."""
-        kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        alive = [rank for rank in self._neighbours() if rank > 0 or kept_by_launcher]
-        missing = "the launcher that keeps the ranks' store" if kept_by_launcher else self._named([0])
+        """The answer when the store is unreachable: its host is missing, the launcher or else rank 0."""
+        hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        alive = [rank for rank in self._neighbours() if rank > 0 or hosted_by_launcher]
+        missing = "the launcher that hosts the ranks' store" if hosted_by_launcher else self._named([0])
         return f"no answer from {missing}", self._rank == min(alive, default=self._rank)
 
     def _neighbours(self) -> list[int]:
@@ -96,18 +97,18 @@ class RollCall:
 
     @staticmethod
     def _wait(condition: Callable[[], bool]) -> bool:
-        end = time.monotonic() + ANSWERED
+        end = time.monotonic() + ANSWER_TIMEOUT
         while not (holds := condition()) and time.monotonic() < end:
             time.sleep(POLL / 10)
         return holds
 
 
-def _place_of_main_thread() -> str:
-    """Where in the package the main thread is: `data/batches.py, line 61`."""
+def _line_of_main_thread() -> str:
+    """The line of the package that the main thread executes: `data/samples/batches.py, line 61`."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
             return f"{path.relative_to(PACKAGE)}, line {frame.f_lineno}"
         frame = frame.f_back
-    return "an unknown place"
+    return "an unknown line"

@@ -1,6 +1,6 @@
-"""One mark on each parameter says how it lies in its logical tensor; everything else reads the mark.
+"""A mark (`Shard`) on each parameter describes its part of the logical tensor; all other code reads the mark.
 
-The logical tensor is the one an unsplit model would hold. Names never decide anything.
+The logical tensor is the parameter of an unsplit model. Names decide nothing.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` along `dim` of a logical tensor; the whole of it where `count` is 1.
+    """Part `index` of `count` along `dim` of a logical tensor; all of it if `count` is 1.
 
-    Where `count` does not divide the size, each part but the last ones holds the size rounded up, and the rows beyond
-    the logical end are padding: zero, and never counted, saved or trained.
+    Every part has the same size, ⌈size / count⌉. If `count` does not divide the size, the rows beyond the logical end
+    are padding: zero, and never counted, saved or trained.
     """
 
     shape: tuple[int, ...]
@@ -59,14 +59,14 @@ class Shard:
 
     @property
     def range(self) -> tuple[slice, ...]:
-        """What this part holds of the logical tensor."""
+        """The slices of the logical tensor that this part holds."""
         size, end = self.local_shape[self.dim], self.shape[self.dim]
         part = slice(min(self.index * size, end), min((self.index + 1) * size, end))
         return tuple(part if dim == self.dim else slice(0, full) for dim, full in enumerate(self.shape))
 
     @property
     def real(self) -> tuple[slice, ...]:
-        """Where `range` lies in the local tensor: everything but padding."""
+        """The slices of the local tensor that hold `range`: everything but padding."""
         return tuple(slice(0, part.stop - part.start) for part in self.range)
 
     @property
@@ -86,14 +86,14 @@ def parameter(shape: tuple[int, ...], initial: Normal | Constant, decay: bool, g
 
 
 def replicated(shape: tuple[int, ...], initial: Normal | Constant, decay: bool) -> nn.Parameter:
-    """An empty parameter that every rank of a tensor group holds whole, marked."""
+    """An empty parameter, marked, of which every rank of a tensor group holds a full copy."""
     shard = Shard(shape, 0, 0, 1, initial, decay)
     return mark(nn.Parameter(torch.empty(shape)), shard)
 
 
 def mark(tensor: nn.Parameter, shard: Shard) -> nn.Parameter:
-    """Put the mark on a parameter. DeepSpeed reads `tensor_model_parallel` when it adds up a norm over the tensor
-    group: without it split parameters would count once instead of once a rank, and clipping would be wrong."""
+    """Put the mark on a parameter, and `tensor_model_parallel`, which DeepSpeed's gradient norm reads: without it only
+    one rank's part of a split parameter would count, and clipping would be wrong."""
     tensor.shard = shard  # type: ignore[attr-defined]
     tensor.tensor_model_parallel = shard.count > 1  # type: ignore[attr-defined]
     return tensor
@@ -107,13 +107,13 @@ def shard_of(tensor: nn.Parameter) -> Shard:
 
 
 def marked(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """Each parameter once (a tied one under its first name) with its mark."""
+    """Each parameter once (a tied parameter under its first name) with its mark."""
     for name, tensor in model.named_parameters():
         yield name, tensor, shard_of(tensor)
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """Of `marked`, what is not frozen."""
+    """`marked`, without frozen parameters."""
     return ((name, tensor, shard) for name, tensor, shard in marked(model) if tensor.requires_grad)
 
 
@@ -123,12 +123,12 @@ def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of `logical_shapes`, what is not frozen."""
+    """`logical_shapes`, without frozen parameters."""
     return {name: shard.shape for name, _, shard in trained(model)}
 
 
 def require_same_tensors(where: str, wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> None:
-    """Raise UserError unless `where` holds just the tensors that the model wants: all differences in one line."""
+    """Raise UserError, which lists the differences, unless the tensors that `where` holds are exactly `wanted`."""
     wrong = [f"{name} is missing" for name in wanted if name not in held]
     wrong += [f"{name} is unexpected" for name in held if name not in wanted]
     shared = [name for name in wanted if name in held]
@@ -143,8 +143,8 @@ def logical_parameters(model: nn.Module) -> int:
     return sum(shard.numel for _, _, shard in marked(model))
 
 
-def whole(tensor: Tensor, shard: Shard, group: Group) -> Tensor:
-    """The logical tensor out of its parts, on every rank of `group`, which all take part. No gradient."""
+def gather_parameter(tensor: Tensor, shard: Shard, group: Group) -> Tensor:
+    """The logical tensor, gathered from its parts on every rank of `group`; all of its ranks call this. No gradient."""
     if shard.count == 1:
         return tensor.detach()
     parts = all_gather_last(tensor.detach().movedim(shard.dim, -1), group).movedim(-1, shard.dim)
@@ -156,26 +156,26 @@ def fill(
     source: Source,
     device: torch.device,
     dtype: torch.dtype,
-    settle: Callable[[nn.Module], None] = lambda module: None,
+    on_filled: Callable[[nn.Module], None] = lambda module: None,
 ) -> None:
-    """Give a model made on the meta device its memory and its values, asking `source` for this rank's ranges only.
+    """Allocate the parameters of a model on the meta device and read this rank's ranges of them from `source`.
 
-    Goes module by module: peak memory is the model so far and one tensor. `settle(module)` is called once a module
-    has its own parameters; ZeRO-3 splits them there, so that no rank ever holds more than one module whole.
+    Goes module by module: peak memory is the model so far and one tensor. `on_filled(module)` is called when a module
+    has its own parameters; ZeRO-3 splits them there, so that no rank ever holds more than one module unsplit.
     """
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter is filled once and stays tied
+    parameters: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter is filled once and stays tied
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for name, empty in own.items():
-            if empty not in made:
-                made[empty] = filled(empty, f"{prefix}.{name}" if prefix else name, source, device, dtype)
-            setattr(module, name, made[empty])
+            if empty not in parameters:
+                parameters[empty] = filled(empty, f"{prefix}.{name}" if prefix else name, source, device, dtype)
+            setattr(module, name, parameters[empty])
         if own:
-            settle(module)
+            on_filled(module)
 
 
 def filled(empty: nn.Parameter, name: str, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter marked as `empty` is, with this rank's range of `source`'s logical tensor `name`."""
+    """A parameter with the mark of `empty` and this rank's range of the logical tensor `name` of `source`."""
     shard = shard_of(empty)
     values = torch.zeros(shard.local_shape, dtype=dtype, device=device)
     values[shard.real].copy_(source(name, shard))
@@ -183,9 +183,9 @@ def filled(empty: nn.Parameter, name: str, source: Source, device: torch.device,
 
 
 def random_source(seed: int) -> Source:
-    """Initial values as a pure function of (seed, name, place), whatever the layout.
+    """Initial values as a pure function of (seed, name, index), the same in every layout.
 
-    Drawn on the CPU in float32, tile by tile with a generator seeded by (seed, name, tile): a rank draws the tiles
+    Drawn on the CPU in float32, tile by tile, with a generator seeded by (seed, name, tile). A rank draws the tiles
     that its range touches, and never holds more than its range and one tile.
     """
 
@@ -204,7 +204,7 @@ def random_source(seed: int) -> Source:
 
 
 def overlap(mine: tuple[slice, ...], theirs: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """What two ranges of one logical tensor share, as slices into each of the two; None if nothing."""
+    """The intersection of two ranges of one logical tensor, as slices into each of the two; None if it is empty."""
     common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(mine, theirs, strict=True)]
     if any(part.start >= part.stop for part in common):
         return None
@@ -227,7 +227,7 @@ def _tiles_touching(ranges: tuple[slice, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _copy_tile(values: Tensor, shard: Shard, tile: tuple[int, ...], generator: torch.Generator) -> None:
-    """Draw one tile of the logical tensor and keep what overlaps the shard's range."""
+    """Draw one tile of the logical tensor and copy its overlap with the shard's range into `values`."""
     assert isinstance(shard.initial, Normal)
     extent = []
     for dim, number in enumerate(tile):

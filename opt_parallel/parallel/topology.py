@@ -1,4 +1,4 @@
-"""The grid of processes: data × tensor, and the groups along its axes."""
+"""The grid of processes, data × tensor, and the process groups along its axes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import Lost, UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # of the words between ranks: one may prepare text while the others wait
-UNHURRIED = "unhurried"  # the description of a group that keeps the patience it was made with
-DEVICE_PATIENCE = timedelta(seconds=60)  # until a device shows that it is alive; its libraries may lie on a slow disk
+CONTROL_TIMEOUT = timedelta(days=1)  # one rank may prepare text for hours while the others wait
+FIXED_TIMEOUT = "fixed timeout"  # `group_desc` of groups whose timeout `set_timeout` does not change
+DEVICE_TIMEOUT = timedelta(seconds=60)  # for a device's first answer: its libraries may be on a slow disk
 
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that talk to each other, and this process's place among them.
+    """A process group and this process's rank in it.
 
-    `handle` is None for a group of one that never communicates (a model on one process, or on the meta device).
+    `handle` is None for a group of size 1 that never communicates (a model on one process, or on the meta device).
     """
 
     handle: dist.ProcessGroup | None
@@ -61,13 +61,13 @@ def local_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Topology:
-    """World size = data × tensor; neighbouring ranks share a tensor group, which talks most.
+    """World size = data × tensor. Neighbouring ranks share a tensor group, since tensor groups communicate most.
 
     For 8 ranks at tensor 2 the grid is ((0, 1), (2, 3), (4, 5), (6, 7)): tensor groups are its rows, {0, 1} {2, 3}
-    {4, 5} {6, 7}; data groups its columns, {0, 2, 4, 6} {1, 3, 5, 7}.
+    {4, 5} {6, 7}; data groups are its columns, {0, 2, 4, 6} {1, 3, 5, 7}.
 
-    `hosts` names each rank's host. `words` is a group on the CPU whose patience does not end, for what ranks tell each
-    other. The `get_…` methods are the face that DeepSpeed asks for as `mpu`.
+    `hosts` names each rank's host. `control` is a gloo group with a timeout of one day, for exchanging Python objects.
+    The `get_…` methods are the interface that DeepSpeed expects of its `mpu` argument.
     """
 
     world: Group
@@ -75,49 +75,51 @@ class Topology:
     tensor: Group
     device: torch.device
     hosts: tuple[str, ...]
-    words: dist.ProcessGroup | None
-    calls: RollCall | None
+    control: dist.ProcessGroup | None
+    roll_call: RollCall | None
 
     @classmethod
     @contextmanager
     def open(cls, tensor: int, allow_cross_node: bool = True) -> Iterator[Topology]:
-        """Join the processes that the launcher started, or stand alone; the axes' groups end with the context.
+        """Join the processes that the launcher started; without a launcher, form a world of size 1.
 
-        The default group outlives it: one process runs several experiments of a multirun one after the other.
+        The axes' groups are destroyed with the context. The default group stays: a multirun runs several experiments in
+        one process.
 
-        Raises: UserError, on every rank, if `tensor` does not divide the world size or is not the same everywhere, if
-        a host has too few GPUs, or if a tensor group lies on several hosts and `allow_cross_node` does not."""
+        Raises: UserError, on every rank, if `tensor` does not divide the world size or differs between ranks, if a host
+        has too few GPUs, or if a tensor group spans several hosts and `allow_cross_node` is false."""
         _join()
         rank, size = dist.get_rank(), dist.get_world_size()
-        words = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc=UNHURRIED) if size > 1 else None
-        told = _exchange(
-            (process.host(), tensor, time.time_ns()), words
-        )  # before the groups: ranks that disagree would make others
-        hosts = tuple(host for host, _, _ in told)
-        _check_grid([theirs for _, theirs, _ in told], hosts, allow_cross_node)
-        device = _together(_own_device, words, hosts, DEVICE_PATIENCE)
-        grid = torch.arange(size).view(size // tensor, tensor)
-        made = [words] if words else []
-        rows = _axis_group(grid, rank, made)
-        columns = _axis_group(grid.T, rank, made)
-        calls = None
+        control = None
         if size > 1:
-            calls = RollCall(partial(store_of, f"roll-call-{told[0][2]}"), rank, hosts)
+            control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc=FIXED_TIMEOUT)
+        # before the axes' groups: ranks with different tensor degrees would create different groups
+        ranks = _exchange((process.host(), tensor, time.time_ns()), control)
+        hosts = tuple(host for host, _, _ in ranks)
+        _check_grid([degree for _, degree, _ in ranks], hosts, allow_cross_node)
+        device = _together(_own_device, control, hosts, DEVICE_TIMEOUT)
+        grid = torch.arange(size).view(size // tensor, tensor)
+        handles = [control] if control else []
+        rows = _axis_group(grid, rank, handles)
+        columns = _axis_group(grid.T, rank, handles)
+        roll_call = None
+        if size > 1:
+            roll_call = RollCall(partial(store_of, f"roll-call-{ranks[0][2]}"), rank, hosts)
         try:
-            yield cls(Group(dist.group.WORLD, rank, size), columns, rows, device, hosts, words, calls)
+            yield cls(Group(dist.group.WORLD, rank, size), columns, rows, device, hosts, control, roll_call)
         finally:
-            if calls:
-                calls.close()
-        for handle in made:  # not after an error: a group would wait for work that its other ranks never do
+            if roll_call:
+                roll_call.close()
+        for handle in handles:  # not after an error: destroying would wait for collectives that other ranks never join
             dist.destroy_process_group(handle)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for the run."""
+        """Whether this is rank 0, which prints and writes for the run."""
         return self.world.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank. A small all-reduce on the CPU: no device waits for it."""
+        """Whether `flag` is true on any rank. A small all-reduce on the CPU: the device does not wait for it."""
         return bool(self.largest(int(flag)))
 
     def largest(self, value: int) -> int:
@@ -135,22 +137,23 @@ class Topology:
         return int(total)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world.size > 1:
             dist.all_reduce(torch.zeros(1))
 
     def exchange(self, value: T) -> list[T]:
-        """Every rank's value, in the order of the ranks; however long the slowest takes."""
-        return _exchange(value, self.words)
+        """Every rank's value, in the order of the ranks. Waits up to a day for the slowest rank."""
+        return _exchange(value, self.control)
 
     def together(self, work: Callable[[], T], within: timedelta | None = None) -> T:
-        """What `work` returns here, once it is done everywhere; ranks that are not `within` a time are named.
+        """Call `work` on every rank, wait for all, and return this rank's result.
 
-        Raises: UserError, on every rank, if it does on any: with host and rank unless all say the same."""
-        return _together(work, self.words, self.hosts, within)
+        Raises: UserError, on every rank, if `work` raises it on any: with host and rank unless all ranks raise the same
+        message; also if a rank does not finish `within` the given time."""
+        return _together(work, self.control, self.hosts, within)
 
     def where(self, rank: int) -> str:
-        """A rank in words: `nodeB, rank 3`."""
+        """A rank's name in messages: `nodeB, rank 3`."""
         return f"{self.hosts[rank]}, rank {rank}"
 
     def ranks_on(self, host: str) -> list[int]:
@@ -158,28 +161,28 @@ class Topology:
         return [rank for rank, name in enumerate(self.hosts) if name == host]
 
     def set_timeout(self, seconds: float) -> None:
-        """How long a collective of any group made so far, DeepSpeed's too, waits for a rank; not those of `words` and
-        of checkpoints being written.
+        """Set the timeout of collectives in all existing groups, DeepSpeed's included; not that of `control` nor of the
+        group that writes checkpoints.
 
-        For the steps, which the ranks take together: what comes before may take some of them much longer."""
+        Called before the first step: during setup some ranks may take much longer than others."""
         for group in distributed_c10d._world.pg_map:
-            if group.group_desc != UNHURRIED:
+            if group.group_desc != FIXED_TIMEOUT:
                 distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     @contextmanager
     def losing(self, timeout: float) -> Iterator[None]:
-        """Turn the failure of a collective into a line that says where. Raises: Lost."""
+        """Turn the failure of a collective into one line that names the missing rank. Raises: Lost."""
         try:
             yield
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
             if not (isinstance(error, dist.DistError) or "gloo" in why or "NCCL" in why):
                 raise
-            why = re.sub(r"^\[\S+:\d+\] ", "", why)  # not where in gloo's own sources
-            missing, speaks = self.calls.ask() if self.calls else ("", True)
+            why = re.sub(r"^\[\S+:\d+\] ", "", why)  # a file and line of gloo's sources
+            missing, speaks = self.roll_call.ask() if self.roll_call else ("", True)
             raise Lost(
                 f"{self.where(self.world.rank)}: another rank is gone, cannot be reached, or did not answer within "
-                f"parallel.timeout={timeout:g} s ({why}): {missing}; the same command goes on from the newest "
+                f"parallel.timeout={timeout:g} s ({why}): {missing}; the same command resumes from the newest "
                 "checkpoint",
                 speaks,
             ) from error
@@ -206,8 +209,8 @@ class Topology:
 def _join() -> None:
     if dist.is_initialized():
         return
-    check_place()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    check_rank_variables()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -215,28 +218,29 @@ def _join() -> None:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
-            f"RANK is set, but not {' and '.join(missing)}: start by torchrun, or hand on how many processes there are "
-            "and where they meet, as mpirun -x MASTER_ADDR=… does"
+            f"RANK is set, but not {' and '.join(missing)}: start with torchrun, or pass these variables to every "
+            "process, as mpirun -x MASTER_ADDR=… does"
         )
     dist.init_process_group(backend)
 
 
-def check_place() -> None:
-    """Raise UserError unless the launcher's variables are numbers that fit together."""
+def check_rank_variables() -> None:
+    """Raise UserError unless the launcher's variables are numbers that agree with each other."""
     for name in process.RANK_VARIABLES:
         if not os.environ.get(name, "0").isdecimal():
             raise UserError(
-                f"{name}={os.environ[name]} is not a whole number from 0 on: start by torchrun, or unset it"
+                f"{name}={os.environ[name]} is not a whole number of 0 or more: start with torchrun, or unset it"
             )
     if process.rank() >= process.world_size():
         raise UserError(
             f"RANK={process.rank()} must be less than WORLD_SIZE={process.world_size()}: "
-            "start by torchrun, or unset both"
+            "start with torchrun, or unset both"
         )
 
 
 def store_of(prefix: str) -> Any:
-    """The ranks' store, by a connection of its own where it is a server's: another one may be busy with a wait."""
+    """The ranks' store under `prefix`. A TCP store gets a connection of its own: the shared one may be blocked in a
+    wait."""
     store: Any = distributed_c10d._get_default_store()
     over_network = isinstance(store._underlying_non_prefix_store, TCPStore)
     return PrefixStore(prefix, store.clone() if over_network else store)
@@ -246,47 +250,47 @@ def _own_device() -> torch.device:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)  # of an earlier run of a multirun
+        torch.cuda.reset_peak_memory_stats(device)  # an earlier run of a multirun has used it
     return device
 
 
-def _exchange(value: T, words: dist.ProcessGroup | None) -> list[T]:
-    if words is None:
+def _exchange(value: T, control: dist.ProcessGroup | None) -> list[T]:
+    if control is None:
         return [value]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value, group=words)
-    return told
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=control)
+    return values
 
 
 def _together(
-    work: Callable[[], T], words: dist.ProcessGroup | None, hosts: tuple[str, ...], within: timedelta | None = None
+    work: Callable[[], T], control: dist.ProcessGroup | None, hosts: tuple[str, ...], within: timedelta | None = None
 ) -> T:
     result, mistake = None, None
-    name = _exchange(f"done-{time.time_ns()}", words)[0] if within else ""
+    name = _exchange(f"done-{time.time_ns()}", control)[0] if within else ""
     try:
         result = work()
     except UserError as error:
         mistake = error
-    if within is not None and words is not None:
-        _await_all(name, words, hosts, within)
-    told = _exchange(None if mistake is None else str(mistake), words)
-    mistaken = [rank for rank, line in enumerate(told) if line is not None]
-    if not mistaken:
+    if within is not None and control is not None:
+        _await_all(name, control, hosts, within)
+    lines = _exchange(None if mistake is None else str(mistake), control)
+    failed = [rank for rank, line in enumerate(lines) if line is not None]
+    if not failed:
         return result  # type: ignore[return-value]
-    first = mistaken[0]
-    line = str(told[first])
-    if told.count(line) < len(told):  # not everybody's
+    first = failed[0]
+    line = str(lines[first])
+    if lines.count(line) < len(lines):  # some ranks did not raise it
         line = f"{hosts[first]}, rank {first}: {line}"
     raise UserError(line, shared=True) from mistake
 
 
-def _await_all(name: str, words: dist.ProcessGroup, hosts: tuple[str, ...], within: timedelta) -> None:
-    """Raise UserError that names the ranks which do not get here `within` a time: by the store, in which each that does
-    leaves a note under `name`."""
+def _await_all(name: str, control: dist.ProcessGroup, hosts: tuple[str, ...], within: timedelta) -> None:
+    """Raise UserError with the names of the ranks that do not call this `within` the given time. Each rank that calls
+    it sets a key that starts with `name` in the store."""
     store = distributed_c10d._get_default_store()
     store.set(f"{name}-{dist.get_rank()}", "")
     try:
-        dist.all_reduce(torch.zeros(1), group=words, async_op=True).wait(within)
+        dist.all_reduce(torch.zeros(1), group=control, async_op=True).wait(within)
     except RuntimeError as error:
         silent = [rank for rank in range(len(hosts)) if not store.check([f"{name}-{rank}"])]
         if not silent:
@@ -294,17 +298,18 @@ def _await_all(name: str, words: dist.ProcessGroup, hosts: tuple[str, ...], with
         named = "; ".join(f"{hosts[rank]}, rank {rank}" for rank in silent)
         raise UserError(
             f"{named} did not answer within {within.seconds} s: its device or its host hangs, take it out of service",
-            shared=0 not in silent,  # rank 0 says it, where it can
+            shared=0 not in silent,  # rank 0 prints the line unless it hangs itself
         ) from error
 
 
 def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: bool) -> None:
-    """Raise UserError, the same on every rank, unless the ranks' tensor degrees are one that makes a grid."""
+    """Raise UserError, the same on every rank, unless all ranks have the same tensor degree and it divides the world
+    size."""
     size, degree = len(hosts), tensor[0]
-    for rank, theirs in enumerate(tensor):
-        if theirs != degree:
+    for rank, other in enumerate(tensor):
+        if other != degree:
             raise UserError(
-                f"{hosts[rank]}, rank {rank} was started with tensor degree {theirs}, {hosts[0]}, rank 0 with "
+                f"{hosts[rank]}, rank {rank} was started with tensor degree {other}, {hosts[0]}, rank 0 with "
                 f"{degree}: start every rank with the same command line",
                 shared=True,
             )
@@ -316,25 +321,26 @@ def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: boo
         )
     for first in range(0, size, degree):
         ranks = range(first, first + degree)
-        apart = sorted({hosts[rank] for rank in ranks})
-        if len(apart) > 1 and not allow_cross_node:
-            placed = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
-            most = min(hosts.count(host) for host in apart)
+        spanned = sorted({hosts[rank] for rank in ranks})
+        if len(spanned) > 1 and not allow_cross_node:
+            where = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
+            most = min(hosts.count(host) for host in spanned)
             raise UserError(
-                f"parallel.tensor={degree}: a tensor group lies on several hosts ({placed}), and every layer would "
+                f"parallel.tensor={degree}: a tensor group spans several hosts ({where}), and every layer would "
                 f"wait for the network: start a multiple of {degree} processes on each host, lower parallel.tensor (to "
                 f"{most} or a divisor of it), or set parallel.allow_cross_node=true",
                 shared=True,
             )
 
 
-def _axis_group(grid: torch.Tensor, rank: int, made: list[dist.ProcessGroup]) -> Group:
-    """The group of the row of `grid` that holds `rank`; every process takes part in making every row's."""
+def _axis_group(grid: torch.Tensor, rank: int, handles: list[dist.ProcessGroup]) -> Group:
+    """The group of the row of `grid` that contains `rank`, added to `handles`. Every process calls `new_group` for
+    every row, as torch requires."""
     mine = ALONE
     for row in grid.tolist():
         handle = dist.new_group(row)
         if rank in row:
             assert isinstance(handle, dist.ProcessGroup)
-            made.append(handle)
+            handles.append(handle)
             mine = Group(handle, row.index(rank), len(row))
     return mine

@@ -1,7 +1,7 @@
 """The vocabulary split over a tensor group: embedding and tied output projection.
 
 Rank i of t holds rows [i·⌈V/t⌉, (i+1)·⌈V/t⌉) of the (V, D) table. Rows beyond V are padding: zero, and outside the
-softmax. No rank ever sees the logits of the whole vocabulary unless it asks for them.
+softmax. No rank has the logits of the full vocabulary unless it asks for them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from opt_parallel.parallel.topology import Group
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Ids (B, S) → (B, S, D): each rank looks up the ids it holds, the sum over ranks is the embedding.
+    """Ids (B, S) → (B, S, D): each rank looks up the ids whose rows it holds; an all-reduce sums the ranks' results.
 
-    As in torch.nn.Embedding, `pad_token_id`'s row receives no gradient from a look-up.
+    As in torch.nn.Embedding, a look-up gives no gradient to the row of `pad_token_id`.
     """
 
     def __init__(self, vocab_size: int, size: int, pad_token_id: int, group: Group, std: float) -> None:
@@ -33,7 +33,7 @@ class VocabParallelEmbedding(nn.Module):
         self.pad_token_id = pad_token_id
 
     def forward(self, ids: Tensor) -> Tensor:
-        _require((ids >= 0) & (ids < self.vocab_size), "an id is no word of the vocabulary")
+        _require((ids >= 0) & (ids < self.vocab_size), "an id is not in the vocabulary")
         elsewhere = (ids < self.start) | (ids >= self.stop)
         without_gradient = elsewhere | (ids == self.pad_token_id)
         looked_up = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)
@@ -44,7 +44,7 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """The output projection, tied to the token embedding.
 
-    Holds the embedding's own parameter a second time, so that ZeRO-3 gathers it around this module too.
+    Registers the embedding's own parameter a second time, so that ZeRO-3 gathers it around this module too.
     """
 
     def __init__(self, embedding: VocabParallelEmbedding) -> None:
@@ -55,34 +55,34 @@ class VocabParallelHead(nn.Module):
         self.start, self.stop = embedding.start, embedding.stop
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """`hidden` (B, S, D) → the loss's sum over labels (B, S) that are not −100, or without labels the
-        logits (B, S, V), gathered."""
+        """`hidden` (B, S, D) → the sum of the losses over `labels` (B, S) that are not −100; without labels the
+        gathered logits (B, S, V)."""
         hidden = copy(hidden, self.group)
         if labels is None:
             return gather(logits(hidden, self.weight), self.group)[..., : self.vocab_size]
         known = (labels >= 0) & (labels < self.vocab_size)
-        _require(known | (labels == IGNORED), "a label is no word of the vocabulary")
-        words = range(self.start, self.stop)
-        return vocab_parallel_linear_cross_entropy(hidden, self.weight, labels, words, self.group)
+        _require(known | (labels == IGNORED), "a label is not in the vocabulary")
+        vocabulary = range(self.start, self.stop)
+        return vocab_parallel_linear_cross_entropy(hidden, self.weight, labels, vocabulary, self.group)
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (…, D) · weightᵀ (D, V) → (…, V).
 
-    The BLAS of a CPU is slow at few rows times very many columns: for some rows of float32 weight · hiddenᵀ takes 0.6
-    to 0.8 of its time. With a gradient to come the plain product stays, whose backward is the usual one.
+    A CPU's BLAS is slow at few rows times very many columns: with 8 to 32 rows of float32, weight · hiddenᵀ takes 0.6
+    to 0.8 of the time. With gradients the plain product is used, for its usual backward.
     """
     rows = hidden.numel() // hidden.size(-1)
-    turned = hidden.is_cpu and weight.dtype is torch.float32 and 8 <= rows <= 32 and not torch.is_grad_enabled()
-    if not turned:
+    transposed = hidden.is_cpu and weight.dtype is torch.float32 and 8 <= rows <= 32 and not torch.is_grad_enabled()
+    if not transposed:
         return F.linear(hidden, weight)
     product = torch.mm(weight, hidden.reshape(rows, -1).T)
     return product.T.contiguous().view(*hidden.shape[:-1], -1)
 
 
 def _require(holds: Tensor, message: str) -> None:
-    """Raise RuntimeError unless all of `holds` is true, which a rank without that word would not notice. On a GPU
-    nobody waits for it: the error comes with a later call."""
+    """Raise RuntimeError unless all of `holds` (bool) are true. On a GPU the check does not synchronise: a later call
+    raises the error."""
     torch._assert_async(holds.all(), message)
 
 

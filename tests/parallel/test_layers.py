@@ -144,7 +144,7 @@ def test_what_is_no_word_is_an_error(wrong: int) -> None:
     ids = torch.tensor([[2, 514]])
     hidden = embedding(ids)
     assert head(hidden, torch.tensor([[-100, 514]])) > 0
-    with pytest.raises(RuntimeError, match="an id is no word of the vocabulary"):
+    with pytest.raises(RuntimeError, match="an id is not in the vocabulary"):
         embedding(torch.tensor([[2, wrong]]))
-    with pytest.raises(RuntimeError, match="a label is no word of the vocabulary"):
+    with pytest.raises(RuntimeError, match="a label is not in the vocabulary"):
         head(hidden, torch.tensor([[-100, wrong]]))

@@ -61,9 +61,9 @@ def test_flags_as_linux_shows_them() -> None:
 @pytest.mark.parametrize(
     ("asked", "ranks", "stage", "before", "precision", "words"),
     [
-        ("auto", [{BF16}], 1, None, BF16, ["multiplies"]),
+        ("auto", [{BF16}], 1, None, BF16, ["natively"]),
         ("auto", [{FP16}], 1, None, FP32, ["nodeA", "bf16"]),
-        ("auto", [{BF16}, {BF16}], 3, None, BF16, ["multiplies"]),
+        ("auto", [{BF16}, {BF16}], 3, None, BF16, ["natively"]),
         ("auto", [{BF16}, set()], 1, None, FP32, ["nodeB", "bf16"]),  # all ranks or none
         ("auto", [{BF16}], 0, None, FP32, ["zero.stage=0"]),
         ("auto", [{BF16}], 0, BF16, FP32, ["zero.stage=0"]),
@@ -75,7 +75,7 @@ def test_flags_as_linux_shows_them() -> None:
         ("fp16", [{BF16}], 2, None, FP16, []),
     ],
 )
-def test_all_ranks_settle_on_one(
+def test_all_ranks_choose_the_same(
     capsys: pytest.CaptureFixture[str], asked: str, ranks: list[set[Precision]], stage: int,
     before: Precision | None, precision: Precision, words: list[str],
 ) -> None:  # fmt: skip

@@ -54,7 +54,7 @@ def one_stays_away(seconds: float) -> str:
         except Lost as lost:
             line = str(lost)
         topology.set_timeout(60.0)
-        topology.exchange(None)  # whose patience is not changed: rank 1 has waited here
+        topology.exchange(None)  # its timeout is not changed: rank 1 has waited here
         return line
 
 

@@ -55,11 +55,11 @@ def test_a_world_size_without_a_rank_is_of_other_processes() -> None:
      {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
 )  # fmt: skip
 def test_a_place_that_is_none_is_refused(variables: dict[str, str]) -> None:
-    from opt_parallel.parallel.topology import check_place
+    from opt_parallel.parallel.topology import check_rank_variables
 
     os.environ.update(variables)
     with pytest.raises(UserError, match=f"{list(variables)[-1]}={list(variables.values())[-1]}"):
-        check_place()
+        check_rank_variables()
 
 
 def test_all_tasks_of_a_step_meet_at_one_place() -> None:
