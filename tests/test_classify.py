@@ -154,7 +154,7 @@ def test_from_a_language_model_to_an_export_in_two_layouts(trained: tuple[Path, 
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder, _, said = trained
-    assert "has no classification head: one for 2 labels is begun" in said
+    assert "has no classification head: a new head for 2 labels is trained" in said
     assert "continuing at step 4" in said
     assert "validation at step 6: loss" in said
     assert ", accuracy " in said

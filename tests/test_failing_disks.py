@@ -205,7 +205,7 @@ def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: 
         assert WORDS[error] in line
     if outcome == NOT_SAVED:
         assert "step-2" in steps_in(run)
-        assert f"{run}/checkpoints/step-2 is whole" in errors[0]
+        assert f"{run}/checkpoints/step-2 is complete" in errors[0]
     if outcome == NOT_EXPORTED:
         assert f"{run}/checkpoints/step-6 is safe" in errors[0]
 

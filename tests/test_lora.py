@@ -246,10 +246,10 @@ def test_another_base_is_noticed(crew: Any, straight: Straight, tmp_path: Path) 
     edit(folder, lambda manifest: manifest["base"].update(checkpoint=str(other)))
     open_checkpoint(folder)
     shutil.rmtree(other)
-    with pytest.raises(UserError, match=r"is of a LoRA run and stands on its base: .* does not exist"):
+    with pytest.raises(UserError, match=r"belongs to a LoRA run and needs its base: .* does not exist"):
         open_checkpoint(folder)
     write_base(other, init_std=0.3)
-    with pytest.raises(UserError, match="is not the base any more that it was trained on"):
+    with pytest.raises(UserError, match=r"its base .* has changed since"):
         open_checkpoint(folder)
     with pytest.raises(AssertionError, match=r"has other weights \(checksum"):
         crew(1)(go, run, STEPS)
@@ -257,7 +257,7 @@ def test_another_base_is_noticed(crew: Any, straight: Straight, tmp_path: Path) 
 
 def test_mistakes_are_one_line(straight: Straight, base: Path, tmp_path: Path) -> None:
     export_adapter(checkpoint_of(straight("t1d1z0")[1], STEPS), tmp_path / "adapter", ExportDtype.float32)
-    with pytest.raises(UserError, match="is a PEFT adapter, which is no network"):
+    with pytest.raises(UserError, match="is a PEFT adapter, not a network"):
         model_at(tmp_path / "adapter", "init_from=")
     with pytest.raises(UserError, match="is no training checkpoint"):
         export_adapter(base, tmp_path / "another", ExportDtype.float32)

@@ -95,7 +95,7 @@ def test_the_prepared_text(tmp_path: Path, ranks: int, what: str) -> None:
     process = struck(ranks, arguments, run, lambda: remove(folder))
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
-    (saved,) = re.findall(rf"the same command goes on from {run}/checkpoints/step-(\d+)$", line)
+    (saved,) = re.findall(rf"the same command resumes from {run}/checkpoints/step-(\d+)$", line)
     assert line.startswith(f"error: {cache}/{'stream' if what == 'stream' else 'store'}-")
     assert "cannot be read (No such file or directory)" in line
     assert losses(run)[-1][0] == int(saved)

@@ -1,7 +1,8 @@
-"""A flat piece of a shard as rectangles of the logical tensor, so that pieces of different layouts can be compared.
+"""A flat piece of a shard as rectangles (boxes) of the logical tensor, so that pieces of different layouts can be
+intersected.
 
-Elements a to b of a flattened matrix are the rest of a first row, some full rows, and the beginning of a last one:
-three rectangles, each contiguous in the piece. The same holds within a row of a tensor with more dims.
+Elements a to b of a flattened matrix are the end of a first row, some full rows, and the start of a last row: three
+rectangles, each contiguous in the piece. For more than two dims the same holds recursively within a row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Ranges = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """`ranges` of a logical tensor, which lie one after another in a flat piece, from its element `offset` on."""
+    """`ranges` of a logical tensor, stored contiguously in a flat piece from its element `offset` on."""
 
     offset: int
     ranges: Ranges
@@ -38,9 +39,9 @@ class Box:
 
 
 def boxes_of(shard: Shard, start: int, count: int) -> list[Box]:
-    """Elements `start` to `start` + `count` of a shard's flattened local tensor as boxes of the logical one.
+    """Elements `start` to `start` + `count` of a shard's flattened local tensor as boxes of the logical tensor.
 
-    Rows of padding lie beyond the logical tensor's end, where no other box is."""
+    Boxes of padding lie beyond the logical tensor's end, so they intersect only each other."""
     first = shard.index * shard.local_shape[shard.dim]
     boxes = []
     for offset, local in _rectangles(shard.local_shape, start, start + count):
@@ -52,7 +53,8 @@ def boxes_of(shard: Shard, start: int, count: int) -> list[Box]:
 
 @dataclass(frozen=True)
 class Shared:
-    """What two pieces of one logical tensor have in common: a box of each, and where in it."""
+    """A rectangle that two pieces of one logical tensor share: slices `into` the box `mine` of the first piece, and
+    slices `out_of` the box `theirs` of the second."""
 
     mine: Box
     into: Ranges
@@ -61,13 +63,13 @@ class Shared:
 
     @property
     def ranges(self) -> Ranges:
-        """Of the logical tensor."""
+        """The rectangle in the logical tensor."""
         pairs = zip(self.mine.ranges, self.into, strict=True)
-        return tuple(slice(whole.start + part.start, whole.start + part.stop) for whole, part in pairs)
+        return tuple(slice(outer.start + inner.start, outer.start + inner.stop) for outer, inner in pairs)
 
 
 def shared_by(mine: list[Box], theirs: list[Box]) -> Iterator[Shared]:
-    """The rectangles that lie in a box of each of two pieces."""
+    """The rectangles that two pieces share: the nonempty intersections of their boxes."""
     for a in mine:
         for b in theirs:
             common = overlap(a.ranges, b.ranges)
@@ -76,7 +78,8 @@ def shared_by(mine: list[Box], theirs: list[Box]) -> Iterator[Shared]:
 
 
 def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Ranges]]:
-    """Elements `start` to `stop` of a flattened tensor of `shape`: rectangles, and each one's first element."""
+    """Elements `start` to `stop` of a flattened tensor of `shape` as rectangles, each with its first element's
+    index."""
     if start >= stop:
         return
     if len(shape) == 1:

@@ -1,4 +1,4 @@
-"""Whether a manifest's fragments hold each element of each tensor exactly once, its moments too."""
+"""Checks that a manifest's fragments hold each element of each tensor, and of its moments, exactly once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from opt_parallel.optim import saved_moments
 from opt_parallel.parallel.shard import Constant, Shard
 
-VALUE = 4  # bytes, of a float32
+VALUE = 4  # bytes of a float32
 
 
 def fault_of(manifest: dict[str, Any]) -> str | None:
-    """What is wrong with the fragments of a manifest whose values have the right types; None if nothing.
+    """What is wrong with the fragments of a manifest whose values have the right types; None if nothing is.
 
-    A file's size bounds what it can hold, so that no tensor is larger than what is on the disk."""
+    Fragments may not exceed their file's size, so a tensor cannot be larger than what is on the disk."""
     try:
         kinds = {"weights", *saved_moments(manifest["config"])} if manifest["updates"] else {"weights"}
     except ValueError as error:
@@ -39,7 +39,7 @@ def fault_of(manifest: dict[str, Any]) -> str | None:
 
 
 def shard_of_part(tensor: dict[str, Any], part: int) -> Shard:
-    """How part number `part` lies in the tensor that a manifest describes."""
+    """The shard for part number `part` of a tensor that a manifest describes."""
     return Shard(tuple(tensor["shape"]), tensor["dim"], part, tensor["parts"], Constant(0), False)
 
 
@@ -57,13 +57,13 @@ def _fault_of_fragment(fragment: dict[str, Any], tensor: dict[str, Any] | None, 
 
 
 def _fault_of_pieces(tensors: dict[str, Any], pieces: dict[tuple[str, int], list[tuple[int, int]]]) -> str | None:
-    """Padding may be there or not; so real elements are counted, where no two pieces overlap."""
+    """Pieces may include padding or leave it out, so only real elements are counted; pieces may not overlap."""
     found = dict.fromkeys(tensors, 0)
     for (name, part), spans in pieces.items():
         shard, end = shard_of_part(tensors[name], part), 0
         for start, count in sorted(spans):
             if start < end:
-                return f"{name} has elements that are there twice"
+                return f"{name} has elements that two fragments hold"
             end = start + count
             found[name] += _real_before(shard, end) - _real_before(shard, start)
     for name, tensor in tensors.items():

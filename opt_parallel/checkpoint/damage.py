@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint: its manifest, its files, and whether they hold what the manifest says."""
+"""Checks of a checkpoint: its manifest, its files, and whether the files hold what the manifest says."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import UserError
 
-CHUNK = 2**20  # bytes read at a time: they stay in the cache until they are summed up
+CHUNK = 2**20  # bytes read at a time: few enough to stay in the cache for the checksum
 TOKENIZER = "tokenizer/tokenizer.json"
 
 
 def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | None, list[str]]:
-    """A checkpoint, None if its manifest is damaged; and everything that is wrong with it, each in a few words that
-    begin with a file's name. Of the files, share number `share` of `of` is read."""
+    """Read share number `share` of `of` shares of a checkpoint's files.
+
+    Returns a reader (None if the manifest is damaged) and a list of what is wrong; each entry starts with a file's
+    name."""
     try:
         reader = CheckpointReader(folder)
         _check_tensors(reader)
@@ -40,8 +42,8 @@ def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | No
     return reader, wrong + [what for name, written in files if (what := _damage_of(folder, name, written))]
 
 
-def read_limited(folder: Path) -> CheckpointReader:
-    """A checkpoint of which this process has read its share of the files. Raises: Damaged."""
+def open_checked(folder: Path) -> CheckpointReader:
+    """Open a checkpoint after checking this process's share of its files. Raises: Damaged."""
     reader, wrong = read_share(folder, process.rank(), process.world_size())
     if reader is None or wrong:
         raise Damaged(folder, wrong[0])
@@ -49,13 +51,13 @@ def read_limited(folder: Path) -> CheckpointReader:
 
 
 def damage_in(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint, after reading all of it."""
+    """Everything that is wrong with a checkpoint; reads all of its files."""
     return read_share(folder, 0, 1)[1]
 
 
 def tokenizer_of(folder: Path | None) -> Path | None:
-    """The tokenizer of the checkpoint `folder`; if it is damaged, that of the one before it, from which the run then
-    goes on. None if there is none."""
+    """The tokenizer of the checkpoint `folder`. If it is damaged, the tokenizer of the checkpoint before, from which
+    the run then resumes. None if no checkpoint has one."""
     if folder is None:
         return None
     for step in reversed([step for step in steps_in(folder.parent) if step <= (step_of(folder) or 0)]):
@@ -68,8 +70,8 @@ def tokenizer_of(folder: Path | None) -> Path | None:
 
 
 def _check_tensors(reader: CheckpointReader) -> None:
-    """Raise Damaged unless the tensors are those of the network that the manifest describes; of a LoRA run's its base's
-    network tells as much."""
+    """Raise Damaged unless the manifest's tensors are those of the network that it describes. The tensors of a LoRA
+    run are not checked here, but together with its base."""
     model, labels = model_at(reader.folder, ""), reader.manifest.get("labels")
     if reader.manifest.get("base"):
         return
@@ -82,7 +84,7 @@ def _check_tensors(reader: CheckpointReader) -> None:
 
 
 def check_sizes(reader: CheckpointReader) -> None:
-    """Raise Damaged unless every file is there and has its size, without reading any."""
+    """Raise Damaged unless every file exists and has the size in the manifest. Reads no file."""
     file_in(reader.folder, TOKENIZER)
     for name, written in reader.manifest["files"].items():
         wrong = wrong_size(reader.folder, name, written)
@@ -91,8 +93,7 @@ def check_sizes(reader: CheckpointReader) -> None:
 
 
 def wrong_size(folder: Path, name: str, written: dict[str, Any]) -> str | None:
-    """What is wrong with a checkpoint's file as far as can be said without reading it; `written` is what the manifest
-    says of it."""
+    """What is wrong with a checkpoint's file, without reading it. `written` is the file's entry in the manifest."""
     try:
         size = file_in(folder, name).stat().st_size
     except Damaged as error:
@@ -121,5 +122,9 @@ def _damage_of(folder: Path, name: str, written: dict[str, Any]) -> str | None:
         return f"{name} cannot be read ({error.strerror})"
     except Damaged as error:
         return error.what
-    told = {f"{kind}/{each['name']}": VALUE * each["count"] for each in written["fragments"] for kind in each["kinds"]}
-    return None if held == told else f"{name} does not hold the fragments that {MANIFEST} lists"
+    listed = {
+        f"{kind}/{fragment['name']}": VALUE * fragment["count"]
+        for fragment in written["fragments"]
+        for kind in fragment["kinds"]
+    }
+    return None if held == listed else f"{name} does not hold the fragments that {MANIFEST} lists"

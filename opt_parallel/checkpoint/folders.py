@@ -1,4 +1,4 @@
-"""A run's checkpoints as folders: which are there, which is the newest, which are whole, which may go."""
+"""A run's checkpoint folders: which exist, which is the newest, which are complete, which may be deleted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEST = "best.json"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint's folder, None if its name or content says that it is none (or not whole)."""
+    """The step of a checkpoint's folder; None if its name is not a checkpoint's or it has no manifest."""
     named = STEP.fullmatch(folder.name)
     return int(named[1]) if named and (folder / MANIFEST).is_file() else None
 
@@ -31,14 +31,15 @@ def steps_in(checkpoints: Path) -> list[int]:
     return sorted(step for folder in checkpoints.glob("step-*") if (step := step_of(folder)) is not None)
 
 
-def torn_in(checkpoints: Path) -> list[Path]:
-    """Folders named as complete checkpoints that have lost their manifest: no save or deletion of ours leaves one."""
+def without_manifest(checkpoints: Path) -> list[Path]:
+    """Folders with a checkpoint's name but without a manifest. An interrupted save or deletion leaves no such
+    folder."""
     named = [folder for folder in checkpoints.glob("step-*") if STEP.fullmatch(folder.name)]
     return sorted(folder for folder in named if step_of(folder) is None)
 
 
 def misnamed_in(checkpoints: Path) -> list[Path]:
-    """Checkpoints whose names no save gives, such as `step-02`."""
+    """Checkpoints with a name that no save gives, such as `step-02`."""
     named = [path for path in checkpoints.glob("step-*") if (path / MANIFEST).is_file() and "." not in path.name]
     return sorted(path for path in named if not STEP.fullmatch(path.name))
 
@@ -50,9 +51,9 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def choose(run: Run) -> Path | None:
-    """The checkpoint that `resume` asks for, None for a fresh start. Its files are not looked at yet.
+    """The checkpoint that `resume` names, None for a new run. Its files are not checked here.
 
-    Raises: UserError if it does not exist, or `never` would mix a new run with an old one."""
+    Raises: UserError if it does not exist, or if `resume=never` would mix a new run with an old one."""
     reach("run.dir=", run.folder / "checkpoints")
     last = newest(run.folder / "checkpoints")
     if run.resume == "auto":
@@ -60,19 +61,19 @@ def choose(run: Run) -> Path | None:
     if run.resume == "never":
         if last is not None:
             raise UserError(
-                f"resume=never, but {last} exists: a new run there would mix with the old one; "
+                f"resume=never, but {last} exists, and a new run would mix with the old one: "
                 "choose another run.dir or remove the folder"
             )
         return None
     chosen = reach("resume=", run.resume)
     if chosen is None or step_of(chosen) is None or not reach("resume=", chosen / MANIFEST):
-        raise UserError(f"resume={run.resume} is no whole checkpoint: choose auto, never or a folder …/step-<N>")
+        raise UserError(f"resume={run.resume} is not a complete checkpoint: choose auto, never or a folder …/step-<N>")
     return chosen
 
 
 def precision_of(folder: Path | None) -> Precision | None:
-    """The precision in which the checkpoint `folder` was trained; if its manifest is damaged, that of the one before
-    it, from which the run then goes on. None if there is none."""
+    """The precision in which the checkpoint `folder` was trained. If its manifest is damaged, the precision of the
+    checkpoint before, from which the run then resumes. None if no checkpoint names one."""
     if folder is None:
         return None
     for step in reversed([step for step in steps_in(folder.parent) if step <= (step_of(folder) or 0)]):
@@ -81,19 +82,21 @@ def precision_of(folder: Path | None) -> Precision | None:
     return None
 
 
-def set_aside(folder: Path, why: str) -> Path:
-    """Rename a checkpoint so that nothing takes it for one of the run's; its new name. Raises: UserError."""
-    aside = free_name(folder, why)
+def retire(folder: Path, why: str) -> Path:
+    """Rename a checkpoint to `<name>.<why>`, so that it no longer counts as one of the run's; the new path.
+
+    Raises: UserError."""
+    new = free_name(folder, why)
     try:
-        os.rename(folder, aside)
+        os.rename(folder, new)
     except OSError as error:
-        raise UserError(f"{folder} cannot be set aside as {aside.name} ({error.strerror}): move it away") from error
-    return aside
+        raise UserError(f"{folder} cannot be renamed to {new.name} ({error.strerror}): move it away") from error
+    return new
 
 
 def best_in(checkpoints: Path) -> dict[str, Any] | None:
-    """`step` and validation `loss` of the checkpoint with the lowest loss: by best.json, or where that is damaged or
-    names a checkpoint that is gone, by the run's metrics. None where the run does not keep its best."""
+    """`step` and validation `loss` of the checkpoint with the lowest loss: from best.json, or from the run's metrics
+    if best.json is damaged or names a checkpoint that no longer exists. None if there is no best.json."""
     if not os.path.lexists(checkpoints / BEST):
         return None
     try:
@@ -115,9 +118,10 @@ def _best_by_metrics(checkpoints: Path) -> dict[str, Any] | None:
 
 
 def renew_best(checkpoints: Path, keep_best: bool = False) -> None:
-    """Write best.json anew where it is damaged or names a checkpoint that is gone; without another, remove it.
+    """Correct best.json if it is damaged or names a checkpoint that no longer exists; remove it if no checkpoint has a
+    validation loss.
 
-    `keep_best`: the run keeps its best; its process may have been killed before it named a better one."""
+    `keep_best`: also name a better checkpoint, since a process may have been killed before it wrote best.json."""
     if not keep_best and not os.path.lexists(checkpoints / BEST):
         return
     best = best_in(checkpoints)
@@ -132,34 +136,34 @@ def renew_best(checkpoints: Path, keep_best: bool = False) -> None:
 
 
 def write_best(checkpoints: Path, step: int, loss: float) -> None:
-    """Name the checkpoint with the lowest validation loss, at once or not at all."""
+    """Write best.json, which names the checkpoint with the lowest validation loss. Atomic."""
     write_text(checkpoints / BEST, dump_checked({"step": step, "loss": loss}) + "\n")
 
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints, those at a multiple of `keep_every` steps (0: none), and the best;
-    and what killed saves and deletions left. Nothing may be on its way. What cannot be deleted is said."""
+    """Delete all checkpoints but the newest `keep`, those at a multiple of `keep_every` steps (0: none), and the best;
+    then delete unfinished ones. No save may be running. Warns of what cannot be deleted."""
     best = best_in(checkpoints)
     for step in steps_in(checkpoints)[:-keep]:
         if (keep_every and step % keep_every == 0) or (best and step == best["step"]):
             continue
         folder = checkpoints / f"step-{step}"
         with optional(folder, "deleted"):
-            os.rename(folder, partial_of(folder, any_number()))  # so that half a deletion does not look whole
+            os.rename(folder, partial_of(folder, random_number()))  # an interrupted deletion must not look complete
     remove_unfinished(checkpoints)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Delete what killed saves and deletions left. Nothing may be on its way."""
+    """Delete what interrupted saves and deletions left. No save may be running."""
     for leftover in checkpoints.glob(f"step-*{PARTIAL}*"):
         remove(leftover)
 
 
-def any_number() -> int:
-    """For `partial_of`: whatever was left there, by whomever, is in nobody's way."""
+def random_number() -> int:
+    """A number for `partial_of`, random so that the name does not exist yet."""
     return secrets.randbits(31)
 
 
 def partial_of(folder: Path, number: int) -> Path:
-    """The name that a checkpoint has while it is written and while it is deleted."""
+    """The name of a checkpoint while it is written or deleted."""
     return folder.with_name(f"{folder.name}{PARTIAL}{number}")

@@ -1,4 +1,4 @@
-"""A checkpoint with more rows in its embedding than it was written with, for a tokenizer with more tokens."""
+"""A checkpoint with rows added to its embedding, for a tokenizer with more tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from opt_parallel.checkpoint.lora import Weights
 from opt_parallel.parallel.shard import Constant, Shard
 
 EMBEDDING = "decoder.embed_tokens.weight"
-AT_ONCE = 4096  # rows read at a time for their mean
+CHUNK = 4096  # rows read at a time for their mean
 
 
 @dataclass(frozen=True)
 class _Rows(Shard):
-    """Rows `first` to `last` of a logical tensor, all of their columns."""
+    """Rows `first` to `last` of a logical tensor, with all columns."""
 
     first: int
     last: int
@@ -27,18 +27,18 @@ class _Rows(Shard):
 
 
 class Grown:
-    """A source of `weights` whose embedding has `rows` rows, and as many more as are asked for: each their mean.
+    """A source of `weights` whose embedding has `rows` rows; each further row that is read is their mean.
 
-    That is what transformers' `resize_token_embeddings` draws new rows around (Hewitt 2021, "Initializing New Word
-    Embeddings for Pretrained Language Models"): an untrained token is then no likelier than the average one. The mean
-    is taken in float64 in a fixed order, so that its bits do not depend on the layout."""
+    transformers' `resize_token_embeddings` draws new rows around this mean (Hewitt 2021, "Initializing New Word
+    Embeddings for Pretrained Language Models"): an untrained token is then not more likely than the average token. The
+    mean is computed in float64 in a fixed order, so that its bits do not depend on the layout."""
 
     def __init__(self, weights: Weights, rows: int) -> None:
         self.weights, self.rows = weights, rows
-        self.dtype = torch.promote_types(weights.dtype, torch.float32)  # a mean has more digits than what it is of
+        self.dtype = torch.promote_types(weights.dtype, torch.float32)  # a mean needs more digits than its summands
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the tensors `wanted` are there, the embedding's first rows alone."""
+        """Raise UserError unless the tensors `wanted` are there; of the embedding, the first rows suffice."""
         self.weights.check({**wanted, EMBEDDING: (self.rows, *wanted[EMBEDDING][1:])})
 
     def holds(self, name: str) -> bool:
@@ -58,9 +58,9 @@ class Grown:
         return self.weights(EMBEDDING, _Rows((self.rows, width), 0, 0, 1, Constant(0.0), False, first, last))
 
     def _mean(self, width: int) -> Tensor:
-        """Of all rows (1, D). numpy adds rows up one after the other, whatever the number of threads."""
+        """The mean of all rows (1, D). numpy sums rows one after another, whatever the number of threads."""
         total = torch.zeros(width, dtype=torch.float64)
-        for first in range(0, self.rows, AT_ONCE):
-            some = self._read(first, min(first + AT_ONCE, self.rows), width).double()
-            total += torch.from_numpy(some.numpy().sum(axis=0))
+        for first in range(0, self.rows, CHUNK):
+            rows = self._read(first, min(first + CHUNK, self.rows), width).double()
+            total += torch.from_numpy(rows.numpy().sum(axis=0))
         return (total / self.rows).float().unsqueeze(0)

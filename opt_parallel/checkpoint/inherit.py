@@ -1,4 +1,5 @@
-"""What a run takes from the checkpoint of `init_from` and the tokenizer that it names, before torch is imported."""
+"""The configuration that a run takes from the checkpoint of `init_from` and from its tokenizer, before torch is
+imported."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def model_at(folder: Path, key: str) -> ModelConfig:
     """The network of one of our `checkpoints/step-<N>` or of a Hugging Face folder.
 
-    Raises: UserError, which begins with `key`, as `init_from=`, if `folder` is neither."""
+    Raises: UserError, which starts with `key` (such as `init_from=`), if `folder` is neither."""
     if (folder / MANIFEST).is_file():
         return _model_of(folder, read_manifest(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{key}{folder} is a PEFT adapter, which is no network: name the LoRA run's own checkpoint, or merge the "
+            f"{key}{folder} is a PEFT adapter, not a network: name the LoRA run's own checkpoint, or merge the "
             "adapter into its base first (peft's merge_and_unload)"
         )
     if file_in(folder, CONFIG):
@@ -48,17 +49,17 @@ def _model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
         saved = verbatim(manifest["config"]["model"])
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), saved))
     except (OmegaConfBaseException, UserError) as error:
-        raise Damaged(folder, f"{MANIFEST} describes no network ({one_line(error)})") from error
+        raise Damaged(folder, f"{MANIFEST} does not describe a network ({one_line(error)})") from error
     assert isinstance(model, ModelConfig)
-    tensors = manifest["tensors"].values()  # of each layer at least one, also where LoRA trains
+    tensors = manifest["tensors"].values()  # at least one for each layer, also with LoRA
     held = sum(math.prod(tensor["shape"]) for tensor in tensors)
     if model.num_hidden_layers > len(tensors) or (not manifest.get("base") and model.parameters() > held):
-        raise Damaged(folder, f"{MANIFEST} describes a larger network than its tensors are of")
+        raise Damaged(folder, f"{MANIFEST} describes a larger network than its tensors belong to")
     return model
 
 
 def labels_at(folder: Path) -> Labels | None:
-    """What the classifier of such a folder tells apart; None of a language model. Raises: `UserError`."""
+    """The labels of the classifier in such a folder; None for a language model. Raises: `UserError`."""
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder).get("labels")
         problem = saved and saved["problem_type"]
@@ -67,42 +68,42 @@ def labels_at(folder: Path) -> Labels | None:
 
 
 def _take_labels(config: DictConfig, labels: Labels) -> None:
-    """The classifier's labels, where the run leaves them open; those that it names must be the classifier's."""
+    """Take the classifier's labels if the run leaves them open. Raise UserError if the run names other labels."""
     task = config.task
     if task.problem_type is None and labels.problem_type is not None:
         take(config, "task.problem_type", labels.problem_type)
     if labels == Labels.numbered(len(labels.names), labels.problem_type):
-        return  # no names: whatever the data calls them
+        return  # the classifier has no names: the run takes those of the data
     if task.labels is None:
         take(config, "task.labels", labels.names)
     elif tuple(map(name_of, task.labels)) != labels.names:
         raise UserError(
             f"task.labels={list(task.labels)}, but the classifier of init_from={config.init_from} has "
-            f"{list(labels.names)}: leave task.labels to it, or start from a language model"
+            f"{list(labels.names)}: remove task.labels, or start from a language model"
         )
 
 
 def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Where `init_from` names a checkpoint, take from it what `overrides`, the command line, left open: the network,
-    the tokenizer, the run's name.
+    """If `init_from` names a checkpoint, take from it what the command line (`overrides`) leaves open: the network, the
+    tokenizer, the run's name.
 
-    Shapes that the command line does give must be the checkpoint's; a larger `model.vocab_size` lets its embedding
-    grow, and ids of special tokens are the run's own. Raises: `UserError`."""
+    Shapes on the command line must equal the checkpoint's, except that a larger `model.vocab_size` adds rows to the
+    embedding. Ids of special tokens may differ. Raises: `UserError`."""
     if config.init_from is None:
         return
     folder = find_checkpoint(config.init_from, "init_from=")
     model = OmegaConf.structured(model_at(folder, "init_from="))
     given = {each.lstrip("+").partition("=")[0] for each in overrides}
-    whole = bool({"model", "experiment"} & given)
+    all_given = bool({"model", "experiment"} & given)
     for name in model:
         if name in MAY_DIFFER:
-            if not whole and f"model.{name}" not in given:
+            if not all_given and f"model.{name}" not in given:
                 take(config, f"model.{name}", model[name])
         elif name in SPECIAL_IDS and f"model.{name}" in given:
             continue
         elif name == "vocab_size" and f"model.{name}" in given:
             _require_may_grow(config, model[name])
-        elif whole or f"model.{name}" in given:
+        elif all_given or f"model.{name}" in given:
             _require_same(config, str(name), model[name])
         else:
             take(config, f"model.{name}", model[name])
@@ -118,35 +119,35 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
             if ours
             else Path(config.init_from).name.strip(".") or folder.resolve().name
         )
-        # not the network's own name: a run of that name may exist that started without these
+        # not the network's name: a run of that name, started without these weights, may exist
         take(config, "run.name", f"from-{base}")
 
 
 def take_special_tokens(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Take the ids of the tokens that begin, end and pad a text from the tokenizer that `data.tokenizer` names, where
-    its files name such tokens and `overrides`, the command line, does not.
+    """Take the ids of the bos, eos and pad tokens from the tokenizer of `data.tokenizer`, unless the command line
+    (`overrides`) gives them or the tokenizer's files do not.
 
     Raises: `UserError`, also if the network has too few rows for the tokens."""
     name = config.data.tokenizer
     if name is None:
         return
-    brought, other = read_tokenizer(name), []
-    check_size(brought.tokenizer, name, config.model.vocab_size)
+    tokenizer, changed = read_tokenizer(name), []
+    check_size(tokenizer.tokenizer, name, config.model.vocab_size)
     given = {each.lstrip("+").partition("=")[0] for each in overrides}
-    for key, number in brought.ids.items():
+    for key, number in tokenizer.ids.items():
         if f"model.{key}" not in given and config.model[key] != number:
-            other.append(f"model.{key}={number}, not {config.model[key]}")
+            changed.append(f"model.{key}={number}, not {config.model[key]}")
             take(config, f"model.{key}", number)
-    if other:
-        say(f"note: by data.tokenizer={name}: {', '.join(other)}")
+    if changed:
+        say(f"note: by data.tokenizer={name}: {', '.join(changed)}")
 
 
 def inherit_for_evaluation(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Take from the checkpoint of `init_from` what decides a loss and `overrides`, the command line, left open: of
-    ours the task, the precision, the length of a sample and where the text is, as it was trained; of a Hugging
-    Face folder whether it is a classifier, and the most positions that it has.
+    """Take from the checkpoint of `init_from` the settings that a loss depends on, unless the command line
+    (`overrides`) gives them.
 
-    Raises: `UserError`."""
+    Our checkpoints give the task, the precision, the length of a sample and the fields of the text. A Hugging Face
+    folder gives whether it is a classifier, and a limit of the length, its number of positions. Raises: `UserError`."""
     if config.init_from is None:
         return
     folder = find_checkpoint(config.init_from, "init_from=")
@@ -169,7 +170,7 @@ def inherit_for_evaluation(config: DictConfig, overrides: Sequence[str]) -> None
 
 
 def _require_same(config: DictConfig, name: str, theirs: Any) -> None:
-    if name == "word_embed_proj_dim":  # null says the hidden size
+    if name == "word_embed_proj_dim":  # null means the hidden size
         theirs = theirs or config.model.hidden_size
         ours = config.model[name] or config.model.hidden_size
     else:
@@ -177,8 +178,8 @@ def _require_same(config: DictConfig, name: str, theirs: Any) -> None:
     if ours != theirs:
         raise UserError(
             f"model.{name}={getattr(ours, 'value', ours)}, but init_from={config.init_from} has "
-            f"{getattr(theirs, 'value', theirs)}: leave the network's shape to the checkpoint, or choose another one"
-            + (f"; model.vocab_size={ours} by itself lets the embedding grow" if name == "vocab_size" else "")
+            f"{getattr(theirs, 'value', theirs)}: remove the network's shape from the command line, or choose another "
+            "checkpoint" + (f"; model.vocab_size={ours} alone adds rows to the embedding" * (name == "vocab_size"))
         )
 
 
@@ -186,19 +187,19 @@ def _require_may_grow(config: DictConfig, rows: int) -> None:
     if config.model.vocab_size > rows and config.task.lora.rank > 0:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size}, but the embedding of init_from={config.init_from} has {rows} "
-            "rows, and LoRA trains none: let it grow in a run with task.lora.rank=0, and adapt that one's checkpoint"
+            "rows, and LoRA trains none of them: add rows in a run with task.lora.rank=0, and adapt its checkpoint"
         )
     if config.model.vocab_size < rows:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size}, but the embedding of init_from={config.init_from} has {rows} "
-            "rows, and those beyond would be lost with what they learned: name as many or more, or leave it out"
+            "rows, and trained rows would be lost: set as many or more, or leave it out"
         )
 
 
 def _tokenizer_of(folder: Path, name: str) -> Path:
-    """The folder with the checkpoint's tokenizer, in either of the forms that we load."""
-    place = folder / "tokenizer" if (folder / MANIFEST).is_file() else folder
-    files = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    """The folder with the checkpoint's tokenizer: tokenizer.json, or vocab.json and merges.txt."""
+    tokenizer = folder / "tokenizer" if (folder / MANIFEST).is_file() else folder
+    files = {path.name for path in tokenizer.iterdir()} if tokenizer.is_dir() else set()
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
-        return place
-    raise UserError(f"init_from={name} has no tokenizer: bring the one it was trained with, data.tokenizer=…")
+        return tokenizer
+    raise UserError(f"init_from={name} has no tokenizer: set data.tokenizer=… to the one that it was trained with")

@@ -1,4 +1,4 @@
-"""A checkpoint of a LoRA run: trained tensors alone, which stand on the weights of another checkpoint, its base."""
+"""Checkpoints of LoRA runs: they hold only trained tensors, and need the weights of another checkpoint, the base."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from opt_parallel.parallel.lora import merge
 from opt_parallel.parallel.shard import Constant, Shard, Source, logical_shapes, require_same_tensors
 from opt_parallel.parallel.topology import ALONE
 
-CORNER = 8  # elements along each dim of a tensor that its base's checksum reads
+CORNER = 8  # elements along each dim that the base's checksum reads of a tensor
 
 
 class Weights(Protocol):
-    """A source for `fill` that can be asked first what it holds, and which dtype holds all of it exactly."""
+    """A source for `fill` that also says which tensors it holds, and which dtype represents all its values exactly."""
 
     dtype: torch.dtype
 
@@ -37,15 +37,15 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint whose weights a LoRA run leaves alone: a folder or hub id, and a checksum of its values."""
+    """The checkpoint that a LoRA run adapts: a folder or hub id, and a checksum of its values."""
 
     checkpoint: str
     checksum: str
 
     @classmethod
     def of(cls, name: str, config: ModelConfig, weights: Source) -> Base:
-        """`name`'s, of the network `config`. The checksum is the CRC-32 of a corner of each tensor in fp32: cheap, and
-        another one for any other training of the network, though not for a single changed value.
+        """The base `name`, of the network `config`. The checksum is the CRC-32 of a corner of each tensor in fp32. It
+        reads little and differs for any other training of the network, but not for every single changed value.
 
         Raises: UserError if a file is damaged."""
         with torch.device("meta"):
@@ -58,7 +58,7 @@ class Base:
 
 
 class _Corner(Shard):
-    """The first elements along each dim."""
+    """A tensor's first CORNER elements along each dim."""
 
     @property
     def range(self) -> tuple[slice, ...]:
@@ -66,14 +66,16 @@ class _Corner(Shard):
 
 
 class Merged:
-    """A source of W + alpha / rank · B A, range by range, and of what else was trained; the rest is the base's."""
+    """A source of merged weights, W + alpha / rank · B A, computed per range. Other trained tensors come from the
+    adapter's checkpoint, and all remaining tensors from the base."""
 
     def __init__(self, base: Weights, trained: CheckpointReader, lora: LoraConfig) -> None:
         self.base, self.trained, self.lora = base, trained, lora
-        self.dtype = torch.float32  # of the sums
+        self.dtype = torch.float32  # of the merged weights
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless base and adapter are those of `wanted`; what both have is the adapter's."""
+        """Raise UserError unless base and adapter together hold exactly the tensors `wanted`. A tensor that both hold
+        is the adapter's."""
         other = {name: shape for name, shape in self.trained.shapes.items() if ".lora_" not in name}
         here = {name: shape for name, shape in wanted.items() if name in other}
         require_same_tensors(str(self.trained.folder), here, other)
@@ -91,25 +93,25 @@ class Merged:
         a, b = terms_of(name)
         if not self.trained.holds(a):
             return values
-        values = values.clone()  # of a file that is mapped
+        values = values.clone()  # they may be a view of a mapped file
         *outer, rows, columns = shard.range
         products = [(values, outer)]
-        if outer:  # of query, key and value, which are all there
+        if outer:  # query, key and value in one tensor
             products = [(values[n], [slice(k, k + 1)]) for k, n in enumerate(qkv_blocks(self.lora.targets))]
+        rank = slice(0, self.lora.rank)
         for weight, block in products:
-            whole_rank = slice(0, self.lora.rank)
-            of_a = self.trained.read("weights", a, (*block, whole_rank, columns)).view(self.lora.rank, -1)
-            of_b = self.trained.read("weights", b, (*block, rows, whole_rank)).view(-1, self.lora.rank)
-            merge(weight, of_a, of_b, self.lora.alpha / self.lora.rank)
+            part_of_a = self.trained.read("weights", a, (*block, rank, columns)).view(self.lora.rank, -1)
+            part_of_b = self.trained.read("weights", b, (*block, rows, rank)).view(-1, self.lora.rank)
+            merge(weight, part_of_a, part_of_b, self.lora.alpha / self.lora.rank)
         return values
 
 
-def with_fallback(holds: Callable[[str], bool], weights: Source, below: Source) -> Source:
-    """`weights` of the tensors that it holds, of all others `below`."""
-    return lambda name, shard: weights(name, shard) if holds(name) else below(name, shard)
+def with_fallback(holds: Callable[[str], bool], weights: Source, fallback: Source) -> Source:
+    """`weights` where `holds(name)`, else `fallback`."""
+    return lambda name, shard: weights(name, shard) if holds(name) else fallback(name, shard)
 
 
 def lora_of(manifest: dict[str, Any]) -> LoraConfig:
-    """The low-rank terms that a checkpoint's run trained; of rank 0 where it trained everything."""
+    """The LoRA settings of a checkpoint's run; rank 0 if it trained all weights."""
     saved = manifest["config"].get("task", {}).get("lora", {})
     return LoraConfig(**{name: saved[name] for name in ("rank", "alpha", "targets") if name in saved})

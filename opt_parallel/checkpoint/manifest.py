@@ -1,4 +1,4 @@
-"""What one of our checkpoints says of itself: `manifest.json`, written last (docs/checkpoint-format.md)."""
+"""`manifest.json`, which describes a checkpoint and is written last (docs/checkpoint-format.md)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from opt_parallel.storage.checked import Count, Integer, Size, is_deep, read_che
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # a checkpoint's folder; one name for each step
-LARGEST = 2**29  # bytes; a thousand ranks that each hold a fragment of every tensor of opt-175b write a third of that
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # name of a checkpoint's folder; each step has exactly one
+LARGEST = 2**29  # bytes; the manifest of OPT-175B from a thousand ranks that split every tensor is a third of this
 
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 
@@ -86,7 +86,7 @@ class Checkpoint(TypedDict):
 
 
 class Config(TypedDict):
-    """Of the run's configuration what is read without its types."""
+    """The part of the run's configuration that is read without the configuration's own types."""
 
     model: dict[str, bool | Integer | float | str | None]
     data: Data
@@ -132,7 +132,7 @@ class File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """Keys that later versions add are no mistake."""
+    """Other keys are allowed: later versions may add some."""
 
     format: Literal[1]
     clock: Clock
@@ -149,17 +149,17 @@ class Manifest(TypedDict):
 
 
 class Damaged(UserError):
-    """A checkpoint that is not as it was written: `what` is wrong with it."""
+    """A checkpoint differs from what was written; `what` says how."""
 
     def __init__(self, folder: Path, what: str, way_out: str = "choose another checkpoint") -> None:
-        super().__init__(f"{folder} is not a whole checkpoint: {what}; {way_out}")
+        super().__init__(f"{folder} is not a complete checkpoint: {what}; {way_out}")
         self.what = what
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the checkpoint says of itself.
+    """The manifest of a checkpoint.
 
-    Raises: Damaged if `folder` is not a checkpoint of ours or of another format, or if the manifest was changed."""
+    Raises: Damaged if `folder` is not one of our checkpoints, is of another format, or has a changed manifest."""
     another = f"choose another checkpoint, or remove {MANIFEST} if the folder is not one of ours"
     try:
         manifest = read_checked(folder / MANIFEST, LARGEST)
@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _wrong(manifest: dict[str, Any]) -> str | None:
-    """The first value that is not of its type."""
+    """The first value that does not have its type, as a message; None if all have."""
     from pydantic import ValidationError
 
     if is_deep({key: value for key, value in manifest.items() if key not in ("tensors", "files")}):
@@ -193,7 +193,7 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
 
 @functools.cache
 def _types() -> Any:
-    """pydantic is imported where a manifest is read first, and not by every command."""
+    """Imports pydantic when the first manifest is read, so that other commands do not pay for it."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)
@@ -205,7 +205,8 @@ def _is_inside(name: str) -> bool:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """A file of a checkpoint. Raises: Damaged if it is not there, or is a device, a pipe or a link to elsewhere."""
+    """The path of a checkpoint's file. Raises: Damaged if the file is missing, is a device or a pipe, or links to
+    outside the folder."""
     path = folder / name
     try:
         inside = path.resolve(strict=True).is_relative_to(folder.resolve())
@@ -218,7 +219,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
-    """What differs between two manifests' (or nested sections') values: `section.key`, then, now."""
+    """The differing values of two manifests (or sections): rows of `section.key`, old and new value."""
     then, now = flat(before), flat(after)
     differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     return [[key, str(then.get(key, "—")), str(now.get(key, "—"))] for key in differing]

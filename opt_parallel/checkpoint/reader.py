@@ -1,4 +1,4 @@
-"""Logical tensors and fragments of any layout, out of the fragments that ranks of any other layout wrote."""
+"""Reads logical tensors and fragments of any layout from the fragments that ranks of any other layout wrote."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.parallel.shard import Shard, require_same_tensors
 from opt_parallel.zero import Fragment
 
-AT_ONCE = 2**22  # elements read at a time where they have to be rearranged
+CHUNK = 2**22  # elements read at a time if they must be rearranged
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored fragment of a logical tensor: its file, what is in it, and the boxes that it covers."""
+    """A stored fragment of a logical tensor: its file, what it holds, and the boxes that it covers."""
 
     file: str
-    kinds: list[str]  # weights, and Adam's moments where there were any
+    kinds: list[str]  # weights, and the optimizer's moments if any
     boxes: list[Box]
 
 
 class CheckpointReader:
-    """A training checkpoint's contents, read as slices of its files: a source of weights for `fill`, and of what an
-    optimizer goes on with."""
+    """Reads slices of a training checkpoint: weights for `fill`, and the optimizer's state."""
 
     dtype = torch.float32
 
@@ -39,18 +38,18 @@ class CheckpointReader:
         fault = fault_of(self.manifest)
         if fault is not None:
             raise Damaged(folder, f"{MANIFEST} is not what was written ({fault})")
-        self.files: dict[str, StoredFile] = {}  # those opened so far
+        self.files: dict[str, StoredFile] = {}  # the files opened so far
         self.shapes = {name: tuple(saved["shape"]) for name, saved in self.manifest["tensors"].items()}
         self.pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
         for file, content in self.manifest["files"].items():
             for fragment in content["fragments"]:
                 name = fragment["name"]
-                written = shard_of_part(self.manifest["tensors"][name], fragment["part"])
-                boxes = boxes_of(written, fragment["start"], fragment["count"])
+                shard = shard_of_part(self.manifest["tensors"][name], fragment["part"])
+                boxes = boxes_of(shard, fragment["start"], fragment["count"])
                 self.pieces[name].append(Piece(file, fragment["kinds"], boxes))
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless exactly the tensors `wanted` are there."""
+        """Raise UserError unless the checkpoint holds exactly the tensors `wanted`."""
         require_same_tensors(str(self.folder), wanted, self.shapes)
 
     def holds(self, name: str) -> bool:
@@ -61,8 +60,8 @@ class CheckpointReader:
         """The fp32 weights of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
         return self.read("weights", name, shard.range)
 
-    def whole(self, kind: str, name: str) -> Tensor | None:
-        """A logical tensor, or one of its moments; None where there were no moments yet.
+    def read_tensor(self, kind: str, name: str) -> Tensor | None:
+        """A full logical tensor, or one of its moments; None if the checkpoint has no moments yet.
 
         Raises: UserError if a file is damaged."""
         if not any(kind in piece.kinds for piece in self.pieces[name]):
@@ -77,7 +76,7 @@ class CheckpointReader:
         return box.of(values)
 
     def restore(self, fragment: Fragment) -> None:
-        """Write into a rank's live fragment what was saved of it. Raises: UserError if a file is damaged."""
+        """Write the saved values into a rank's live fragment. Raises: UserError if a file is damaged."""
         boxes = boxes_of(fragment.shard, fragment.start, len(fragment.weights))
         for kind, values in fragment.tensors.items():
             self._copy(kind, fragment.name, values, boxes)
@@ -94,16 +93,16 @@ class CheckpointReader:
 
 
 def _read(file: StoredFile, key: str, shared: Shared, into: Tensor) -> None:
-    """The values of a rectangle, straight to their place where the file has them in that order."""
+    """Read the values of a rectangle into `into`; directly, if the file stores them in that order."""
     box, ranges = shared.theirs, shared.out_of
     row = box.numel // box.shape[0]
     first, last = ranges[0].start, ranges[0].stop
-    whole_rows = all(part == slice(0, size) for part, size in zip(ranges[1:], box.shape[1:], strict=True))
-    if whole_rows and into.is_contiguous() and into.device.type == "cpu":
+    full_rows = all(part == slice(0, size) for part, size in zip(ranges[1:], box.shape[1:], strict=True))
+    if full_rows and into.is_contiguous() and into.device.type == "cpu":
         file.read(key, box.offset + first * row, into)
         return
-    some = max(1, AT_ONCE // row)
-    for begin in range(first, last, some):
-        end = min(begin + some, last)
+    step = max(1, CHUNK // row)
+    for begin in range(first, last, step):
+        end = min(begin + step, last)
         rows = file.new(key, box.offset + begin * row, (end - begin, *box.shape[1:]))
         into[begin - first : end - first] = rows[(slice(None), *ranges[1:])].to(into.device)

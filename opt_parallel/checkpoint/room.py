@@ -1,5 +1,6 @@
-"""In which dtype a checkpoint is computed, and whether there is memory for that: by the files' headers, before any
-weight is read. Linux ends a process that takes more memory than there is, without a word."""
+"""Chooses the dtype to compute a checkpoint in, and checks that its weights fit into memory, from the files' headers.
+
+Without the check Linux kills a process that takes too much memory, without a message."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import bytes_in_words
 from opt_parallel.runtime.machine import memory_free
 
-WORK = 2**28  # bytes that a process takes besides what is counted here: activations, what libraries keep
+WORK = 2**28  # bytes that a process needs besides the weights: activations, libraries
 PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a command line says a dtype, and into how many parts a network is split."""
+    """How a command line sets the dtype, and the number of parts of a split network; for messages."""
 
     dtypes: dict[torch.dtype, str]
     split: str
@@ -39,24 +40,25 @@ RUN = Options({dtype: f"precision={precision.value}" for dtype, precision in PRE
 def choose_dtype(
     opened: Opened, topology: Topology, asked: torch.dtype | None, options: Options, elements: int = 0
 ) -> torch.dtype:
-    """The dtype to compute in, the same on every rank, which all take part: `asked`, or if that is None the
-    checkpoint's own; but float32, which holds the same values, if a device emulates that one and there is room.
+    """The dtype to compute in, the same on every rank; every rank calls this. It is `asked`, or if that is None the
+    checkpoint's own. If a device emulates the checkpoint's own and memory suffices, it is float32, which represents the
+    same values.
 
-    `elements`: numbers that a rank holds besides the weights, in the same dtype. Raises: UserError, on every rank, if
-    there is no memory for it."""
+    `elements`: values that a rank holds besides the weights, in the same dtype. Raises: UserError, on every rank, if
+    memory does not suffice."""
     own = opened.dtype
     needs = {dtype: _needed(opened, topology.tensor, dtype, elements) for dtype in PRECISIONS}
-    told = topology.exchange((native(topology.device), needs, _free(topology)))
-    emulated = {dtype for dtype, precision in PRECISIONS.items() if any(precision not in able for able, _, _ in told)}
-    room = {dtype for dtype in PRECISIONS if all(needed[dtype] <= free for _, needed, free in told)}
+    ranks = topology.exchange((native(topology.device), needs, _free(topology)))
+    emulated = {dtype for dtype, precision in PRECISIONS.items() if any(precision not in own for own, _, _ in ranks)}
+    room = {dtype for dtype in PRECISIONS if all(needed[dtype] <= free for _, needed, free in ranks)}
     name = device_name(topology.device)
     if asked is None and own in emulated and torch.float32 in room:
         _note(f"{name} emulates {_name(own)}, the checkpoint's dtype: computing in float32, which holds all its values")
         return torch.float32
     chosen = own if asked is None else asked
     if chosen not in room:
-        rank = next(rank for rank, (_, needed, free) in enumerate(told) if needed[chosen] > free)
-        _, needed, free = told[rank]
+        rank = next(rank for rank, (_, needed, free) in enumerate(ranks) if needed[chosen] > free)
+        _, needed, free = ranks[rank]
         smaller = [dtype for dtype in room if needed[dtype] < needed[chosen]]
         others = "".join(f"{options.dtypes[dtype]} needs {bytes_in_words(needed[dtype])}; " for dtype in smaller)
         raise UserError(
@@ -71,7 +73,7 @@ def choose_dtype(
 
 
 def require_room(what: str, needed: int, way_out: str) -> None:
-    """Raise UserError unless this process can have `needed` bytes, and some for its work."""
+    """Raise UserError unless `needed` + WORK bytes of memory are free."""
     free = memory_free()
     if needed + WORK > free:
         raise UserError(
@@ -93,8 +95,8 @@ def largest_parameter(opened: Opened) -> int:
 
 
 def _needed(opened: Opened, group: Group, dtype: torch.dtype, elements: int) -> int:
-    """Bytes that a rank takes when it has filled its part: the weights, and the tensor that was read last twice over
-    (query, key and value are read one by one, then stacked)."""
+    """Peak bytes of a rank that fills its part: the weights, and twice the largest tensor as it is read (query, key and
+    value are read one by one, then stacked)."""
     sizes = [math.prod(shard.local_shape) for _, _, shard in marked(network_of(opened, group))]
     return (sum(sizes) + elements) * dtype.itemsize + 2 * max(sizes) * opened.dtype.itemsize + WORK
 
@@ -110,6 +112,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _note(text: str) -> None:
-    """To standard error: what is written to the other is the text."""
+    """Print to standard error, since standard output is for the results."""
     if process.is_main():
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A checkpoint of ours, a Hugging Face folder or a hub id, opened alike."""
+"""Opens any checkpoint: one of ours, a Hugging Face folder or a hub id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opt_parallel.checkpoint.damage import check_sizes, read_limited
+from opt_parallel.checkpoint.damage import check_sizes, open_checked
 from opt_parallel.checkpoint.grown import Grown
 from opt_parallel.checkpoint.inherit import labels_at, model_at
 from opt_parallel.checkpoint.lora import Base, Merged, Weights, lora_of
@@ -31,30 +31,31 @@ from opt_parallel.runtime.log import say
 
 @dataclass(frozen=True)
 class Opened:
-    """The network's shape, a source of its weights, and the folder that holds its tokenizer, where it has one."""
+    """An open checkpoint: the network's shape, a source of its weights, and the folder of its tokenizer (which may have
+    none)."""
 
     config: ModelConfig
     stored: Weights
     tokenizer: Path
     folder: Path
-    not_finite: list[str] = field(default_factory=list)  # of what this rank read
+    not_finite: list[str] = field(default_factory=list)  # names of the tensors of which this rank read NaN or infinity
 
     @property
     def labels(self) -> Labels:
-        """What its classifier tells apart; a language model's are transformers' default."""
+        """The classifier's labels; for a language model transformers' default."""
         if (self.folder / MANIFEST).is_file():
             return labels_at(self.folder) or Labels.numbered(2)
         return read_labels(self.folder)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest of fp32, bf16 and fp16 that holds its weights exactly: fp32 for one of ours, also of a bf16
-        run; and for fp64, which is rounded."""
+        """The narrowest of fp32, bf16 and fp16 that represents the weights exactly. Our checkpoints are fp32, also
+        those of bf16 runs; fp64 weights are rounded to fp32."""
         return torch.float32 if self.stored.dtype is torch.float64 else self.stored.dtype
 
     @property
     def special_tokens(self) -> SpecialTokens:
-        """What a special token was that its training text spelled; text, where nobody knows."""
+        """How training treated a special token's spelling in the text; as text, if the checkpoint does not say."""
         data = read_manifest(self.folder)["config"]["data"] if (self.folder / MANIFEST).is_file() else {}
         name = str(data.get("special_tokens", SpecialTokens.text.name))
         if name not in SpecialTokens.__members__:
@@ -74,7 +75,7 @@ class Opened:
         return values
 
     def grown(self, rows: int) -> Opened:
-        """The same with `rows` rows in its embedding, as many as there are or more; says so."""
+        """The checkpoint with `rows` rows in its embedding, at least as many as now. Prints a note."""
         if rows == self.config.vocab_size:
             return self
         say(
@@ -85,25 +86,25 @@ class Opened:
         return replace(self, config=replace(self.config, vocab_size=rows), stored=stored)
 
     def as_base(self, name: str) -> Base:
-        """This checkpoint, which the user calls `name`, as what a LoRA run stands on; it may be a classifier's.
+        """This checkpoint, which the user calls `name`, as the base of a LoRA run; it may be a classifier.
 
-        Raises: UserError unless just the tensors of a network are there."""
+        Raises: UserError unless it holds exactly the tensors of a network."""
         self.check_classifier()
         return Base.of(name, self.config, self.stored)
 
     def check_language_model(self) -> None:
-        """Raise UserError unless just the tensors of a language model are there. Reads no values."""
+        """Raise UserError unless the checkpoint holds exactly the tensors of a language model. Reads no values."""
         if self.is_classifier:
             raise UserError(
-                f"{self.folder} is a classifier ({SCORE} is unexpected), not a language model: name another one; "
-                "task=classify trains and evaluates this one"
+                f"{self.folder} is a classifier ({SCORE} is unexpected), not a language model: choose another "
+                "checkpoint, or set task=classify to train or evaluate this one"
             )
         with torch.device("meta"):
             self.stored.check(logical_shapes(CausalLM(self.config, ALONE)))
 
     def check_classifier(self) -> None:
-        """Raise UserError unless just the tensors of a classifier are there, or those of a language model, to which a
-        head can be added. Reads no values."""
+        """Raise UserError unless the checkpoint holds exactly the tensors of a classifier, or of a language model, to
+        which a head can be added. Reads no values."""
         with torch.device("meta"):
             wanted = logical_shapes(CausalLM(self.config, ALONE))
         if self.is_classifier:
@@ -111,18 +112,18 @@ class Opened:
         self.stored.check(wanted)
 
     def check_labels(self, labels: Labels) -> None:
-        """Raise UserError if there is a head for another number of `labels`; say so if there is none."""
+        """Raise UserError if the head has another number of labels than `labels`; print a note if there is no head."""
         names, number = self.labels.names, len(labels.names)
         if not self.is_classifier:
-            say(f"{self.folder} has no classification head: one for {number} labels is begun")
+            say(f"{self.folder} has no classification head: a new head for {number} labels is trained")
         elif len(names) != number:
             raise UserError(
-                f"{self.folder} tells {len(names)} labels apart ({', '.join(names[:5])}), the run {number} "
+                f"{self.folder} has {len(names)} labels ({', '.join(names[:5])}), the run has {number} "
                 f"({', '.join(labels.names[:5])}): set task.labels, or start from a language model"
             )
 
     def model(self, group: Group, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
-        """The language model itself, this rank's part of it. Raises: UserError."""
+        """This rank's part of the language model. Raises: UserError."""
         self.config.check_splits(group.size, "tensor degree ")
         self.check_language_model()
         with torch.device("meta"):
@@ -139,15 +140,15 @@ class Opened:
         new_head: bool = False,
         seed: int = 1,
     ) -> SequenceClassifier:
-        """A classifier, this rank's part of it. `new_head` allows that the checkpoint has none: a language model's.
-        Its head is then drawn from `seed`. Raises: UserError."""
+        """This rank's part of the classifier. With `new_head` the checkpoint may be a language model, whose head is
+        then drawn from `seed`. Raises: UserError."""
         self.config.check_splits(group.size, "tensor degree ")
         with torch.device("meta"):
             model = SequenceClassifier(self.config, num_labels, group)
         source: Source = self.weights
         wanted = logical_shapes(model)
         if new_head and not self.stored.holds(SCORE):
-            say(f"{self.folder} has no classification head: one for {num_labels} labels is drawn from seed {seed}")
+            say(f"{self.folder} has no classification head: a head for {num_labels} labels is drawn from seed {seed}")
             source = with_new_head(self.weights, seed)
             del wanted[SCORE]
         self.stored.check(wanted)
@@ -155,7 +156,7 @@ class Opened:
         return model.eval()
 
     def warn_of_not_finite(self, group: Group) -> None:
-        """Say which of the tensors that `group`'s ranks read have a NaN or an infinity. Every rank takes part."""
+        """Warn of NaN and infinity in the tensors that the ranks of `group` have read. All of its ranks call this."""
         named: list[list[str]] = [self.not_finite]
         if group.size > 1:
             named = [[] for _ in range(group.size)]
@@ -172,7 +173,7 @@ class Opened:
 
 
 def with_new_head(weights: Source, seed: int) -> Source:
-    """`weights`, and the initial values of a classification head that they lack."""
+    """`weights`, and random values for the classification head, which they lack."""
     drawn = random_source(seed)
 
     def source(name: str, shard: Shard) -> Tensor:
@@ -186,12 +187,12 @@ def open_checkpoint(
 ) -> Opened:
     """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
-    One of a LoRA run is opened with its base, and gives the merged weights. `checksums`: first read all weights that
-    have checksums: damage of ours is an error, each process reads a share; of an export, which others may have changed,
-    a warning. `above`: the LoRA checkpoints that stand on it.
+    The checkpoint of a LoRA run is opened with its base and gives the merged weights. `checksums`: first verify all
+    checksums. Damage of our checkpoints is an error, and each process verifies a share; damage of an export, which
+    somebody may have changed on purpose, is a warning. `above`: the LoRA checkpoints whose base this is.
 
-    Raises: UserError, which begins with `key`, if `checkpoint` is none of these, is no OPT, lacks a file or is damaged;
-    or if a base is not where it was, or another."""
+    Raises: UserError, which starts with `key`, if `checkpoint` is none of these, is not an OPT model, lacks a file or
+    is damaged; or if the base of a LoRA run is missing or has changed."""
     folder = find_checkpoint(checkpoint, key)
     config = model_at(folder, key)
     if not (folder / MANIFEST).is_file():
@@ -204,22 +205,22 @@ def open_checkpoint(
                 f"remove {CHECKSUMS}"
             )
         return Opened(config, weights, folder, folder)
-    reader = read_limited(folder) if checksums else CheckpointReader(folder)
+    reader = open_checked(folder) if checksums else CheckpointReader(folder)
     check_sizes(reader)
-    stored = _on_its_base(reader, checksums, above) if reader.manifest.get("base") else reader
+    stored = _with_base(reader, checksums, above) if reader.manifest.get("base") else reader
     return Opened(config, stored, folder / "tokenizer", folder)
 
 
-def _on_its_base(reader: CheckpointReader, checksums: bool, above: tuple[Path, ...]) -> Merged:
+def _with_base(reader: CheckpointReader, checksums: bool, above: tuple[Path, ...]) -> Merged:
     saved, here = Base(**reader.manifest["base"]), reader.folder.resolve()
     if here in above:
-        raise Damaged(reader.folder, f"{MANIFEST} says that it stands on itself")
-    key = f"{reader.folder} is of a LoRA run and stands on its base: "
+        raise Damaged(reader.folder, f"{MANIFEST} names the checkpoint itself as its base")
+    key = f"{reader.folder} belongs to a LoRA run and needs its base: "
     opened = open_checkpoint(saved.checkpoint, key, checksums, (*above, here))
     found = opened.as_base(saved.checkpoint)
     if found.checksum != saved.checksum:
         raise UserError(
-            f"{reader.folder} is of a LoRA run, and {saved.checkpoint} is not the base any more that it was trained on "
-            f"(checksum {found.checksum}, then {saved.checksum}): bring that one back"
+            f"{reader.folder} belongs to a LoRA run, and its base {saved.checkpoint} has changed since (checksum "
+            f"{found.checksum}, then {saved.checksum}): restore the base that it was trained on"
         )
     return Merged(opened.stored, reader, lora_of(reader.manifest))

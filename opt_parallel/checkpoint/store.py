@@ -1,6 +1,6 @@
-"""The checkpoints of a run: save while training goes on, find the newest that is whole, resume in any layout.
+"""The checkpoints of a run: saves while training continues, finds the newest complete one, restores in any layout.
 
-`checkpoints/step-<N>/` is written under a temporary name and renamed once all ranks are done: whole or absent.
+`checkpoints/step-<N>/` is written under a temporary name and renamed when all ranks are done: complete or absent.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from zlib import crc32
 from opt_parallel.checkpoint.damage import read_share
 from opt_parallel.checkpoint.folders import (
     BEST,
-    any_number,
     best_in,
     choose,
     forget_old,
     misnamed_in,
     newest,
     partial_of,
+    random_number,
     renew_best,
-    set_aside,
+    retire,
     step_of,
     steps_in,
-    torn_in,
+    without_manifest,
     write_best,
 )
 from opt_parallel.checkpoint.lora import Base, lora_of
@@ -53,8 +53,8 @@ from opt_parallel.storage.atomic import PARTIAL, optional, publish
 from opt_parallel.storage.checked import dump_checked
 
 TOKENIZER = "tokenizer.json"
-RECORDED = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # what a run's numbers may depend on
-NOT_TOLD = {"resume", "stop_at"}  # settings of one process, not of the run
+RECORDED = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # results may depend on their versions
+NOT_COMPARED = {"resume", "stop_at"}  # settings of one start, not of the run
 
 
 class Store:
@@ -70,23 +70,24 @@ class Store:
         text: Mapping[str, str] | None = None,
         wandb_id: str | None = None,
     ) -> None:
-        """`labels` are a classifier's; `base` is what a LoRA run stands on; `text`: each source's prepared store;
-        `wandb_id`: the run's name at wandb, which rank 0 knows."""
+        """`labels`: a classifier's; `base`: the base of a LoRA run; `text`: each source's prepared store; `wandb_id`:
+        the run's name at wandb, on rank 0."""
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
-        # in memory: a checkpoint can be written when data.cache is gone
+        # in memory, so that a checkpoint can be written after data.cache was removed
         self.tokenizer_files = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
         self.labels, self.base, self.text = labels, base, dict(text or {})
         self.wandb_id = wandb_id
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
-        self.saving: Path | None = None  # what the saver was last given
+        self.saving: Path | None = None  # the checkpoint that the saver was last given
 
     def find(self) -> CheckpointReader | None:
-        """The checkpoint that `resume` asks for, all its files checked; None for a fresh start.
+        """The checkpoint that `resume` names, after all its files were checked; None for a new run.
 
-        A damaged one is named, set aside, and the one before it taken. Raises: UserError if none is left, if
-        `resume` names it, or if it is of another network or tokenizer."""
-        self._on_main(self._set_torn_aside)
+        With `resume=auto` a damaged checkpoint is reported and renamed, and the checkpoint before it is used. Raises:
+        UserError if no checkpoint is left, if `resume` names a damaged one, or if the checkpoint's network or tokenizer
+        is not the run's."""
+        self._on_main(self._retire_incomplete)
         folder = self._first_ranks(choose(self.run))
         while folder is not None:
             found = self._open(folder)
@@ -95,16 +96,16 @@ class Store:
             damage = found
             if self.run.resume != "auto":
                 raise UserError(f"resume={folder}: {damage}; choose an earlier checkpoint")
-            self.topology.barrier()  # everybody has looked
-            self._on_main(partial(self._set_damaged_aside, folder, damage))
+            self.topology.barrier()  # every rank has read it
+            self._on_main(partial(self._retire_damaged, folder, damage))
             folder = self._first_ranks(newest(self.root))
             if folder is None:
-                raise UserError(f"{self.root} holds no whole checkpoint any more: choose another run.dir to begin anew")
+                raise UserError(f"{self.root} has no complete checkpoint left: choose another run.dir to start again")
         return None
 
     def restore(self, engine: Engine, reader: CheckpointReader) -> Clock:
-        """Bring the engine to where the checkpoint was written; what the configuration says now wins over what it said
-        then, and what differs is said."""
+        """Set the engine to the checkpoint's state, and return its clock. The present configuration holds; its
+        differences from the checkpoint's are printed."""
         manifest = reader.manifest
         engine.restore(reader.restore, manifest["updates"], manifest["loss_scale"])
         clock = Clock.saved(manifest["clock"])
@@ -113,8 +114,8 @@ class Store:
         return clock
 
     def if_best(self, loss: float | None) -> float | None:
-        """The validation `loss` if it is below that of every checkpoint so far and the run keeps the best, else None.
-        Waits for what is being written."""
+        """The validation `loss`, if the run keeps its best checkpoint and `loss` is lower than that of every checkpoint
+        so far; else None. Waits for a save in progress."""
         if not self.run.checkpoint.keep_best or loss is None:
             return None
         self.wait()
@@ -123,17 +124,17 @@ class Store:
         return loss if self.topology.any(self.topology.is_main and better) else None
 
     def save(self, engine: Engine, clock: Clock, best: float | None = None) -> None:
-        """Write `step-<N>`, which goes on while training does; waits for the one before, and says if that failed.
+        """Write `step-<N>` in the background. Waits for the previous save first, and warns if it failed.
 
-        `best` is its validation loss where that is the lowest so far. Raises: UserError, on every rank and with nothing
-        written, where ranks hold different values of what must be the same."""
+        `best`: the validation loss, if it is the lowest so far. Raises: UserError, on every rank and before anything is
+        written, if replicas of a value differ between ranks."""
         self.wait()
         final = self.root / f"step-{clock.step}"
         self._check_replicas(engine, final)
         self.saving, number, failure = final, 0, "rank 0 could not write"
         if self.topology.is_main:
             try:
-                number = any_number()
+                number = random_number()
                 partial_of(final, number).mkdir(parents=True)
             except OSError as error:
                 number, failure = -1, error.strerror or str(error)
@@ -145,7 +146,7 @@ class Store:
             complete = partial(self._complete, beside, final, manifest)
             self.saver.start(engine.owned(), beside, complete, partial(self._tidy_up, clock.step, best))
         if not self.run.checkpoint.asynchronous:
-            self.saver.join()  # whether it failed is for the next save to say, or for the end to fail with
+            self.saver.join()  # `wait` or `finish` reports a failure
 
     def _check_replicas(self, engine: Engine, final: Path) -> None:
         wrong = differing(engine.replicas(), self.topology)
@@ -153,63 +154,62 @@ class Store:
             kept = self.topology.exchange(newest(self.root))[0]  # as rank 0 sees it
             raise UserError(
                 f"{final} is not saved: {wrong}, which must be the same: a memory, a device or the network changed "
-                f"them. The same command goes on from {kept or 'the beginning'}; take the host out of service if it "
-                "happens again",
+                f"them. The same command {_resumes_from(kept)}; take the host out of service if it happens again",
                 shared=True,
             )
 
     def wait(self) -> None:
-        """Until what is being written is on the disk; says if that failed."""
+        """Wait for a save in progress, and warn if it failed."""
         failure = self.saver.wait()
         if failure is not None:
             left = any(self.root.glob(f"{self.saving.name}{PARTIAL}*")) if self.saving else False
-            rest = "what is left of it is deleted later" if left else "and nothing of it is left"
+            rest = "its partial files are deleted later" if left else "and none of its files are left"
             say(f"warning: {self.saving} could not be written ({failure}), {rest}")
 
     def finish(self) -> None:
-        """Wait for what is still being written. Raises: UserError if the last checkpoint failed."""
+        """Wait for a save in progress. Raises: UserError if it failed."""
         failure = self.saver.wait()
         self.saver.close()
         if failure is not None:
             kept = newest(self.root)
             raise UserError(
                 f"{self.saving} could not be written ({failure}): make room there and start the same command again; "
-                + (f"{kept} is whole" if kept else "there is no earlier checkpoint")
+                + (f"{kept} is complete" if kept else "there is no earlier checkpoint")
             )
 
     def rescue(self, engine: Engine, clock: Clock) -> str:
-        """Save, unless this step is saved, before an end that training is not to blame for; where the same command goes
-        on, in words."""
+        """Save, unless this step is saved, before the run ends because of an outside cause. Returns the end of a
+        message: where the same command resumes."""
         self.wait()
         final = self.root / f"step-{clock.step}"
         if clock.step and self.topology.any(self.topology.is_main and step_of(final) is None):
             self.save(engine, clock)
             self.wait()
-        return f"the same command goes on from {newest(self.root) or 'the beginning'}"
+        return f"the same command {_resumes_from(newest(self.root))}"
 
     def _on_main(self, work: Callable[[], None]) -> None:
-        """Raises: UserError on every rank, if rank 0 does."""
+        """Call `work` on rank 0. Raises: UserError on every rank, if `work` raises it."""
         self.topology.together(lambda: work() if self.topology.is_main else None)
 
-    def _set_torn_aside(self) -> None:
-        for torn in torn_in(self.root):  # it would be in the way of a save
-            say(f"warning: {torn} has no {MANIFEST}; it is set aside as {set_aside(torn, 'damaged').name}")
+    def _retire_incomplete(self) -> None:
+        for folder in without_manifest(self.root):  # a save of the same step needs the name
+            say(f"warning: {folder} has no {MANIFEST}; it is renamed to {retire(folder, 'damaged').name}")
         for path in misnamed_in(self.root):
             say(f"warning: {path} is not the name of a checkpoint (step-<N>, such as step-2); it is left alone")
 
-    def _set_damaged_aside(self, folder: Path, damage: str) -> None:
-        say(f"warning: {folder}: {damage}; it is set aside as {set_aside(folder, 'damaged').name}")
+    def _retire_damaged(self, folder: Path, damage: str) -> None:
+        say(f"warning: {folder}: {damage}; it is renamed to {retire(folder, 'damaged').name}")
 
     def _branch_off(self, manifest: dict[str, Any]) -> None:
-        """Say what has changed since the checkpoint; what is later is no longer the run's."""
-        self._tell_changes(manifest)
+        """Print what has changed since the checkpoint. Rename later checkpoints, which no longer belong to the run."""
+        self._print_changes(manifest)
         for later in steps_in(self.root):
-            if later > manifest["clock"]["step"]:  # `auto` must not find them
-                set_aside(self.root / f"step-{later}", "abandoned")
+            if later > manifest["clock"]["step"]:  # `resume=auto` must not find them
+                retire(self.root / f"step-{later}", "abandoned")
         renew_best(self.root, self.run.checkpoint.keep_best)
 
     def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
-        """On the first rank, once all files are on the disk: manifest, tokenizer, and the name."""
+        """On rank 0, when all ranks' files are on the disk: write tokenizer and manifest, and rename the folder."""
         for note in sorted(beside.glob("rank-*.json")):
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
             note.unlink()
@@ -222,14 +222,14 @@ class Store:
         publish(beside, final)
 
     def _tidy_up(self, step: int, best: float | None) -> None:
-        """Once the checkpoint is there, which none of this changes: name the best, make room for the next."""
+        """After the checkpoint is complete: write best.json and delete old checkpoints."""
         if best is not None:
             with optional(self.root / BEST):
                 write_best(self.root, step, best)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _first_ranks(self, folder: Path | None) -> Path | None:
-        """The first rank's choice: on a shared file system others may not see the newest yet."""
+        """Rank 0's choice: on a shared file system other ranks may not see the newest checkpoint yet."""
         if self.run.resume != "auto":
             return folder
         step = -1 if folder is None else step_of(folder)
@@ -265,9 +265,9 @@ class Store:
         return manifest
 
     def _open(self, folder: Path) -> CheckpointReader | str:
-        """A checkpoint, or what is wrong with it: each rank checks a share of the files.
+        """A checkpoint, or what is wrong with it. Each rank checks a share of the files.
 
-        Raises: UserError if it is whole, but of another network or tokenizer than this run's."""
+        Raises: UserError if the checkpoint is complete, but its network or tokenizer is not this run's."""
         reader, wrong = read_share(folder, self.topology.world.rank, self.topology.world.size)
         for found in self.topology.exchange(wrong):
             if found:
@@ -278,7 +278,7 @@ class Store:
         return reader if reader.shapes == wanted else f"{MANIFEST} lists tensors of other shapes than the network's"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Raise UserError unless this run's network and tokenizer are the checkpoint's."""
+        """Raise UserError unless the checkpoint's network and tokenizer are this run's."""
         saved, now = manifest["config"]["model"], to_dict(self.run)["model"]
         for name in now:
             if name not in MAY_DIFFER and saved.get(name) != now[name]:
@@ -290,28 +290,28 @@ class Store:
         self._check_adapts(folder, manifest)
         if (folder / "tokenizer" / TOKENIZER).read_bytes() != self.tokenizer_files[TOKENIZER]:
             raise UserError(
-                f"{folder} was trained with another tokenizer than {self.tokenizer}, whose ids mean other words: set "
-                f"data.tokenizer={folder / 'tokenizer'}, or start in another run.dir"
+                f"{folder} was trained with another tokenizer than {self.tokenizer}, so the same ids mean other "
+                f"tokens: set data.tokenizer={folder / 'tokenizer'}, or start in another run.dir"
             )
 
     def _check_labels(self, folder: Path, saved: dict[str, Any] | None) -> None:
-        """Raise UserError unless both are language models, or both tell the same labels apart."""
+        """Raise UserError unless checkpoint and run are both language models, or classifiers with the same labels."""
         now = None if self.labels is None else _labels_as_json(self.labels)
         if saved != now:
             raise UserError(
-                f"{folder} is {_as_words(saved)}, this run trains {_as_words(now)}: set task or task.labels back, or "
+                f"{folder} is {_describe(saved)}, this run trains {_describe(now)}: set task or task.labels back, or "
                 f"start in another run.dir with init_from={folder}"
             )
 
     def _check_adapts(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Raise UserError unless both train everything, or both the same low-rank terms on the same base."""
+        """Raise UserError unless checkpoint and run both train all weights, or the same LoRA terms on the same base."""
         then, now = lora_of(manifest), self.run.task.lora
         if then.rank == now.rank == 0:
             return
         for name, saved, given in (
             ("rank", then.rank, now.rank),
             ("targets", sorted(then.targets), sorted(now.targets)),
-            ("alpha", then.alpha, now.alpha),  # the same A and B would be other weights
+            ("alpha", then.alpha, now.alpha),  # with another alpha, A and B would mean other weights
         ):
             if saved != given:
                 raise UserError(
@@ -326,12 +326,12 @@ class Store:
                 "back, or start in another run.dir"
             )
 
-    def _tell_changes(self, manifest: dict[str, Any]) -> None:
-        """A table of settings and libraries that differ from the checkpoint's."""
-        change_paths(manifest["config"], Run, absolute)  # older ones have them as they were typed
+    def _print_changes(self, manifest: dict[str, Any]) -> None:
+        """Print a table of the settings and libraries that differ from the checkpoint's."""
+        change_paths(manifest["config"], Run, absolute)  # older checkpoints have the paths as they were typed
         then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
         now = recorded(self.run) | self._versions() | {"text": self.text}
-        rows = [row for row in changes(then, now) if row[0] not in NOT_TOLD]
+        rows = [row for row in changes(then, now) if row[0] not in NOT_COMPARED]
         if rows:
             say("changed since the checkpoint:")
             for line in aligned([["", "then", "now"], *rows]).split("\n"):
@@ -345,7 +345,11 @@ def _labels_as_json(labels: Labels) -> dict[str, Any]:
     return {"names": list(labels.names), "problem_type": labels.problem_type and labels.problem_type.value}
 
 
-def _as_words(labels: dict[str, Any] | None) -> str:
+def _resumes_from(checkpoint: Path | None) -> str:
+    return f"resumes from {checkpoint}" if checkpoint else "starts again from step 0"
+
+
+def _describe(labels: dict[str, Any] | None) -> str:
     if labels is None:
         return "a language model"
     names = labels["names"]

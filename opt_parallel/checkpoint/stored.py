@@ -1,7 +1,7 @@
-"""A safetensors file of a checkpoint, read in slices.
+"""Reads slices of a checkpoint's safetensors file.
 
-Not mapped into memory: what is mapped counts as the process's own until the file is closed, and closing it after each
-tensor would mean to parse the header as often.
+The file is not memory-mapped: mapped pages count as the process's memory until the file is closed, and to close it
+after each tensor would mean to parse the header for each.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class StoredFile:
     """The one-dimensional float32 tensors of a file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: Damaged if it is not a safetensors file."""
+        """Raises: Damaged if `path` is not a safetensors file."""
         self.path = path
         try:
-            with safe_open(path, framework="pt"):  # which checks the header
+            with safe_open(path, framework="pt"):  # checks the header
                 pass
             with open(path, "rb") as file:
                 begin = 8 + int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(begin - 8))
         except (OSError, SafetensorError) as error:
             raise Damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-        self.places = {  # in bytes: where each begins and ends
+        self.offsets = {  # each tensor's first byte and end
             key: tuple(begin + offset for offset in entry["data_offsets"])
             for key, entry in header.items()
             if entry.get("dtype") == "F32"
@@ -40,13 +40,13 @@ class StoredFile:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each tensor."""
-        return {key: end - begin for key, (begin, end) in self.places.items()}
+        return {key: end - begin for key, (begin, end) in self.offsets.items()}
 
     def read(self, key: str, first: int, into: Tensor) -> None:
-        """Elements of `key` from number `first` on, as many as `into` has: a contiguous tensor, on the CPU.
+        """Fill `into`, a contiguous tensor on the CPU, with the elements of `key` from index `first` on.
 
-        Raises: Damaged if they are not there."""
-        start, end = self.places.get(key, (0, 0))
+        Raises: Damaged if the file does not hold them."""
+        start, end = self.offsets.get(key, (0, 0))
         offset, left = start + 4 * first, memoryview(into.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
         try:
             if offset + len(left) > end:
@@ -61,7 +61,7 @@ class StoredFile:
             raise Damaged(self.path.parent, f"{self.path.name} cannot be read ({error})") from error
 
     def new(self, key: str, first: int, shape: tuple[int, ...]) -> Tensor:
-        """The same as a new tensor of `shape`."""
+        """The elements of `key` from index `first` on as a new tensor of `shape`."""
         values = torch.empty(shape)
         self.read(key, first, values)
         return values

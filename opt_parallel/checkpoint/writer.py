@@ -1,9 +1,9 @@
-"""A rank's file of a checkpoint, written while training goes on.
+"""Writes a rank's file of a checkpoint while training continues.
 
-`Saver.start` copies the rank's fragments into one host buffer, laid out as the file will be, and returns; a thread
-writes the file, makes the disk confirm it, and waits for the other ranks' threads in a process group of their own. Then
-the first rank completes the checkpoint. The buffer is kept: 12 bytes a parameter that the rank saves (fp32 weight and
-two moments), pinned where there is a GPU.
+`Saver.start` copies the rank's fragments into a host buffer with the layout of the file, and returns. A thread writes
+the file, calls fsync, and waits for the other ranks' threads in a process group of their own. Then rank 0 completes the
+checkpoint. The buffer is reused: 12 bytes per parameter that the rank saves (fp32 weight and two moments), pinned if
+there is a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opt_parallel.parallel.topology import FIXED_TIMEOUT, Topology
 from opt_parallel.storage.atomic import confirm, remove
 from opt_parallel.zero import Fragment
 
-CHUNK = 2**20  # bytes written and summed up at a time: few enough to be in the cache the second time
+CHUNK = 2**20  # bytes written at a time: few enough to stay in the cache for the checksum
 
 
 def rank_file(rank: int) -> str:
@@ -53,8 +53,8 @@ class Saver:
         complete: Callable[[], None],
         tidy_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy what this rank saves, and have it written to `folder`; `complete` is called on the first rank once all
-        ranks have written, and `tidy_up` when that has succeeded."""
+        """Copy what this rank saves, and start the thread that writes it to `folder`. Rank 0 calls `complete` when all
+        ranks have written, and `tidy_up` if that succeeds."""
         assert self.thread is None
         shapes, records = self._copy(list(fragments))
         self.failure = None
@@ -63,15 +63,15 @@ class Saver:
         self.thread.start()
 
     def join(self) -> None:
-        """Until what was started is done."""
+        """Wait for the save that was started."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def wait(self) -> str | None:
-        """Until what was started is done: why it failed, on some rank, or None.
+        """Wait for the save that was started, and return why it failed on any rank, or None.
 
-        Raises: RuntimeError, torch's, if another rank is gone; what it wrote is then left for the next start."""
+        Raises: torch's RuntimeError, if another rank is gone. The next start deletes the unfinished checkpoint."""
         self.join()
         if self.lost is not None:
             raise self.lost
@@ -79,12 +79,12 @@ class Saver:
         return failure
 
     def close(self) -> None:
-        """Give the threads' group back."""
+        """Destroy the threads' group."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
     def _copy(self, fragments: list[Fragment]) -> tuple[dict[str, tuple[int, ...]], list[dict[str, Any]]]:
-        """Fill the buffer; the shapes of the file's tensors in their order, and what the manifest says of fragments."""
+        """Fill the buffer. Returns the shapes of the file's tensors, in order, and the fragments' manifest entries."""
         total = sum(len(values) for fragment in fragments for values in fragment.tensors.values())
         on_gpu = self.topology.device.type == "cuda"
         if len(self.buffer) != total:
@@ -104,7 +104,7 @@ class Saver:
     def _in_thread(self, write: Callable[[], str | None]) -> None:
         try:
             self.failure = write()
-        except Exception as error:  # a rank is gone, and the group with it
+        except Exception as error:  # a rank is gone, so the group's collectives fail
             self.lost = error
 
     def _write_together(
@@ -115,11 +115,11 @@ class Saver:
         complete: Callable[[], None],
         tidy_up: Callable[[], None],
     ) -> str | None:
-        """Why the checkpoint could not be written, on this rank or another; None if it is there."""
+        """Why the checkpoint could not be written, on this rank or another; None if it is complete."""
         failure: str | None = None
         try:
             self._write_file(folder, shapes, records)
-        except Exception as error:  # whatever it is: a thread has nobody to raise to, and the others wait
+        except Exception as error:  # of any kind: this thread has no caller, and the other ranks wait for its answer
             failure = _why(error)
         failed = self._failed(failure)
         if failed is None and self.topology.is_main:
@@ -130,13 +130,13 @@ class Saver:
         failed = failed or self._failed(failure)
         if self.topology.is_main:
             if failed:
-                remove(folder)  # all ranks are done with it
+                remove(folder)  # all ranks have closed their files
             else:
                 tidy_up()
         return failed
 
     def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:
-        """The file, and beside it a note for the manifest."""
+        """Write the file, and beside it its manifest entry."""
         path = folder / rank_file(self.topology.world.rank)
         header = safetensors_header(shapes, torch.float32)
         data = memoryview(self.buffer.numpy()).cast("B")  # type: ignore[arg-type]
@@ -152,12 +152,12 @@ class Saver:
         path.with_suffix(".json").write_text(json.dumps(note))
 
     def _failed(self, failure: str | None) -> str | None:
-        """Why something failed on the first rank where it did, and where if that is not rank 0; None if on none."""
-        told: list[str | None] = [failure]
+        """The `failure` of the lowest rank that has one, with the rank's name unless it is rank 0; None if none has."""
+        failures: list[str | None] = [failure]
         if self.group is not None:
-            told *= self.topology.world.size
-            dist.all_gather_object(told, failure, group=self.group)
-        for rank, why in enumerate(told):
+            failures *= self.topology.world.size
+            dist.all_gather_object(failures, failure, group=self.group)
+        for rank, why in enumerate(failures):
             if why is not None:
                 return f"{why} on {self.topology.where(rank)}" if rank else why
         return None

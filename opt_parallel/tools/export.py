@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from opt_parallel.checkpoint.damage import checksum_of, read_limited
+from opt_parallel.checkpoint.damage import checksum_of, open_checked
 from opt_parallel.checkpoint.inherit import labels_at, model_at
 from opt_parallel.checkpoint.lora import Merged, lora_of
 from opt_parallel.checkpoint.manifest import MANIFEST, read_manifest
@@ -90,7 +90,7 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     if not (checkpoint / MANIFEST).is_file():
         raise UserError(f"--adapter --checkpoint {checkpoint} is no training checkpoint (…/checkpoints/step-<N>)")
-    trained = read_limited(checkpoint)
+    trained = open_checked(checkpoint)
     lora, labels = lora_of(trained.manifest), labels_at(checkpoint)
     if lora.rank == 0:
         raise UserError(f"--adapter: {checkpoint} trained every parameter, not LoRA: export it without --adapter")

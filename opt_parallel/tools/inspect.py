@@ -24,8 +24,8 @@ KINDS = ("weights", *dict.fromkeys(moment for optimizer in OPTIMIZERS.values() f
 NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # step-300, step-300.abandoned, step-300.abandoned1
 LEFT = {  # what the second part of a name says
     "partial": "not finished: being written, or left by a run that was killed",
-    "damaged": "set aside as damaged",
-    "abandoned": "set aside: the run went back before it",
+    "damaged": "renamed: damaged",
+    "abandoned": "renamed: the run resumed from an earlier one",
 }
 SPLIT_AT = 2**22  # elements compared at a time, in float64
 
@@ -141,7 +141,7 @@ def differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[Difference
             continue
         kinds: dict[str, tuple[float, float] | None] = {}
         for kind in KINDS:
-            mine, theirs = a.whole(kind, name), b.whole(kind, name)
+            mine, theirs = a.read_tensor(kind, name), b.read_tensor(kind, name)
             kinds[kind] = None if mine is None or theirs is None else _compare(mine, theirs)
         yield Difference(name, kinds)
 

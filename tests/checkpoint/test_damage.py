@@ -123,7 +123,7 @@ def test_damaged_ones_are_named_and_the_one_before_is_taken(crew: Any, damaged: 
     assert [found for found, _ in answers] == ["step-1"] * 2
     for warning, (step, what) in zip(answers[0][1].splitlines(), wrong.items(), strict=True):
         assert warning.startswith(f"warning: {checkpoints}/step-{step}: {what}")
-        assert warning.endswith(f"set aside as step-{step}.damaged")
+        assert warning.endswith(f"renamed to step-{step}.damaged")
     assert names_in(checkpoints) == ["step-1", *(f"step-{step}.damaged" for step in range(2, 8))]
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_one_that_is_asked_for_is_refused(crew: Any, stopped: Any, dam
     assert names_in(checkpoints) == [f"step-{step}" for step in range(1, 8)]  # nothing was touched
 
 
-def test_without_its_manifest_it_is_set_aside(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_without_its_manifest_it_is_renamed(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     """And does not stand in the way of the one that is saved there now."""
     folder, arguments = stopped
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -152,7 +152,7 @@ def test_without_its_manifest_it_is_set_aside(stopped: tuple[Path, list[str]], t
     process = python("train.py", *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1", "stop_at=7")
     assert process.returncode == 0, process.stderr
     assert warnings_of(process) == [
-        f"warning: {checkpoints}/step-7 has no manifest.json; it is set aside as step-7.damaged"
+        f"warning: {checkpoints}/step-7 has no manifest.json; it is renamed to step-7.damaged"
     ]
     assert names_in(checkpoints) == ["step-6", "step-7", "step-7.damaged"]
 
@@ -164,9 +164,9 @@ def test_none_whole_is_one_line(stopped: tuple[Path, list[str]], tmp_path: Path)
     what = lose(checkpoints / "step-7")
     process = python("train.py", *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1")
     assert process.returncode == 2
-    assert warnings_of(process) == [f"warning: {checkpoints}/step-7: {what}; it is set aside as step-7.damaged"]
+    assert warnings_of(process) == [f"warning: {checkpoints}/step-7: {what}; it is renamed to step-7.damaged"]
     assert process.stderr == (
-        f"error: {checkpoints} holds no whole checkpoint any more: choose another run.dir to begin anew\n"
+        f"error: {checkpoints} has no complete checkpoint left: choose another run.dir to start again\n"
     )
 
 
@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_dis
     why = "could not be written (No space left on device)"
     assert warnings_of(process) == [f"warning: {disk}/step-4 {why}, and nothing of it is left"]
     assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: {disk}/step-5 {why}: make room there and start the same command again; {disk}/step-2 is whole"
+        f"error: {disk}/step-5 {why}: make room there and start the same command again; {disk}/step-2 is complete"
     ]
     assert names_in(disk) == ["step-2"]
     assert [row["step"] for row in train_rows(tmp_path / "run")] == [1, 2, 3, 4, 5]

@@ -40,13 +40,13 @@ def saved(crew: Any, folder: Path, layout: Layout, step: int) -> Path:
 def test_the_documented_reader_reads_what_ours_reads(
     crew: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    monkeypatch.setattr(reshard, "AT_ONCE", 1000)  # ours rearranges large tensors some rows at a time
+    monkeypatch.setattr(reshard, "CHUNK", 1000)  # ours rearranges large tensors some rows at a time
     folder = saved(crew, tmp_path / "run", Layout(tensor=2, data=2, stage=stage), step=2)
     read, ours = documented_reader(), CheckpointReader(folder)
     assert ours.shapes["decoder.embed_tokens.weight"] == (515, 64)
     for name, shape in ours.shapes.items():
         for kind in KINDS:
-            whole = ours.whole(kind, name)
+            whole = ours.read_tensor(kind, name)
             assert whole is not None
             assert whole.shape == shape
             np.testing.assert_array_equal(read(folder, name, kind), whole.numpy(), f"{kind}/{name}")
@@ -65,7 +65,7 @@ def test_the_document_names_every_key(crew: Any, tmp_path: Path) -> None:
         *manifest["files"], "manifest.json"
     }  # fmt: skip
     assert fragment["kinds"] == ["weights"]
-    assert CheckpointReader(folder).whole("exp_avg", fragment["name"]) is None
+    assert CheckpointReader(folder).read_tensor("exp_avg", fragment["name"]) is None
     moment = documented_reader()(folder, fragment["name"], "exp_avg")
     assert moment.shape == tuple(manifest["tensors"][fragment["name"]]["shape"])
     assert not moment.any()
@@ -80,7 +80,7 @@ def test_what_is_no_safetensors_file_is_not_read(crew: Any, tmp_path: Path) -> N
     for wrong in (planted, content[:-4], content.replace(name.encode(), name[::-1].encode())):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match=r"rank-00000\.safetensors cannot be read"):
-            CheckpointReader(folder).whole("weights", name)
+            CheckpointReader(folder).read_tensor("weights", name)
     assert not (tmp_path / "ran").exists()
 
 

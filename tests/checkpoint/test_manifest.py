@@ -1,4 +1,4 @@
-"""A changed manifest, or files that are not what it says, are damage: named, set aside, the checkpoint before taken."""
+"""A changed manifest, or files that are not what it says, are damage: reported, renamed, the checkpoint before used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from layouts import Layout
 from tampering import edit
 from test_resume import go, run_of, with_tokenizer
 
-from opt_parallel.checkpoint.folders import set_aside
+from opt_parallel.checkpoint.folders import retire
 from opt_parallel.config.run import Run
 
 NAME = "decoder.final_layer_norm.weight"
@@ -70,7 +70,7 @@ def read_by_all(folder: Path) -> list[str]:
 
 
 def resumed(folder: Path) -> str:
-    """What `resume=auto` makes of it. What was set aside is put back."""
+    """What `resume=auto` makes of it. What was renamed is put back."""
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.parallel.topology import Topology
 
@@ -86,7 +86,7 @@ def resumed(folder: Path) -> str:
     (aside,) = checkpoints.glob("step-4.damaged*")
     line = out.getvalue().rstrip("\n")
     assert line.startswith(f"warning: {checkpoints / 'step-4'}: ")
-    assert line.endswith(f"it is set aside as {aside.name}")
+    assert line.endswith(f"it is renamed to {aside.name}")
     os.replace(aside, checkpoints / "step-4")
     return f"damage {line}"
 
@@ -111,7 +111,7 @@ def count_verdicts(folder: Path, changes: list[tuple[int, int]]) -> Counter[str]
                 os.replace(aside, path.parent)
             continue
         if all(answer.startswith("damage ") for answer in answers):
-            counts["set aside"] += 1
+            counts["renamed"] += 1
         elif all(answer == f"read {before}" for answer in answers):
             counts["no effect"] += 1
         else:
@@ -133,8 +133,8 @@ def test_flipped_bits_and_changed_digits_of_a_manifest(crew: Any, run: Path, req
         changes.append((position, draw.choice([byte for byte in b"0123456789" if byte != content[position]])))
     (counts,) = crew(1)(count_verdicts, run, changes)
     print(dict(counts))
-    assert counts.keys() <= {"set aside", "no effect"}
-    assert counts["set aside"] > 0.95 * len(changes)
+    assert counts.keys() <= {"renamed", "no effect"}
+    assert counts["renamed"] > 0.95 * len(changes)
 
 
 def as_text(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -412,5 +412,5 @@ def test_a_name_that_is_taken_is_never_taken_again(tmp_path: Path) -> None:
             shutil.move(tmp_path / "step-8.abandoned", tmp_path / "step-8.abandoned1")
         (tmp_path / "step-8").mkdir()
         (tmp_path / "step-8" / "file").touch()
-        assert set_aside(tmp_path / "step-8", "abandoned").name == name
+        assert retire(tmp_path / "step-8", "abandoned").name == name
     assert {path.name for path in tmp_path.iterdir()} == {"step-8.abandoned", "step-8.abandoned1", "step-8.abandoned2"}

@@ -111,6 +111,6 @@ def test_a_base_that_is_gone_leaves_nothing(crew: Any, tmp_path: Path) -> None:
     base = base_of("language model", crew, tmp_path / "base")
     saved = trained(crew, base, tmp_path / "run", classifies=True)
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"stands on its base: .*base does not exist"):
+    with pytest.raises(UserError, match=r"needs its base: .*base does not exist"):
         export_adapter(saved, tmp_path / "adapter", ExportDtype.float32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "run"]

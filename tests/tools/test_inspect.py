@@ -101,8 +101,8 @@ def test_list(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     endings = {
         "step-3": "rank-00001.safetensors has another size than was written",
         "step-5": "rank-00000.safetensors is missing",
-        "step-7.damaged": "set aside as damaged",
-        "step-8.abandoned1": "set aside: the run went back before it",
+        "step-7.damaged": "renamed: damaged",
+        "step-8.abandoned1": "renamed: the run resumed from an earlier one",
         "step-10": "manifest.json is missing",
         "step-12.partial": "left by a run that was killed",
     }
@@ -134,7 +134,7 @@ def test_show(runs: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_verify(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind of damage is named; only a checkpoint that is whole has status 0."""
+    """Each kind of damage is named; only a complete checkpoint has status 0."""
     folder = copy / "checkpoints" / "step-4"
     status, text = said(capsys, monkeypatch, "verify", folder)
     assert (status, "is complete" in text) == (0, True)
@@ -212,7 +212,7 @@ def test_diff_across_layouts(
     [
         (["list", "/nowhere"], "/nowhere has no checkpoints"),
         (["verify", "/tmp"], "/tmp has no manifest.json"),
-        (["diff", "/nowhere", "/nowhere"], "/nowhere is not a whole checkpoint"),
+        (["diff", "/nowhere", "/nowhere"], "/nowhere is not a complete checkpoint"),
         (["diff", "a", "b", "--most", "0"], "--most 0"),
     ],
 )

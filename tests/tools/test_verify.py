@@ -107,7 +107,7 @@ def test_damaged_weights_are_seen_where_they_are_used(exported: tuple[Path, Path
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    line = f"{ours} is not a whole checkpoint: rank-00001.safetensors differs from its checksum"
+    line = f"{ours} is not a complete checkpoint: rank-00001.safetensors differs from its checksum"
     with pytest.raises(UserError, match=re.escape(line)):
         open_checkpoint(ours, checksums=True)
     with pytest.raises(UserError, match=re.escape(line)):
