@@ -27,9 +27,9 @@ def main(config: DictConfig) -> None:
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
-        from opt_parallel.tools.evaluate import judge  # only now: torch takes seconds
+        from opt_parallel.tools.evaluate import evaluate  # only now: torch takes seconds
 
-        for name, value in judge(run).items():
+        for name, value in evaluate(run).items():
             say(f"{name}: {value:,.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 

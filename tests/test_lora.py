@@ -259,7 +259,7 @@ def test_mistakes_are_one_line(straight: Straight, base: Path, tmp_path: Path) -
     export_adapter(checkpoint_of(straight("t1d1z0")[1], STEPS), tmp_path / "adapter", ExportDtype.float32)
     with pytest.raises(UserError, match="is a PEFT adapter, not a network"):
         model_at(tmp_path / "adapter", "init_from=")
-    with pytest.raises(UserError, match="is no training checkpoint"):
+    with pytest.raises(UserError, match="is not a training checkpoint"):
         export_adapter(base, tmp_path / "another", ExportDtype.float32)
 
 

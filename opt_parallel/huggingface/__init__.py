@@ -1,1 +1,1 @@
-"""Everything that knows Hugging Face's formats: configurations, names, weights, tokenizers, folders."""
+"""Hugging Face's formats: configurations, names, weights, tokenizers, folders."""

@@ -1,8 +1,9 @@
-"""TensorFlow's and Flax's files of weights: where each array lies is found without reading it, then slices are mapped.
+"""Weight files of TensorFlow and Flax: the arrays' offsets are found without reading the values, then slices are
+mapped.
 
-Both store a product's matrix as (in, out), PyTorch as (out, in): names and ranges are turned around, and no more read.
-An array that does not lie in one piece in the file itself is refused: HDF5 can take its values from any other file of
-the machine, and make gigabytes of a compressed byte.
+Both store a linear layer's matrix as (in, out), PyTorch as (out, in): names and ranges are transposed, so nothing more
+is read. An HDF5 array that is not stored contiguously in the file itself is refused: HDF5 can take values from any file
+of the machine, and expand a compressed byte to gigabytes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 from opt_parallel.runtime.errors import UserError
 
 Ranges = tuple[slice, ...]
-MOST_OBJECTS = 1_000_000  # of a tree of arrays, OPT-175B has 1,600
-# the last part of a TensorFlow or Flax name, PyTorch's for it, and whether PyTorch stores the transposed matrix
+MOST_OBJECTS = 1_000_000  # in a tree of arrays; OPT-175B has 1,600
+# the last part of a TensorFlow or Flax name: PyTorch's name for it, and whether PyTorch stores the transposed matrix
 LEAVES = {
     "kernel": ("weight", True), "embedding": ("weight", False), "embeddings": ("weight", False),
     "scale": ("weight", False), "gamma": ("weight", False), "beta": ("bias", False),
@@ -32,7 +33,7 @@ LEAVES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where an array lies: its elements, in order, in one piece or several (first byte, number of elements)."""
+    """An array in a file: its elements, in order, are stored in `pieces` (first byte, number of elements)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,10 +42,10 @@ class _Stored:
 
 
 class _ArrayFile:
-    """A file whose arrays are mapped."""
+    """A file whose arrays are memory-mapped."""
 
     def __init__(self, path: Path, arrays: Iterator[tuple[list[str], _Stored]]) -> None:
-        """`arrays`: the parts of each one's name, and where it is."""
+        """`arrays`: each array's name, in parts, and its location."""
         self.path = path
         self._stored: dict[str, _Stored] = {}
         for parts, stored in arrays:
@@ -52,23 +53,23 @@ class _ArrayFile:
             if name in self._stored:
                 raise ValueError(f"two of its arrays are {name}")
             self._stored[name] = _Stored(stored.shape, stored.dtype, stored.pieces, transposed)
-        self.shapes = {name: _turned(stored.shape, stored.transposed) for name, stored in self._stored.items()}
+        self.shapes = {name: _transposed(stored.shape, stored.transposed) for name, stored in self._stored.items()}
         self.dtypes = {_torch_dtype(stored.dtype) for stored in self._stored.values()}
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         stored = self._stored[name]
-        # numpy knows no bfloat16: its bits are read as integers
+        # numpy has no bfloat16, so its bits are read as integers
         dtype = np.dtype("int16" if stored.dtype == "bfloat16" else stored.dtype)
         pieces = [np.memmap(self.path, dtype, "r", start, (count,)) for start, count in stored.pieces]
         flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        values = torch.from_numpy(np.array(flat.reshape(stored.shape)[_turned(ranges, stored.transposed)]))
+        values = torch.from_numpy(np.array(flat.reshape(stored.shape)[_transposed(ranges, stored.transposed)]))
         if stored.dtype == "bfloat16":
             values = values.view(torch.bfloat16)
         return values.T if stored.transposed else values
 
 
 class Hdf5File(_ArrayFile):
-    """TensorFlow's."""
+    """TensorFlow's format."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -79,54 +80,54 @@ class Hdf5File(_ArrayFile):
         with h5py.File(path, "r") as file:
             file.visititems_links(links.__setitem__)
             arrays = []
-            for place, link in links.items():
+            for name, link in links.items():
                 if not isinstance(link, h5py.HardLink):
-                    raise ValueError(f"{place} is a link to another place")
-                if isinstance(found := file[place], h5py.Dataset):
-                    arrays.append((place.removesuffix(":0").split("/"), _contiguous(place, found)))
+                    raise ValueError(f"{name} is a link")
+                if isinstance(found := file[name], h5py.Dataset):
+                    arrays.append((name.removesuffix(":0").split("/"), _contiguous(name, found)))
         super().__init__(path, iter(arrays))
 
 
-def _contiguous(place: str, dataset: Any) -> _Stored:
-    """Where a dataset of HDF5 lies. Raises: ValueError unless all of it lies there, in one piece."""
+def _contiguous(name: str, dataset: Any) -> _Stored:
+    """The location of an HDF5 dataset. Raises: ValueError unless the file stores all of it contiguously."""
     start, dtype = dataset.id.get_offset(), dataset.dtype
     if dtype.kind not in "fiu" or not dtype.isnative:
-        raise ValueError(f"{place} holds {dtype}, no numbers of this machine's")
+        raise ValueError(f"{name} holds {dtype}, not numbers in this machine's format")
     if start is None or dataset.id.get_storage_size() != math.prod(dataset.shape) * dtype.itemsize:
-        raise ValueError(f"the values of {place} are compressed, in another file, or not all there")
+        raise ValueError(f"the values of {name} are compressed, in another file, or incomplete")
     return _Stored(tuple(dataset.shape), dtype.str, [(start, math.prod(dataset.shape))])
 
 
 class MsgpackFile(_ArrayFile):
-    """Flax's: a tree of maps, its leaves extensions of type 1 that hold (shape, dtype name, bytes).
+    """Flax's format: a tree of maps whose leaves are extensions of type 1, which hold (shape, dtype name, bytes).
 
-    Arrays above 1 GiB are maps instead, of their shape and of flat chunks. Unpacking would read everything, so the tree
-    is walked here and its arrays are left where they are (MessagePack's specification; `flax.serialization`)."""
+    An array above 1 GiB is instead a map of its shape and of flat chunks. Unpacking would read everything; here the
+    tree is parsed without reading the arrays (MessagePack's specification; `flax.serialization`)."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             unpacker = _Unpacker(content)
             tree, end = unpacker.unpack(0)
             if end != len(content) or not isinstance(tree, dict):
-                raise ValueError("not one map")
+                raise ValueError("it is not one map")
         super().__init__(path, _leaves(tree))
 
 
 def torch_name(parts: list[str]) -> tuple[str, bool]:
-    """PyTorch's name of a TensorFlow or Flax one, and whether its matrix is transposed there.
+    """PyTorch's name for a TensorFlow or Flax name, and whether PyTorch stores the transposed matrix.
 
-    What stands before the decoder is the class that saved it."""
+    The parts before `decoder` name the class that saved the file, and are dropped."""
     leaf, transposed = LEAVES.get(parts[-1], (parts[-1], False))
     start = parts.index("decoder") if "decoder" in parts else 0
     return ".".join([*parts[start:-1], leaf]), transposed
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:
-    """torch's of a dtype by NumPy's name for it, or Flax's."""
+    """The torch dtype for NumPy's or Flax's name; None if torch has none."""
     return torch.bfloat16 if name == "bfloat16" else getattr(torch, np.dtype(name).name, None)
 
 
-def _turned(sizes: tuple[Any, ...], transposed: bool) -> tuple[Any, ...]:
+def _transposed(sizes: tuple[Any, ...], transposed: bool) -> tuple[Any, ...]:
     return sizes[::-1] if transposed else tuple(sizes)
 
 
@@ -139,33 +140,35 @@ def _leaves(tree: dict[str, Any], parts: tuple[str, ...] = ()) -> Iterator[tuple
             shape = tuple(value["shape"][str(dim)] for dim in range(len(value["shape"])))
             pieces = [piece for chunk in chunks for piece in chunk.pieces]
             if len({chunk.dtype for chunk in chunks}) != 1 or sum(count for _, count in pieces) != math.prod(shape):
-                raise ValueError(f"the chunks of {key} are not of its shape")
+                raise ValueError(f"the chunks of {key} do not have its shape")
             yield [*parts, key], _Stored(shape, chunks[0].dtype, pieces)
         else:
             yield from _leaves(value, (*parts, key))
 
 
-# MessagePack's first bytes that a length follows: what it is, and the bytes of the length
+# MessagePack's type bytes that a length follows: the kind of object, and the number of bytes of the length
 LENGTHS = {
     0xC4: ("bytes", 1), 0xC5: ("bytes", 2), 0xC6: ("bytes", 4), 0xC7: ("array", 1), 0xC8: ("array", 2),
     0xC9: ("array", 4), 0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xDC: ("list", 2), 0xDD: ("list", 4),
     0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
-# those whose low bits are the length, by the first of them
+# type bytes whose low bits are the length, by the lowest byte of each kind
 SHORT = {0x80: "map", 0x90: "list", 0xA0: "text"}
 NUMBERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
 SIMPLE = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class _Unpacker:
-    """Walks through MessagePack's bytes."""
+    """Parses MessagePack without reading arrays."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.objects = content, 0
 
     def unpack(self, at: int) -> tuple[Any, int]:
-        """The object that begins at byte `at`, and where it ends; of bytes only where they are, of an array a
-        `_Stored`. Raises: ValueError, IndexError if it is none, RecursionError if it is nested too deeply."""
+        """The object that starts at byte `at`, and the offset of its end. Bytes are returned as the range of their
+        offsets, an array as a `_Stored`.
+
+        Raises: ValueError or IndexError if there is no object, RecursionError if it is nested too deeply."""
         self.objects += 1
         if self.objects > MOST_OBJECTS:
             raise ValueError(f"more than {MOST_OBJECTS:,} objects")
@@ -186,7 +189,7 @@ class _Unpacker:
         return (dict(zip(items[::2], items[1::2], strict=True)) if kind == "map" else items), at
 
     def _head(self, at: int) -> tuple[str, Any, int]:
-        """What begins at byte `at`: its kind, its value or else its length, and where it goes on."""
+        """The object at byte `at`: its kind, its value or length, and the offset of what follows."""
         content = self.content
         first, at = content[at], at + 1
         if first < 0x80:
@@ -202,17 +205,17 @@ class _Unpacker:
             kind, size = LENGTHS[first]
             return kind, int.from_bytes(content[at : at + size], "big"), at + size
         if first >= 0xC0:
-            raise ValueError(f"byte {at - 1} begins nothing that such a tree has")
+            raise ValueError(f"byte {at - 1} has a type that weights do not use")
         low = max(low for low in SHORT if low <= first)
         return SHORT[low], first - low, at
 
     def _array(self, at: int) -> _Stored:
-        """The extension whose type stands at byte `at`."""
+        """The array in the extension whose type is byte `at`."""
         if self.content[at] != 1:
-            raise ValueError(f"extension {self.content[at]} is no array")
-        (shape, dtype, place), _ = self.unpack(at + 1)
+            raise ValueError(f"extension {self.content[at]} is not an array")
+        (shape, dtype, values), _ = self.unpack(at + 1)
         numbers = dtype == "bfloat16" or np.dtype(dtype).kind in "fiu"
         size = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-        if not numbers or min(shape, default=0) < 0 or len(place) != math.prod(shape) * size:
-            raise ValueError("an array is not of its shape")
-        return _Stored(tuple(shape), dtype, [(place.start, math.prod(shape))])
+        if not numbers or min(shape, default=0) < 0 or len(values) != math.prod(shape) * size:
+            raise ValueError("an array does not have its shape")
+        return _Stored(tuple(shape), dtype, [(values.start, math.prod(shape))])

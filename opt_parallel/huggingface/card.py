@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what is known of the network and of its training, and nothing else."""
+"""The model card of an exported folder: facts about the network and its training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opt_parallel.config.model import Labels, ModelConfig
 from opt_parallel.huggingface.hub import HUB_ID
 from opt_parallel.storage.rows import METRICS, rows_of
 
-# what it is, transformers' class, the hub's word for its use
+# what it is, transformers' class, the hub's pipeline tag
 LANGUAGE_MODEL = ("An OPT language model", "OPTForCausalLM", "text-generation")
 SEQUENCE_CLASSIFIER = ("An OPT classifier", "OPTForSequenceClassification", "text-classification")
 
@@ -25,9 +25,14 @@ def model_card(
     tokens: Mapping[int, str] | None = None,
     base: str | None = None,
 ) -> bytes:
-    """README.md. `manifest` is a training checkpoint's, None for weights whose training is unknown; `rows` are its
-    run's metrics up to it; `labels` are a classifier's; `tokens` the tokenizer's special ones by id; `base`: of an
-    adapter, the checkpoint that peft puts it on."""
+    """The content of README.md.
+
+    Args:
+        manifest: of a training checkpoint; None for weights whose training is unknown.
+        rows: its run's metrics up to the checkpoint.
+        labels: of a classifier.
+        tokens: the tokenizer's special tokens by id.
+        base: of an adapter, the checkpoint that peft applies it to."""
     name = "OPT" if manifest is None else manifest["config"]["run"]["name"]
     network = {
         "parameters": f"{model.parameters():,}",
@@ -51,13 +56,13 @@ def model_card(
     else:
         auto = "AutoPeftModelForCausalLM" if labels is None else "AutoPeftModelForSequenceClassification"
         parts.append(f"A LoRA adapter of {kind[0].lower()}{kind[1:]}, written by opt-parallel for `peft.{auto}`, which "
-                     f"puts it on {code(base)}; adapter_config.json names that, and it may be moved.\n")  # fmt: skip
+                     f"applies it to {code(base)}; adapter_config.json names this base.\n")  # fmt: skip
     parts += ["## Network\n", _table(network.items())]
     if labels is not None:
         problem = "unknown" if labels.problem_type is None else labels.problem_type.value
         parts += ["## Labels\n", f"{', '.join(map(code, labels.names))} ({problem})\n"]
     if manifest is not None:
-        unit = "nats a token" if labels is None else "mean of the examples"
+        unit = "nats per token" if labels is None else "mean of the examples"
         parts += ["## Training\n", _table(_training(manifest, rows, unit))]
         configuration = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True)
         parts += ["## Configuration\n", f"```yaml\n{configuration}```\n"]
@@ -65,7 +70,7 @@ def model_card(
 
 
 def _head(pipeline: str, base: str | None) -> str:
-    """The hub's metadata. A base that lies here means nothing there."""
+    """The hub's metadata. A base in a local folder is left out, since the hub cannot find it."""
     facts: dict[str, Any] = {
         "library_name": "transformers" if base is None else "peft",
         "pipeline_tag": pipeline,
@@ -77,8 +82,8 @@ def _head(pipeline: str, base: str | None) -> str:
 
 
 def metrics_of(checkpoint: Path, step: int) -> list[dict[str, Any]]:
-    """The rows up to `step` of the run that `checkpoint` lies in; none where it lies elsewhere, or was set aside by
-    a run that branched off before it and whose rows tell of the branch."""
+    """The metrics up to `step` of the run whose folder holds `checkpoint`. None if it is elsewhere, or was renamed: the
+    run then resumed from an earlier checkpoint, and later rows belong to the new branch."""
     path = checkpoint.absolute().parent.parent / METRICS
     if checkpoint.name != f"step-{step}" or not path.is_file():
         return []
@@ -104,7 +109,7 @@ def _training(manifest: dict[str, Any], rows: list[dict[str, Any]], unit: str) -
 
 
 def code(text: str) -> str:
-    """Text as Markdown's code, in a table too: in a line, with nothing in it that ends either."""
+    """Text as inline code in Markdown, safe in a table: no line breaks, and nothing that ends the code or the cell."""
     plain = text if text.isprintable() else repr(text)
     quotes = "``" if "`" in plain else "`"
     return f"{quotes}{plain}{quotes}".replace("|", "\\|") if text else ""

@@ -1,6 +1,6 @@
-"""Hugging Face's config.json of an OPT: what shapes the network, read without torch.
+"""Reads the network's shape from Hugging Face's config.json of an OPT model, without torch.
 
-Every key is accounted for: taken over, allowed at the one value that changes nothing, known as bookkeeping, or refused.
+Every key is either used, allowed at its only supported value, known to be irrelevant, or refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONFIG = "config.json"
 CLASSIFIER = "OPTForSequenceClassification"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 
-# OPTConfig's fields that shape the network and that ours shares by name
+# OPTConfig's fields that ModelConfig has under the same name
 INTEGERS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings",
     "bos_token_id", "pad_token_id", "eos_token_id",
@@ -28,17 +28,17 @@ INTEGERS = (
 SWITCHES = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine")
 RATES = ("dropout", "attention_dropout", "layerdrop")
 SHARED = (*INTEGERS, *SWITCHES, *RATES)
-# OPTConfig's defaults where ours differ
+# OPTConfig's defaults that differ from ModelConfig's
 DEFAULTS: dict[str, Any] = {"attention_dropout": 0.0}
 INIT_STD = 0.02
-# what we do not implement, with the one value that means "as published"; files of older releases and of Galactica too
+# what we do not implement, with the value that means "as published"; also in files of older releases and of Galactica
 FIXED: dict[str, Any] = {
     "tie_word_embeddings": True, "activation_dropout": 0.0, "add_bias_logits": False, "add_cross_attention": False,
     "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "is_encoder_decoder": False,
     "learned_embeddings": True, "pruned_heads": {}, "quantization_config": None, "scale_embedding": False,
     "scale_embeddings": False, "tie_encoder_decoder": False,
 }  # fmt: skip
-# names, dtypes, defaults of generation and of libraries: nothing of the network
+# names, dtypes, defaults of generation and of libraries: irrelevant for the network
 BOOKKEEPING = {
     "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation",
     "auto_map", "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
@@ -51,7 +51,7 @@ BOOKKEEPING = {
     "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
     "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
 }  # fmt: skip
-# what fine-tuners (DeepSpeed-Chat, Unsloth, trainers, scripts for other networks) leave in the file: no OPT reads it
+# keys that fine-tuning tools (DeepSpeed-Chat, Unsloth, scripts for other networks) leave in the file; OPT ignores them
 LEFT_BEHIND = {
     "_flash_attn_2_enabled", "end_token_id", "gradient_checkpointing", "keys_to_ignore_at_inference", "loss_type",
     "max_seq_length", "max_sequence_length", "model_max_length", "neftune_noise_alpha", "pretraining_tp",
@@ -65,7 +65,7 @@ OWN = {"_remove_final_layer_norm", "activation_function", "init_std", "word_embe
 def read_config(folder: Path) -> ModelConfig:
     """The network that a Hugging Face folder describes.
 
-    Raises: UserError if it is no OPT, or has a trait that we do not implement."""
+    Raises: UserError if it is not an OPT model, or has a feature that we do not implement."""
     values, path = _read(folder), folder / CONFIG
     for name, published in FIXED.items():
         if values.get(name, published) != published:
@@ -73,8 +73,8 @@ def read_config(folder: Path) -> ModelConfig:
     unknown = sorted(values.keys() - {*SHARED, *FIXED, *OWN, *LEFT_BEHIND} - BOOKKEEPING)
     if unknown:
         raise UserError(
-            f"{path}: {', '.join(map(_printed, unknown)):.500} may change the network in a way that OPT does not know: "
-            "remove it from the file if it does not"
+            f"{path}: {', '.join(map(_printed, unknown)):.500} may change the network, and OPT has no such key: "
+            "remove it from the file if it changes nothing"
         )
     activation = values.get("activation_function", "relu")
     if activation not in list(Activation.__members__):
@@ -97,15 +97,15 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def is_classifier(folder: Path) -> bool:
-    """Whether a Hugging Face folder says that it holds a classifier."""
+    """Whether config.json in `folder` names a classifier."""
     architectures = _read(folder).get("architectures")
     return isinstance(architectures, list) and CLASSIFIER in architectures
 
 
 def read_labels(folder: Path) -> Labels:
-    """The classes of a Hugging Face folder; OPTConfig's two where it names none.
+    """The labels of a Hugging Face folder; OPTConfig's default of two if it names none.
 
-    Raises: UserError if they are not numbered from 0 on, or the problem type is none."""
+    Raises: UserError if the labels are not numbered from 0 without a gap, or if the problem type is unknown."""
     values, path = _read(folder), folder / CONFIG
     number = values.get("num_labels", 2)
     if type(number) is not int or not 1 <= number <= MOST_LABELS:
@@ -127,20 +127,20 @@ def _printed(name: str) -> str:
 def _read(folder: Path) -> dict[str, Any]:
     path = file_in(folder, CONFIG)
     if path is None:
-        raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
+        raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no checkpoint: {CONFIG} cannot be read ({one_line(error)})") from error
+        raise UserError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({one_line(error)})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{folder} is no checkpoint: {CONFIG} holds no JSON object")
+        raise UserError(f"{folder} is not a checkpoint: {CONFIG} is not a JSON object")
     if values.get("model_type") != "opt":
         raise UserError(f"{path}: model_type is {values.get('model_type')!r:.200}, not 'opt'")
     return values
 
 
 def _check_types(path: Path, values: dict[str, Any]) -> None:
-    """Raise UserError for a value of the wrong type: JSON's true would pass for 1, and 64.0 for a size."""
+    """Raise UserError for a value of the wrong type: Python would accept JSON's true as 1, and 64.0 as a size."""
     kinds = [
         ("a whole number", (int,), INTEGERS),
         ("true or false", (bool,), (*SWITCHES, "_remove_final_layer_norm")),
@@ -159,6 +159,6 @@ def _check_types(path: Path, values: dict[str, Any]) -> None:
 
 @cache
 def _note_left_behind(path: Path, names: tuple[str, ...]) -> None:
-    """Say once which keys of a file are ignored."""
+    """Print, once for each file, which of its keys are ignored."""
     if names:
-        say(f"note: {path}: {', '.join(names)}: ignored, as no OPT reads it")
+        say(f"note: {path}: {', '.join(names)}: ignored, since OPT does not use it")

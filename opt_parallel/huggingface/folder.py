@@ -1,7 +1,7 @@
-"""A Hugging Face folder, written whole or not at all, one tensor in memory at a time.
+"""Writes a Hugging Face folder, complete or not at all, with one tensor in memory at a time.
 
-safetensors' own writer wants all tensors of a file at once. The format is a JSON header behind its length, then the
-tensors' bytes end to end (huggingface.co/docs/safetensors), so here each tensor is written as it comes and let go.
+safetensors' own writer needs all tensors of a file at once. The format is the length of a JSON header, the header, and
+the tensors' bytes end to end (huggingface.co/docs/safetensors), so here each tensor is written and freed in turn.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from opt_parallel.storage.atomic import new_folder
 from opt_parallel.storage.foreign import file_in, read_json
 
 CHECKSUMS, GENERATION_CONFIG = "checksums.json", "generation_config.json"
-STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' words
+STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names of dtypes
 
-Shapes = dict[str, tuple[int, ...]]  # of the tensors of one file, in the file's order
+Shapes = dict[str, tuple[int, ...]]  # the tensors of one file, in the file's order
 
 
 def write_folder(
@@ -51,21 +51,21 @@ def write_folder(
     names: tuple[str, str] = (WEIGHTS, CONFIG),
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write `output` under a name beside it and rename it at the end; its configuration comes last.
+    """Write the folder `output` under a temporary name, the configuration last, and rename it at the end.
 
     Args:
-        content: the configuration's.
-        parameters: our names with marks of whole tensors, in the order of the files.
-        source: gives each whole logical tensor once, in that order. In a `group` every rank asks its own, so that it
-            may gather; rank 0 alone writes.
-        max_shard_size: bytes of tensors in one file; a larger tensor has a file to itself.
+        content: of the configuration.
+        parameters: our names, with marks of unsplit tensors, in the order of the files.
+        source: gives each full logical tensor once, in that order. In a `group` every rank calls its own source, which
+            may gather; only rank 0 writes.
+        max_shard_size: bytes of tensors in one file; a larger tensor gets a file of its own.
         files: other files, by name.
-        to_theirs: a logical tensor under the names in the files.
-        replace: an earlier export of that name gives way once the new one is whole; any other folder does not.
-        names: of the file of weights, where one is enough, and of the configuration.
-        beside: writes folders that belong into the new one, on rank 0, before it has its name.
+        to_theirs: maps a logical tensor to the tensors, by name, in the files.
+        replace: replace an earlier export at `output` when the new one is complete; any other folder is an error.
+        names: of the weights' file, if there is only one, and of the configuration.
+        beside: writes further folders into the new one, on rank 0, before it is renamed.
 
-    Raises: UserError, on every rank alike: the disk is full or closed, or a value is too large for `dtype`.
+    Raises: UserError, on every rank: the disk is full or not writable, or a value is too large for `dtype`.
     """
     parameters = list(parameters)
     tensors = _tensors(parameters, source, to_theirs)
@@ -73,7 +73,7 @@ def write_folder(
     if group.rank == 0:
         try:
             if os.path.lexists(output) and replace and not (output / CHECKSUMS).is_file():
-                raise UserError(f"{output} exists and is no export of ours: move it away, or choose another run.dir")
+                raise UserError(f"{output} exists and is not our export: move it away, or choose another run.dir")
             with new_folder(output, replace) as partial:
                 shards = _plan(parameters, to_theirs, dtype, max_shard_size)
                 _write_weights(partial, shards, tensors, dtype, names[0])
@@ -84,9 +84,9 @@ def write_folder(
         except (OSError, UserError) as error:
             failure = error
     if group.size > 1:
-        for _ in tensors:  # what is left of it: everything on the ranks that do not write, which gather all the same
+        for _ in tensors:  # the tensors that this rank has not written: every rank must join every gather
             pass
-    if int(all_reduce(torch.tensor(int(failure is not None)), group)):  # every rank asks, or the others would wait
+    if int(all_reduce(torch.tensor(int(failure is not None)), group)):  # every rank calls this
         raise _explained(output, failure)
 
 
@@ -96,7 +96,7 @@ def generation_config(model: ModelConfig) -> bytes:
 
 
 def checksum(values: Tensor) -> str:
-    """CRC-32 of a tensor's bytes as they are stored, in hexadecimal."""
+    """CRC-32 of a tensor's stored bytes, in hexadecimal."""
     return f"{zlib.crc32(_bytes(values)):08x}"
 
 
@@ -110,15 +110,18 @@ def _explained(output: Path, failure: Exception | None) -> UserError:
     if isinstance(failure, OSError):
         why = failure.strerror or str(failure)
         if failure.errno in (errno.EEXIST, errno.ENOTEMPTY) and output.exists():
-            return UserError(f"{output} exists by now, and was not touched: remove it or choose another folder")
-        return UserError(f"{output} cannot be written ({why}), and nothing of it is left: make room, or choose another")
+            return UserError(f"{output} has been created meanwhile: remove it or choose another folder")
+        return UserError(
+            f"{output} cannot be written ({why}), and its partial files were removed: make room, or choose another "
+            "folder"
+        )
     return UserError(f"{output} was not written: rank 0 could not")
 
 
 def _tensors(
     parameters: list[tuple[str, Shard]], source: Source, to_theirs: Callable[[str, Tensor], dict[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Their names and values. Nothing here keeps a tensor beyond its turn."""
+    """Names and values of the tensors in the files. Keeps no reference to a tensor that was yielded."""
     for name, shard in parameters:
         yield from to_theirs(name, source(name, shard)).items()
 
@@ -129,7 +132,7 @@ def _plan(
     dtype: torch.dtype,
     max_shard_size: int,
 ) -> list[Shapes]:
-    """Which tensors go into which file: in order, each file filled up to the limit."""
+    """The tensors of each file: in order, each file filled up to the limit."""
     shards: list[Shapes] = []
     room = -math.inf
     for ours, shard in parameters:
@@ -146,7 +149,7 @@ def _plan(
 def _write_weights(
     folder: Path, shards: list[Shapes], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype, single: str
 ) -> None:
-    """The shards, their index if there are several, and the checksums of all tensors."""
+    """Write the files of weights, their index if there are several, and the checksums of all tensors."""
     weight_map: dict[str, str] = {}
     checksums: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
@@ -163,31 +166,32 @@ def _write_weights(
 
 
 def safetensors_header(shapes: Shapes, dtype: torch.dtype) -> bytes:
-    """What a safetensors file begins with: its tensors' names, shapes and places, all of one dtype, end to end."""
+    """The start of a safetensors file: the length of the header, and the names, shapes and offsets of tensors of one
+    dtype that are stored end to end."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": STORED_AS[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8, for those who map the file
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes, for programs that map the file
     return struct.pack("<Q", len(text)) + text
 
 
 def _write_tensor(file: BinaryIO, name: str, tensor: tuple[str, Tensor], dtype: torch.dtype) -> str:
-    """Append one tensor; its checksum."""
+    """Append one tensor to the file, and return its checksum."""
     assert tensor[0] == name
     values = tensor[1].detach().cpu()
     stored = values.to(dtype)
-    if not all(math.isfinite(extreme) for extreme in stored.aminmax()):  # unlike isfinite this takes no memory
+    if not all(math.isfinite(extreme) for extreme in stored.aminmax()):  # unlike isfinite, allocates nothing
         too_large = values[values.isfinite() & ~stored.isfinite()]
         if too_large.numel():
             kind, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
             raise UserError(
-                f"{name} has values up to {float(too_large.abs().max()):.4g} and {kind} ends at {largest:.4g}: "
+                f"{name} has values up to {float(too_large.abs().max()):.4g}, and {kind} ends at {largest:.4g}: "
                 "choose dtype float32"
             )
-        say(f"warning: {name} has values that are not finite (NaN or infinite), written as they are")
+        say(f"warning: {name} has values that are not finite (NaN or infinite), written unchanged")
     file.write(_bytes(stored))
     return checksum(stored)
 
@@ -197,8 +201,8 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def wrong_tensors(folder: Path) -> list[str]:
-    """The tensors of an export whose bytes are not those that were written, a line each.
-    Nothing where nobody wrote down checksums. Raises: UserError for a file that leads out of the folder."""
+    """The tensors of an export whose bytes differ from their checksums, a line each. Empty if the folder has no
+    checksums. Raises: UserError for a link that leads out of the folder."""
     path = file_in(folder, CHECKSUMS)
     if path is None:
         return []
@@ -208,16 +212,16 @@ def wrong_tensors(folder: Path) -> list[str]:
         return [f"{CHECKSUMS} cannot be read ({one_line(error)})"]
     found: dict[str, str] = {}
     for name, file_name in _tensors_in(folder):
-        # what was read counts as this process's memory until its file is closed
+        # opened for each tensor: pages that were read count as this process's memory until the file is closed
         with safe_open(folder / file_name, framework="pt") as file:
             found[name] = checksum(file.get_tensor(name))
     names = {total: name for name, total in written.items()}
     wrong = [name for name in sorted(written.keys() | found.keys()) if written.get(name) != found.get(name)]
-    return [f"{name}: not the bytes of {CHECKSUMS}{belonging_to(names.get(found.get(name, '')))}" for name in wrong]
+    return [f"{name}: differs from {CHECKSUMS}{belonging_to(names.get(found.get(name, '')))}" for name in wrong]
 
 
 def _tensors_in(folder: Path) -> Iterator[tuple[str, str]]:
-    """The names of a folder's tensors, and of their files."""
+    """The names of a folder's tensors, each with its file's name."""
     for path in sorted(folder.glob("*.safetensors")):
         file_in(folder, path.name)
         with safe_open(path, framework="pt") as file:
@@ -226,5 +230,5 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def belonging_to(name: str | None) -> str:
-    """Whose bytes a tensor has."""
-    return "" if name is None else f", but those of {name}"
+    """For messages: the name of the tensor whose bytes were found."""
+    return "" if name is None else f", and holds the bytes of {name}"

@@ -1,6 +1,7 @@
-"""Hugging Face's names for OPT: our parameters ↔ theirs, one tensor or slice at a time.
+"""Maps our parameters to Hugging Face's names for OPT and back, one tensor or slice at a time.
 
-They keep query, key and value apart; ours are the three blocks of one parameter. Everything else is one to one.
+Hugging Face has separate parameters for query, key and value; ours are the three blocks of one parameter. All other
+parameters correspond one to one.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from opt_parallel.runtime.errors import UserError
 WEIGHTS = FORMATS[0]
 INDEX = WEIGHTS + INDEX_SUFFIX
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
-AT_ONCE = 1 << 22  # values compared at a time
-HARMLESS = {"model.decoder.version"}  # a counter of fairseq's that early conversions kept
+CHUNK = 1 << 22  # values compared at a time
+HARMLESS = {"model.decoder.version"}  # a version counter of fairseq that early conversions kept
 
 
 def hf_names(name: str) -> list[str]:
-    """Their names of our parameter `name`: one, or three that ours stacks along its dim 0."""
+    """Hugging Face's names for our parameter `name`: one, or three that ours stacks along dim 0."""
     theirs = f"model.{name}" if name.startswith("decoder.") else name
     if ".qkv_proj." not in name:
         return [theirs]
@@ -36,14 +37,14 @@ def hf_names(name: str) -> list[str]:
 
 
 def to_hf(name: str, values: Tensor) -> dict[str, Tensor]:
-    """Our logical tensor under their names."""
+    """Our logical tensor under Hugging Face's names."""
     names = hf_names(name)
     parts = [values] if len(names) == 1 else list(values.unbind(0))
     return dict(zip(names, parts, strict=True))
 
 
 def config_for_hf(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of config.json."""
+    """The content of config.json for a language model."""
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
@@ -68,20 +69,21 @@ def labels_for_hf(labels: Labels) -> dict[str, Any]:
 
 
 def compare_values(one: Tensor, other: Tensor) -> tuple[int, float]:
-    """How many values of two tensors differ, in whatever width: torch compares in the wider one; and by how much at
-    most. A NaN equals itself. Compares a part at a time: its memory does not grow with the tensors."""
+    """The number of values that differ between two tensors of equal shape, and the largest difference. A NaN equals a
+    NaN; different dtypes are compared in the wider one. Compares in chunks, so memory does not grow with the tensors.
+    """
     count, largest = 0, []
-    for a, b in zip(one.flatten().split(AT_ONCE), other.flatten().split(AT_ONCE), strict=True):
-        if other_values := int((~((a == b) | (a.isnan() & b.isnan()))).sum()):
-            count += other_values
+    for a, b in zip(one.flatten().split(CHUNK), other.flatten().split(CHUNK), strict=True):
+        if differing := int((~((a == b) | (a.isnan() & b.isnan()))).sum()):
+            count += differing
             largest.append((a - b).abs().max())
     return count, float(torch.stack(largest).max()) if largest else 0.0
 
 
 class HuggingFaceWeights:
-    """A source for `fill`: reads just the slices that a shard needs from a folder's files, in any format.
+    """A source for `fill` that reads only the slices of a shard from a folder's files, in any format.
 
-    Files of the bare decoder (OPTModel) lack the first word of the names, `model`; here they have it.
+    In files of the bare decoder (OPTModel) the names lack the prefix `model.`; it is added here.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,19 +95,20 @@ class HuggingFaceWeights:
         for name in self.files.shapes:
             theirs = f"model.{name}" if name.startswith("decoder.") else name
             if theirs in self.stored:
-                raise UserError(f"{folder} holds {name} twice, as {self.stored[theirs]}, too: bring a whole copy")
+                raise UserError(f"{folder} holds {name} twice, also as {self.stored[theirs]}: use a complete copy")
             self.stored[theirs] = name
 
     def check_layers(self, layers: int) -> None:
-        """Raise UserError if that many layers cannot be there: before anything is made of that size."""
+        """Raise UserError if the files have too few tensors for so many layers; called before anything is allocated."""
         if layers > len(self.stored):
             raise UserError(
                 f"{self.folder}: {CONFIG} says num_hidden_layers={layers}, and its files hold {len(self.stored)} "
-                "tensors: bring a whole copy"
+                "tensors: use a complete copy"
             )
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless just the logical tensors `wanted` are there; a head has the embedding's shape."""
+        """Raise UserError unless the files hold exactly the logical tensors `wanted`, and optionally a head of the
+        embedding's shape."""
         theirs: dict[str, tuple[int, ...]] = {}
         for name, shape in wanted.items():
             names = hf_names(name)
@@ -135,8 +138,9 @@ class HuggingFaceWeights:
         return self.files.read(self.stored[name], ranges)
 
     def _require_tied(self, embedding: Tensor, head: Tensor) -> None:
+        """Raise UserError unless head and embedding have equal values. Their dtypes may differ; a NaN equals a NaN."""
         if compare_values(embedding, head)[0]:
             raise UserError(
-                f"{self.folder}: {HEAD} is not {EMBEDDING} a second time, and an output projection of its own is not "
-                "supported: OPT ties the two"
+                f"{self.folder}: {HEAD} differs from {EMBEDDING}, and a separate output projection is not supported: "
+                "OPT ties the two"
             )

@@ -1,8 +1,8 @@
-"""A PyTorch `.bin` gone through before torch opens it: tensors by name, no larger than the file, and nothing else.
+"""Checks a PyTorch `.bin` before torch opens it: it may hold only named tensors, not larger than the file.
 
-`torch.load(weights_only=True)` runs no code of the file, but it builds what the file says: a key made of tuples of
-tuples is hashed for ever, a tensor of one stored value may say that it has 10¹⁸, a compressed record
-swells to any size.
+`torch.load(weights_only=True)` runs no code of the file, but builds any object that the file describes: a key of nested
+tuples takes forever to hash, a tensor with one stored value may claim 10¹⁸ elements, a compressed record may expand to
+any size.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-ZIP = b"PK\x03\x04"  # what torch goes by
-MOST_PICKLED = 1 << 20  # bytes of names, shapes and places; OPT-175B's are 0.3 MB
+ZIP = b"PK\x03\x04"  # the bytes by which torch tells its two formats apart
+MOST_PICKLED = 1 << 20  # bytes of names, shapes and offsets; OPT-175B has 0.3 MB
 ITEM_BYTES = {
     "DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
 }  # fmt: skip
-# what `torch.save` writes of a dict of tensors, in its protocol and in the one before torch 1.6
+# the opcodes that `torch.save` writes for a dict of tensors, in its present format and in that before torch 1.6
 OPCODES = (
     pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.SETITEM, pickle.SETITEMS,
     pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT,
@@ -33,7 +33,7 @@ OPCODES = (
 
 
 def check_pickled(path: Path) -> None:
-    """Raise an error, a library's or ValueError, unless torch can open `path` and get no more than the file holds."""
+    """Raise ValueError or a library's error unless torch can open `path` and builds nothing larger than the file."""
     with open(path, "rb") as file:
         if file.read(len(ZIP)) == ZIP:
             _check_zip(file, path.stat().st_size)
@@ -43,7 +43,7 @@ def check_pickled(path: Path) -> None:
             for _ in range(3):  # a magic number, the protocol, the machine
                 _Inert(start).load()
             unpickler = _Inert(start)
-            _require(type(unpickler.load()) is _Words, "it holds no dict")
+            _require(type(unpickler.load()) is _TextDict, "it is not a dict")
             _require(unpickler.stored_bytes() <= path.stat().st_size, "its tensors are larger than the file")
 
 
@@ -55,7 +55,7 @@ def _check_zip(file: BinaryIO, size: int) -> None:
         (name,) = [name for name in records if name.endswith("/data.pkl")]
         _require(records[name].file_size <= MOST_PICKLED, f"{name} is larger than {MOST_PICKLED} bytes")
         unpickler = _Inert(io.BytesIO(archive.read(name)))
-        _require(type(unpickler.load()) is _Words, "it holds no dict")
+        _require(type(unpickler.load()) is _TextDict, "it is not a dict")
         for key, storage in unpickler.storages.items():
             record = records[f"{name.removesuffix('data.pkl')}data/{key}"]
             _require(record.file_size >= storage.count * storage.item, f"{record.filename} ends early")
@@ -63,22 +63,22 @@ def _check_zip(file: BinaryIO, size: int) -> None:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Where tensors' values lie: so many elements of so many bytes."""
+    """A storage of tensors' values: `count` elements of `item` bytes."""
 
     count: int
     item: int
 
 
-class _Words(dict):
-    """A dict whose keys are text: hashing any other may take for ever."""
+class _TextDict(dict):
+    """A dict whose keys must be text: hashing another key may take forever."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _require(type(key) is str, "a key in it is no text")
+        _require(type(key) is str, "a key in it is not text")
         super().__setitem__(key, value)
 
 
 class _Inert(pickle._Unpickler):
-    """Goes through a pickle and makes nothing of it but numbers, text, tuples, lists and dicts."""
+    """Reads a pickle, and builds only numbers, text, tuples, lists and dicts."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
@@ -97,32 +97,33 @@ class _Inert(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, item, key, _, count = pid[:5]
         known = kind == "storage" and type(key) is str and type(item) is type(count) is int and count >= 0
-        _require(known, "it is no tensor")
+        _require(known, "it is not a tensor")
         return self.storages.setdefault(key, _Storage(count, item))
 
 
-def _no_items() -> _Words:
-    return _Words()
+def _no_items() -> _TextDict:
+    return _TextDict()
 
 
 def _empty_dict(unpickler: Any) -> None:
-    unpickler.append(_Words())
+    unpickler.append(_TextDict())
 
 
 def _build(unpickler: Any) -> None:
-    """The attributes of an OrderedDict, of which nothing is taken."""
+    """Drop the attributes of an OrderedDict."""
     unpickler.stack.pop()
-    _require(type(unpickler.stack[-1]) is _Words, "it holds more than tensors")
+    _require(type(unpickler.stack[-1]) is _TextDict, "it holds more than tensors")
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> None:
-    """Its last element lies in the storage, and no element is there twice."""
+    """Require that the tensor's last element is in the storage, and that it has no more elements than the storage."""
     numbers = (offset, *size, *stride)
     known = len(size) == len(stride) and all(type(number) is int and number >= 0 for number in numbers)
-    _require(known, "it is no tensor")
+    _require(known, "it is not a tensor")
     last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
     elements = math.prod(size)
-    _require(elements == 0 or (last < storage.count and elements <= storage.count), "a tensor is not all in the file")
+    fits = elements == 0 or (last < storage.count and elements <= storage.count)
+    _require(fits, "a tensor is larger than its storage")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,8 +1,8 @@
-"""Hugging Face's tokenizer files, read as transformers' `AutoTokenizer` reads them, without transformers.
+"""Reads Hugging Face's tokenizer files as transformers' `AutoTokenizer` does, without transformers.
 
-tokenizer.json, or vocab.json with merges.txt; the tokens that tokenizer_config.json, special_tokens_map.json and
-added_tokens.json add to them; and what these say of the tokenizer: which tokens begin, end and pad a text, how long one
-may be, a chat template. What is written both `AutoTokenizer` and `read_tokenizer` read as the same.
+Reads tokenizer.json, or vocab.json with merges.txt; the tokens that tokenizer_config.json, special_tokens_map.json and
+added_tokens.json add; and these files' settings: bos, eos and pad token, the longest text, a chat template.
+`AutoTokenizer` and `read_tokenizer` read the same tokenizer from the files that are written here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from opt_parallel.config.model import ModelConfig, require
 from opt_parallel.config.paths import reach
 from opt_parallel.huggingface.hub import HUB_ID
-from opt_parallel.huggingface.tokenizer_trial import require_quick
+from opt_parallel.huggingface.tokenizer_trial import require_bounded
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.foreign import content_of, file_in, parse_json, read_json, read_limited
 
@@ -29,12 +29,12 @@ SETTINGS, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", 
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, VOCABULARY, MERGES, SETTINGS, SPECIALS, ADDED, CHAT_TEMPLATE)
 
-OF_MODELS = ("bos_token", "eos_token", "pad_token")  # what a network has an id for
+OF_MODELS = ("bos_token", "eos_token", "pad_token")  # tokens whose ids a network's configuration has
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-EXTRA = ("additional_special_tokens", "extra_special_tokens")  # in transformers 4 and from 5 on
+EXTRA = ("additional_special_tokens", "extra_special_tokens")  # transformers 4's name and transformers 5's
 LIKE_GPT2 = {None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# what tokenizer.json says itself; names of files and code of somebody else's
+# settings that tokenizer.json already has, and names of others' files and code
 NOT_KEPT = {
     "added_tokens_decoder", "add_bos_token", "add_eos_token", "auto_map", "backend", "chat_template", "is_local",
     "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", *EXTRA,
@@ -42,9 +42,9 @@ NOT_KEPT = {
 
 
 @dataclass(frozen=True)
-class Brought:
-    """A tokenizer and what its files say of it: `settings` as tokenizer_config.json has them, each token as its text;
-    `extra`: special tokens without a role."""
+class LoadedTokenizer:
+    """A tokenizer with its files' settings: `settings` as in tokenizer_config.json, each token as its text; `extra`:
+    special tokens without a role."""
 
     tokenizer: Tokenizer
     settings: dict[str, Any] = field(default_factory=dict)
@@ -53,30 +53,29 @@ class Brought:
 
     @property
     def ids(self) -> dict[str, int]:
-        """`bos_token_id`, `eos_token_id`, `pad_token_id`: those that the files name."""
+        """Those of `bos_token_id`, `eos_token_id` and `pad_token_id` that the files give."""
         found = {role: self.tokenizer.token_to_id(self.settings.get(role) or "") for role in OF_MODELS}
         return {f"{role}_id": number for role, number in found.items() if number is not None}
 
-    def of_model(self, model: ModelConfig) -> Brought:
-        """The same, with the tokens by which `model` begins, ends and pads a text: who loads both finds that they
-        agree."""
+    def of_model(self, model: ModelConfig) -> LoadedTokenizer:
+        """The tokenizer with `model`'s bos, eos and pad tokens, so that the two agree when they are loaded."""
         added = self.tokenizer.get_added_tokens_decoder()
         special = {number: token.content for number, token in added.items() if token.special}
         return replace(self, settings=self.settings | roles_of(model, special))
 
     def identity(self) -> list[Any]:
-        """What distinguishes its files from another's."""
+        """All that decides the content of its files."""
         return [self.tokenizer.to_str(), self.settings, list(self.extra), self.chat_template]
 
 
 def roles_of(model: ModelConfig, special: dict[int, str]) -> dict[str, str]:
-    """The text of each token that `model` has an id for, where that is one of the `special` tokens."""
+    """The texts of `model`'s bos, eos and pad tokens, as far as they are among the `special` tokens (by id)."""
     ids = {role: getattr(model, f"{role}_id") for role in OF_MODELS}
     return {role: special[number] for role, number in ids.items() if number in special}
 
 
 def other_ids(model: ModelConfig) -> list[list[int]]:
-    """`model`'s ids of these tokens where they are not OPT's: for identities, which say nothing of OPT's."""
+    """`model`'s ids of these tokens if they are not OPT's, else nothing; part of a cache's identity."""
     ids, usual = ([getattr(of, f"{role}_id") for role in OF_MODELS] for of in (model, ModelConfig))
     return [] if ids == usual else [ids]
 
@@ -91,45 +90,46 @@ def find_tokenizer(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:
         raise UserError(
-            f"data.tokenizer={name} is no folder here, and the hub did not give it ({one_line(error)}): {way_out}"
+            f"data.tokenizer={name} is not a local folder and could not be downloaded from the hub "
+            f"({one_line(error)}): {way_out}"
         ) from error
 
 
-def read_tokenizer(name: str) -> Brought:
-    """The tokenizer of a file of the tokenizers library, of a folder or of a hub id.
-
-    Raises: UserError."""
+def read_tokenizer(name: str) -> LoadedTokenizer:
+    """The tokenizer of a tokenizer.json, a folder or a hub id. Raises: UserError."""
     path = find_tokenizer(name)
     try:
-        return Brought(_from_json(path, name)) if path.is_file() else _from_folder(path, name)
+        return LoadedTokenizer(_from_json(path, name)) if path.is_file() else _from_folder(path, name)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the tokenizers library raises nothing narrower, and its panics are no Exceptions
-        raise UserError(f"data.tokenizer={name} cannot be read ({one_line(error):.500}): bring a whole copy") from error
+    except BaseException as error:  # the tokenizers library raises bare Exception, and its panics are BaseExceptions
+        raise UserError(
+            f"data.tokenizer={name} cannot be read ({one_line(error):.500}): use a complete copy"
+        ) from error
 
 
-def write_tokenizer(brought: Brought, folder: Path) -> None:
-    """Write into `folder` what `read_tokenizer` and transformers' `AutoTokenizer` read. Raises: OSError."""
+def write_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
+    """Write files for `read_tokenizer` and transformers' `AutoTokenizer` into `folder`. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in _files_of(brought).items():
+    for name, content in _files_of(loaded).items():
         (folder / name).write_bytes(content)
 
 
-def _files_of(brought: Brought) -> dict[str, bytes]:
-    roles = {role: text for role in ROLES if (text := brought.settings.get(role)) is not None}
-    extra = {EXTRA[0]: list(brought.extra)} if brought.extra else {}
+def _files_of(loaded: LoadedTokenizer) -> dict[str, bytes]:
+    roles = {role: text for role in ROLES if (text := loaded.settings.get(role)) is not None}
+    extra = {EXTRA[0]: list(loaded.extra)} if loaded.extra else {}
     plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    files = {TOKENIZER: brought.tokenizer.to_str(pretty=True).encode()}
-    for name, content in ((SETTINGS, plain | brought.settings | extra), (SPECIALS, roles | extra)):
+    files = {TOKENIZER: loaded.tokenizer.to_str(pretty=True).encode()}
+    for name, content in ((SETTINGS, plain | loaded.settings | extra), (SPECIALS, roles | extra)):
         files[name] = (json.dumps(content, indent=2) + "\n").encode()
-    if brought.chat_template is not None:
-        files[CHAT_TEMPLATE] = brought.chat_template.encode()
+    if loaded.chat_template is not None:
+        files[CHAT_TEMPLATE] = loaded.chat_template.encode()
     return files
 
 
 def files_for(folder: Path, model: ModelConfig) -> dict[str, bytes]:
-    """A folder's tokenizer for an export of `model`: its own files where they name the tokens by which `model` begins,
-    ends and pads a text, else files of the same tokenizer that do. Raises: UserError."""
+    """The tokenizer files for an export of `model`: the folder's own files if they name `model`'s bos, eos and pad
+    tokens, else new files of the same tokenizer that do. Raises: UserError."""
     found = {name: content_of(folder, name) for name in FILES}
     files = {name: content for name, content in found.items() if content is not None}
     try:
@@ -138,15 +138,15 @@ def files_for(folder: Path, model: ModelConfig) -> dict[str, bytes]:
             return files
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({one_line(error):.300}): bring a whole copy"
+            f"{folder}: its tokenizer cannot be read ({one_line(error):.300}): use a complete copy"
         ) from error
     return _files_of(read_tokenizer(str(folder)).of_model(model))
 
 
 def special_tokens_in(files: dict[str, bytes]) -> dict[int, str]:
-    """The special tokens of a tokenizer's files, by id; of vocab.json those that have a role.
+    """The special tokens in a tokenizer's files, by id; with vocab.json only tokens that have a role.
 
-    Raises: ValueError, TypeError, KeyError or AttributeError if they are damaged."""
+    Raises: ValueError, TypeError, KeyError or AttributeError if the files are damaged."""
     if TOKENIZER in files:
         added = parse_json(files[TOKENIZER]).get("added_tokens", [])
         return {token["id"]: token["content"] for token in added if token["special"]}
@@ -160,48 +160,48 @@ def _named_in(files: dict[str, bytes]) -> dict[str, str]:
 
 
 def count_tokens(tokenizer: Tokenizer) -> int:
-    """Rows that the tokens need in an embedding: the largest id and one."""
+    """Rows that an embedding needs for the tokens: the largest id plus 1."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_size(tokenizer: Tokenizer, name: str, rows: int) -> None:
-    """Raise `UserError` unless every token has one of the `rows` of an embedding."""
+    """Raise `UserError` if an embedding of `rows` rows is too small for the tokens."""
     tokens = count_tokens(tokenizer)
     require(
         tokens <= rows,
         f"data.tokenizer={name} has {tokens} tokens, model.vocab_size={rows} rows: set model.vocab_size to {tokens} or "
-        "more, or bring a smaller tokenizer",
+        "more, or use a smaller tokenizer",
     )
 
 
-def _from_folder(folder: Path, name: str) -> Brought:
+def _from_folder(folder: Path, name: str) -> LoadedTokenizer:
     settings, decoder, added = _settings(folder)
     path = file_in(folder, TOKENIZER)
     tokenizer = _from_vocabulary(folder, name, settings) if path is None else _from_json(path, name)
-    tokenizer.add_tokens([token for _, token in sorted(decoder.items())])  # of those that are there the flags
-    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens([token for _, token in sorted(decoder.items())])  # sets the flags of tokens that exist
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     others = [*(token for _, token in sorted(added.items())), *_special_tokens(settings)]
-    tokenizer.add_tokens([token for token in others if token.content not in there])
+    tokenizer.add_tokens([token for token in others if token.content not in present])
     for number, token in (decoder | added).items():
         found = tokenizer.token_to_id(token.content)
         require(
             found == number,
             f"data.tokenizer={name}: its files give {token.content!r:.80} the id {number}, and in the order of the "
-            f"tokens it has {found}: bring a whole copy",
+            f"tokens it has {found}: use a complete copy",
         )
-    if not any(settings.get(role) for role in ROLES) and OF_GPT2 in there:
+    if not any(settings.get(role) for role in ROLES) and OF_GPT2 in present:
         settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), OF_GPT2)  # as GPT2Tokenizer does
     template, own = content_of(folder, CHAT_TEMPLATE), settings.get("chat_template")
     own = own if isinstance(own, str) else None
     roles = {role: _text(settings[role]) for role in ROLES if settings.get(role)}
     kept = {key: value for key, value in settings.items() if key not in NOT_KEPT} | roles
     extra = tuple(dict.fromkeys(_text(value) for value in _extra(settings)))
-    return Brought(tokenizer, kept, extra, own if template is None else template.decode())
+    return LoadedTokenizer(tokenizer, kept, extra, own if template is None else template.decode())
 
 
 def _settings(folder: Path) -> tuple[dict[str, Any], dict[int, AddedToken], dict[int, AddedToken]]:
-    """What the files say of the tokenizer, and the tokens that they add to it, by id: those whose flags hold in any
-    case, and those whose flags hold where tokenizer.json has none."""
+    """The files' settings, and the tokens that they add, by id: first those whose flags override tokenizer.json's, then
+    those whose flags hold only for tokens that tokenizer.json does not have."""
     settings = _json_in(folder, SETTINGS)
     if "added_tokens_decoder" in settings:
         return settings, {int(number): _token(value) for number, value in settings["added_tokens_decoder"].items()}, {}
@@ -218,12 +218,12 @@ def _json_in(folder: Path, name: str) -> dict[str, Any]:
     path = file_in(folder, name)
     content = {} if path is None else read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{name} holds no JSON object")
+        raise ValueError(f"{name} is not a JSON object")
     return content
 
 
 def _special_tokens(settings: dict[str, Any]) -> list[AddedToken]:
-    """The tokens that settings give a role, or name as special."""
+    """The tokens to which the settings give a role, or which they name as special."""
     others = [key for key in settings if key.endswith("_token") and key not in ROLES]
     values = [settings.get(role) for role in (*ROLES, *others)] + _extra(settings)
     return [_token(value, special=True) for value in values if value and isinstance(value, (str, dict))]
@@ -239,43 +239,43 @@ def _text(value: Any) -> str:
 
 
 def _token(value: Any, special: bool | None = None) -> AddedToken:
-    """A token as the files write it: its text, or that with its flags."""
+    """A token from its form in the files: its text, or an object of text and flags."""
     flags = {name: value[name] for name in FLAGS if name in value} if isinstance(value, dict) else {}
     return AddedToken(_text(value), **(flags if special is None else {**flags, "special": special}))
 
 
 def _from_json(path: Path, name: str) -> Tokenizer:
     text = read_limited(path).decode()
-    require_quick(text, name)
+    require_bounded(text, name)
     tokenizer = Tokenizer.from_str(text)
-    require(tokenizer.get_vocab_size() > 0, f"data.tokenizer={name} has no tokens: bring another")
+    require(tokenizer.get_vocab_size() > 0, f"data.tokenizer={name} has no tokens: use another")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Tokenizer:
-    """OPT's and GPT-2's tokenizer of vocab.json and merges.txt, with the special tokens that the settings name."""
+    """OPT's or GPT-2's tokenizer from vocab.json and merges.txt, with the special tokens that the settings name."""
     vocabulary, merges = file_in(folder, VOCABULARY), file_in(folder, MERGES)
     if vocabulary is None or merges is None:
         raise UserError(
-            f"data.tokenizer={name} holds neither {TOKENIZER} nor {VOCABULARY} with {MERGES}: name the folder that "
-            "does, or set data.tokenizer=null to train one on data.train"
+            f"data.tokenizer={name} holds neither {TOKENIZER} nor {VOCABULARY} with {MERGES}: name a folder that has "
+            "them, or set data.tokenizer=null to train a tokenizer on data.train"
         )
     require(
         settings.get("tokenizer_class") in LIKE_GPT2,
         f"data.tokenizer={name} is a {settings.get('tokenizer_class')!r:.80}, and {VOCABULARY} alone is read as "
-        f"GPT-2's: bring the {TOKENIZER} that transformers saves of it",
+        f"GPT-2's: add the {TOKENIZER} that transformers saves of it",
     )
-    read_limited(vocabulary), read_limited(merges)  # or say that they are too large
+    read_limited(vocabulary), read_limited(merges)  # raises if they are too large
     model = models.BPE.from_file(str(vocabulary), str(merges))
     named = [_text(settings[role]) for role in ROLES if settings.get(role)]
     if not named:
         named = [OF_GPT2] if model.token_to_id(OF_GPT2) is not None else [PAD, END]
         if missing := [text for text in named if model.token_to_id(text) is None]:
             raise UserError(
-                f"data.tokenizer={name}: {VOCABULARY} has no {missing[0]}, so it is not OPT's, and nothing names its "
-                f"special tokens: bring the {SETTINGS} or the {TOKENIZER} beside it"
+                f"data.tokenizer={name}: {VOCABULARY} has no {missing[0]}, so it is not OPT's, and no file names its "
+                f"special tokens: add its {SETTINGS} or its {TOKENIZER}"
             )
         settings |= dict.fromkeys(("bos_token", "eos_token"), named[-1])
     if file_in(folder, SETTINGS) is None:
@@ -289,9 +289,9 @@ def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Token
 def byte_level(
     model: models.Model, specials: list[str], begin: str | None = END, end: str | None = None, prefix: bool = False
 ) -> Tokenizer:
-    """GPT-2's tokenizer around `model`: a text is split into words and these into bytes; `specials` are kept whole.
+    """GPT-2's tokenizer with `model`: splits a text into words, and words into bytes; does not split `specials`.
 
-    `begin`, `end`: what `encode` puts around a text where it is asked for special tokens; `prefix`: a space before."""
+    `begin`, `end`: tokens that `encode` adds with add_special_tokens; `prefix`: add a space before a text."""
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)

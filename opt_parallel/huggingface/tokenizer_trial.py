@@ -1,7 +1,7 @@
-"""A tokenizer of somebody else's, tried before it is used: loaded and run in another process, of bounded time and size.
+"""Tries an unknown tokenizer before it is used: loads and runs it in another process with limits of time and memory.
 
-Its regular expressions and replacements may take for ever or swell beyond any memory, and the library's failures end a
-process. Tokenizers of which neither can happen, as OPT's, are not tried.
+Regular expressions and replacements may take forever or need unlimited memory, and the library's failures end the
+process. Tokenizers that consist of harmless parts, such as OPT's, are not tried.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.foreign import parse_json
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-# those whose time and result grow as the text does
+# parts whose time and output are linear in the text's length
 HARMLESS = {
     "BertNormalizer", "BertPreTokenizer", "BertProcessing", "BPEDecoder", "ByteFallback", "ByteLevel",
     "CharDelimiterSplit", "Digits", "Fuse", "Lowercase", "Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Nmt",
@@ -27,17 +27,17 @@ HARMLESS = {
     "Whitespace", "WhitespaceSplit",
 }  # fmt: skip
 HARMLESS_MODELS = {"BPE", "WordLevel"}
-# of CPU time to load one and then to try it, of waiting for both on a machine with other work; bytes, likewise
-TO_LOAD, TO_TRY, PATIENCE = 20, 4, 120
+# limits: seconds of CPU time to load a tokenizer, and then to try it; seconds of wall time for both; bytes for each
+TO_LOAD, TO_TRY, TIMEOUT = 20, 4, 120
 BYTES_TO_LOAD, BYTES_TO_TRY = 4 * 10**9, 2 * 10**8
-RUN, MOST_CHARACTERS = 1000, 40  # of one character in a text; different ones that are tried
+RUN, MOST_CHARACTERS = 1000, 40  # length of a run of one character; number of different characters that are tried
 TRIAL = """
 import contextlib, json, resource, sys
 
 def limit(seconds, size):
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds += round(used.ru_utime + used.ru_stime)
-    with contextlib.suppress(ValueError, OSError):  # a system that has no such limit
+    with contextlib.suppress(ValueError, OSError):  # a system without such a limit
         size += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
@@ -53,10 +53,10 @@ for text in json.loads(sys.stdin.readline()):
 _tried: set[bytes] = set()
 
 
-def require_quick(content: str, name: str) -> None:
-    """Raise UserError unless the tokenizer.json with this `content` can be used in a bounded time.
+def require_bounded(content: str, name: str) -> None:
+    """Raise UserError unless the tokenizer.json with this `content` works within the limits of time and memory.
 
-    Raises: ValueError if it is no tokenizer."""
+    Raises: ValueError if it is not a tokenizer."""
     values = parse_json(content.encode())
     parts, model = [values.get(part) for part in PARTS], values.get("model") or {}
     if _types_in(parts) <= HARMLESS and model.get("type") in HARMLESS_MODELS:
@@ -68,22 +68,22 @@ def require_quick(content: str, name: str) -> None:
     limits = map(str, (TO_LOAD, BYTES_TO_LOAD, TO_TRY, BYTES_TO_TRY))
     try:
         process = subprocess.run(
-            [sys.executable, "-P", "-c", TRIAL, *limits], input=given.encode(), capture_output=True, timeout=PATIENCE,
+            [sys.executable, "-P", "-c", TRIAL, *limits], input=given.encode(), capture_output=True, timeout=TIMEOUT,
             check=False, env={"TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise UserError(_refusal(name, f"takes over {PATIENCE} s")) from None
+        raise UserError(_refusal(name, f"takes over {TIMEOUT} s")) from None
     lines = [line for line in process.stderr.decode(errors="replace").splitlines() if line.strip()]
     if process.returncode == -signal.SIGXCPU:
         raise UserError(_refusal(name, f"takes over {TO_TRY} s"))
-    if process.returncode:  # before a signal the library says why, of a traceback the end says it
-        said = lines[0 if process.returncode < 0 else -1] if lines else f"status {process.returncode}"
-        raise UserError(_refusal(name, f"fails ({said:.200})")) if process.stdout else ValueError(said)
+    if process.returncode:  # the cause is the first line before a signal, the last line of a traceback
+        cause = lines[0 if process.returncode < 0 else -1] if lines else f"status {process.returncode}"
+        raise UserError(_refusal(name, f"fails ({cause:.200})")) if process.stdout else ValueError(cause)
     _tried.add(digest)
 
 
 def _refusal(name: str, what: str) -> str:
-    return f"data.tokenizer={name} {what} on texts of {RUN:,} characters: bring another"
+    return f"data.tokenizer={name} {what} on texts of {RUN:,} characters: use another"
 
 
 def _types_in(part: Any) -> set[str]:
@@ -97,14 +97,14 @@ def _types_in(part: Any) -> set[str]:
 
 
 def _texts(parts: list[Any]) -> list[str]:
-    """Long runs of each character that the tokenizer's patterns name and of other usual ones, alone and in turn, with
-    an end that fits no run."""
+    """Texts to try: long runs of each common character and of each character in the tokenizer's patterns, alone and
+    alternating, each with an end that does not match the run."""
     usual = "a0 \n.\té漢"
     named = [character for pattern in _strings(parts) for character in pattern if character not in "\\()[]{}|?*+^$"]
     characters = list(dict.fromkeys([*usual, *named]))[:MOST_CHARACTERS]
     runs = [character * RUN for character in characters]
-    in_turn = [(one + other) * (RUN // 2) for one, other in pairwise(characters)]
-    return [f"{run}{end}" for run in (*runs, *in_turn, "".join(characters) * 20) for end in ("!", "\0")]
+    alternating = [(one + other) * (RUN // 2) for one, other in pairwise(characters)]
+    return [f"{run}{end}" for run in (*runs, *alternating, "".join(characters) * 20) for end in ("!", "\0")]
 
 
 def _strings(part: Any) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Files of weights as named tensors that can be read in slices: safetensors, PyTorch's, TensorFlow's and Flax's.
+"""Reads slices of named tensors from files of safetensors, PyTorch, TensorFlow and Flax.
 
-A reader has `shapes`, each tensor's by its name in PyTorch, and `read(name, ranges)`. Files are mapped anew for each
-read: pages that were read count as this process's memory as long as their mapping lasts.
+A reader has `shapes`, by the tensors' names in PyTorch, and `read(name, ranges)`. Files are mapped again for each read:
+pages that were read count as this process's memory as long as their mapping lasts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from opt_parallel.storage.foreign import file_in, read_json
 REMAP = 1 << 27  # bytes of tensors read through one mapping of a PyTorch file
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
-MOST_HEADER = 1 << 24  # bytes of a safetensors file's header; OPT-175B's have 0.2 MB
+MOST_HEADER = 1 << 24  # bytes of a safetensors header; OPT-175B's headers have 0.2 MB
 LONGEST_NAME, MOST_DIMS = 500, 8
 
 
@@ -35,31 +35,31 @@ class WeightFile(Protocol):
     """A file of named tensors."""
 
     shapes: dict[str, tuple[int, ...]]
-    dtypes: set[torch.dtype | None]  # of its tensors, None for what torch does not know
+    dtypes: set[torch.dtype | None]  # of its tensors; None for a dtype that torch does not have
 
     def __init__(self, path: Path) -> None: ...
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        """A slice of a tensor, in the dtype it is stored in."""
+        """A slice of a tensor, in its stored dtype."""
 
 
 class WeightFiles:
-    """All tensors of a folder, in the first format of `WEIGHTS` that is there, in one file or in many."""
+    """All tensors of a folder, in the first format of `WEIGHTS` that it has, in one file or in several."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: UserError if there are none, a file is missing, damaged or not in the folder."""
+        """Raises: UserError if there are no weights, or a file is missing, damaged or not in the folder."""
         self._files: dict[str, WeightFile] = {}
         for path, open_file in _files_of(folder):
             with reading(path):
                 file = open_file(path)
                 _check_names(file.shapes)
             for name in file.shapes.keys() & self._files.keys():
-                raise UserError(f"{path}: {name} stands in another file, too: bring a whole copy")
+                raise UserError(f"{path}: {name} is also in another file: use a complete copy")
             self._files.update(dict.fromkeys(file.shapes, file))
         self.folder = folder
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
         dtypes = {dtype for file in self._files.values() for dtype in file.dtypes if dtype in DTYPES}
-        self.dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # which holds them all
+        self.dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # represents all their values
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         """A slice of a tensor. Raises: UserError if its file is damaged."""
@@ -67,15 +67,15 @@ class WeightFiles:
             values = self._files[name].read(name, ranges)
         if values.dtype not in DTYPES:
             kind = str(values.dtype).removeprefix("torch.")
-            raise UserError(f"{self.folder}: {name} is {kind}, and only {', '.join(DTYPES.values())} are weights here")
+            raise UserError(f"{self.folder}: {name} is {kind}, not one of {', '.join(DTYPES.values())}")
         return values
 
 
 def _check_names(shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError for what no message could repeat in a line."""
+    """Raise ValueError for a name that would not fit into one line of a message."""
     for name, shape in shapes.items():
         if len(name) > LONGEST_NAME or not name.isprintable() or len(shape) > MOST_DIMS:
-            raise ValueError(f"{name!r:.80} of {len(shape)} dimensions is no tensor's name")
+            raise ValueError(f"{name!r:.80} of {len(shape)} dimensions is not a tensor's name")
 
 
 def _files_of(folder: Path) -> Iterator[tuple[Path, type[WeightFile]]]:
@@ -87,10 +87,10 @@ def _files_of(folder: Path) -> Iterator[tuple[Path, type[WeightFile]]]:
             for name in _named_in(index):
                 path = file_in(folder, name)
                 if path is None:
-                    raise UserError(f"{folder / name} is missing, {index.name} names it: bring a whole copy")
+                    raise UserError(f"{folder / name} is missing, and {index.name} names it: use a complete copy")
                 yield path, open_file
             return
-    raise UserError(f"{folder} holds no weights: there is none of {', '.join(WEIGHTS)}, nor one split with an index")
+    raise UserError(f"{folder} holds no weights: it has none of {', '.join(WEIGHTS)}, nor an index of split weights")
 
 
 def _named_in(index: Path) -> list[str]:
@@ -99,34 +99,34 @@ def _named_in(index: Path) -> list[str]:
         files = set(read_json(index)["weight_map"].values())
         outside = [name for name in files if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weight files ({one_line(error)}): bring a whole copy") from error
+        raise UserError(f"{index} is not an index of weight files ({one_line(error)}): use a complete copy") from error
     if outside or not files:
         named = f"{outside[0]!r:.200}" if outside else "no file"
-        raise UserError(f"{index} names {named}: files beside it are expected")
+        raise UserError(f"{index} names {named}: it must name files beside it")
     return sorted(files)
 
 
 @contextmanager
 def reading(path: Path, what: str = "") -> Iterator[None]:
-    """Whatever goes wrong inside is a damaged file: one line."""
+    """Turn any error within the context into one line that names the file."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # five libraries' own, down to struct's
+    except Exception as error:  # of five libraries
         if is_out_of_memory(error):
             raise UserError(f"{path}{what}: {out_of_memory(error)}") from error
-        raise UserError(f"{path}{what} cannot be read ({one_line(error):.500}): bring a whole copy") from error
+        raise UserError(f"{path}{what} cannot be read ({one_line(error):.500}): use a complete copy") from error
 
 
 class SafetensorsFile:
-    """Safetensors."""
+    """A safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > MOST_HEADER:
-                raise ValueError(f"its header says that it is larger than {MOST_HEADER:,} bytes")
+                raise ValueError(f"its header is larger than {MOST_HEADER:,} bytes")
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
@@ -140,13 +140,13 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """What `torch.save` wrote. Weights alone are unpickled, nothing in the file can run."""
+    """A file of `torch.save`. Only tensors are unpickled; no code in the file runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(path, "rb") as file:
-            self.mapped = file.read(len(ZIP)) == ZIP  # the format before torch 1.6 is read whole, and kept
-        with self._weights_alone():
+            self.mapped = file.read(len(ZIP)) == ZIP  # files before torch 1.6 cannot be mapped: read at once, and kept
+        with self._only_weights():
             check_pickled(path)
         tensors = self.load()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -160,7 +160,7 @@ class TorchFile:
         return tensors[name][ranges]
 
     def load(self) -> dict[str, Tensor]:
-        with self._weights_alone(), warnings.catch_warnings():  # it would tell of a strange pickle before it refuses it
+        with self._only_weights(), warnings.catch_warnings():  # torch warns of an unusual pickle before it refuses it
             warnings.simplefilter("ignore")
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -168,22 +168,23 @@ class TorchFile:
         return content
 
     @contextmanager
-    def _weights_alone(self) -> Iterator[None]:
+    def _only_weights(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             if is_out_of_memory(error):
-                raise  # it says nothing of the file
+                raise  # not the file's fault
             raise UserError(
-                f"{self.path} is no file of weights alone, or damaged, and nothing else is read from a pickle "
-                f"({one_line(error):.200}): bring a whole copy, or convert it to safetensors where you trust it"
+                f"{self.path} is damaged or holds more than weights, and only weights are read from a pickle "
+                f"({one_line(error):.200}): use a complete copy, or convert it to safetensors if you trust it"
             ) from error
 
 
 @lru_cache(maxsize=1)
 def _mapping(file: TorchFile, number: int) -> dict[str, Tensor]:
-    """The file's tensors, mapped for the `number`th time, and let go when others are asked for: opening takes longer
-    than reading most tensors, and what was read stays in memory until the mapping ends."""
+    """The file's tensors, mapped for the `number`th time. The cache of size 1 drops the mapping when another one is
+    made. One mapping serves many reads, since opening takes longer than reading most tensors; but not all, since pages
+    that were read stay in memory until the mapping ends."""
     return file.load()
 
 

@@ -1,9 +1,9 @@
-"""Beam search: several texts at a time, the best of the finished ones wins.
+"""Beam search: extends several texts per prompt, and returns the best finished one.
 
-The rules are transformers' with early_stopping=False. Each step looks at the 2·N best continuations of a prompt's N
-running texts. Of the N best of them, those that end (with the end-of-text token, or because the length is reached) are
-finished; of all, the N best that do not end run on. A prompt is done once its best running text, scored at its present
-length, is no better than the worst of N finished ones.
+The rules are those of transformers with early_stopping=False. Each step considers the 2·N best continuations of a
+prompt's N running texts. Those among the first N that end (with the end-of-text token, or at the length limit) are
+finished. The N best that do not end keep running. A prompt is done when its best running text, scored at its present
+length, is not better than the worst of N finished texts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opt_parallel.parallel.topology import Group
 
 @dataclass
 class Beam:
-    """A text: the summed log-probability of its new tokens (running) or its score (finished), and the tokens."""
+    """A text: its new tokens, and their summed log-probability (running) or final score (finished)."""
 
     score: float
     tokens: list[int]
@@ -35,16 +35,17 @@ class Search:
     done: bool = False
 
     def advance(self, candidates: list[tuple[float, int, int]], decoding: Decoding, eos_token_id: int) -> list[int]:
-        """Take the best continuations (log-probability, running beam, token), best first; which running beam each of
-        the next ones continues."""
+        """Advance by one token, given the best continuations (log-probability, running beam, token), best first.
+
+        Returns, for each new running beam, the index of the beam that it continues."""
         length = len(self.running[0].tokens) + 1
         scale = length**decoding.length_penalty
         sources: list[int] = []
         running: list[Beam] = []
-        for place, (score, source, token) in enumerate(candidates):
+        for order, (score, source, token) in enumerate(candidates):
             tokens = [*self.running[source].tokens, token]
             if token == eos_token_id or length == decoding.max_new_tokens:
-                if place < decoding.beams and not self.done:
+                if order < decoding.beams and not self.done:
                     self.finished.append(Beam(score / scale, tokens))
             elif len(running) < decoding.beams:
                 running.append(Beam(score, tokens))
@@ -57,15 +58,15 @@ class Search:
 
 
 def beam_search(texts: Continuation, ids: Tensor, decoding: Decoding, group: Group) -> Tensor:
-    """Each prompt of `ids` (B, P) with the best text that follows it, (B, P + n), filled up with padding.
+    """Each prompt of `ids` (B, P) with its best continuation, (B, P + n), padded at the end.
 
-    The first rank of `group` decides which continuations are best; the rest follows from that on every rank alike."""
+    The first rank of `group` chooses the best continuations; every rank then computes the same from them."""
     config, batch = texts.model.decoder.config, ids.size(0)
     searches = [Search() for _ in range(batch)]
     logits = texts.logits(ids)
     while True:
         scores, beams, tokens = best_continuations(logits, searches, 2 * decoding.beams, group)
-        width = len(searches[0].running)  # 1 at first, then as many as wanted
+        width = len(searches[0].running)  # 1 in the first step, then `decoding.beams`
         rows: list[int] = []
         for row, search in enumerate(searches):
             candidates = list(zip(scores[row], beams[row], tokens[row], strict=True))
@@ -80,16 +81,16 @@ def beam_search(texts: Continuation, ids: Tensor, decoding: Decoding, group: Gro
 def best_continuations(
     logits: Tensor, searches: list[Search], count: int, group: Group
 ) -> tuple[list[list[float]], list[list[int]], list[list[int]]]:
-    """The `count` best continuations of each prompt, best first: their log-probabilities, running beams and tokens.
+    """The `count` best continuations of each prompt, best first: log-probabilities, running beams and tokens.
 
-    `logits` (B · beams, V) belong to the running beams, prompt by prompt."""
+    `logits`: (B · beams, V), for the running beams, prompt by prompt."""
     running = torch.tensor([[beam.score for beam in search.running] for search in searches], device=logits.device)
     total = running.unsqueeze(-1) + logits.log_softmax(-1).unflatten(0, running.shape)
-    scores, places = total.flatten(1).topk(count)
-    scores, places = broadcast(scores, group), broadcast(places, group)
+    scores, indices = total.flatten(1).topk(count)
+    scores, indices = broadcast(scores, group), broadcast(indices, group)
     check_finite(scores)
-    words = logits.size(-1)
-    return scores.tolist(), (places // words).tolist(), (places % words).tolist()
+    vocabulary = logits.size(-1)
+    return scores.tolist(), (indices // vocabulary).tolist(), (indices % vocabulary).tolist()
 
 
 def _with_best(ids: Tensor, searches: list[Search], pad_token_id: int) -> Tensor:

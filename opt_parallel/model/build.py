@@ -1,6 +1,6 @@
-"""The network that a run trains, on the meta device: what `fill` then gives memory and values.
+"""Builds the network that a run trains, on the meta device; `fill` then allocates and fills it.
 
-What LoRA freezes is frozen here already, before anybody asks what there is to train."""
+LoRA's frozen parameters are frozen here, before other code asks which parameters are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opt_parallel.parallel.topology import Group
 
 
 def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | SequenceClassifier:
-    """A language model, or a classifier that tells `labels` apart; with low-rank terms where the run has them."""
+    """A language model, or a classifier if there are `labels`; with LoRA terms if the run has them."""
     model: CausalLM | SequenceClassifier
     with torch.device("meta"):
         if labels is not None:

@@ -1,4 +1,4 @@
-"""Keys and values of the positions already seen, so that a new token costs one position's work."""
+"""The cache of keys and values of earlier positions, so that a new token costs the work of one position."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch import Tensor
 class Cache:
     """For each layer a buffer (2, B, A/t, room, D): keys and values, B sequences, this rank's A/t heads of width D.
 
-    Made with the room that it will need, nothing is ever moved; a cache that turns out too short doubles its room.
-    Keys and values that carry gradients are joined into new tensors: writing into a buffer would spoil what autograd
-    keeps of it.
+    With sufficient `room` nothing is ever copied; a cache that is too short doubles its room. Keys and values with
+    gradients are concatenated into new tensors, since autograd does not allow writing into a tensor that it has saved.
     """
 
     def __init__(self, layers: int, batch: int, heads: int, room: int, head_dim: int, like: Tensor) -> None:
         self.buffers = [like.new_empty(2, batch, heads, room, head_dim) for _ in range(layers)]
-        self.length = 0  # positions held; the decoder moves it on after the last layer
+        self.length = 0  # positions held; the decoder increases it after the last layer
 
     def extend(self, layer: int, new: Tensor) -> Tensor:
-        """Append keys and values (2, B, A/t, S, D) to a layer and return all of them so far, as a view."""
+        """Append keys and values (2, B, A/t, S, D) to a layer, and return a view of all of them so far."""
         end = self.length + new.size(3)
         if new.requires_grad:
             self.buffers[layer] = torch.cat([self.buffers[layer][:, :, :, : self.length], new], dim=3)
@@ -30,7 +29,7 @@ class Cache:
         return self.buffers[layer][:, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with the sequences `rows` (B′,), in that order; beam search copies and drops sequences so."""
+        """Keep the sequences `rows` (B′,), in that order. Beam search copies and drops sequences with it."""
         for layer, buffer in enumerate(self.buffers):
             chosen = buffer.new_empty(2, rows.size(0), *buffer.shape[2:])
             chosen[:, :, :, : self.length] = buffer[:, rows, :, : self.length]
@@ -44,5 +43,5 @@ class Cache:
 
 
 def positions_held(cache: Cache | None) -> int:
-    """How many positions come before the next one."""
+    """The number of positions in the cache, 0 without one."""
     return 0 if cache is None else cache.length

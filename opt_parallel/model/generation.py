@@ -1,7 +1,7 @@
-"""Text from a trained model, at any tensor degree: the likeliest tokens, drawn ones, or beam search.
+"""Generates text at any tensor degree: greedily, by sampling, or by beam search.
 
-The first rank of a group chooses and the others are told, so that all of them take the same number of forwards, which
-collectives and ZeRO-3 need.
+The first rank of a group chooses the tokens and broadcasts them, so that all ranks run the same number of forwards, as
+collectives and ZeRO-3 require.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def generate(
     first_row: int = 0,
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> Tensor:
-    """Prompts `ids` (B, P) and what follows them, (B, P + n), n ≤ `max_new_tokens`.
+    """Prompts `ids` (B, P) with generated text, (B, P + n), n ≤ `max_new_tokens`.
 
-    A row ends with the end-of-text token and is filled up with padding; the batch ends when its last row does.
+    A row ends with the end-of-text token, and padding follows; the batch ends when its last row does.
 
     Args:
-        mask: (B, P), 0 where a shorter prompt is padded, on the left; None: nowhere.
-        group: the ranks that go together, by default the model's tensor group; under ZeRO-3 the whole world.
-        first_row: the first row's ordinal, which draws depend on, so that cutting prompts into batches changes none.
-        on_tokens: called with each position's tokens (B,) as they come. Beam search knows them at the end only.
+        mask: (B, P), 0 for padding, which shorter prompts have on the left; None: no padding.
+        group: the ranks that generate together, by default the model's tensor group; with ZeRO-3 all ranks.
+        first_row: number of the first row. Draws depend on a row's number, so they do not depend on the batches.
+        on_tokens: called with the tokens (B,) of each position as they are chosen; not available with beam search.
 
-    Raises: UserError if the model has too few positions or words, or its logits are not finite.
+    Raises: UserError if the model has too few positions or tokens, or its logits are not finite.
     """
     decoding, group = decoding or Decoding(), group or model.lm_head.group
     config, batch = model.decoder.config, ids.size(0)
@@ -49,8 +49,8 @@ def generate(
         return beam_search(texts, ids, decoding, group)
     rows, ended = range(first_row, first_row + batch), torch.zeros(batch, dtype=torch.bool, device=ids.device)
     output = [ids]
-    for place in range(decoding.max_new_tokens):
-        tokens = next_tokens(texts.logits(output[-1]), decoding, rows, place)
+    for index in range(decoding.max_new_tokens):
+        tokens = next_tokens(texts.logits(output[-1]), decoding, rows, index)
         tokens = broadcast(tokens.masked_fill(ended, config.pad_token_id), group)
         output.append(tokens.unsqueeze(1))
         if on_tokens is not None:
@@ -62,7 +62,7 @@ def generate(
 
 
 def left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths as one batch: ids and mask (B, P), the shorter ones padded on the left."""
+    """Prompts of any lengths as one batch: ids and mask (B, P), shorter prompts padded on the left."""
     longest = max(map(len, prompts))
     ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

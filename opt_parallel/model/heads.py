@@ -1,4 +1,4 @@
-"""What stands on the decoder: the language model's tied output projection, or a classifier's score."""
+"""Models with a head on the decoder: a language model's tied output projection, or a classifier's score."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelHead
 
-SCORE = "score.weight"  # the tensor that a classifier has besides a language model's
+SCORE = "score.weight"  # the only tensor that a classifier has and a language model has not
 
 
 class CausalLM(nn.Module):
-    """OPT as a language model. Built on the meta device and given memory and values by `fill`."""
+    """OPT as a language model. Build it on the meta device; `fill` allocates and fills it."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class CausalLM(nn.Module):
         draw: Draw | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """With `labels` (B, S), each the token to come or −100: the sum of their losses. Without: logits (B, S, V).
+        """With `labels` (B, S), each the next token or −100: the sum of the losses. Without: logits (B, S, V).
 
         The other arguments are the decoder's.
         """
@@ -49,7 +49,7 @@ class CausalLM(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """OPT with `num_labels` scores read at the last token of a sequence. Made and filled like `CausalLM`."""
+    """OPT with `num_labels` scores at the last token of a sequence. Built and filled like `CausalLM`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class SequenceClassifier(nn.Module):
         recompute: ActivationCheckpointing = ActivationCheckpointing.none,
         problem_type: ProblemType | None = None,
     ) -> None:
-        """`problem_type`: whose loss `forward` gives; not needed for scores."""
+        """`problem_type`: decides the loss that `forward` computes; not needed for scores."""
         super().__init__()
         self.problem_type = problem_type
         self.decoder = Decoder(config, group, recompute)
@@ -73,8 +73,8 @@ class SequenceClassifier(nn.Module):
         segments: Tensor | None = None,
         draw: Draw | None = None,
     ) -> Tensor:
-        """With `labels`: the sum of the sequences' losses, see `example_losses`. Without: scores (B, num_labels) of the
-        sequences `ids` (B, S).
+        """With `labels`: the sum of the losses (see `example_losses`) of the sequences `ids` (B, S). Without: their
+        scores (B, num_labels).
 
         The other arguments are the decoder's.
         """
@@ -87,18 +87,18 @@ class SequenceClassifier(nn.Module):
 
 
 def last_tokens(hidden: Tensor, ids: Tensor | None, pad_token_id: int) -> Tensor:
-    """Of `hidden` (B, S, E) each row's right-most token that is not padding (B, E), wherever the padding stands.
+    """The hidden states (B, E), from `hidden` (B, S, E), of each row's right-most token that is not padding.
 
-    As in Hugging Face's OPT, ids alone decide; without them it is the last position.
+    As in Hugging Face's OPT, only `ids` (B, S) decide what is padding; without ids the last position is used.
     """
     if ids is None:
         return hidden[:, -1]
-    places = torch.arange(ids.size(1), device=ids.device) * (ids != pad_token_id)
-    return hidden[torch.arange(ids.size(0), device=ids.device), places.argmax(dim=1)]
+    positions = torch.arange(ids.size(1), device=ids.device) * (ids != pad_token_id)
+    return hidden[torch.arange(ids.size(0), device=ids.device), positions.argmax(dim=1)]
 
 
 def problem_type_of(num_labels: int, labels: Tensor) -> ProblemType:
-    """What `labels` are, as Hugging Face tells it: by their number and type."""
+    """The problem type that Hugging Face infers from the number and dtype of the labels."""
     if num_labels == 1:
         return ProblemType.regression
     integers = not labels.dtype.is_floating_point and labels.dtype is not torch.bool
@@ -108,7 +108,7 @@ def problem_type_of(num_labels: int, labels: Tensor) -> ProblemType:
 def classification_loss(scores: Tensor, labels: Tensor, problem_type: ProblemType) -> Tensor:
     """Mean loss of `scores` (B, N), 0-d, as Hugging Face documents it.
 
-    Regression: squared error to `labels` (B, N), or (B,) where N is 1. Single label: cross entropy of the softmax,
+    Regression: squared error to `labels` (B, N), or (B,) if N is 1. Single label: cross entropy of the softmax,
     `labels` (B,). Multi label: binary cross entropy of each score's sigmoid, `labels` (B, N) from 0 to 1.
     """
     if problem_type is ProblemType.single_label_classification:
@@ -120,10 +120,10 @@ def classification_loss(scores: Tensor, labels: Tensor, problem_type: ProblemTyp
 
 
 def example_losses(scores: Tensor, labels: Tensor, problem_type: ProblemType) -> Tensor:
-    """Each example's loss (B,), whose mean is `classification_loss`; zero where its label does not count.
+    """Each example's loss (B,), whose mean is `classification_loss`; zero for labels that are −100 or NaN.
 
-    Labels are (B,) integers, or (B, N) numbers; −100 and NaN do not count. In fp32 at least: fp16 would lose small
-    gradients before the loss scale reaches them.
+    Labels are (B,) integers, or (B, N) numbers. Computed in fp32 or wider: fp16 would lose small gradients before the
+    loss scale multiplies them.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if problem_type is ProblemType.single_label_classification:

@@ -1,4 +1,4 @@
-"""LoRA on OPT: which of its linear layers get a low-rank term, and their names and tensors in a PEFT adapter."""
+"""LoRA on OPT: the linear layers that get a LoRA term, and the terms' names and tensors in a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ QKV = ("q_proj", "k_proj", "v_proj")  # the blocks of qkv_proj
 
 
 def qkv_blocks(targets: list[str]) -> tuple[int, ...]:
-    """Which of qkv_proj's three blocks are among `targets`."""
+    """The blocks of qkv_proj (0: query, 1: key, 2: value) that are among `targets`."""
     return tuple(block for block, name in enumerate(QKV) if name in targets)
 
 
 def adapt(model: CausalLM | SequenceClassifier, lora: LoraConfig) -> None:
-    """Add low-rank terms to the layers that `lora` names, and freeze all else but a classifier's score."""
+    """Add LoRA terms to the layers that `lora` names, and freeze everything else except a classifier's score."""
     model.requires_grad_(False)
     for layer in model.decoder.layers:
         assert isinstance(layer, Block)
@@ -38,15 +38,15 @@ def adapt(model: CausalLM | SequenceClassifier, lora: LoraConfig) -> None:
 
 
 def terms_of(name: str) -> tuple[str, str]:
-    """The names of A and B beside the weight `name`."""
+    """The names of A and B for the weight `name`."""
     layer = name.removesuffix(".weight")
     return f"{layer}.lora_a", f"{layer}.lora_b"
 
 
 def to_peft(name: str, values: Tensor, targets: list[str]) -> dict[str, Tensor]:
-    """Our trained logical tensor under the names that `peft` has for it in an adapter of these targets.
+    """Our trained logical tensor under the names that `peft` uses in an adapter of these targets.
 
-    Theirs are of the layers that Hugging Face has, query, key and value apart."""
+    They refer to Hugging Face's layers, in which query, key and value are separate."""
     layers = [f"base_model.model.{layer}" for layer in hf_names(name)]
     for ours, theirs in ((".lora_a", ".lora_A.weight"), (".lora_b", ".lora_B.weight")):
         layers = [layer.removesuffix(ours) + theirs if layer.endswith(ours) else layer for layer in layers]
@@ -57,7 +57,8 @@ def to_peft(name: str, values: Tensor, targets: list[str]) -> dict[str, Tensor]:
 
 
 def config_for_peft(lora: LoraConfig, base: str | None, classifier: bool) -> dict[str, Any]:
-    """The content of adapter_config.json, by the names of `peft.LoraConfig`. `base`: what transformers loads it by."""
+    """The content of adapter_config.json, with the keys of `peft.LoraConfig`. `base`: a folder or hub id that
+    transformers can load."""
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",

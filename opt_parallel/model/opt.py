@@ -1,6 +1,6 @@
-"""The OPT decoder (Zhang et al. 2022), as Hugging Face documents it, on parallel layers.
+"""The OPT decoder (Zhang et al. 2022), as Hugging Face documents it, built of parallel layers.
 
-Shapes: B sequences, S positions, H hidden, A attention heads of which this rank holds A/t.
+Shapes: B sequences, S positions, H hidden, A attention heads, of which this rank holds A/t.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Context:
-    """What the layers of one forward share.
+    """Arguments that all layers of one forward share.
 
-    `mask` (B, 1, S, K) is true where a query may look, None: causal. `draw`: where a training forward stands in the
-    run, None: evaluation.
+    `mask` (B, 1, S, K) is true where a query may attend to a key, None: causal. `draw`: the position of a training
+    forward in the run, None: evaluation.
     """
 
     mask: Tensor | None = None
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Each head's weighted sums of values (B, A/t, S, D), of queries (B, A/t, S, D) over keys (B, A/t, K, D)."""
+        """Attention of each head: queries (B, A/t, S, D), keys and values (B, A/t, K, D) → (B, A/t, S, D)."""
         causal = mask is None and query.size(2) > 1
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
 
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One decoder layer: attention and feed-forward, each with dropout and a residual connection.
 
-    LayerNorm stands before each of the two, or after its residual sum in the 350m (`do_layer_norm_before=False`).
+    LayerNorm comes before each of the two, or, in OPT-350m, after its residual sum (`do_layer_norm_before=False`).
     """
 
     def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks, final LayerNorm: ids to hidden states."""
+    """Embeddings, blocks and final LayerNorm: ids → hidden states."""
 
     def __init__(
         self,
@@ -146,14 +146,14 @@ class Decoder(nn.Module):
         draw: Draw | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Hidden states (B, S, E) of `ids` (B, S), E the embedding's width.
+        """Hidden states (B, S, E) of `ids` (B, S); E is the embedding's width.
 
         Args:
-            positions: (B, S), −1 for padding; None: counted from 0, or from the segments' padding.
-            segments: (B, K) over all keys, cached ones included; tokens see earlier tokens of their own segment.
-                0 marks padding. None: one sequence, nothing padded.
-            draw: where this training forward stands in the run; None: evaluation, no dropout of any kind.
-            cache: keys and values of earlier positions, extended by these.
+            positions: (B, S), −1 for padding; None: counted from 0 in each row, padding left out.
+            segments: (B, K) over all keys, cached keys included; a token attends to earlier tokens of its own segment.
+                0 marks padding. None: one sequence per row, without padding.
+            draw: position of this training forward in the run; None: evaluation, without any dropout.
+            cache: keys and values of earlier positions; this forward appends its own.
         """
         return self.decode(self.embed_tokens(ids), positions, segments, draw, cache)
 
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         draw: Draw | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """`forward` from the tokens' `embeddings` (B, S, E) on."""
+        """`forward`, given the tokens' `embeddings` (B, S, E)."""
         past, hidden = positions_held(cache), embeddings
         batch, length, _ = hidden.shape
         if positions is None:
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         return hidden if self.project_out is None else self.project_out(hidden)
 
     def new_cache(self, batch: int, room: int) -> Cache:
-        """An empty cache for `batch` sequences, with room for so many positions."""
+        """An empty cache for `batch` sequences of at most `room` positions."""
         first = self.layers[0]
         assert isinstance(first, Block)
         heads, head_dim = first.self_attn.heads, first.self_attn.head_dim
@@ -198,8 +198,8 @@ class Decoder(nn.Module):
     def run_block(self, block: Block, hidden: Tensor, context: Context) -> Tensor:
         """(B, S, H) → (B, S, H)."""
         if self.drops(block, context.draw):
-            # A layer that does not run keeps its last gradient under ZeRO-3 and under CPU offload, silently.
-            # One token, times zero, costs next to nothing and makes the gradient a true zero.
+            # With ZeRO-3 or CPU offload, a layer that does not run silently keeps its previous gradient.
+            # Running it on one token, times zero, costs little and makes the gradient zero.
             return hidden + (0.0 * block(hidden[:1, :1], Context())).sum()
         if context.draw is not None and self.recompute is ActivationCheckpointing.full:
             recomputed = checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned positions: position p is row p + 2; padding, position −1, is row 1."""
+    """Learned position embeddings: position p has row p + 2; padding, position −1, has row 1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -221,13 +221,13 @@ class PositionEmbedding(nn.Module):
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Initial standard deviation of the products that end in the residual stream."""
+    """Initial standard deviation of the layers that write into the residual stream."""
     return config.std / (2 * config.num_hidden_layers) ** 0.5 if config.init is Init.paper else config.std
 
 
 def count_positions(segments: Tensor | None, past: int, batch: int, length: int, device: torch.device) -> Tensor:
-    """Positions (batch, length) of the tokens after `past`: their number among the unpadded ones before them, −1 for
-    padding."""
+    """Positions (batch, length) of the tokens after the first `past`: the number of earlier tokens that are not
+    padding; −1 for padding."""
     if segments is None:
         return torch.arange(past, past + length, device=device).expand(batch, length)
     real = (segments > 0).long()
@@ -235,9 +235,9 @@ def count_positions(segments: Tensor | None, past: int, batch: int, length: int,
 
 
 def attention_mask(segments: Tensor | None, past: int, queries: int, device: torch.device) -> Tensor | None:
-    """True where a query may look, (B or 1, 1, queries, past + queries); None where plain causality says it all.
+    """True where a query may attend to a key, (B or 1, 1, queries, past + queries); None if causality alone decides.
 
-    Padding is a segment like any other, so a padded query sees padding and its softmax has something to sum.
+    Padding is a segment of its own, so that a padded query attends to padding and its softmax is not empty.
     """
     if segments is None and (past == 0 or queries == 1):
         return None

@@ -1,4 +1,4 @@
-"""What a model's forward returns: Hugging Face's output objects, by their field names."""
+"""The outputs of a model's forward: Hugging Face's output classes, with the same field names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opt_parallel.model.cache import Cache
 
 @dataclass
 class ModelOutput:
-    """Fields by attribute or by name; by number or slice among those that are not None, as in `to_tuple`."""
+    """Fields are accessible as attributes, by name, and by index or slice of `to_tuple()`."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
@@ -32,8 +32,8 @@ class ModelOutput:
 
 @dataclass
 class BaseModelOutputWithPast(ModelOutput):
-    """`last_hidden_state` (B, S, E); `hidden_states`: layers + 1 of (B, S, H), the last being `last_hidden_state`;
-    `attentions`: a (B, A, S, K) for each layer, all heads of all ranks."""
+    """`last_hidden_state` (B, S, E); `hidden_states`: layers + 1 tensors (B, S, H), the last is `last_hidden_state`;
+    `attentions`: a tensor (B, A, S, K) for each layer, with the heads of all ranks."""
 
     last_hidden_state: Tensor
     past_key_values: Cache | None = None
@@ -43,7 +43,7 @@ class BaseModelOutputWithPast(ModelOutput):
 
 @dataclass
 class CausalLMOutputWithPast(ModelOutput):
-    """`loss`: 0-d, the mean over the labels that count; `logits` (B, S, V) of the whole vocabulary."""
+    """`loss`: 0-d, the mean over the labels that are not −100; `logits` (B, S, V) of the full vocabulary."""
 
     loss: Tensor | None
     logits: Tensor

@@ -1,7 +1,7 @@
-"""What Hugging Face documents beyond what training needs: hidden states, attention weights and a factor for each head.
+"""Features of Hugging Face's OPT that training does not need: hidden states, attention weights, head masks.
 
-The training forward knows nothing of this: `traced` replaces two methods of a decoder for the time of a `with` block.
-Shapes as in `model.opt`, and K keys, L layers.
+They are not part of the training forward: `traced` replaces two methods of a decoder within a `with` block. Shapes as
+in `model.opt`; K keys, L layers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from opt_parallel.parallel.collectives import gather, scatter
 
 @dataclass
 class Trace:
-    """What a forward leaves behind: hidden states (B, S, H) before each layer, and the attention weights (B, A, S, K)
-    of each layer that ran, all heads of all ranks; None where nobody asked."""
+    """Tensors collected in a forward: hidden states (B, S, H) before each layer, and attention weights (B, A, S, K) of
+    each layer that ran, with the heads of all ranks. A field that is None is not collected."""
 
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
@@ -30,9 +30,9 @@ class Trace:
 
 @contextmanager
 def traced(decoder: Decoder, trace: Trace, head_mask: Tensor | None) -> Iterator[None]:
-    """Let the forwards within fill `trace`, and scale each head's output by `head_mask` (L, A).
+    """Within the context, forwards fill `trace` and scale each head's output by `head_mask` (L, A).
 
-    Attention weights and head masks take the place of the fused attention, which has neither.
+    Attention weights are not available from the fused attention, so a layer computes them without it.
     """
     attentions = []
     if trace.attentions is not None or head_mask is not None:
@@ -54,7 +54,7 @@ def _run_block(decoder: Decoder, trace: Trace, block: Block, hidden: Tensor, con
         trace.hidden_states.append(hidden)
     output = Decoder.run_block(decoder, block, hidden, context)
     if trace.attentions is not None and decoder.drops(block, context.draw):
-        trace.attentions.pop()  # a dropped layer sees one token, for its gradient alone
+        trace.attentions.pop()  # a dropped layer runs on one token, only for its gradient
     return output
 
 
@@ -68,7 +68,7 @@ def _attend(
     mask: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """`Attention.attend` with its weights at hand. `factors` (A,) scale the heads."""
+    """`Attention.attend`, which also collects the attention weights. `factors` (A,) scale the heads."""
     if trace.attentions is None:
         mixed = Attention.attend(attention, query, key, value, mask, dropout)
     else:
@@ -81,10 +81,9 @@ def _attend(
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of the scaled products of `query` (B, A, S, D) and `key` (B, A, K, D), in float32 at least: (B, A, S, K).
+    """Attention weights (B, A, S, K): softmax of the scaled products of `query` (B, A, S, D) and `key` (B, A, K, D).
 
-    What torch's fused attention computes without ever holding it (Vaswani et al. 2017, section 3.2.1). `mask` None:
-    causal.
+    Computed in float32 or wider (Vaswani et al. 2017, section 3.2.1). `mask` None: causal.
     """
     scores = (query * query.size(-1) ** -0.5) @ key.mT
     if mask is None and query.size(2) > 1:

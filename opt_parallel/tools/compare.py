@@ -1,4 +1,4 @@
-"""Several runs side by side: what each was told, how far it came, and its losses."""
+"""Compares several runs: their settings, their progress and their losses."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from opt_parallel.runtime.log import aligned
 from opt_parallel.storage.rows import METRICS, Row, describe_damaged, read_rows
 
 CONFIG, STATE = "config.yaml", "state"
-INNER = {"checkpoints", "export", "logs", "wandb"}  # of a run's folder; no runs there
-OWN = {"run.dir", "run.name"}  # differ between any two runs
-MOST_COLUMNS = 6  # settings in the table of runs; more of them get a table of their own
+INNER = {"checkpoints", "export", "logs", "wandb"}  # folders in a run's folder that hold no runs
+OWN = {"run.dir", "run.name"}  # always differ
+MOST_COLUMNS = 6  # settings in the table of runs; more than that get a table of their own
 MOST_IN_LABEL = 3  # settings in a legend
 LONGEST_CELL = 36  # characters
 NONE = "—"
@@ -34,7 +34,7 @@ AXES = ("step", "samples", "tokens")
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it: its `config.yaml` by dotted key, the rows of its `metrics.jsonl`, and whether it
+    """A run, read from its folder: its `config.yaml` by dotted key, the rows of its `metrics.jsonl`, and whether it
     diverged."""
 
     folder: Path
@@ -44,7 +44,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """Raises: UserError at what cannot be read."""
+        """Raises: UserError if a file cannot be read."""
         return cls(folder, _settings(folder / CONFIG), _rows(folder / METRICS), diverged(folder))
 
     @cached_property
@@ -57,56 +57,58 @@ class Record:
 
     @property
     def last_training(self) -> float:
-        """As the picture's line ends: a mean over the last steps, of a short run the last loss; NaN without any."""
+        """The end of the curve in the picture: a mean over the last steps, or the last loss of a short run; NaN if
+        there is no loss."""
         losses = self.training[1]
         return (smoothed(losses) if len(losses) >= SMOOTH_FROM else losses or [math.nan])[-1]
 
     def reached(self, what: str) -> int:
-        """`step`, `samples` or `tokens` of the last row that has it."""
+        """`step`, `samples` or `tokens` in the last row that has it."""
         return next((row[what] for row in reversed(self.rows) if what in row), 0)
 
     def curve(self, label: str, axis: str) -> Curve:
-        """The losses over `axis`; a validation stands where the step before it had come to."""
+        """The losses over `axis`, one of AXES. A validation, whose row has only its step, gets the value of the
+        training row before it."""
         if axis == "step":
             return Curve(label, self.training, self.validation)
-        place, at = 0, {}
+        position, at = 0, {}
         for row in self.rows:
-            place = row.get(axis, place)
-            at[row["step"]] = place
+            position = row.get(axis, position)
+            at[row["step"]] = position
         (steps, losses), (held_out, others) = self.training, self.validation
         return Curve(label, ([at[step] for step in steps], losses), ([at[step] for step in held_out], others))
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The folders of runs: each of `paths` that is one, and all below them, each once.
+    """The folders of runs among `paths` and below them, each once.
 
-    Raises: UserError at one where there is none."""
+    Raises: UserError if one of `paths` holds no run."""
     if not paths:
         raise UserError("no run is named: name runs' folders, or one that holds runs, such as a sweep's")
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is no folder: name a run's folder, or one that holds runs, such as a sweep's")
+            raise UserError(f"{path} is not a folder: name a run's folder, or one that holds runs, such as a sweep's")
         runs = list(_runs_in(path))
         if not runs:
-            raise UserError(f"{path} holds no run: there is no {METRICS} in it, nor in a folder below it")
+            raise UserError(f"{path} holds no run: neither it nor a folder below it has a {METRICS}")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(path):
+    for parent, folders, files in os.walk(path):
         inner = INNER if METRICS in files else set()
         folders[:] = sorted(folder for folder in folders if folder not in inner and not folder.startswith("."))
         if METRICS in files:
-            yield Path(place)
+            yield Path(parent)
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
-    """The runs of `find_runs`, and the folders of those that have no rows yet, found below a folder that was named.
+    """The runs of `find_runs` that have rows, and the folders of those that have none yet.
 
-    Raises: UserError."""
+    Raises: UserError, also if a run without rows is itself one of `paths`, or if no run has rows."""
     records = [Record.read(folder) for folder in find_runs(paths)]
     empty = [record.folder for record in records if not record.rows]
     named = next((folder for folder in empty if folder in paths), None)
@@ -119,7 +121,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
 
 
 def diverged(folder: Path) -> bool:
-    """Whether a run ended with numbers that are not finite, as the `state` in its folder says."""
+    """Whether a run ended because of values that are not finite, according to `state` in its folder."""
     try:
         return (folder / STATE).read_bytes().strip() == b"diverged"
     except OSError:
@@ -127,7 +129,7 @@ def diverged(folder: Path) -> bool:
 
 
 def _rows(path: Path) -> list[Row]:
-    """All rows, less a last one that is being written, or that a kill cut short."""
+    """All rows, without an incomplete last one."""
     try:
         rows, damaged = read_rows(path)
     except OSError as error:
@@ -138,7 +140,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A configuration by dotted key; nothing where there is no file, as beside a copy of the metrics alone."""
+    """A configuration by dotted key; empty if there is no file, as with a copy of the metrics alone."""
     if not path.exists():
         return {}
     try:
@@ -146,29 +148,29 @@ def _settings(path: Path) -> dict[str, Any]:
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is no run's configuration")
+        raise UserError(f"{path} is not a run's configuration: restore the file, or remove it")
     return flat(values)
 
 
 def differing(records: Sequence[Record]) -> list[str]:
-    """The keys whose values are not the same in all runs that have a configuration, in its order."""
+    """The keys whose values differ between runs that have a configuration, in its order."""
     known = [record.settings for record in records if record.settings]
     keys = dict.fromkeys(key for settings in known for key in settings if key not in OWN)
     return [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
 
 
 def cells(records: Sequence[Record], key: str) -> list[str]:
-    """A setting of each run in words, without a long beginning that all share."""
-    words = [_words(record.settings[key]) if key in record.settings else NONE for record in records]
-    if max(map(len, words)) > LONGEST_CELL:
-        given = [word for word in words if word != NONE]
+    """A setting of each run as text, without a long prefix that all share."""
+    texts = [_as_text(record.settings[key]) if key in record.settings else NONE for record in records]
+    if max(map(len, texts)) > LONGEST_CELL:
+        given = [text for text in texts if text != NONE]
         pairs = zip(min(given), max(given), strict=False)
-        shared = next((place for place, (a, b) in enumerate(pairs) if a != b), 0)
-        words = [word if word == NONE or shared < 4 else f"…{word[shared:]}" for word in words]
-    return [word if len(word) <= LONGEST_CELL else f"{word[: LONGEST_CELL - 1]}…" for word in words]
+        shared = next((index for index, (a, b) in enumerate(pairs) if a != b), 0)
+        texts = [text if text == NONE or shared < 4 else f"…{text[shared:]}" for text in texts]
+    return [text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 1]}…" for text in texts]
 
 
-def _words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float):
@@ -177,34 +179,34 @@ def _words(value: Any) -> str:
 
 
 def labels(records: Sequence[Record]) -> list[str]:
-    """A number for each run, as in the table, and what tells it apart: few settings that differ, else its folder."""
+    """A label for each run: its number in the table, and its differing settings, or its folder if there are many."""
     keys = differing(records)
     short = [key.rpartition(".")[2] for key in keys]
     short = [word if short.count(word) == 1 else key for key, word in zip(keys, short, strict=True)]
     columns = [[f"{word}={cell}" for cell in cells(records, key)] for key, word in zip(keys, short, strict=True)]
-    told = [", ".join(values) for values in zip(*columns, strict=True)] if columns else []
-    if len(keys) > MOST_IN_LABEL or len(set(told)) < len(records) or not all(record.settings for record in records):
-        told = [name if len(name) <= 60 else f"{name[:59]}…" for name in names(records)]
-    return [f"{number}: {words}" for number, words in enumerate(told, start=1)]
+    texts = [", ".join(values) for values in zip(*columns, strict=True)] if columns else []
+    if len(keys) > MOST_IN_LABEL or len(set(texts)) < len(records) or not all(record.settings for record in records):
+        texts = [name if len(name) <= 60 else f"{name[:59]}…" for name in names(records)]
+    return [f"{number}: {text}" for number, text in enumerate(texts, start=1)]
 
 
 def names(records: Sequence[Record]) -> list[str]:
-    """The folders, without what they share."""
+    """The runs' folders, relative to the folder that holds all of them."""
     folders = [record.folder for record in records]
     root = root_of(records)
     return [str(folder.relative_to(root)) if folder != root else folder.resolve().name for folder in folders]
 
 
 def root_of(records: Sequence[Record]) -> Path:
-    """The deepest folder that holds all runs; of one, where it lies."""
+    """The deepest folder that holds all runs; the parent folder of a single run."""
     if len(records) == 1:
         return records[0].folder.parent
     return Path(os.path.commonpath([record.folder for record in records]))
 
 
 def table(records: Sequence[Record]) -> str:
-    """One row a run: how far it came, its losses, a classifier's last figures, the settings that differ, its folder;
-    and where many settings differ, these in a table below, one row each."""
+    """A table with one row for each run: progress, losses, a classifier's last figures, differing settings, folder. If
+    many settings differ, they are in a second table, one row each."""
     keys = differing(records)
     figures = list(dict.fromkeys(name for record in records for name in _figures(record)))
     shown = keys if len(keys) <= MOST_COLUMNS else []
@@ -236,11 +238,11 @@ def table(records: Sequence[Record]) -> str:
 def _what_training_is(records: Sequence[Record]) -> str:
     if all(len(record.training[0]) < SMOOTH_FROM for record in records):
         return "the last step's loss"
-    return f"the mean loss of the last fortieth of the steps, of a run below {SMOOTH_FROM} steps the last"
+    return f"the mean loss of the last fortieth of the steps, or the last loss of a run below {SMOOTH_FROM} steps"
 
 
 def _figures(record: Record) -> dict[str, float | None]:
-    """What a classifier's last validation says besides its loss."""
+    """The figures of a classifier's last validation besides its loss."""
     last = next((row for row in reversed(record.rows) if row["kind"] == "validation"), {})
     return {name: value for name, value in last.items() if name not in ("kind", "step", "loss", "perplexity")}
 
@@ -259,7 +261,7 @@ def _loss(value: float | None) -> str:
 
 
 def draw(path: Path, records: Sequence[Record], axis: str) -> None:
-    """Write the picture of the runs' losses over one of AXES. Raises: UserError where it cannot be written."""
+    """Write the picture of the runs' losses over one of AXES. Raises: UserError if it cannot be written."""
     curves = [record.curve(label, axis) for record, label in zip(records, labels(records), strict=True)]
     tasks = {record.settings.get("task.name", "pretrain") for record in records}
     units = {Task[name].unit for name in tasks if name in Task.__members__}
@@ -267,6 +269,8 @@ def draw(path: Path, records: Sequence[Record], axis: str) -> None:
     title = root_of(records).name if len(records) > 1 else records[0].folder.name
     try:
         draw_curves(path, title, curves, axis, unit)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+    except (OSError, ValueError) as error:  # ValueError: not a picture's suffix
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
-        raise UserError(f"--output {path} cannot be written: {reason}; name another file, as compare.png") from error
+        raise UserError(
+            f"--output {path} cannot be written: {reason}; name another file, such as compare.png"
+        ) from error

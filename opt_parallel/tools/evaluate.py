@@ -1,4 +1,4 @@
-"""A checkpoint judged by text that is held out, without an optimizer, in any layout."""
+"""Evaluates a checkpoint on held-out text, without an optimizer, in any layout."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from opt_parallel.validation import Untrained, Validation, validate
 RESULT = "evaluation.json"
 
 
-def judge(run: Run) -> dict[str, Any]:
-    """What is written to `run.dir`/evaluation.json: loss, and perplexity and tokens or a classifier's figures.
+def evaluate(run: Run) -> dict[str, Any]:
+    """Evaluate `run.init_from` on `run.data.validation`, in the run's precision, and write `run.dir`/evaluation.json.
 
-    `run.init_from` is judged on `run.data.validation`, in the run's precision. Raises: UserError."""
+    Returns its content: loss, and perplexity and tokens or a classifier's figures. Raises: UserError."""
     require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
     opened = open_checkpoint(str(run.init_from), "init_from=", checksums=True)
     _check(run, opened)
@@ -52,24 +52,24 @@ def judge(run: Run) -> dict[str, Any]:
                 f"precision={run.precision.name.value} ({found.loss}): try precision=fp32, or an earlier checkpoint",
                 shared=True,
             )
-        result = _told(run, data, found)
+        result = _result(run, data, found)
         if topology.is_main:
             _write(run, result, data.labels, found)
     return result
 
 
 def _check(run: Run, opened: Opened) -> None:
-    """Before anything is prepared: the checkpoint is of the task's kind, and says what its labels are."""
+    """Raise UserError, before text is prepared, unless the checkpoint fits the task and has names for its labels."""
     require(
         run.model.vocab_size == opened.config.vocab_size,
         f"model.vocab_size={run.model.vocab_size}, but init_from={run.init_from} has {opened.config.vocab_size}: leave "
-        "it out, an embedding grows where it is trained",
+        "it out, since only training adds rows to an embedding",
     )
     if not run.task.name.classifies:
         opened.check_language_model()
         return
     if not opened.is_classifier:
-        raise UserError(f"init_from={run.init_from} is a language model, which has no labels: leave task=classify out")
+        raise UserError(f"init_from={run.init_from} is a language model and has no labels: leave task=classify out")
     opened.check_classifier()
     names = opened.labels.names
     require(
@@ -79,28 +79,30 @@ def _check(run: Run, opened: Opened) -> None:
 
 
 def _in_precision(run: Run, opened: Opened, topology: Topology) -> Run:
-    """`run` in a precision by name, the checkpoint's own where it left that open. Raises: UserError, on every rank, if
-    there is no memory for it."""
+    """`run` with `precision=auto` replaced by the checkpoint's own precision. Raises: UserError, on every rank, if
+    memory does not suffice."""
     asked = None if run.precision.name is Precision.auto else DTYPES[run.precision.name]
-    width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim  # about what a layer holds of a token
+    width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim  # values per token in a layer, approximately
     dtype = choose_dtype(opened, topology, asked, RUN, run.micro_batch * run.data.sequence_length * width)
     return dataclasses.replace(run, precision=dataclasses.replace(run.precision, name=PRECISIONS[dtype]))
 
 
 def _model(run: Run, opened: Opened, labels: Labels | None, topology: Topology) -> nn.Module:
-    place = (topology.tensor, topology.device, DTYPES[run.precision.name])
-    return opened.model(*place) if labels is None else opened.classifier(len(labels.names), *place)
+    group, device, dtype = topology.tensor, topology.device, DTYPES[run.precision.name]
+    if labels is None:
+        return opened.model(group, device, dtype)
+    return opened.classifier(len(labels.names), group, device, dtype)
 
 
-def _told(run: Run, data: Prepared, found: Validation) -> dict[str, Any]:
-    about = {"checkpoint": run.init_from, "validation": run.data.validation, "precision": run.precision.name.value}
+def _result(run: Run, data: Prepared, found: Validation) -> dict[str, Any]:
+    inputs = {"checkpoint": run.init_from, "validation": run.data.validation, "precision": run.precision.name.value}
     if data.labels is None:
-        return {**about, "loss": found.loss, "perplexity": perplexity_of(found.loss), "tokens": found.targets}
-    return {**about, "loss": found.loss, **found.figures, "examples": found.targets}
+        return {**inputs, "loss": found.loss, "perplexity": perplexity_of(found.loss), "tokens": found.targets}
+    return {**inputs, "loss": found.loss, **found.figures, "examples": found.targets}
 
 
 def _write(run: Run, result: dict[str, Any], labels: Labels | None, found: Validation) -> None:
-    """The result, and what a classifier confuses, as numbers and as a picture."""
+    """Write the result, and a classifier's confusion matrix as numbers and as a picture."""
     if labels is not None and found.confusion is not None:
         result = {**result, "labels": labels.names, "confusion": found.confusion.astype(int).tolist()}
     try:

@@ -1,5 +1,5 @@
-"""A checkpoint → a Hugging Face folder that transformers loads as OPTForCausalLM or OPTForSequenceClassification, or an
-adapter that `peft` loads."""
+"""Exports a checkpoint: to a Hugging Face folder that transformers loads as OPTForCausalLM or
+OPTForSequenceClassification, or to an adapter that `peft` loads."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from opt_parallel.storage.foreign import content_of, file_in
 
 CARD, BASE = "README.md", "base"
 SHARD = 5 * 10**9  # bytes of a file of the base beside an adapter
-ORIGIN = "checkpoint.json"  # which checkpoint of ours an export is of
-COPIES = 2  # of a tensor as it is read: it, and what it is compared with or made of; besides what is written
+ORIGIN = "checkpoint.json"  # names the checkpoint that was exported
+COPIES = 2  # of a tensor as it is read, in memory besides what is written: it, and its rearranged or compared copy
 
 
 def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDtype, replace: bool = False) -> None:
-    """Write `checkpoint` to `output`: whole or absent, files of `max_shard_size` bytes at most.
+    """Write `checkpoint` to the folder `output`, complete or not at all, in files of at most `max_shard_size` bytes.
 
-    A tied head is not written twice, vocabulary padding not at all. Raises: UserError."""
+    Writes neither a second copy of the tied head nor vocabulary padding. Raises: UserError."""
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     opened = open_checkpoint(checkpoint, checksums=True)
@@ -66,7 +66,7 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
 
 
 def is_of(output: Path, checkpoint: Path) -> bool:
-    """Whether `output` is an export of that checkpoint; False for one of an earlier version, which does not say."""
+    """Whether `output` is an export of `checkpoint`; False for an export by an earlier version, which names none."""
     try:
         return json.loads((output / ORIGIN).read_bytes()) == _origin(checkpoint)
     except (OSError, ValueError, RecursionError):
@@ -74,26 +74,28 @@ def is_of(output: Path, checkpoint: Path) -> bool:
 
 
 def _origin(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's step, and the CRC-32 of its manifest, in which the checksums of all its files stand."""
+    """The checkpoint's step, and the CRC-32 of its manifest, which has the checksums of all its files."""
     path = checkpoint / MANIFEST
     return {"step": read_manifest(checkpoint)["clock"]["step"], "manifest_crc32": checksum_of(path)}
 
 
 def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
-    """Write what a LoRA run trained to `output` as a PEFT adapter: whole or absent.
+    """Write the trained tensors of a LoRA run to `output` as a PEFT adapter, complete or not at all.
 
-    peft takes the network and a classifier's labels from the base that an adapter names. Where transformers cannot read
-    the run's base, or that one does not have these labels, `output`/base is written, which does: the same weights.
-
-    Raises: UserError."""
+    peft takes the network and a classifier's labels from the base that the adapter names. If transformers cannot read
+    the run's base, or the base lacks these labels, the base's weights are also written to `output`/base, with the
+    labels. Raises: UserError."""
     if output.exists():
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     if not (checkpoint / MANIFEST).is_file():
-        raise UserError(f"--adapter --checkpoint {checkpoint} is no training checkpoint (…/checkpoints/step-<N>)")
+        raise UserError(
+            f"--checkpoint {checkpoint} is not a training checkpoint, which --adapter needs: name a folder "
+            "…/checkpoints/step-<N>"
+        )
     trained = open_checked(checkpoint)
     lora, labels = lora_of(trained.manifest), labels_at(checkpoint)
     if lora.rank == 0:
-        raise UserError(f"--adapter: {checkpoint} trained every parameter, not LoRA: export it without --adapter")
+        raise UserError(f"--adapter: {checkpoint} is not of a LoRA run: export it without --adapter")
     model, base = model_at(checkpoint, "--checkpoint "), str(trained.manifest["base"]["checkpoint"])
     tokenizer = files_for(checkpoint / "tokenizer", model)
     serves = _serves(base, labels)
@@ -106,18 +108,18 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
         [(name, Shard(shape, 0, 0, 1, Constant(0.0), False)) for name, shape in trained.shapes.items()],
         trained,
         torch.float32 if dtype is ExportDtype.auto else getattr(torch, dtype.value),
-        sys.maxsize,  # peft knows no adapter of several files
+        sys.maxsize,  # peft reads an adapter from one file
         tokenizer | {ORIGIN: as_json(_origin(checkpoint)), CARD: card},
         to_theirs=lambda name, values: to_peft(name, values, lora.targets),
         names=(ADAPTER_WEIGHTS, ADAPTER_CONFIG),
         beside=lambda folder: None if serves else _write_base(checkpoint, folder / BASE, labels, tokenizer),
     )
     if not serves:
-        say(f"{named} is the base, {base}, with what peft does not find there: the adapter names it")
+        say(f"the adapter's base is written to {named}: peft cannot use {base}")
 
 
 def _serves(base: str, labels: Labels | None) -> bool:
-    """Whether peft, which loads a base by transformers, finds the run's network there, and `labels`."""
+    """Whether peft, which loads a base with transformers, finds the run's network and `labels` there."""
     folder = Path(base)
     if not folder.is_dir():
         return labels is None  # a hub id
@@ -128,7 +130,7 @@ def _serves(base: str, labels: Labels | None) -> bool:
 
 
 def _write_base(checkpoint: Path, output: Path, labels: Labels | None, tokenizer: dict[str, bytes]) -> None:
-    """The language model that a LoRA run stands on, with `labels` in its configuration."""
+    """Write the base of a LoRA run, a language model, with `labels` in its configuration."""
     opened = open_checkpoint(checkpoint)
     assert isinstance(opened.stored, Merged)
     weights = opened.stored.base
@@ -141,13 +143,13 @@ def _write_base(checkpoint: Path, output: Path, labels: Labels | None, tokenizer
 
 
 def _contents(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """Those of the files that are there, by name. Raises: UserError if one is not a regular file of the folder."""
+    """The contents of those files that exist. Raises: UserError if one is not a regular file of the folder."""
     found = {name: content_of(folder, name) for name in names}
     return {name: content for name, content in found.items() if content is not None}
 
 
 def _other_files(opened: Opened) -> dict[str, bytes]:
-    """Tokenizer, generation settings and model card; a Hugging Face folder's own where it has them."""
+    """Tokenizer, generation settings and model card; a Hugging Face folder's own files if it has them."""
     tokenizer = files_for(opened.tokenizer, opened.config)
     if not tokenizer:
         say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")

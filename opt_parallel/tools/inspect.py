@@ -1,4 +1,4 @@
-"""Looking at checkpoints: a run's list, what one holds, whether it is whole, how two differ. No process group."""
+"""Inspects checkpoints: lists a run's, shows one's content, compares two. Needs no process group."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from opt_parallel.storage.rows import METRICS, Row, rows_of
 
 KINDS = ("weights", *dict.fromkeys(moment for optimizer in OPTIMIZERS.values() for moment in optimizer.moments))
 NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # step-300, step-300.abandoned, step-300.abandoned1
-LEFT = {  # what the second part of a name says
+STATES = {  # the meaning of a name's second part
     "partial": "not finished: being written, or left by a run that was killed",
     "damaged": "renamed: damaged",
     "abandoned": "renamed: the run resumed from an earlier one",
 }
-SPLIT_AT = 2**22  # elements compared at a time, in float64
+CHUNK = 2**22  # elements compared at a time, in float64
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A folder among a run's checkpoints. `manifest` is None where it cannot be read; `losses` are of its step."""
+    """A folder among a run's checkpoints. `manifest` is None if it cannot be read; `losses`: at its step."""
 
     folder: Path
     step: int
@@ -43,7 +43,7 @@ class Listed:
 
 
 def listed(run: Path) -> list[Listed]:
-    """The checkpoints of a run's folder by step, those that are not whole too. Looks at sizes, not into the files.
+    """The checkpoints in a run's folder by step, incomplete ones included. Checks files' sizes, not their contents.
 
     Raises: UserError if `run` has none."""
     best = best_in(run / "checkpoints")
@@ -58,28 +58,28 @@ def listed(run: Path) -> list[Listed]:
     return sorted(found, key=lambda each: (each.step, each.folder.name))
 
 
-def _listed(folder: Path, step: int, aside: str | None, rows: list[Row]) -> Listed:
+def _listed(folder: Path, step: int, suffix: str | None, rows: list[Row]) -> Listed:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     manifest, state = None, f"{MANIFEST} is missing"
     if (folder / MANIFEST).is_file():
         try:
             manifest = read_manifest(folder)
             wrong = (wrong_size(folder, name, written) for name, written in manifest["files"].items())
-            state = next(filter(None, wrong), "whole")
+            state = next(filter(None, wrong), "complete")
         except Damaged as error:
             state = error.what
-    losses = losses_at(step, [] if aside else rows)  # which tell of the branch that was gone on with
-    return Listed(folder, step, size, LEFT.get(aside or "", state), manifest, losses)
+    losses = losses_at(step, [] if suffix else rows)  # the rows do not belong to a renamed checkpoint
+    return Listed(folder, step, size, STATES.get(suffix or "", state), manifest, losses)
 
 
 def losses_at(step: int, rows: list[Row]) -> dict[str, float | None]:
-    """Training and validation loss, nats a token, that a run's metrics have for this step itself."""
+    """Training and validation loss, nats per token, in a run's metrics at exactly this step."""
     found = {row["kind"]: row["loss"] for row in rows if row["step"] == step}
     return {kind: found.get(kind) for kind in ("train", "validation")}
 
 
 def layout_of(manifest: dict[str, Any]) -> str:
-    """In a few words."""
+    """A checkpoint's layout in one line, for people."""
     layout = manifest["layout"]
     offload = "" if layout["zero.offload"] == "none" else f", offload {layout['zero.offload']}"
     grid = f"tensor {layout['tensor']} × data {layout['data']}"
@@ -87,8 +87,8 @@ def layout_of(manifest: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Like:
-    """Tensors that are alike but for the number of their layer."""
+class TensorGroup:
+    """Tensors that differ only in the number of their layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,40 +100,42 @@ class Like:
         return self.number * math.prod(self.shape)
 
 
-def groups_of(manifest: dict[str, Any]) -> list[Like]:
-    """The logical tensors, those of all layers together."""
+def groups_of(manifest: dict[str, Any]) -> list[TensorGroup]:
+    """The logical tensors, one group for the same tensor of all layers."""
     numbers: dict[tuple[str, tuple[int, ...], str], int] = {}
     for name, tensor in manifest["tensors"].items():
         split = f"dim {tensor['dim']} in {tensor['parts']}" if tensor["parts"] > 1 else ""
-        alike = (re.sub(r"\.\d+\.", ".*.", name), tuple(tensor["shape"]), split)
-        numbers[alike] = numbers.get(alike, 0) + 1
-    return [Like(*alike, number) for alike, number in numbers.items()]
+        key = (re.sub(r"\.\d+\.", ".*.", name), tuple(tensor["shape"]), split)
+        numbers[key] = numbers.get(key, 0) + 1
+    return [TensorGroup(*key, number) for key, number in numbers.items()]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one tensor in two checkpoints: by kind, max |b − a| and ‖b − a‖ / ‖a‖; None where one has no such values."""
+    """Differences of one tensor between two checkpoints: for each kind, max |b − a| and ‖b − a‖ / ‖a‖, or None if a
+    checkpoint has no values of the kind."""
 
     name: str
     kinds: dict[str, tuple[float, float] | None]
 
     @property
     def rank(self) -> float:
-        """The largest relative difference, infinite where it is no number."""
+        """The largest relative difference; infinite if it is NaN."""
         ratios = [measured[1] for measured in self.kinds.values() if measured is not None]
         return max((math.inf if math.isnan(ratio) else ratio for ratio in ratios), default=0.0)
 
 
 def only_in_one(a: CheckpointReader, b: CheckpointReader) -> list[str]:
-    """Tensors that cannot be compared, and why."""
-    lines = [f"{name} is in {a.folder} alone" for name in a.shapes if name not in b.shapes]
-    lines += [f"{name} is in {b.folder} alone" for name in b.shapes if name not in a.shapes]
+    """Tensors that cannot be compared, and why, a line each."""
+    lines = [f"{name} is only in {a.folder}" for name in a.shapes if name not in b.shapes]
+    lines += [f"{name} is only in {b.folder}" for name in b.shapes if name not in a.shapes]
     shapes = {name: (shape, b.shapes[name]) for name, shape in a.shapes.items() if name in b.shapes}
     return lines + [f"{name} is {mine} and {theirs}" for name, (mine, theirs) in shapes.items() if mine != theirs]
 
 
 def differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[Difference]:
-    """Of all tensors that both have in one shape, whatever their layouts; one tensor of each in memory at a time.
+    """Differences of all tensors that both checkpoints have in the same shape, whatever their layouts. Holds one tensor
+    of each in memory at a time.
 
     Raises: UserError if a file cannot be read."""
     for name, shape in a.shapes.items():
@@ -147,13 +149,13 @@ def differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[Difference
 
 
 def _compare(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """max |b − a| and ‖b − a‖ / ‖a‖, in float64; the second is infinite where `a` alone is zero."""
-    largest, squares, of_a = torch.zeros((), dtype=torch.float64), 0.0, 0.0
-    for mine, theirs in zip(a.view(-1).split(SPLIT_AT), b.view(-1).split(SPLIT_AT), strict=True):
+    """max |b − a| and ‖b − a‖ / ‖a‖, in float64; the second is infinite if only `a` is zero."""
+    largest, squares_of_delta, squares_of_a = torch.zeros((), dtype=torch.float64), 0.0, 0.0
+    for mine, theirs in zip(a.view(-1).split(CHUNK), b.view(-1).split(CHUNK), strict=True):
         delta = theirs.double() - mine.double()
-        largest = torch.maximum(largest, delta.abs().max())  # which keeps a NaN
-        squares += float(delta.square().sum())
-        of_a += float(mine.double().square().sum())
-    if of_a == 0:
-        return float(largest), 0.0 if squares == 0 else math.inf
-    return float(largest), math.sqrt(squares / of_a)
+        largest = torch.maximum(largest, delta.abs().max())  # propagates NaN
+        squares_of_delta += float(delta.square().sum())
+        squares_of_a += float(mine.double().square().sum())
+    if squares_of_a == 0:
+        return float(largest), 0.0 if squares_of_delta == 0 else math.inf
+    return float(largest), math.sqrt(squares_of_delta / squares_of_a)

@@ -1,4 +1,4 @@
-"""Do transformers and we compute the same, and from the same weights?"""
+"""Verifies an export: transformers and this package compute the same outputs, from the same weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from opt_parallel.parallel.shard import Source, logical_shapes, marked
 from opt_parallel.parallel.topology import ALONE, Group, Topology
 from opt_parallel.runtime.errors import UserError
 
-TOLERANCE = 1e-5  # of the largest output: fp32 carries 7 digits, some are lost to sums in another order
+TOLERANCE = 1e-5  # of the largest output: fp32 has 7 digits, and sums in another order lose some of them
 LENGTH, PADDING = 32, 5
-COPIES = 3  # of the largest tensor in fp32, more or less: as it was stored, ours and theirs, what compares them
+COPIES = 3  # of the largest tensor in fp32, approximately: as stored, ours and transformers', the comparison
 KINDS_OF_PADDING = ("unpadded", "left-padded", "right-padded", "inner-padded")  # of the inputs, two rows each
 
 
 class _Base(nn.Module):
-    """The decoder under the name that it has below a head."""
+    """The decoder alone, under the name that it has in a model with a head."""
 
     def __init__(self, opened: Opened, group: Group) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class _Base(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """One of transformers' classes: our counterpart (of a checkpoint, its number of labels and a group), and the field
-    of its output that is compared."""
+    """One of transformers' classes: `build` makes our counterpart from a checkpoint, its number of labels and a group;
+    `output` is the field of the output that is compared."""
 
     build: Callable[[Opened, int, Group], nn.Module]
     output: str
@@ -63,8 +63,8 @@ KINDS = {
 
 @dataclass
 class Verdict:
-    """`differences`: the largest one of the outputs for each kind of padding; `limit`: up to where they agree;
-    `findings`: what else is wrong, a line each."""
+    """`differences`: the outputs' largest difference for each kind of padding; `limit`: the largest difference that
+    passes; `findings`: other faults, a line each."""
 
     differences: dict[str, float] = field(default_factory=dict)
     limit: float = 0.0
@@ -76,44 +76,44 @@ class Verdict:
 
 
 def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdict | None:
-    """Compare the outputs of transformers on `folder` with ours on `against` (None: on `folder`), in fp32 on random
-    ids; then each parameter, bit by bit, and the folder's bytes with its checksums.
+    """Compare transformers' outputs on `folder` with ours on `against` (None: on `folder`), in fp32 on random ids; then
+    each parameter, bit by bit, and the folder's bytes with its checksums.
 
-    Ours may be split over `tensor` processes. The verdict is the main one's, None elsewhere.
+    Our model may be split over `tensor` processes. Rank 0 returns the verdict, other ranks None.
 
-    Raises: UserError if `folder` is no Hugging Face folder, or transformers is missing.
+    Raises: UserError if `folder` is not a Hugging Face folder, or transformers is missing.
     """
     opened = open_checkpoint(folder)
-    judged = opened if against is None else open_checkpoint(against, "--against ", checksums=True)
+    reference = opened if against is None else open_checkpoint(against, "--against ", checksums=True)
     if not (opened.folder / CONFIG).is_file():
-        raise UserError(f"--checkpoint {folder} is not what transformers reads: export it first (scripts/export.py)")
+        raise UserError(f"--checkpoint {folder} is not a Hugging Face folder: export it first (scripts/export.py)")
     labels = len(opened.labels.names)
     transformers = _transformers()
     opened.config.check_splits(tensor, "--tensor ")
-    if other := _other_network(opened, judged):
-        return Verdict(findings=other)  # outputs that nobody would compare
+    if other := _other_network(opened, reference):
+        return Verdict(findings=other)  # the outputs of different networks are not comparable
     described = transformers.AutoConfig.from_pretrained(opened.folder)
     architecture = (described.architectures or ["OPTForCausalLM"])[0]
     if architecture not in KINDS:
         raise UserError(f"{opened.folder / CONFIG}: architectures is {architecture}, not one of {', '.join(KINDS)}")
     kind = KINDS[architecture]
     with torch.device("meta"):
-        empty = kind.build(judged, labels, ALONE)
-    missing = _other_tensors(judged, empty)
+        empty = kind.build(reference, labels, ALONE)
+    missing = _other_tensors(reference, empty)
     if missing and against is not None:
         raise UserError(missing[0])
     if missing:
         return Verdict(findings=missing)
-    source = _as_stored(judged, opened)
+    source = _as_stored(reference, opened)
     inputs = _inputs(opened)
     _require_room(folder, empty)
 
     with Topology.open(tensor) as topology, torch.no_grad():
         with torch.device("meta"):
-            model = kind.build(judged, labels, topology.tensor)
+            model = kind.build(reference, labels, topology.tensor)
         with filled_in_turn(model, source, torch.device("cpu"), torch.float32):
             ours = [model(ids, segments=mask) for ids, mask in inputs]
-        judged.warn_of_not_finite(topology.tensor)
+        reference.warn_of_not_finite(topology.tensor)
         if not topology.is_main:
             return None
     theirs = _Theirs(getattr(transformers, architecture), opened.folder)
@@ -125,28 +125,28 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
 
 
 def _require_room(folder: Path, empty: nn.Module) -> None:
-    """Raise UserError unless there is memory for what is held at a time: the largest tensor, ours and theirs."""
+    """Raise UserError unless memory suffices for COPIES of the largest tensor, or for transformers' full model if it
+    cannot read the folder module by module."""
     sizes = [shard.numel for _, _, shard in marked(empty)]
     if _in_modules(folder):
         require_room(
             f"{folder}: verifying its largest tensor", COPIES * 4 * max(sizes), "free some, or raise the limit"
         )
     else:
-        way_out = "export it first (scripts/export.py): of safetensors one layer is read at a time"
-        require_room(f"{folder}: transformers' whole model in fp32", 4 * (sum(sizes) + COPIES * max(sizes)), way_out)
+        way_out = "export it first (scripts/export.py), since safetensors are read one layer at a time"
+        require_room(f"{folder}: transformers' full model in fp32", 4 * (sum(sizes) + COPIES * max(sizes)), way_out)
 
 
 def _in_modules(folder: Path) -> bool:
-    """Whether transformers reads the folder module by module; of a PyTorch file it wants everything."""
+    """Whether transformers can read the folder module by module: it reads a PyTorch file all at once."""
     return any(folder.glob("*.safetensors"))
 
 
 class _Theirs:
-    """transformers' model of class `kind` in fp32. From safetensors accelerate gives it its weights as it does to a
-    model that is offloaded to disk: a module's are read from the files where they lie when it computes, and let go when
-    it has.
+    """transformers' model of class `kind` in fp32. With safetensors, accelerate treats it as a model that is offloaded
+    to disk: a module's weights are read from the files when it computes, and freed afterwards.
 
-    `report`: what was missing or left over; if there is anything, it has no weights."""
+    `report`: missing and unexpected tensors; if there are any, the model has no weights."""
 
     def __init__(self, kind: Any, folder: Path) -> None:
         in_modules = _in_modules(folder)
@@ -154,7 +154,7 @@ class _Theirs:
             folder, dtype=torch.float32, output_loading_info=True, device_map="meta" if in_modules else None
         )
         self.model.eval()
-        self.names = [name for name, _ in self.model.named_parameters()]  # a tied head is not among them
+        self.names = [name for name, _ in self.model.named_parameters()]  # without a tied head
         self.report = [f"transformers has {what}: {name}" for what, names in report.items() for name in names]
         if in_modules and not self.report:
             self._read_in_turn(folder)
@@ -171,9 +171,9 @@ class _Theirs:
         first: dict[nn.Parameter, str] = {}
         prefix, index = f"{self.model.base_model_prefix}.", {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            own = first.setdefault(parameter, name)  # of a tied one what the file holds
-            ways = (own, prefix + own, own.removeprefix(prefix))  # with and without a head
-            index[name] = next(stored[way] for way in ways if way in stored)
+            own = first.setdefault(parameter, name)  # the file holds a tied parameter under its first name
+            spellings = (own, prefix + own, own.removeprefix(prefix))  # with and without a head
+            index[name] = next(stored[spelling] for spelling in spellings if spelling in stored)
         weights = OffloadedWeightsLoader(index=index)
         attach_align_device_hook(self.model, torch.device("cpu"), offload=True, weights_map=weights)
 
@@ -193,15 +193,15 @@ def _transformers() -> Any:
     except ImportError as error:
         raise UserError("verification needs transformers: pip install 'opt-parallel[dev]'") from error
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what it has to report stands in the verdict
+    transformers.utils.logging.set_verbosity_error()  # the verdict has its report
     return transformers
 
 
-def _other_network(opened: Opened, judged: Opened) -> list[str]:
-    """Where the two checkpoints' networks differ in more than how they are trained."""
+def _other_network(opened: Opened, reference: Opened) -> list[str]:
+    """The differences of the two checkpoints' networks, without settings that only training uses."""
     names = ["embedding_size", "has_final_layer_norm", *(each.name for each in fields(opened.config))]
     here = {name: getattr(opened.config, name) for name in names}
-    there = {name: getattr(judged.config, name) for name in names}
+    there = {name: getattr(reference.config, name) for name in names}
     derived = {"word_embed_proj_dim", "remove_final_layer_norm"}
     return [
         f"{CONFIG} describes a network with {name}={here[name]}, --against one with {there[name]}"
@@ -211,7 +211,7 @@ def _other_network(opened: Opened, judged: Opened) -> list[str]:
 
 
 def _other_tensors(opened: Opened, model: nn.Module) -> list[str]:
-    """Why the files are not those of `model`; nothing if they are."""
+    """Why the files' tensors are not those of `model`; empty if they are."""
     try:
         opened.stored.check(logical_shapes(model))
     except UserError as error:
@@ -219,15 +219,16 @@ def _other_tensors(opened: Opened, model: nn.Module) -> list[str]:
     return []
 
 
-def _as_stored(judged: Opened, opened: Opened) -> Source:
-    """`judged`'s weights in the dtype of `opened`'s: an export to bfloat16 is judged by what it can hold."""
-    return lambda name, shard: judged.weights(name, shard).to(opened.dtype)
+def _as_stored(reference: Opened, opened: Opened) -> Source:
+    """The weights of `reference` in the dtype of `opened`, so that an export to bfloat16 is compared after rounding."""
+    return lambda name, shard: reference.weights(name, shard).to(opened.dtype)
 
 
 def _inputs(opened: Opened) -> list[tuple[Tensor, Tensor | None]]:
-    """Random ids (2, S) without a mask; and (6, S), whose masks hide the start, the end or a part of every other row.
+    """Random ids (2, S) without a mask, and (6, S) with masks that hide the start, the end or an inner part of every
+    other row.
 
-    As few batches as there are kinds of mask: each forward reads all weights again."""
+    Only two batches, since each forward reads all weights again."""
     length = min(LENGTH, opened.config.max_position_embeddings)
     ids = torch.randint(opened.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     padding = min(PADDING, length // 3)
@@ -240,7 +241,7 @@ def _inputs(opened: Opened) -> list[tuple[Tensor, Tensor | None]]:
 
 @torch.no_grad()
 def _compare(ours: list[Tensor], theirs: nn.Module, inputs: list[tuple[Tensor, Tensor | None]], output: str) -> Verdict:
-    """The outputs, less padded positions."""
+    """Compare the outputs at positions that are not padding."""
     largest, limit = [], 0.0
     for mine, (ids, mask) in zip(ours, inputs, strict=True):
         expected = getattr(theirs(input_ids=ids, attention_mask=mask), output)
@@ -254,9 +255,10 @@ def _compare(ours: list[Tensor], theirs: nn.Module, inputs: list[tuple[Tensor, T
 
 @torch.no_grad()
 def _other_parameters(theirs: _Theirs, empty: nn.Module, source: Source, heads: int) -> list[str]:
-    """Which of transformers' parameters are not bit by bit what `source` has, by how much, and what they look like."""
+    """transformers' parameters that differ from those of `source`, a line each: by how much, and whether heads or
+    tensors are exchanged."""
     loaded = set(theirs.names)
-    sums: dict[str, str] = {}  # of the source's tensors → their names
+    sums: dict[str, str] = {}  # checksums of the source's tensors → names
     wrong: list[tuple[str, str, str]] = []
     for name, values in _their_tensors(empty, source):
         sums[checksum(values)] = name
@@ -271,7 +273,7 @@ def _other_parameters(theirs: _Theirs, empty: nn.Module, source: Source, heads: 
             what = f"{count:,} of {found.numel():,} values differ, by {most:.1e} at most{_order(found, values, heads)}"
             wrong.append((name, what, checksum(found.to(values.dtype))))
     findings = [f"{name}: {what}{belonging_to(sums.get(total))}" for name, what, total in wrong]
-    return findings + [f"{name}: a parameter that only transformers has" for name in sorted(loaded)]
+    return findings + [f"{name}: only transformers has this parameter" for name in sorted(loaded)]
 
 
 def _their_tensors(empty: nn.Module, source: Source) -> Iterator[tuple[str, Tensor]]:
@@ -280,11 +282,11 @@ def _their_tensors(empty: nn.Module, source: Source) -> Iterator[tuple[str, Tens
 
 
 def _order(found: Tensor, values: Tensor, heads: int) -> str:
-    """Says so where `found` is `values` with its heads, equal parts along one dim, in another order."""
+    """A message if `found` equals `values` with its heads, equal parts along one dim, in another order; else empty."""
     for dim in range(values.dim()):
         if values.size(dim) % heads == 0:
             here, there = ([checksum(part) for part in each.to(values.dtype).chunk(heads, dim)]
                            for each in (found, values))  # fmt: skip
             if here != there and sorted(here) == sorted(there):
-                return f"; heads along dim {dim} stand in the order {' '.join(str(there.index(part)) for part in here)}"
+                return f"; heads along dim {dim} are in the order {' '.join(str(there.index(part)) for part in here)}"
     return ""

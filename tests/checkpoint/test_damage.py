@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_dis
     process = launch(2, "train.py", *arguments)
     assert process.returncode != 0
     why = "could not be written (No space left on device)"
-    assert warnings_of(process) == [f"warning: {disk}/step-4 {why}, and nothing of it is left"]
+    assert warnings_of(process) == [f"warning: {disk}/step-4 {why}, and none of its files are left"]
     assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: {disk}/step-5 {why}: make room there and start the same command again; {disk}/step-2 is complete"
     ]
@@ -213,7 +213,7 @@ def test_a_read_only_folder(tmp_path: Path, small_disk: Callable[[str], Path], a
     process = python("train.py", *arguments)
     assert process.returncode == 2
     why = "could not be written (Read-only file system)"
-    assert warnings_of(process) == [f"warning: {disk}/step-1 {why}, and nothing of it is left"]
+    assert warnings_of(process) == [f"warning: {disk}/step-1 {why}, and none of its files are left"]
     assert process.stderr == (
         f"error: {disk}/step-2 {why}: make room there and start the same command again; there is no earlier "
         "checkpoint\n"

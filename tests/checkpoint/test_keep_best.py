@@ -93,7 +93,7 @@ def test_the_best_stays_through_resuming_and_going_back(crew: Any, tmp_path: Pat
         [sys.executable, "scripts/checkpoint.py", "list", str(tmp_path)], cwd=ROOT, env=environment(), text=True,
         capture_output=True, check=True,
     )  # fmt: skip
-    assert [line.endswith("whole, the best") for line in listed.stdout.splitlines()] == [False, True, False]
+    assert [line.endswith("complete, the best") for line in listed.stdout.splitlines()] == [False, True, False]
     # back before what was best: the best of what is left, by the run's own metrics
     back = run_in(tmp_path, resume=str(tmp_path / "checkpoints" / "step-6"))
     assert crew(2)(saved, back, [1.25, 9.0]) == [(6, [True, False])] * 2

@@ -134,7 +134,7 @@ def test_every_script_says_so_before_it_loads(
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr("opt_parallel.huggingface.names.HuggingFaceWeights._read", read)
-    from opt_parallel.tools.evaluate import judge
+    from opt_parallel.tools.evaluate import evaluate
 
     here, out = ["--checkpoint", str(folder)], tmp_path / "out"
     lines = [
@@ -153,7 +153,7 @@ def test_every_script_says_so_before_it_loads(
         run=RunConfig("test", str(tmp_path / "run")),
     )
     with pytest.raises(UserError) as raised:
-        judge(run)
+        evaluate(run)
     lines.append(str(raised.value))
     for line in lines:
         assert "1 MB" in line, line
@@ -176,7 +176,7 @@ def test_an_export_needs_its_largest_tensor_thrice(
 
 
 def test_values_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "AT_ONCE", 4)
+    monkeypatch.setattr(names, "CHUNK", 4)
     one = torch.arange(30.0).view(5, 6)
     one[2, 2] = float("nan")
     other = one.clone()
@@ -316,5 +316,5 @@ def test_out_of_memory_is_called_so(tmp_path: Path, what: str) -> None:
     (line,) = done.stderr.splitlines()
     assert "out of memory" in line
     assert "ulimit -v" in line
-    assert "whole copy" not in line
+    assert "complete copy" not in line
     assert (str(tmp_path) in line) == (what == "map")

@@ -23,7 +23,7 @@ from opt_parallel.data.store.store import TokenStore
 from opt_parallel.parallel.shard import Constant, Shard
 from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.errors import UserError
-from opt_parallel.tools.evaluate import judge
+from opt_parallel.tools.evaluate import evaluate
 
 started = partial(run_of, tokenizer=True)
 ROWS, MORE = SHAPE["vocab_size"], 167  # of which neither divides by 2
@@ -131,11 +131,11 @@ def test_what_may_be_said_of_the_vocabulary(theirs: Path) -> None:
     line = refused(start, "model.vocab_size=400", "task.lora.rank=4")
     assert all(word in line for word in (f"has {FEW} rows", "LoRA trains none", "task.lora.rank=0"))
     line = refused(start, "model=opt-tiny", "model.hidden_size=48")  # 512 rows that nobody asked for
-    assert f"has {FEW}: leave" in line
-    assert "model.vocab_size=512 by itself" in line
+    assert f"has {FEW}: remove" in line
+    assert "model.vocab_size=512 alone" in line
     run = started(start, "model.vocab_size=400", "data.validation=x", "evaluation.every=0", evaluation=True)
-    with pytest.raises(UserError, match=r"an embedding grows where it is trained"):
-        judge(run)
+    with pytest.raises(UserError, match=r"only training adds rows to an embedding"):
+        evaluate(run)
 
 
 def test_ids_are_the_tokenizers_unless_they_are_given(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:

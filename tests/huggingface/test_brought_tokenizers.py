@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.data.encode.tokenizer import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
 from opt_parallel.huggingface.tokenizer import files_for, read_tokenizer, write_tokenizer
-from opt_parallel.huggingface.tokenizer_trial import require_quick
+from opt_parallel.huggingface.tokenizer_trial import require_bounded
 from opt_parallel.runtime.errors import UserError
 
 WORDS = ["the cat sat on the mat and the dog sat on the cat", "déjà vu, 日本 🙂"]
@@ -232,7 +232,7 @@ def test_ids_that_are_not_in_the_order_of_the_tokens_are_refused(tmp_path: Path)
 
 def test_a_class_that_is_not_gpt2s_needs_its_own_file(tmp_path: Path) -> None:
     vocabulary(tmp_path, {**SETTINGS, "tokenizer_class": "BartTokenizer"})
-    with pytest.raises(UserError, match=r"BartTokenizer.*bring the tokenizer.json"):
+    with pytest.raises(UserError, match=r"BartTokenizer.*add the tokenizer.json"):
         read_tokenizer(str(tmp_path))
 
 
@@ -309,7 +309,7 @@ def test_a_tokenizer_that_would_take_for_ever(tmp_path: Path, what: str) -> None
 )
 def test_patterns_of_known_tokenizers_pass(pattern: str) -> None:
     """GPT-2's own and Llama 3's."""
-    require_quick(json.dumps(json.loads(trained().to_str()) | {"pre_tokenizer": split(pattern)}), "x")
+    require_bounded(json.dumps(json.loads(trained().to_str()) | {"pre_tokenizer": split(pattern)}), "x")
 
 
 def test_a_failure_that_is_no_exception_is_one_line() -> None:

@@ -107,9 +107,9 @@ def test_a_pickle_does_nothing_but_hold_weights(tmp_path: Path, zipped: bool, mo
     random_model().config.save_pretrained(tmp_path)
     weights = tmp_path / "pytorch_model.bin"
     torch.save({"a": Bomb()}, weights, _use_new_zipfile_serialization=zipped)
-    refused(tmp_path, "no file of weights alone")
+    refused(tmp_path, "only weights are read from a pickle")
     weights.write_bytes(pickle.dumps(Bomb()))
-    refused(tmp_path, "no file of weights alone")
+    refused(tmp_path, "only weights are read from a pickle")
     torch.save({"epoch": 3}, weights, _use_new_zipfile_serialization=zipped)
     refused(tmp_path, "holds a dict, not tensors by name")
     assert not (tmp_path / "exploded").exists()
@@ -145,7 +145,7 @@ def test_a_damaged_file_is_one_line(written: Path, tmp_path: Path, form: str, da
     file = folder / WEIGHTS[["safetensors", "torch", "h5", "msgpack"].index(form)]
     content = {"cut": file.read_bytes()[:-1000], "empty": b"", "text": b"version https://git-lfs.example"}[damage]
     file.write_bytes(content)
-    refused(folder, file.name, "whole copy")
+    refused(folder, file.name, "complete copy")
 
 
 def test_split_files_that_do_not_fit_their_index(written: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_split_files_that_do_not_fit_their_index(written: Path, tmp_path: Path) 
     refused(folder, last.name, "missing", index.name)
     for content in ("{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"metadata": {}}'):
         index.write_text(content)
-        refused(folder, index.name, "no index")
+        refused(folder, index.name, "is not an index")
     for content in ({}, {"a": "../secret.safetensors"}):
         index.write_text(json.dumps({"weight_map": content}))
         refused(folder, index.name, "beside it")

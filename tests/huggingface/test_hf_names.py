@@ -176,7 +176,7 @@ def test_a_config_that_is_not_this_network_is_refused(folder: Path, fields: Any,
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b'"opt"', b""])
 def test_garbage_is_no_config(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
-    assert "is no checkpoint" in error_of(lambda: open_checkpoint(folder))
+    assert "is not a checkpoint" in error_of(lambda: open_checkpoint(folder))
 
 
 def test_labels(folder: Path) -> None:

@@ -266,7 +266,7 @@ def test_a_tensor_stands_once(folder: Path) -> None:
     for part in ("a", "b"):
         save_file(tensors, folder / part)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a", "y": "b"}}')
-    refused(folder, "stands in another file, too")
+    refused(folder, "is also in another file")
 
 
 def test_a_head_of_another_width(folder: Path) -> None:

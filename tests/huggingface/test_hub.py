@@ -98,7 +98,7 @@ def test_what_the_hub_does_not_have_is_one_line(hub: tuple[str, Path], tmp_path:
     process = python("-c", SCRIPT, "someone/else", **env)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
-    assert "error: --checkpoint someone/else is no folder here, and the hub did not give it" in process.stderr
+    assert "error: --checkpoint someone/else is not a local folder and could not be downloaded" in process.stderr
 
 
 def test_the_best_format_is_chosen() -> None:

@@ -186,7 +186,7 @@ def test_wrong_weights_are_one_line_on_every_rank(checkpoint: Path, tmp_path: Pa
     process = python(*start(tmp_path, "someone/else"), HF_HUB_OFFLINE="1")
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
-    assert "init_from=someone/else is no folder here" in process.stderr
+    assert "init_from=someone/else is not a local folder" in process.stderr
 
 
 def test_a_run_that_goes_on_says_that_another_start_is_not_read(checkpoint: Path, tmp_path: Path) -> None:

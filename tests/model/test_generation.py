@@ -210,8 +210,8 @@ def test_what_does_not_fit_is_refused(model: CausalLM) -> None:
     refusals: list[tuple[Tensor, Tensor | None, Decoding, str]] = [
         (ids, None, Decoding(13), "20 tokens and max_new_tokens=13 make 33.* 32 positions: set max_new_tokens=12"),
         (torch.full((1, 32), 5), None, Decoding(1), "32 tokens .* shorten the prompt"),
-        (ids, None, Decoding(5, temperature=1.0, top_k=24), "top_k=24 .* 23 words"),
-        (ids, None, Decoding(5, beams=12), "beams=12 .* 23 words: set beams=11"),
+        (ids, None, Decoding(5, temperature=1.0, top_k=24), "top_k=24 .* 23 tokens"),
+        (ids, None, Decoding(5, beams=12), "beams=12 .* 23 tokens: set beams=11"),
         (ids, torch.tensor([[1] * 19 + [0]]), Decoding(5), "on the left"),
     ]
     for prompt, mask, decoding, words in refusals:

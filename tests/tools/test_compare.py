@@ -226,7 +226,7 @@ def test_mistakes(tmp_path: Path) -> None:
     empty.mkdir()
     for wrong, words in (
         ([], "no run is named"),
-        ([tmp_path / "none"], f"{tmp_path / 'none'} is no folder"),
+        ([tmp_path / "none"], f"{tmp_path / 'none'} is not a folder"),
         ([empty], f"{empty} holds no run"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):

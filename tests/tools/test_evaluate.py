@@ -37,9 +37,9 @@ def configured(*overrides: str) -> Run:
 
 def judged(run: Run) -> dict[str, Any]:
     """On the crew."""
-    from opt_parallel.tools.evaluate import judge
+    from opt_parallel.tools.evaluate import evaluate
 
-    return judge(run)
+    return evaluate(run)
 
 
 LAYOUTS = [Layout(micro=3), Layout(tensor=2, micro=1), Layout(data=2, micro=4)]
@@ -128,7 +128,7 @@ def test_two_arguments_give_the_runs_own_validation_loss(tmp_path: Path) -> None
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    from opt_parallel.tools.evaluate import judge
+    from opt_parallel.tools.evaluate import evaluate
 
     text = write_text(tmp_path)
     model = their_model("single", tmp_path / "classifier")
@@ -139,18 +139,18 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     cases: list[tuple[list[str], str]] = [
         ([], "init_from is not set"),
         (["init_from=" + str(tmp_path / "language")], "data.validation is not set"),
-        (["init_from=" + str(tmp_path / "language"), "task=classify"], "is a language model, which has no labels"),
+        (["init_from=" + str(tmp_path / "language"), "task=classify"], "is a language model and has no labels"),
         (["init_from=" + str(tmp_path / "classifier"), "task=pretrain"], "is a classifier"),
         (["init_from=" + str(tmp_path / "classifier"), f"data.validation={text}"], "line 1 has no field 'label'"),
     ]
     for arguments, line in cases:
         with pytest.raises(UserError, match=line) as caught:
-            judge(configured(*common, *arguments))
+            evaluate(configured(*common, *arguments))
         assert "\n" not in str(caught.value)
     model.config.id2label = {number: f"LABEL_{number}" for number in range(3)}
     model.config.save_pretrained(tmp_path / "classifier")
     with pytest.raises(UserError, match=r"has no names for its 3 labels: give them in task\.labels"):
-        judge(configured(*common, f"init_from={tmp_path / 'classifier'}", f"data.validation={text}"))
+        evaluate(configured(*common, f"init_from={tmp_path / 'classifier'}", f"data.validation={text}"))
     process = python("scripts/evaluate.py", f"init_from={tmp_path / 'nothing'}")
     assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1
@@ -174,10 +174,10 @@ def evaluated(folder: Path, *overrides: str) -> Run:
 
 def refused(run: Run) -> str:
     """On the crew: the mistake that evaluating ends with."""
-    from opt_parallel.tools.evaluate import judge
+    from opt_parallel.tools.evaluate import evaluate
 
     try:
-        return f"no mistake, but {judge(run)}"
+        return f"no mistake, but {evaluate(run)}"
     except UserError as error:
         return str(error)
 

@@ -240,8 +240,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(trained: Callable[[str], Pat
     process = python(*command)
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
-        f"error: {output} cannot be written (No space left on device), and nothing of it is left: make room, or choose "
-        "another"
+        f"error: {output} cannot be written (No space left on device), and its partial files were removed: make "
+        "room, or choose another folder"
     ]
     assert list(small_disk.iterdir()) == []
     assert python(*command, "--dtype", "bfloat16").returncode == 0  # half the size fits
@@ -361,8 +361,8 @@ def test_the_card_tells_what_is_known(trained: Callable[[str], Path], tmp_path: 
     facts = dict(re.findall(r"^\| (.+) \| (.+) \|$", card.text, flags=re.MULTILINE))
     assert facts["steps"] == "2 of 2"
     assert facts["sequences"] == "16"
-    assert facts["training loss, nats a token, step 2"] == "6.2500"
-    assert facts["validation loss, nats a token, step 2"] == "6.1250"
+    assert facts["training loss, nats per token, step 2"] == "6.2500"
+    assert facts["validation loss, nats per token, step 2"] == "6.1250"
     assert facts["parameters"] == f"{open_checkpoint(source).config.parameters():,}"
     assert "zero:\n  stage: 3\n" in card.text
 

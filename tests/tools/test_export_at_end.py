@@ -27,7 +27,7 @@ def test_ranks_end_while_the_first_exports(tmp_path: Path) -> None:
     export = tmp_path / "run" / "export"
     assert process.stdout.splitlines()[-1] == f"exported {tmp_path}/run/checkpoints/step-2 to {export}"
     assert steps_of(export) == "| steps | 2 of 2 |"
-    assert "validation loss, nats a token, step 2" in (export / "README.md").read_text()
+    assert "validation loss, nats per token, step 2" in (export / "README.md").read_text()
     assert '"torch_dtype": "bfloat16"' in (export / "config.json").read_text()
 
 
@@ -41,7 +41,7 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     export.write_text("a file where a folder is to be made")
     failed = python("train.py", *arguments)
     assert failed.returncode == 2
-    assert f"export.at_end: {export} exists and is no export of ours" in failed.stderr
+    assert f"export.at_end: {export} exists and is not our export" in failed.stderr
     assert f"{checkpoint} is safe, and the same command tries the export again" in failed.stderr
     assert export.read_text() == "a file where a folder is to be made"
     export.unlink()
@@ -49,7 +49,7 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     (export / "mine").mkdir(parents=True)
     foreign = python("train.py", *arguments)
     assert foreign.returncode == 2
-    assert "is no export of ours" in foreign.stderr
+    assert "is not our export" in foreign.stderr
     (export / "mine").rmdir()  # still there
     export.rmdir()
     again = python("train.py", *arguments)

@@ -93,7 +93,7 @@ def test_list(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     lines = {line.split()[0]: line for line in text.splitlines()[1:]}
     for step in (2, 4):
         line = lines[f"step-{step}"]
-        assert line.endswith("  whole")
+        assert line.endswith("  complete")
         assert "tensor 2 × data 1, ZeRO-1, fp32" in line
         assert f"  {metric(copy, 'train', step)}  " in line
         assert f"  {metric(copy, 'validation', step)}  " in line

@@ -52,15 +52,15 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], list[str], list[str
     "query and key": (
         swap_query_and_key,
         [
-            f"{QUERY}: not the bytes of checksums.json, but those of {KEY}",
-            f"{KEY}: not the bytes of checksums.json, but those of {QUERY}",
+            f"{QUERY}: differs from checksums.json, and holds the bytes of {KEY}",
+            f"{KEY}: differs from checksums.json, and holds the bytes of {QUERY}",
         ],
-        ["but those of"],
+        ["and holds the bytes of"],
     ),
     "heads": (
         permute_two_heads,
-        [f"{VALUE}: not the bytes of checksums.json"],
-        ["heads along dim 0 stand in the order 0 2 1 3"],
+        [f"{VALUE}: differs from checksums.json"],
+        ["heads along dim 0 are in the order 0 2 1 3"],
     ),
 }
 
@@ -93,7 +93,7 @@ def test_a_flipped_bit_is_found(exported: tuple[Path, Path], tmp_path: Path) -> 
     assert verdict is not None
     assert max(verdict.differences.values()) <= verdict.limit
     assert [finding.partition(" values differ")[0] for finding in verdict.findings] == [
-        f"{KEY}: not the bytes of checksums.json",
+        f"{KEY}: differs from checksums.json",
         f"{KEY}: 1 of 4,096",
     ]
 
@@ -118,7 +118,7 @@ def test_damaged_weights_are_seen_where_they_are_used(exported: tuple[Path, Path
     assert line in done.stderr
     done = python(*words, str(wrong))
     assert done.returncode == 0
-    assert f"warning: {wrong}, {KEY}: not the bytes of checksums.json: damaged, so export or copy" in done.stdout
+    assert f"warning: {wrong}, {KEY}: differs from checksums.json: damaged, so export or copy" in done.stdout
     assert "warning" not in python(*words, str(folder)).stdout
 
 
@@ -225,7 +225,7 @@ def test_the_script(exported: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_a_training_checkpoint_is_nothing_for_transformers(exported: tuple[Path, Path]) -> None:
-    with pytest.raises(UserError, match=f"--checkpoint {exported[0]} is not what transformers reads"):
+    with pytest.raises(UserError, match=f"--checkpoint {exported[0]} is not a Hugging Face folder"):
         verify(exported[0])
 
 

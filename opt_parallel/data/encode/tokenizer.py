@@ -21,7 +21,7 @@ from opt_parallel.huggingface.tokenizer import (
     PAD,
     START,
     UNKNOWN,
-    Brought,
+    LoadedTokenizer,
     byte_level,
     check_size,
     read_tokenizer,
@@ -58,11 +58,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, key: str = "model
     return byte_level(tokenizer.model, SPECIALS)
 
 
-def of_opt(tokenizer: Tokenizer) -> Brought:
+def of_opt(tokenizer: Tokenizer) -> LoadedTokenizer:
     """The tokenizer with OPT's special tokens in their roles, as far as it has them."""
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     roles = {"bos_token": END, "eos_token": END, "unk_token": UNKNOWN if UNKNOWN in special else END, "pad_token": PAD}
-    return Brought(tokenizer, {role: token for role, token in roles.items() if token in special})
+    return LoadedTokenizer(tokenizer, {role: token for role, token in roles.items() if token in special})
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> None:
