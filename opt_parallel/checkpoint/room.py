@@ -49,7 +49,7 @@ def choose_dtype(
     own = opened.dtype
     needs = {dtype: _needed(opened, topology.tensor, dtype, elements) for dtype in PRECISIONS}
     ranks = topology.exchange((native(topology.device), needs, _free(topology)))
-    emulated = {dtype for dtype, precision in PRECISIONS.items() if any(precision not in own for own, _, _ in ranks)}
+    emulated = {dtype for dtype, precision in PRECISIONS.items() if any(precision not in each for each, _, _ in ranks)}
     room = {dtype for dtype in PRECISIONS if all(needed[dtype] <= free for _, needed, free in ranks)}
     name = device_name(topology.device)
     if asked is None and own in emulated and torch.float32 in room:

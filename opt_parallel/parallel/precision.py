@@ -101,7 +101,7 @@ def _chosen(
 
 def _emulating(precision: Precision, natives: Sequence[Set[Precision]], names: Sequence[str]) -> str:
     """The name of the first device that does not support `precision`; empty if all do."""
-    return next((name for name, native in zip(names, natives, strict=True) if precision not in native), "")
+    return next((name for name, each in zip(names, natives, strict=True) if precision not in each), "")
 
 
 def device_name(device: torch.device) -> str:
