@@ -22,6 +22,7 @@ from opt_parallel.data.encode.tokenizer import decode_continuation, save_tokeniz
 from opt_parallel.model.decoding import Decoding
 from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.terminal import plain
 
 SAMPLED = ["--temperature", "1", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "12"]
 
@@ -132,7 +133,7 @@ def test_several_prompts_and_processes(checkpoint: Path, tmp_path: Path) -> None
     assert [row["prompt"] for row in rows] == prompts
     options = [word for prompt in prompts for word in ("--prompt", prompt)]
     printed = torchrun(2, *common, *options, "--tensor", "2")
-    assert printed.stdout == "\n\n".join(row["prompt"] + row["text"] for row in rows) + "\n", printed.stderr
+    assert printed.stdout == plain("\n\n".join(row["prompt"] + row["text"] for row in rows) + "\n"), printed.stderr
 
 
 def test_prompts_of_a_jsonl_and_beams(
