@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import launch, python, small, torchrun, train_rows
+from command import launch, python, small, train_rows
 
 from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.checkpoint.sources import open_checkpoint
@@ -32,7 +32,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run at tensor 2 that was stopped at step 4 of 6, and its arguments."""
     folder = tmp_path_factory.mktemp("stopped")
     arguments = [*small(folder), *RUN]
-    process = torchrun(2, "train.py", *arguments, "stop_at=4")
+    process = launch(2, "train.py", *arguments, "stop_at=4")
     assert process.returncode == 0, process.stderr
     return folder, arguments
 
@@ -41,7 +41,7 @@ def test_resume_is_the_straight_run(stopped: tuple[Path, list[str]]) -> None:
     folder, arguments = stopped
     assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-2", "step-4"]
     assert launch(2, "train.py", *arguments, f"run.dir={folder / 'straight'}").returncode == 0
-    resumed = torchrun(2, "train.py", *arguments)
+    resumed = launch(2, "train.py", *arguments)
     assert resumed.returncode == 0
     assert "continuing at step 4" in resumed.stdout
     assert [(row["step"], row["loss"], row["samples"], row["tokens"]) for row in train_rows(folder / "run")] == [

@@ -189,7 +189,7 @@ def test_another_precision_and_layout_go_on(
     assert got == pytest.approx(wanted, abs=FOLLOWS[then] + FOLLOWS[now])
 
 
-@pytest.mark.parametrize("name", ["t1d2z1", "t2d2z3"])
+@pytest.mark.parametrize("name", ["t1d2z1", pytest.param("t2d2z3", marks=pytest.mark.long)])
 def test_steps_that_fp16_skipped_are_no_updates(crew: Any, tmp_path: Path, name: str) -> None:
     """Adam's bias correction goes by updates; saved before the first of them there are no moments either."""
     folder, crew = with_tokenizer(tmp_path / "run"), crew(LAYOUTS[name].world)

@@ -195,4 +195,4 @@ def test_a_run_that_goes_on_says_that_another_start_is_not_read(checkpoint: Path
     process = python(*start(tmp_path, other))
     assert process.returncode == 0, process.stderr
     assert f"warning: init_from={other} is not read" in process.stdout
-    assert f"began from {checkpoint}; choose another run.name" in process.stdout
+    assert f"started from {checkpoint}; choose another run.name" in process.stdout

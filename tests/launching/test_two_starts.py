@@ -62,7 +62,7 @@ CELLS = [
         ),
     ]
 ]
-DEFAULT = {Cell(1, None), Cell(1, 3.0, other=True)}
+DEFAULT = {Cell(1, None, other=True)}
 needs_hosts = pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
 
 

@@ -25,17 +25,10 @@ def test_a_run_that_is_ended_is_saved_and_goes_on(folder: Path, launcher: str, t
     assert cell.right, cell
 
 
-@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.long), True], ids=["prepare", "stream"])
-@pytest.mark.parametrize(
-    ("launcher", "name"),
-    [("python", "TERM")]
-    + [
-        pytest.param(launcher, name, marks=pytest.mark.long)
-        for launcher in ("python", "torchrun")
-        for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "KILL")
-        if (launcher, name) != ("python", "TERM")
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("stream", [False, True], ids=["prepare", "stream"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1", "KILL"])
 def test_a_run_s_own_processes_end_with_it(folder: Path, launcher: str, name: str, stream: bool) -> None:
     state, children, left = end_with_children(folder, launcher, name, stream)
     assert children >= (1 if stream else 2)
