@@ -24,7 +24,8 @@ class Optimizer:
 
     `moments`: torch's names of the state tensors, each fp32 and as large as its parameter; checkpoints store them under
     these names. Under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the parameters, so an optimizer
-    must be elementwise: one that needs full matrices (Adafactor, Muon) would have to gather them first.
+    must be elementwise: one that needs full matrices (Adafactor, Muon) would have to gather them first. Its state of a
+    parameter is `step`, which counts its updates, and the moments; resuming creates both before the first step.
     """
 
     build: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]

@@ -129,7 +129,7 @@ def refresh_working_weights(wrapped: Any, stage: int) -> None:
 def updates_made(wrapped: Any, stage: int) -> int:
     """Optimizer steps so far, without those that fp16 skipped."""
     state = base_optimizer(wrapped).state.get(_flat_weights(wrapped, stage)[0], {})
-    return int(state["step"]) if "step" in state else 0
+    return int(state["step"]) if state else 0
 
 
 def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:

@@ -331,6 +331,7 @@ class Store:
         change_paths(manifest["config"], Run, absolute)  # older checkpoints have the paths as they were typed
         then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
         now = recorded(self.run) | self._versions() | {"text": self.text}
+        then["processes"], now["processes"] = manifest["layout"]["world size"], self.topology.world.size
         rows = [row for row in changes(then, now) if row[0] not in NOT_COMPARED]
         if rows:
             say("changed since the checkpoint:")

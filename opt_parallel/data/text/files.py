@@ -108,6 +108,7 @@ def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
         elif ending == PARQUET:
             yield from parquet_records(piece.path, piece.start, piece.stop, where)
         else:
+            assert ending in PLAIN, ending
             yield _document(piece, where, text_field)
     except DAMAGES as error:
         raise damaged(piece.path, where, error) from error
