@@ -179,7 +179,7 @@ def test_peft_and_transformers_read_it(
 
 
 def test_a_lora_checkpoint_is_a_base_too(crew: Any, base: Path, tmp_path: Path) -> None:
-    """One adapter upon another: the first one is merged into the weights that the second leaves alone."""
+    """A second adapter on the first: the first is merged into the weights that the second run freezes."""
     first = run_on(base, tmp_path / "first", Layout())
     crew(1)(random_adapter, first, 0)
     second = run_on(base, tmp_path / "second", Layout(), STEPS, ("fc1",))

@@ -41,11 +41,6 @@ def typed_fields(section: type, prefix: str = "") -> Iterator[tuple[str, Field[A
             yield f"{prefix}{each.name}", each, hints[each.name]
 
 
-def path_keys(section: type, prefix: str = "") -> list[str]:
-    """The keys of a section that hold paths."""
-    return [key for key, each, _ in typed_fields(section, prefix) if "path" in each.metadata]
-
-
 def text_keys(section: type, prefix: str = "") -> list[str]:
     """The keys of a section whose value is a text or null."""
     found = typed_fields(section, prefix)

@@ -306,7 +306,6 @@ with reporting():
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("what", ["map", "allocate"])
 def test_out_of_memory_is_called_so(tmp_path: Path, what: str) -> None:
     """A file that cannot be mapped within `ulimit -v`, and an allocation: no damaged file, no traceback."""

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 from command import ROOT, python, write_text
-from composing import SCRIPTS, dry, load_script, options_of, run_of
+from composing import SCRIPTS, dry, load_script, options_of, path_keys, run_of
 from hugging_face import random_model
 from rights import ordinary_rights
 
 from opt_parallel.checkpoint.folders import choose
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.options import name_of, parsed
-from opt_parallel.config.paths import path_keys
 from opt_parallel.config.run import Run
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import corpora, prepare_tokenizer

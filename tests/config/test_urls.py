@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from command import python, small
-from composing import SCRIPTS, dry, load_script, options_of, run_of
+from composing import SCRIPTS, dry, load_script, options_of, path_keys, run_of
 from omegaconf import OmegaConf
 
 from opt_parallel.config.compose import run_from, to_dict
 from opt_parallel.config.options import name_of
-from opt_parallel.config.paths import local, path_keys
+from opt_parallel.config.paths import local
 from opt_parallel.config.run import Run
 from opt_parallel.launching.settings import SECTIONS
 from opt_parallel.runtime.errors import UserError

@@ -1,4 +1,4 @@
-"""An adapter alone: `peft` loads it by its folder, with the labels and upon the base that it was trained on."""
+"""An adapter alone: `peft` loads its folder, with the labels, and finds the base model that it was trained on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ids() -> torch.Tensor:
 
 
 def trained(crew: Any, base: Path, folder: Path, classifies: bool) -> Path:
-    """A LoRA run's checkpoint upon `base`."""
+    """The checkpoint of a LoRA run that adapts `base`."""
     save_tokenizer(train_tokenizer(["the cat sat on the mat"] * 9, 300), folder / "tokenizer")
     run: Run = run_on(base, folder, Layout())
     if classifies:

@@ -141,7 +141,6 @@ def test_slurm_s_script_has_what_was_asked_for() -> None:
     subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
 
 
-@pytest.mark.skipif(shutil.which("flock") is None, reason="needs util-linux")
 def test_slurm_s_script_leaves_the_state_of_a_run_that_trains_alone(tmp_path: Path) -> None:
     """Of a job that is sent a second time while the first one trains in the folder."""
     shown = dry(*VARIOUS["slurm"], *RUN, f"run.dir={tmp_path}")

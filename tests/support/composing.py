@@ -17,6 +17,7 @@ from omegaconf import open_dict
 from opt_parallel.checkpoint.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
 from opt_parallel.config.compose import TEXTS, register_schema, run_from
 from opt_parallel.config.overrides import checked
+from opt_parallel.config.paths import typed_fields
 from opt_parallel.config.run import Run
 from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, rendered, split_overrides
 
@@ -37,6 +38,11 @@ def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "co
     if tokenizer:
         take_special_tokens(config, overrides)
     return run_from(config)
+
+
+def path_keys(section: type, prefix: str = "") -> list[str]:
+    """The keys of a section that hold paths."""
+    return [key for key, each, _ in typed_fields(section, prefix) if "path" in each.metadata]
 
 
 def dry(*arguments: str) -> str:

@@ -208,17 +208,17 @@ def test_runs_are_found_once_wherever_they_lie(tmp_path: Path) -> None:
 
 
 def test_a_run_in_progress(tmp_path: Path) -> None:
-    """Its last line may be cut; one that has only begun is left out, unless it was named."""
-    a, begun = train_in(tmp_path / "a", steps=4), tmp_path / "begun"
+    """The last line may be cut. A run without rows is left out, unless it was named."""
+    a, empty_run = train_in(tmp_path / "a", steps=4), tmp_path / "empty"
     with open(a / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "step": 5, "loss')
-    begun.mkdir()
-    (begun / "metrics.jsonl").write_text("")
+    empty_run.mkdir()
+    (empty_run / "metrics.jsonl").write_text("")
     records, empty = read_runs([tmp_path])
     assert [record.reached("step") for record in records] == [4]
-    assert empty == [begun]
-    with pytest.raises(UserError, match=re.escape(f"{begun}/metrics.jsonl has no rows yet")):
-        read_runs([a, begun])
+    assert empty == [empty_run]
+    with pytest.raises(UserError, match=re.escape(f"{empty_run}/metrics.jsonl has no rows yet")):
+        read_runs([a, empty_run])
 
 
 def test_mistakes(tmp_path: Path) -> None:

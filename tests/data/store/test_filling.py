@@ -156,7 +156,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for its processes")
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     """Killed, it can tell them nothing; one has nothing to do then, one is at work."""
     corpus_of(tmp_path, TEXTS)
