@@ -1,6 +1,6 @@
-"""Builds the network that a run trains, on the meta device; `fill` then allocates and fills it.
+"""Builds the network that a run trains, on the meta device. `fill` allocates its parameters and reads their values.
 
-LoRA's frozen parameters are frozen here, before other code asks which parameters are trained."""
+With LoRA, the frozen parameters are frozen in this step, before other code asks which parameters are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opt_parallel.parallel.topology import Group
 
 
 def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | SequenceClassifier:
-    """A language model, or a classifier if there are `labels`; with LoRA terms if the run has them."""
+    """A language model, or a classifier if `labels` are given. LoRA terms are added if the run has a LoRA rank."""
     model: CausalLM | SequenceClassifier
     with torch.device("meta"):
         if labels is not None:

@@ -1,4 +1,4 @@
-"""Models with a head on the decoder: a language model's tied output projection, or a classifier's score."""
+"""The language model and the classifier, which are the OPT decoder with an output layer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelHead
 
-SCORE = "score.weight"  # the only tensor that a classifier has and a language model has not
+SCORE = "score.weight"  # the only tensor of a classifier that a language model does not have
 
 
 class CausalLM(nn.Module):
-    """OPT as a language model. Build it on the meta device; `fill` allocates and fills it."""
+    """OPT as a language model. The model is built on the meta device, and `fill` allocates its parameters."""
 
     def __init__(
         self,
@@ -40,16 +40,17 @@ class CausalLM(nn.Module):
         draw: Draw | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """With `labels` (B, S), each the next token or −100: the sum of the losses. Without: logits (B, S, V).
+        """The sum of the losses of `labels` (B, S), or without labels the logits (B, S, V).
 
-        The other arguments are the decoder's.
+        Each label is the next token, or −100 if the position has no loss. `Decoder.forward` describes the other
+        arguments.
         """
         hidden = self.decoder(ids, positions, segments, draw, cache)
         return self.lm_head(hidden, labels)
 
 
 class SequenceClassifier(nn.Module):
-    """OPT with `num_labels` scores at the last token of a sequence. Built and filled like `CausalLM`."""
+    """OPT with a linear layer that computes `num_labels` scores from the hidden state of a sequence's last token."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class SequenceClassifier(nn.Module):
         recompute: ActivationCheckpointing = ActivationCheckpointing.none,
         problem_type: ProblemType | None = None,
     ) -> None:
-        """`problem_type`: decides the loss that `forward` computes; not needed for scores."""
+        """`problem_type` selects the loss that `forward` computes. It is not needed for scores alone."""
         super().__init__()
         self.problem_type = problem_type
         self.decoder = Decoder(config, group, recompute)
@@ -73,10 +74,9 @@ class SequenceClassifier(nn.Module):
         segments: Tensor | None = None,
         draw: Draw | None = None,
     ) -> Tensor:
-        """With `labels`: the sum of the losses (see `example_losses`) of the sequences `ids` (B, S). Without: their
-        scores (B, num_labels).
+        """The sum of the losses of the sequences `ids` (B, S), or without `labels` their scores (B, num_labels).
 
-        The other arguments are the decoder's.
+        `example_losses` describes the losses, and `Decoder.forward` the other arguments.
         """
         hidden = self.decoder(ids, positions, segments, draw)
         scores = self.score(last_tokens(hidden, ids, self.decoder.config.pad_token_id))
@@ -87,9 +87,10 @@ class SequenceClassifier(nn.Module):
 
 
 def last_tokens(hidden: Tensor, ids: Tensor | None, pad_token_id: int) -> Tensor:
-    """The hidden states (B, E), from `hidden` (B, S, E), of each row's right-most token that is not padding.
+    """The hidden state of the last token of each row that is not padding: `hidden` (B, S, E) → (B, E).
 
-    As in Hugging Face's OPT, only `ids` (B, S) decide what is padding; without ids the last position is used.
+    As in Hugging Face's OPT, a token of `ids` (B, S) is padding if it is `pad_token_id`. Without ids, the last position
+    is used.
     """
     if ids is None:
         return hidden[:, -1]
@@ -98,7 +99,7 @@ def last_tokens(hidden: Tensor, ids: Tensor | None, pad_token_id: int) -> Tensor
 
 
 def problem_type_of(num_labels: int, labels: Tensor) -> ProblemType:
-    """The problem type that Hugging Face infers from the number and dtype of the labels."""
+    """The problem type that Hugging Face's OPT infers from the number of labels and their dtype."""
     if num_labels == 1:
         return ProblemType.regression
     integers = not labels.dtype.is_floating_point and labels.dtype is not torch.bool
@@ -106,10 +107,11 @@ def problem_type_of(num_labels: int, labels: Tensor) -> ProblemType:
 
 
 def classification_loss(scores: Tensor, labels: Tensor, problem_type: ProblemType) -> Tensor:
-    """Mean loss of `scores` (B, N), 0-d, as Hugging Face documents it.
+    """The mean loss of `scores` (B, N), a scalar, as Hugging Face documents it.
 
-    Regression: squared error to `labels` (B, N), or (B,) if N is 1. Single label: cross entropy of the softmax,
-    `labels` (B,). Multi label: binary cross entropy of each score's sigmoid, `labels` (B, N) from 0 to 1.
+    For regression, the loss is the squared error, and `labels` are (B, N), or (B,) if N is 1. For a single label, the
+    loss is the cross entropy of the softmax, and `labels` are (B,). For multiple labels, the loss is the binary cross
+    entropy of each score's sigmoid, and `labels` are (B, N) numbers from 0 to 1.
     """
     if problem_type is ProblemType.single_label_classification:
         return F.cross_entropy(scores, labels.flatten())
@@ -120,10 +122,10 @@ def classification_loss(scores: Tensor, labels: Tensor, problem_type: ProblemTyp
 
 
 def example_losses(scores: Tensor, labels: Tensor, problem_type: ProblemType) -> Tensor:
-    """Each example's loss (B,), whose mean is `classification_loss`; zero for labels that are −100 or NaN.
+    """The loss of each example (B,), which is zero if the label is −100 or NaN.
 
-    Labels are (B,) integers, or (B, N) numbers. Computed in fp32 or wider: fp16 would lose small gradients before the
-    loss scale multiplies them.
+    `labels` are (B,) integers, or (B, N) numbers. The losses are computed in fp32 or float64, because fp16 would lose
+    small gradients before they are multiplied by the loss scale.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if problem_type is ProblemType.single_label_classification:

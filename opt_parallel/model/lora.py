@@ -1,4 +1,4 @@
-"""LoRA on OPT: the linear layers that get a LoRA term, and the terms' names and tensors in a PEFT adapter."""
+"""Adds LoRA terms to the linear layers of OPT, and translates these terms into the tensors of a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.opt import Block
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-QKV = ("q_proj", "k_proj", "v_proj")  # the blocks of qkv_proj
+QKV = ("q_proj", "k_proj", "v_proj")  # the order of query, key and value in qkv_proj
 
 
 def qkv_blocks(targets: list[str]) -> tuple[int, ...]:
-    """The blocks of qkv_proj (0: query, 1: key, 2: value) that are among `targets`."""
+    """The blocks of qkv_proj (0 is query, 1 is key, 2 is value) that get a LoRA term according to `targets`."""
     return tuple(block for block, name in enumerate(QKV) if name in targets)
 
 
 def adapt(model: CausalLM | SequenceClassifier, lora: LoraConfig) -> None:
-    """Add LoRA terms to the layers that `lora` names, and freeze everything else except a classifier's score."""
+    """Add LoRA terms to the layers that `lora` names, and freeze all other parameters except a classifier's score."""
     model.requires_grad_(False)
     for layer in model.decoder.layers:
         assert isinstance(layer, Block)
@@ -38,15 +38,15 @@ def adapt(model: CausalLM | SequenceClassifier, lora: LoraConfig) -> None:
 
 
 def terms_of(name: str) -> tuple[str, str]:
-    """The names of A and B for the weight `name`."""
+    """The names of the LoRA matrices A and B of the weight `name`."""
     layer = name.removesuffix(".weight")
     return f"{layer}.lora_a", f"{layer}.lora_b"
 
 
 def to_peft(name: str, values: Tensor, targets: list[str]) -> dict[str, Tensor]:
-    """Our trained logical tensor under the names that `peft` uses in an adapter of these targets.
+    """A trained full tensor `values`, under the names that `peft` gives it in an adapter with these targets.
 
-    They refer to Hugging Face's layers, in which query, key and value are separate."""
+    The tensor of query, key and value becomes up to three tensors, because Hugging Face's layers are separate."""
     layers = [f"base_model.model.{layer}" for layer in hf_names(name)]
     for ours, theirs in ((".lora_a", ".lora_A.weight"), (".lora_b", ".lora_B.weight")):
         layers = [layer.removesuffix(ours) + theirs if layer.endswith(ours) else layer for layer in layers]
@@ -57,8 +57,9 @@ def to_peft(name: str, values: Tensor, targets: list[str]) -> dict[str, Tensor]:
 
 
 def config_for_peft(lora: LoraConfig, base: str | None, classifier: bool) -> dict[str, Any]:
-    """The content of adapter_config.json, with the keys of `peft.LoraConfig`. `base`: a folder or hub id that
-    transformers can load."""
+    """The content of adapter_config.json, with the keys of `peft.LoraConfig`.
+
+    `base` is the folder or hub id of the base model, which transformers can load."""
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",

@@ -1,6 +1,7 @@
-"""The OPT decoder (Zhang et al. 2022), as Hugging Face documents it, built of parallel layers.
+"""The OPT decoder (Zhang et al. 2022) as Hugging Face documents it, built of tensor-parallel layers.
 
-Shapes: B sequences, S positions, H hidden, A attention heads, of which this rank holds A/t.
+In shapes, B is the number of sequences, S the number of positions, H the hidden size, A the number of attention heads,
+and t the number of ranks in a tensor group. Each rank computes A/t heads.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Context:
-    """Arguments that all layers of one forward share.
+    """Arguments that all layers of one forward pass share.
 
-    `mask` (B, 1, S, K) is true where a query may attend to a key, None: causal. `draw`: the position of a training
-    forward in the run, None: evaluation.
+    `mask` (B, 1, S, K) is true where a query may attend to a key. Without a mask, attention is causal. `draw` is the
+    position of a training forward pass in the run, and None in evaluation.
     """
 
     mask: Tensor | None = None
@@ -45,7 +46,7 @@ class Context:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; query, key and value are one column-parallel product, `out_proj` is row-parallel."""
+    """Causal self-attention. One column-parallel layer computes query, key and value; `out_proj` is row-parallel."""
 
     def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         size, bias = config.hidden_size, config.enable_bias
         self.qkv_proj = ColumnParallelLinear(size, size, group, config.std, bias, blocks=3)
         self.out_proj = RowParallelLinear(size, size, group, residual_std(config), bias)
-        self.heads = self.qkv_proj.weight.size(1) // self.head_dim  # of this rank
+        self.heads = self.qkv_proj.weight.size(1) // self.head_dim  # number of heads on this rank
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """(B, S, H) → (B, S, H)."""
@@ -73,7 +74,9 @@ class Attention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Attention of each head: queries (B, A/t, S, D), keys and values (B, A/t, K, D) → (B, A/t, S, D)."""
+        """The attention output of each head (B, A/t, S, D).
+
+        `query` is (B, A/t, S, D), and `key` and `value` are (B, A/t, K, D)."""
         causal = mask is None and query.size(2) > 1
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
 
@@ -81,7 +84,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One decoder layer: attention and feed-forward, each with dropout and a residual connection.
 
-    LayerNorm comes before each of the two, or, in OPT-350m, after its residual sum (`do_layer_norm_before=False`).
+    LayerNorm is applied before attention and before the feed-forward. With `do_layer_norm_before=False`, as in
+    OPT-350m, it is applied after each of the two residual sums.
     """
 
     def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:
@@ -117,7 +121,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks and final LayerNorm: ids → hidden states."""
+    """The embeddings, the decoder layers and the final LayerNorm, which turn token ids into hidden states."""
 
     def __init__(
         self,
@@ -146,14 +150,14 @@ class Decoder(nn.Module):
         draw: Draw | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Hidden states (B, S, E) of `ids` (B, S); E is the embedding's width.
+        """The hidden states (B, S, E) of `ids` (B, S), where E is the width of the embedding.
 
         Args:
-            positions: (B, S), −1 for padding; None: counted from 0 in each row, padding left out.
-            segments: (B, K) over all keys, cached keys included; a token attends to earlier tokens of its own segment.
-                0 marks padding. None: one sequence per row, without padding.
-            draw: position of this training forward in the run; None: evaluation, without any dropout.
-            cache: keys and values of earlier positions; this forward appends its own.
+            positions: (B, S), −1 for padding. By default, the tokens of each row are counted from 0 without padding.
+            segments: (B, K), the number of each key's segment, and 0 for padding. K includes cached keys. A token
+                attends only to earlier tokens of its own segment. By default, each row is one sequence without padding.
+            draw: the position of this training forward pass in the run, or None for evaluation without dropout.
+            cache: the keys and values of earlier positions. This forward pass appends its keys and values.
         """
         return self.decode(self.embed_tokens(ids), positions, segments, draw, cache)
 
@@ -165,7 +169,7 @@ class Decoder(nn.Module):
         draw: Draw | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """`forward`, given the tokens' `embeddings` (B, S, E)."""
+        """The result of `forward`, for the `embeddings` (B, S, E) of the tokens instead of their ids."""
         past, hidden = positions_held(cache), embeddings
         batch, length, _ = hidden.shape
         if positions is None:
@@ -185,21 +189,21 @@ class Decoder(nn.Module):
         return hidden if self.project_out is None else self.project_out(hidden)
 
     def new_cache(self, batch: int, room: int) -> Cache:
-        """An empty cache for `batch` sequences of at most `room` positions."""
+        """An empty cache of keys and values for `batch` sequences of at most `room` positions."""
         first = self.layers[0]
         assert isinstance(first, Block)
         heads, head_dim = first.self_attn.heads, first.self_attn.head_dim
         return Cache(len(self.layers), batch, heads, room, head_dim, like=self.embed_tokens.weight)
 
     def drops(self, block: Block, draw: Draw | None) -> bool:
-        """Whether LayerDrop skips `block` in this forward."""
+        """Whether LayerDrop skips `block` in this forward pass."""
         return draw is not None and draw.drops_layer(self.config.layerdrop, block.layer)
 
     def run_block(self, block: Block, hidden: Tensor, context: Context) -> Tensor:
-        """(B, S, H) → (B, S, H)."""
+        """The output (B, S, H) of `block` for `hidden` (B, S, H), or `hidden` itself if LayerDrop skips the block."""
         if self.drops(block, context.draw):
-            # With ZeRO-3 or CPU offload, a layer that does not run silently keeps its previous gradient.
-            # Running it on one token, times zero, costs little and makes the gradient zero.
+            # With ZeRO-3 or CPU offload, a layer that does not run would keep its previous gradient.
+            # So the layer runs on one token, and its output is multiplied by zero, which makes the gradient zero.
             return hidden + (0.0 * block(hidden[:1, :1], Context())).sum()
         if context.draw is not None and self.recompute is ActivationCheckpointing.full:
             recomputed = checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
@@ -209,7 +213,7 @@ class Decoder(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned position embeddings: position p has row p + 2; padding, position −1, has row 1."""
+    """Learned position embeddings. Position p has row p + 2, and padding (position −1) has row 1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -221,13 +225,14 @@ class PositionEmbedding(nn.Module):
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Initial standard deviation of the layers that write into the residual stream."""
+    """The initial standard deviation of the weights of layers whose output is added to the residual stream."""
     return config.std / (2 * config.num_hidden_layers) ** 0.5 if config.init is Init.paper else config.std
 
 
 def count_positions(segments: Tensor | None, past: int, batch: int, length: int, device: torch.device) -> Tensor:
-    """Positions (batch, length) of the tokens after the first `past`: the number of earlier tokens that are not
-    padding; −1 for padding."""
+    """The positions (batch, length) of the tokens after the first `past` tokens.
+
+    A token's position is the number of earlier tokens that are not padding. Padding has position −1."""
     if segments is None:
         return torch.arange(past, past + length, device=device).expand(batch, length)
     real = (segments > 0).long()
@@ -235,9 +240,10 @@ def count_positions(segments: Tensor | None, past: int, batch: int, length: int,
 
 
 def attention_mask(segments: Tensor | None, past: int, queries: int, device: torch.device) -> Tensor | None:
-    """True where a query may attend to a key, (B or 1, 1, queries, past + queries); None if causality alone decides.
+    """A mask (B or 1, 1, queries, past + queries) that is true where a query may attend to a key.
 
-    Padding is a segment of its own, so that a padded query attends to padding and its softmax is not empty.
+    None means that the causal mask of the attention kernel suffices. Padding forms its own segment. So a padding query
+    attends to padding keys, and its softmax is not empty.
     """
     if segments is None and (past == 0 or queries == 1):
         return None

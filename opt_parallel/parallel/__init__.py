@@ -1,1 +1,1 @@
-"""Process groups, layers split over a tensor group, and what these use: marks, collectives, random numbers."""
+"""Process groups, and layers whose weights are split over a tensor-parallel group."""

@@ -1,7 +1,7 @@
-"""Four collectives with gradients, named by what they do in the forward pass, and four without.
+"""Four collectives with a gradient, named after their forward pass, and four collectives without a gradient.
 
-All but `all_reduce_in_place` return a new tensor: torch.compile would lose the gradient of a tensor that is written
-into. A group of size 1 does not communicate.
+All except `all_reduce_in_place` return a new tensor, because torch.compile would lose the gradient of a tensor that is
+overwritten. A group of size 1 does not communicate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opt_parallel.parallel.topology import Group
 
 
 def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
-    """Sum (or "max") of `tensor` over the group. No gradient."""
+    """The sum (or the maximum, if `operation` is "max") of `tensor` over the group, without a gradient."""
     if group.size == 1:
         return tensor
     assert group.handle is not None
@@ -25,14 +25,15 @@ def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
 
 
 def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
-    """Replace `tensor` by its sum over the group; for tensors too large to allocate twice."""
+    """Replace `tensor` by its sum over the group, without allocating a second tensor of its size."""
     if group.size > 1:
         dist.all_reduce(tensor, group=group.handle)
 
 
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
-    """The first rank's `tensor`, on every rank of the group. The other ranks' `tensor` gives shape and dtype. No
-    gradient."""
+    """The first rank's `tensor`, on every rank of the group, without a gradient.
+
+    On the other ranks, only the shape and dtype of `tensor` are used."""
     if group.size == 1:
         return tensor
     assert group.handle is not None
@@ -40,7 +41,7 @@ def broadcast(tensor: Tensor, group: Group) -> Tensor:
 
 
 def all_gather_last(tensor: Tensor, group: Group) -> Tensor:
-    """The ranks' tensors (…, n), concatenated along the last dim: (…, n · size). No gradient."""
+    """The ranks' tensors (…, n), concatenated along the last dim to (…, n · size), without a gradient."""
     if group.size == 1:
         return tensor
     assert group.handle is not None
@@ -53,22 +54,22 @@ def _own_part(tensor: Tensor, group: Group) -> Tensor:
 
 
 def copy(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: identity. Backward: all-reduce, since every rank's use of the copy contributes to the gradient."""
+    """Return `tensor`. The backward pass sums the gradients of all ranks, because every rank uses the tensor."""
     return tensor if group.size == 1 else _Copy.apply(tensor, group)
 
 
 def reduce(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: all-reduce. Backward: identity, since each rank's tensor enters the sum once."""
+    """Return the sum of the ranks' tensors. The backward pass passes the gradient of the sum on unchanged."""
     return tensor if group.size == 1 else _Reduce.apply(tensor, group)
 
 
 def gather(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: all-gather along the last dim. Backward: the rank's own part of the gradient."""
+    """Concatenate the ranks' tensors along the last dim. The backward pass gives each rank its part of the gradient."""
     return tensor if group.size == 1 else _Gather.apply(tensor, group)
 
 
 def scatter(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: the rank's own part of the last dim. Backward: all-gather."""
+    """Return this rank's part of the last dim. The backward pass concatenates the gradients of all ranks."""
     return tensor if group.size == 1 else _Scatter.apply(tensor, group)
 
 

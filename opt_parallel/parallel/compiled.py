@@ -1,6 +1,6 @@
-"""torch.compile for small functions of large tensors, where it saves time and where it works.
+"""Applies torch.compile to short functions of large tensors, if the device has a working compiler.
 
-Run eagerly, such a function reads and writes its tensors once per operation; compiled, once in total.
+An eager function reads and writes its tensors once for each operation. The compiled function does so only once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch._dynamo.exc import TorchDynamoException
 
 from opt_parallel.runtime.log import say
 
-COMPILED_FROM = 2**19  # elements; for smaller tensors compiling takes longer than it saves
+COMPILED_FROM = 2**19  # elements. For smaller tensors, compilation takes longer than the time it saves.
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled for calls whose first argument is a tensor of COMPILED_FROM elements or more.
 
-    `function` may contain only tensor operations, no collectives. On a machine without a working compiler it runs
-    eagerly, and a line says so."""
+    `function` may contain only tensor operations, no collectives. On a host without a working compiler, `function`
+    runs eagerly, and a message is printed."""
 
     @wraps(function)
     def call(large: Tensor, *rest: Any) -> Any:

@@ -3,9 +3,9 @@
     Y = X A:   A = [A_1 … A_t]  by columns   Y_i = X A_i           the outputs are concatenated
     Z = Y B:   B = [B_1; … B_t] by rows      Z   = Σ_i Y_i B_i     one all-reduce
 
-A column-parallel layer followed by a row-parallel layer therefore communicates once forward (the sum) and once backward
-(the gradient of X). PyTorch stores weights as (out, in): the paper's columns are dim 0 of a weight here, its rows dim
-1.
+A column-parallel layer followed by a row-parallel layer therefore needs one all-reduce in the forward pass (of Z) and
+one in the backward pass (of the gradient of X). PyTorch stores a weight as (out, in). So the paper's columns are dim 0
+of a weight in this module, and the paper's rows are dim 1.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from opt_parallel.parallel.topology import Group
 
 
 class ColumnParallelLinear(nn.Module):
-    """(…, in) → (…, blocks · out/t): each rank computes its share of the outputs of every block.
+    """A linear layer whose output features are split over `group`: (…, in) → (…, blocks · out/t).
 
-    `blocks` products of equal shape with one input are computed as one. With 3, the logical weight is (3, out, in),
-    split along dim 1, so that each rank has query, key and value of the same heads.
+    The layer computes `blocks` matrix products with the same input as one product. With 3 blocks, the full (unsplit)
+    weight is (3, out, in). It is split along dim 1, so that each rank has query, key and value of the same heads.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
         self.lora_b: nn.Parameter | None = None
 
     def adapt(self, rank: int, alpha: float, blocks: tuple[int, ...] = (0,)) -> None:
-        """Add a LoRA term to each of `blocks` (ascending). Each block has its own A and B."""
+        """Add a LoRA term to each of the `blocks` (in ascending order). Each block has its own matrices A and B."""
         *outer, out_features, in_features = shard_of(self.weight).shape
         self.adapted, self.scale = blocks, alpha / rank
         several = (len(blocks),) if outer else ()
@@ -59,7 +59,9 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """(…, in/t) → (…, out): the sum of the ranks' partial products, plus the bias."""
+    """A linear layer whose input features are split over `group`: (…, in/t) → (…, out).
+
+    The ranks' partial products are summed before the bias is added."""
 
     def __init__(self, in_features: int, out_features: int, group: Group, std: float, bias: bool = True) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class RowParallelLinear(nn.Module):
         self.lora_b: nn.Parameter | None = None
 
     def adapt(self, rank: int, alpha: float) -> None:
-        """Add a LoRA term."""
+        """Add a LoRA term to the layer."""
         out_features, in_features = shard_of(self.weight).shape
         self.scale = alpha / rank
         self.lora_a = parameter((rank, in_features), initial_a(in_features), decay=True, group=self.group, dim=1)
@@ -90,7 +92,9 @@ class RowParallelLinear(nn.Module):
 
 
 class Linear(nn.Module):
-    """(…, in) → (…, out) without bias, replicated: the projections of OPT-350m, a classifier's score."""
+    """A linear layer (…, in) → (…, out) without bias, of which every rank holds a full copy.
+
+    The projections of OPT-350m and the output layer of a classifier are such layers."""
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         super().__init__()
@@ -101,9 +105,9 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dim (Ba et al. 2016), eps 1e-5 as in OPT, replicated.
+    """Layer normalisation over the last dim (Ba et al. 2016) with eps 1e-5, as in OPT.
 
-    Without `affine` it has neither scale nor shift.
+    Every rank holds a full copy. Without `affine`, the layer has neither weight nor bias.
     """
 
     def __init__(self, size: int, affine: bool = True) -> None:

@@ -1,9 +1,9 @@
-"""Output projection and cross entropy as one function, over a vocabulary split over a tensor group.
+"""Output projection and cross entropy as one function, for a vocabulary that is split over a tensor group.
 
-The logits of a large vocabulary are the largest tensor of a training step. Here only one chunk of tokens has logits at
-a time. The softmax of a chunk gives its part of both gradients; then the next chunk reuses the memory. So the forward
-computes the gradients, and the backward only scales them, as in Cut Cross-Entropy (Wijmans et al. 2024) and Liger
-Kernel (Hsu et al. 2024).
+The logits of a large vocabulary are the largest tensor of a training step. This function computes the logits for one
+chunk of tokens at a time. It adds the chunk's contribution to the gradients of the hidden states and of the weight, and
+then reuses the memory for the next chunk. So the forward pass computes the gradients, and the backward pass only scales
+them, as in Cut Cross-Entropy (Wijmans et al. 2024) and Liger Kernel (Hsu et al. 2024).
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from opt_parallel.parallel.collectives import all_gather_last
 from opt_parallel.parallel.compiled import compiled
 from opt_parallel.parallel.topology import Group
 
-# Bytes of a chunk's logits. Larger chunks read and write the weight's gradient less often; on a GPU with small chunks
-# that takes as long as a matrix product. On a CPU the products themselves are slower on larger chunks.
+# Maximum bytes of a chunk's logits. Each chunk reads and writes the weight's gradient once, so a GPU is slow with many
+# small chunks. On a CPU, the matrix products are slower for large chunks.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-# Rows of the weight's gradient that one product computes: few enough for a CPU's cache.
+# Number of rows of the weight's gradient that one matrix product computes. The rows fit a CPU's cache.
 ROWS = {"cpu": 2048, "cuda": 16384}
-HALF_SCALE = 1024.0  # fp16 cannot represent a softmax below 6e-8; scaled, it reaches 6e-11
+HALF_SCALE = 1024.0  # fp16 rounds probabilities below 6e-8 to zero. With this scale, the limit is 6e-11.
 
 
 def vocab_parallel_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: range, group: Group
 ) -> Tensor:
-    """Sum of −log softmax(hidden @ weight.T)[label] over the labels that are not −100, 0-d, fp32 at least.
+    """Sum of −log softmax(hidden @ weight.T)[label] over the labels that are not −100, a scalar in fp32 or float64.
 
-    With z = hidden @ weight.T and m = max_v z_v:  −log p = log Σ_v exp(z_v − m) − (z_label − m), and its gradient by z
-    is softmax(z) − onehot(label). Ranks exchange three numbers per token (maximum, sum, the label's logit), in one
-    all-gather per chunk. Softmax and sums are computed in fp32 or wider. Gradients stay in that dtype until the
-    backward scales them; only bf16 gradients that are not accumulated are rounded earlier, since bf16 has fp32's range.
+    With z = hidden @ weight.T and m = max_v z_v, the loss is −log p = log Σ_v exp(z_v − m) − (z_label − m). Its
+    gradient with respect to z is softmax(z) − onehot(label). Ranks exchange three numbers per token (the maximum, the
+    sum and the label's logit), in one all-gather per chunk. Softmax and sums are computed in fp32 or float64. Gradients
+    keep that dtype until the backward pass scales them. Only bf16 gradients that are not accumulated are rounded
+    earlier, because bf16 has the same range as fp32.
 
     Args:
-        hidden: (…, D), equal on all ranks. Its gradient is this rank's summand: `copy` sums over the ranks.
-        weight: (rows, D), this rank's rows of the embedding; rows from len(vocabulary) on are padding and do not count.
+        hidden: (…, D), equal on all ranks. Each rank computes a summand of its gradient, and `copy` adds the summands.
+        weight: (rows, D), this rank's rows of the embedding. Rows from len(vocabulary) on are padding and are ignored.
         labels: (…), ids of the full vocabulary, or −100.
         vocabulary: the ids whose rows this rank holds, at least one.
     """
@@ -83,8 +84,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states (N, D) and weight (rows, D), accumulated chunk by chunk; None if the weight is
-    frozen (`trained` is false)."""
+    """The gradients of the hidden states (N, D) and of the weight (rows, D), accumulated chunk by chunk.
+
+    The gradient of a frozen weight (`trained` is false) is None."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, vocabulary: int, chunk: int, trained: bool) -> None:
         exact = _at_least_fp32(hidden.dtype)
@@ -97,7 +99,9 @@ class _Gradients:
         self.weight[vocabulary:] = 0.0
 
     def add(self, by_logits: Tensor, hidden: Tensor, rows: Tensor, tokens: slice) -> None:
-        """Add a chunk: the gradient of its logits (n, V), its hidden states (n, D), this rank's rows (V, D)."""
+        """Add the contribution of a chunk of n tokens, given the gradient `by_logits` (n, V) of the chunk's logits.
+
+        `hidden` (n, D) are the chunk's hidden states, and `rows` (V, D) are this rank's rows of the weight."""
         vocabulary = by_logits.size(1)
         self.hidden[tokens] = _product(by_logits, rows)
         if self.weight is None:
@@ -113,7 +117,7 @@ class _Gradients:
 
 
 def _across_ranks(logits: Tensor, labels: Tensor, vocabulary: range, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """For each token of a chunk, over the full vocabulary: largest logit, Σ exp(logit − largest), the label's logit."""
+    """Each token's largest logit, its sum of exp(logit − largest), and its label's logit, over the full vocabulary."""
     column, elsewhere = _columns(labels, vocabulary)
     top, total = _top_and_total(logits)
     target = logits.gather(-1, column.unsqueeze(-1)).squeeze(-1).to(top.dtype).masked_fill(elsewhere, 0.0)
@@ -128,9 +132,9 @@ def _across_ranks(logits: Tensor, labels: Tensor, vocabulary: range, group: Grou
 def _to_gradient(
     logits: Tensor, labels: Tensor, vocabulary: range, top: Tensor, total: Tensor, target: Tensor, counted: Tensor
 ) -> None:
-    """Replace a chunk's logits by their gradient, softmax − onehot; in fp16 it is multiplied by HALF_SCALE.
+    """Replace a chunk's logits by their gradient, softmax − onehot. In fp16, the gradient is multiplied by HALF_SCALE.
 
-    The label's entry, p − 1, is computed separately: rounding p first would lose 1 − p of a confident token."""
+    The label's entry p − 1 is computed before rounding: if p were close to 1 and rounded first, p − 1 would be 0."""
     column, elsewhere = _columns(labels, vocabulary)
     scale = counted * _gradient_scale(logits.dtype)
     _softmax_in_place(logits, top, scale / total)
@@ -140,7 +144,7 @@ def _to_gradient(
 
 
 def _columns(labels: Tensor, vocabulary: range) -> tuple[Tensor, Tensor]:
-    """The labels' columns in this rank's logits (n,), and a mask (n,) of the labels that other ranks hold."""
+    """The columns (n,) of the labels in this rank's logits, and a mask (n,) that is true for labels on other ranks."""
     elsewhere = (labels < vocabulary.start) | (labels >= vocabulary.stop)
     return (labels - vocabulary.start).masked_fill(elsewhere, 0), elsewhere
 
@@ -164,8 +168,10 @@ def _add(total: Tensor, part: Tensor) -> None:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times `factor`, in `dtype`. In place if the dtype stays, which saves memory; autograd then refuses a
-    second backward, since a saved tensor has changed."""
+    """The gradient times `factor`, in `dtype`.
+
+    If the gradient has this dtype already, it is scaled in place to save memory. Autograd then refuses a second
+    backward pass, because a saved tensor has changed."""
     if gradient.dtype is not dtype:
         return _scaled_and_rounded(gradient, factor, dtype)
     _scale(gradient, factor)
@@ -183,20 +189,20 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in fp32 on GPUs and for fp16: a sum over many tokens exceeds fp16's range."""
+    """left @ right. On GPUs and for fp16 the product is in fp32, because a sum over many tokens can overflow fp16."""
     if left.dtype in (torch.float32, torch.float64):
         return left @ right
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     if left.dtype is torch.float16:
         return left.float() @ right.float()
-    return left.contiguous() @ right  # faster on a CPU than the product of a transposed bf16 matrix
+    return left.contiguous() @ right  # a CPU multiplies a contiguous bf16 matrix faster than a transposed view
 
 
 def _tokens_of_a_chunk(hidden: Tensor, rows: int) -> int:
-    """Tokens per chunk: as few chunks as CHUNK_BYTES allows, all but the last of equal size.
+    """Number of tokens per chunk, for as few chunks of equal size as CHUNK_BYTES allows.
 
-    `rows` includes padding, so that all ranks compute the same number."""
+    `rows` includes padding, so that all ranks compute the same number. The last chunk may be smaller."""
     tokens = hidden.size(0)
     most = max(1, CHUNK_BYTES[hidden.device.type] // (rows * hidden.element_size()))
     chunks = -(-tokens // most)

@@ -1,4 +1,4 @@
-"""A model that holds the parameters of only the module that computes."""
+"""Runs a model with the parameters of only one module in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from opt_parallel.parallel.shard import Source, filled, marked
 
 @contextmanager
 def filled_in_turn(model: nn.Module, source: Source, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Within the context, each module of a `model` on the meta device reads this rank's ranges of its own parameters
-    from `source` when it is called, and frees them when it returns.
+    """A context in which each module of a `model` on the meta device loads its parameters only while it is called.
 
-    Needs the memory of one module instead of the model's; every forward reads all parameters. Works without gradients,
-    for modules that do not use other modules' parameters."""
-    names = {parameter: name for name, parameter, _ in marked(model)}  # a tied parameter under its first name
+    A module reads this rank's parts of its own parameters from `source` when it is called, and frees them when it
+    returns. So a forward pass needs the memory of one module, and reads all parameters again. No gradients can be
+    computed. A module must not use the parameters of other modules."""
+    names = {parameter: name for name, parameter, _ in marked(model)}  # a tied parameter has its first name
     handles = []
 
     def take(own: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:

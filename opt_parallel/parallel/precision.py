@@ -1,7 +1,7 @@
-"""The precisions that a device supports natively, and the meaning of `precision=auto`: bf16 if the devices of all ranks
-support it, else fp32.
+"""Finds the precisions that a device supports natively, and chooses one for `precision=auto`.
 
-A device without instructions for a precision emulates it: several times slower than fp32, on many CPUs a hundred times.
+`auto` means bf16 if the devices of all ranks support bf16, else fp32. A device without instructions for a precision
+emulates them. Emulation is several times slower than fp32, and on many CPUs a hundred times slower.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from opt_parallel.parallel.topology import Topology, local_device
 from opt_parallel.runtime.log import say
 
 CPUINFO = Path("/proc/cpuinfo")
-# A CPU supports a precision if it has one of these flags; the last of each is ARM's, the others are x86's
+# A CPU supports a precision if it has one of these flags. The last flag of each set is of ARM, the others are of x86.
 FLAGS = {Precision.bf16: {"avx512_bf16", "amx_bf16", "bf16"}, Precision.fp16: {"avx512_fp16", "amx_fp16", "asimdhp"}}
-# Values of ONEDNN_MAX_CPU_ISA that limit oneDNN, torch's library for matrix products, to instructions without fp16; all
-# but the last also exclude bf16
+# Values of ONEDNN_MAX_CPU_ISA with which oneDNN, torch's library for matrix products, uses no fp16 instructions. With
+# all values except the last, oneDNN uses no bf16 instructions either.
 ISAS = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni", "avx512_core_bf16")
 WITHOUT = {Precision.bf16: ISAS[:-1], Precision.fp16: ISAS}
 
@@ -54,8 +54,9 @@ def native(device: torch.device) -> set[Precision]:
 
 
 def choose_precision(run: Run, topology: Topology, before: Precision | None = None) -> tuple[Run, str]:
-    """`resolved` for the devices of all ranks; every rank calls this. `before`: the precision of the checkpoint that
-    the run resumes from; rank 0's counts."""
+    """`resolved` for the devices of all ranks. Every rank must call this function.
+
+    `before` is the precision of the checkpoint that the run resumes from. Rank 0's value is used on all ranks."""
     answers = topology.exchange((native(topology.device), before))
     several = len(answers) > 1
     names = [
@@ -73,11 +74,15 @@ def choose_precision_alone(run: Run) -> tuple[Run, str]:
 def resolved(
     run: Run, natives: Sequence[Set[Precision]], names: Sequence[str], before: Precision | None = None
 ) -> tuple[Run, str]:
-    """`run` with `precision=auto` replaced by one of the three precisions, and the reason for the choice, for people
-    (empty if the run names a precision).
+    """`run` with a precision in place of `precision=auto`, and the reason for this choice as a text for users.
 
-    `natives`: the precisions that each rank's device supports; `names`: the devices' names; `before`: the precision of
-    the checkpoint that the run resumes from. Warns if a device emulates the precision."""
+    The reason is empty if the run names a precision. A warning is printed if a device emulates the precision.
+
+    Args:
+        natives: the precisions that each rank's device supports natively.
+        names: the name of each rank's device.
+        before: the precision of the checkpoint that the run resumes from.
+    """
     precision, why = run.precision.name, ""
     if precision is Precision.auto:
         precision, why = _chosen(run, natives, names, before)
@@ -100,10 +105,10 @@ def _chosen(
 
 
 def _emulating(precision: Precision, natives: Sequence[Set[Precision]], names: Sequence[str]) -> str:
-    """The name of the first device that does not support `precision`; empty if all do."""
+    """The name of the first device that does not support `precision`, or an empty string."""
     return next((name for name, each in zip(names, natives, strict=True) if precision not in each), "")
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name in messages."""
+    """The name of `device` in messages."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -1,9 +1,9 @@
-"""Random numbers that do not depend on the layout.
+"""Random numbers that do not depend on how the run is split over processes and micro-batches.
 
-Hidden dropout and LayerDrop are pure functions of their position in the run, and a sampled token is a pure function of
-its position in the text. Recomputation, micro-batches, tensor and data parallelism therefore change nothing. Only
-attention dropout happens inside a fused kernel, which uses the device's generator: the generator is seeded before each
-use.
+The masks of hidden dropout are pure functions of the seed, the sample's position in the run and the element's position
+in the tensor. So recomputation, micro-batches, tensor and data parallelism do not change the masks. LayerDrop's
+decisions and sampled tokens are pure functions too. Only attention dropout uses the device's random generator, because
+attention is a fused kernel. The generator is seeded before each call of this kernel.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _GOLDEN = 0x9E3779B9 - (1 << 32)
 
 @dataclass(frozen=True)
 class Draw:
-    """The position of one training forward in the run, from which its random numbers follow.
+    """The position of one training forward pass in the run, which determines the random numbers of the pass.
 
-    `samples` (B,) int64 are the samples' positions in the run; `step`, `micro` and `data_rank` count from 0.
+    `samples` (B,) int64 are the samples' positions in the run. `step`, `micro` (the index of the micro-batch) and
+    `data_rank` count from 0.
     """
 
     seed: int
@@ -38,7 +39,7 @@ class Draw:
     samples: Tensor
 
     def dropout(self, hidden: Tensor, p: float, layer: int, site: int) -> Tensor:
-        """Inverted dropout of `hidden` (B, S, H), a function of (seed, sample, position, channel, layer, site)."""
+        """Inverted dropout of `hidden` (B, S, H), a pure function of (seed, sample, position, channel, layer, site)."""
         if p == 0.0:
             return hidden
         key = torch.full((), number(self.seed, layer, site), dtype=torch.int32, device=hidden.device)
@@ -47,18 +48,19 @@ class Draw:
         return dropped
 
     def drops_layer(self, p: float, layer: int) -> bool:
-        """LayerDrop's decision (Fan et al. 2020), the same in the whole step, since all ranks must agree."""
+        """Whether LayerDrop (Fan et al. 2020) skips `layer`. All ranks skip the same layers in a step."""
         return p > 0.0 and uniform("layerdrop", self.seed, self.step, layer) < p
 
     def seed_attention(self, layer: int, group: Group) -> None:
-        """Seed the device's generator for one layer's attention dropout. Tensor ranks get different seeds, since they
-        have different heads."""
+        """Seed the device's generator for one layer's attention dropout.
+
+        The ranks of a tensor group get different seeds, because they compute different heads."""
         key = ("attention", self.seed, self.step, self.micro, self.data_rank, group.rank, layer)
         torch.manual_seed(number(*key, bits=63))
 
 
 class _Dropout(torch.autograd.Function):
-    """The backward recomputes the mask, which is faster than storing it and takes no memory."""
+    """Dropout whose backward pass computes the mask again, which is faster than storing the mask and saves memory."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
@@ -79,10 +81,11 @@ def _dropped(hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
 
 
 def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: Tensor) -> Tensor:
-    """Which elements of (B, length, channels) dropout with probability `p` sets to zero: bool, without a generator.
+    """A bool mask (B, length, channels) that is true where dropout with probability `p` sets an element to zero.
 
-    A counter-based hash in int32 arithmetic: one hash of (sample, position, key), one of (channel, key), and a hash of
-    their exclusive or for the element. `samples` (B,) int64; `key` is a 0-d int32 tensor.
+    The mask needs no random generator. An element's random number is a hash in int32 arithmetic: the exclusive or of a
+    hash of (sample, position, key) and a hash of (channel, key) is hashed again. `samples` is (B,) int64, and `key` is
+    a 0-d int32 tensor.
     """
     low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
     sample = _mix(low + _mix(high + key))
@@ -94,7 +97,7 @@ def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: Ten
 
 
 def _mix(values: Tensor) -> Tensor:
-    """lowbias32 of int32 values. Multiplication wraps; the masks make the shifts logical."""
+    """The hash lowbias32 of int32 values. Products wrap around. The masks make the right shifts logical shifts."""
     mixed = values ^ ((values >> 16) & 0xFFFF)
     mixed *= _FIRST
     mixed ^= (mixed >> 15) & 0x1FFFF
@@ -104,11 +107,11 @@ def _mix(values: Tensor) -> Tensor:
 
 
 def number(*key: object, bits: int = 31) -> int:
-    """An integer below 2^bits, a pure function of `key`."""
+    """A pseudo-random integer in [0, 2^bits), a pure function of `key`."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> (64 - bits)
 
 
 def uniform(*key: object) -> float:
-    """A number in [0, 1), a pure function of `key`."""
+    """A pseudo-random number in [0, 1), a pure function of `key`."""
     return number(*key, bits=53) / 2**53

@@ -1,8 +1,8 @@
-"""After a collective has failed: which ranks still answer, and which rank prints the error.
+"""Finds the ranks that no longer answer after a collective has failed, and the rank that prints the error.
 
-Ranks ask and answer through torch's store. A thread in each rank answers, so that a rank which only waits for others
-counts as alive. A stopped or dead rank does not answer. A rank that answers, but whose own collective does not fail, is
-busy elsewhere: it answers with the line of code that it executes.
+Ranks ask and answer each other through torch's key-value store. A thread of each rank answers, so that a rank which
+waits in a collective still answers. A stopped or dead rank does not answer. A rank may also answer without having
+failed in the collective, because it executes other code. Its answer names the line of code that it executes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any
 
 POLL = 1.0  # seconds between checks for a question
 ANSWER_TIMEOUT = 5.0  # seconds
-STORE_TIMEOUT = 20.0  # seconds, for all exchanges with the store
+STORE_TIMEOUT = 20.0  # seconds for a complete roll call, after which the key-value store counts as unreachable
 PACKAGE = Path(__file__).parents[1]
 
 
 class RollCall:
-    """`connect` opens a connection to a torch store that only this run uses; `hosts`: each rank's host."""
+    """Asks all ranks whether they are alive, and answers the questions of other ranks in a thread.
+
+    `connect` opens a connection to a torch key-value store that only this run uses. `hosts` names each rank's host."""
 
     def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...]) -> None:
         self._store, self._rank, self._hosts = connect(), rank, hosts
@@ -31,12 +33,14 @@ class RollCall:
         threading.Thread(target=self._answer, args=(connect(),), name="roll call", daemon=True).start()
 
     def close(self) -> None:
-        """Stop answering."""
+        """Stop the thread that answers other ranks."""
         self._closed.set()
 
     def ask(self) -> tuple[str, bool]:
-        """Called after a collective of this rank failed: a description of the missing ranks, and whether this rank
-        prints it. On each host one rank prints: the lowest of those that answer and whose collective failed."""
+        """A description of the missing ranks, and whether this rank prints the description.
+
+        Call this method after a collective of this rank has failed. On each host, the lowest rank that answers and
+        whose collective failed prints the description."""
         found: list[tuple[str, bool]] = []
         asking = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
         asking.start()
@@ -44,7 +48,7 @@ class RollCall:
         return found[0] if found else self._without_store()
 
     def _answer(self, store: Any) -> None:
-        with suppress(RuntimeError):  # the store is gone
+        with suppress(RuntimeError):  # the process that hosts the key-value store has ended
             while not self._closed.wait(POLL):
                 if store.check(["asked"]):
                     store.set(f"here-{self._rank}", _line_of_main_thread())
@@ -55,7 +59,7 @@ class RollCall:
         try:
             missing = self._missing()
             self._store.add("done", 1)
-            if self._rank == 0:  # its process may host the store
+            if self._rank == 0:  # its process may host the key-value store, which other ranks still need
                 self._wait(lambda: self._store.add("done", 0) == self._store.add("failed", 0))
             return missing
         except RuntimeError:
@@ -81,14 +85,16 @@ class RollCall:
         return f"{self._named(busy)} is still at {store.get(f'here-{busy[0]}').decode()}", True
 
     def _without_store(self) -> tuple[str, bool]:
-        """The answer when the store is unreachable: its host is missing, the launcher or else rank 0."""
+        """The result of `ask` if the key-value store is unreachable, so the process that hosts it must be missing.
+
+        The store is hosted by the launcher or by rank 0."""
         hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         alive = [rank for rank in self._neighbours() if rank > 0 or hosted_by_launcher]
         missing = "the launcher that hosts the ranks' store" if hosted_by_launcher else self._named([0])
         return f"no answer from {missing}", self._rank == min(alive, default=self._rank)
 
     def _neighbours(self) -> list[int]:
-        """The ranks of this host."""
+        """The ranks on this rank's host."""
         return [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._rank]]
 
     def _named(self, ranks: list[int]) -> str:
@@ -104,7 +110,7 @@ class RollCall:
 
 
 def _line_of_main_thread() -> str:
-    """The line of the package that the main thread executes: `data/samples/batches.py, line 61`."""
+    """The line of this package that the main thread executes, such as `data/samples/batches.py, line 61`."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

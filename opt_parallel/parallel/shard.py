@@ -1,6 +1,7 @@
-"""A mark (`Shard`) on each parameter describes its part of the logical tensor; all other code reads the mark.
+"""Describes which part of a full tensor each parameter of a tensor-parallel model holds.
 
-The logical tensor is the parameter of an unsplit model. Names decide nothing.
+The full (logical) tensor is the same parameter of an unsplit model. The description (`Shard`) is an attribute of the
+parameter, called its mark. All other code reads the mark, and never derives it from a parameter's name.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from opt_parallel.parallel.collectives import all_gather_last
 from opt_parallel.parallel.topology import Group
 from opt_parallel.runtime.errors import UserError
 
-TILE = 1024  # random initialisation is drawn in tiles of TILE × TILE
+TILE = 1024  # random initial values are generated in tiles of TILE × TILE elements
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Initial values N(0, std²); row `zero_row` is zero."""
+    """Initial values from the normal distribution N(0, std²), except for row `zero_row`, which is zero."""
 
     std: float
     zero_row: int | None = None
@@ -31,17 +32,17 @@ class Normal:
 
 @dataclass(frozen=True)
 class Constant:
-    """Initial values all `value`."""
+    """Initial values that are all equal to `value`."""
 
     value: float
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` along `dim` of a logical tensor; all of it if `count` is 1.
+    """Part `index` of a full (unsplit) tensor of `shape` that is split along `dim` into `count` parts.
 
-    Every part has the same size, ⌈size / count⌉. If `count` does not divide the size, the rows beyond the logical end
-    are padding: zero, and never counted, saved or trained.
+    Every part has the same size, ⌈size / count⌉. If `count` does not divide the size, the rows beyond the end of the
+    full tensor are padding. Padding is zero, and it is never counted, saved or trained.
     """
 
     shape: tuple[int, ...]
@@ -53,47 +54,49 @@ class Shard:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of this part, padding included."""
+        """The shape of this part, including padding."""
         size = -(-self.shape[self.dim] // self.count)
         return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
 
     @property
     def range(self) -> tuple[slice, ...]:
-        """The slices of the logical tensor that this part holds."""
+        """The slices of the full (unsplit) tensor that this part holds."""
         size, end = self.local_shape[self.dim], self.shape[self.dim]
         part = slice(min(self.index * size, end), min((self.index + 1) * size, end))
         return tuple(part if dim == self.dim else slice(0, full) for dim, full in enumerate(self.shape))
 
     @property
     def real(self) -> tuple[slice, ...]:
-        """The slices of the local tensor that hold `range`: everything but padding."""
+        """The slices of the local tensor that select all elements except padding."""
         return tuple(slice(0, part.stop - part.start) for part in self.range)
 
     @property
     def numel(self) -> int:
-        """Elements of the logical tensor."""
+        """Number of elements of the full (unsplit) tensor."""
         return math.prod(self.shape)
 
 
 Source = Callable[[str, Shard], Tensor]
-"""`source(name, shard)` gives the values of exactly `shard.range` of the logical tensor `name`."""
+"""A function `source(name, shard)` that returns the elements `shard.range` of the full (unsplit) tensor `name`."""
 
 
 def parameter(shape: tuple[int, ...], initial: Normal | Constant, decay: bool, group: Group, dim: int) -> nn.Parameter:
-    """An empty parameter holding this rank's part of `shape` along `dim`, marked."""
+    """An empty parameter for this rank's part of a tensor of `shape` that is split along `dim`, with its mark."""
     shard = Shard(shape, dim, group.rank, group.size, initial, decay)
     return mark(nn.Parameter(torch.empty(shard.local_shape)), shard)
 
 
 def replicated(shape: tuple[int, ...], initial: Normal | Constant, decay: bool) -> nn.Parameter:
-    """An empty parameter, marked, of which every rank of a tensor group holds a full copy."""
+    """An empty parameter of which every rank of a tensor group holds a full copy, with its mark."""
     shard = Shard(shape, 0, 0, 1, initial, decay)
     return mark(nn.Parameter(torch.empty(shape)), shard)
 
 
 def mark(tensor: nn.Parameter, shard: Shard) -> nn.Parameter:
-    """Put the mark on a parameter, and `tensor_model_parallel`, which DeepSpeed's gradient norm reads: without it only
-    one rank's part of a split parameter would count, and clipping would be wrong."""
+    """Set the mark of a parameter, and the attribute `tensor_model_parallel` for DeepSpeed's gradient norm.
+
+    Without this attribute, the norm would include only one rank's part of a split parameter, and clipping would be
+    wrong."""
     tensor.shard = shard  # type: ignore[attr-defined]
     tensor.tensor_model_parallel = shard.count > 1  # type: ignore[attr-defined]
     return tensor
@@ -107,28 +110,28 @@ def shard_of(tensor: nn.Parameter) -> Shard:
 
 
 def marked(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """Each parameter once (a tied parameter under its first name) with its mark."""
+    """The name, parameter and mark of each parameter. A tied parameter occurs once, under its first name."""
     for name, tensor in model.named_parameters():
         yield name, tensor, shard_of(tensor)
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """`marked`, without frozen parameters."""
+    """The name, parameter and mark of each parameter that is not frozen."""
     return ((name, tensor, shard) for name, tensor, shard in marked(model) if tensor.requires_grad)
 
 
 def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter's logical tensor, by name."""
+    """The shapes of the full (unsplit) tensors of all parameters, by name."""
     return {name: shard.shape for name, _, shard in marked(model)}
 
 
 def trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """`logical_shapes`, without frozen parameters."""
+    """The shapes of the full (unsplit) tensors of all parameters that are not frozen, by name."""
     return {name: shard.shape for name, _, shard in trained(model)}
 
 
 def require_same_tensors(where: str, wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> None:
-    """Raise UserError, which lists the differences, unless the tensors that `where` holds are exactly `wanted`."""
+    """Raise UserError with the differences unless the tensors `held` in the folder `where` are exactly `wanted`."""
     wrong = [f"{name} is missing" for name in wanted if name not in held]
     wrong += [f"{name} is unexpected" for name in held if name not in wanted]
     shared = [name for name in wanted if name in held]
@@ -139,12 +142,14 @@ def require_same_tensors(where: str, wanted: dict[str, tuple[int, ...]], held: d
 
 
 def logical_parameters(model: nn.Module) -> int:
-    """Parameters of the unsplit model, padding left out."""
+    """Number of parameters of the unsplit model, without padding."""
     return sum(shard.numel for _, _, shard in marked(model))
 
 
 def gather_parameter(tensor: Tensor, shard: Shard, group: Group) -> Tensor:
-    """The logical tensor, gathered from its parts on every rank of `group`; all of its ranks call this. No gradient."""
+    """The full tensor, concatenated from its parts on the ranks of `group`, without a gradient.
+
+    All ranks of the group must call this function."""
     if shard.count == 1:
         return tensor.detach()
     parts = all_gather_last(tensor.detach().movedim(shard.dim, -1), group).movedim(-1, shard.dim)
@@ -158,12 +163,13 @@ def fill(
     dtype: torch.dtype,
     on_filled: Callable[[nn.Module], None] = lambda module: None,
 ) -> None:
-    """Allocate the parameters of a model on the meta device and read this rank's ranges of them from `source`.
+    """Allocate the parameters of a model on the meta device, and read this rank's parts of them from `source`.
 
-    Goes module by module: peak memory is the model so far and one tensor. `on_filled(module)` is called when a module
-    has its own parameters; ZeRO-3 splits them there, so that no rank ever holds more than one module unsplit.
+    Parameters are read one after the other, so the peak memory exceeds the model by one tensor. After all parameters of
+    a module are read, `on_filled(module)` is called. ZeRO-3 splits the parameters of the module in this call, so that
+    no rank ever holds more than one unsplit module.
     """
-    parameters: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter is filled once and stays tied
+    parameters: dict[nn.Parameter, nn.Parameter] = {}  # so that tied parameters are read once and remain tied
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for name, empty in own.items():
@@ -175,7 +181,7 @@ def fill(
 
 
 def filled(empty: nn.Parameter, name: str, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter with the mark of `empty` and this rank's range of the logical tensor `name` of `source`."""
+    """A parameter with the mark of `empty`, and with this rank's part of the full tensor `name` from `source`."""
     shard = shard_of(empty)
     values = torch.zeros(shard.local_shape, dtype=dtype, device=device)
     values[shard.real].copy_(source(name, shard))
@@ -183,10 +189,10 @@ def filled(empty: nn.Parameter, name: str, source: Source, device: torch.device,
 
 
 def random_source(seed: int) -> Source:
-    """Initial values as a pure function of (seed, name, index), the same in every layout.
+    """A source of random initial weights that do not depend on how tensors are split over ranks.
 
-    Drawn on the CPU in float32, tile by tile, with a generator seeded by (seed, name, tile). A rank draws the tiles
-    that its range touches, and never holds more than its range and one tile.
+    The values of each tile of a tensor are generated on the CPU in float32. The generator is seeded by (seed, name,
+    tile). A rank generates only the tiles that overlap its part, and needs memory for its part and one tile.
     """
 
     def source(name: str, shard: Shard) -> Tensor:
@@ -204,7 +210,7 @@ def random_source(seed: int) -> Source:
 
 
 def overlap(mine: tuple[slice, ...], theirs: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """The intersection of two ranges of one logical tensor, as slices into each of the two; None if it is empty."""
+    """The intersection of two ranges of a tensor, relative to the start of each range, or None if it is empty."""
     common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(mine, theirs, strict=True)]
     if any(part.start >= part.stop for part in common):
         return None
@@ -227,7 +233,7 @@ def _tiles_touching(ranges: tuple[slice, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _copy_tile(values: Tensor, shard: Shard, tile: tuple[int, ...], generator: torch.Generator) -> None:
-    """Draw one tile of the logical tensor and copy its overlap with the shard's range into `values`."""
+    """Generate one tile of the full tensor, and copy the elements that belong to `shard` into `values`."""
     assert isinstance(shard.initial, Normal)
     extent = []
     for dim, number in enumerate(tile):
@@ -236,7 +242,7 @@ def _copy_tile(values: Tensor, shard: Shard, tile: tuple[int, ...], generator: t
     drawn = torch.empty([part.stop - part.start for part in extent])
     drawn.normal_(0.0, shard.initial.std, generator=generator)
     shared = overlap(shard.range, tuple(extent))
-    assert shared is not None  # only tiles that touch the range are drawn
+    assert shared is not None  # the caller passes only tiles that overlap the shard
     into, out_of = shared
     values[into] = drawn[out_of]
 

@@ -1,4 +1,4 @@
-"""The grid of processes, data × tensor, and the process groups along its axes."""
+"""Arranges the processes in a grid of data × tensor parallelism, and creates the process groups along its axes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import Lost, UserError
 
 T = TypeVar("T")
-CONTROL_TIMEOUT = timedelta(days=1)  # one rank may prepare text for hours while the others wait
-FIXED_TIMEOUT = "fixed timeout"  # `group_desc` of groups whose timeout `set_timeout` does not change
-DEVICE_TIMEOUT = timedelta(seconds=60)  # for a device's first answer: its libraries may be on a slow disk
+CONTROL_TIMEOUT = timedelta(days=1)  # one rank may prepare text for hours while the other ranks wait
+FIXED_TIMEOUT = "fixed timeout"  # the `group_desc` of groups whose timeout `set_timeout` does not change
+DEVICE_TIMEOUT = timedelta(seconds=60)  # for the first use of a device, whose libraries may be on a slow disk
 
 
 @dataclass(frozen=True)
 class Group:
-    """A process group and this process's rank in it.
+    """A process group and this process's rank in the group.
 
-    `handle` is None for a group of size 1 that never communicates (a model on one process, or on the meta device).
+    `handle` is None for a group of size 1, which never communicates.
     """
 
     handle: dist.ProcessGroup | None
@@ -45,15 +45,15 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 
 
 def local_device() -> torch.device:
-    """This process's GPU, or the CPU on a machine without one.
+    """This process's GPU, or the CPU if the host has no GPU.
 
-    Raises: UserError if the launcher started more processes on this machine than it has GPUs."""
+    Raises: UserError if the launcher started more processes on this host than the host has GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     processes, devices = process.local_world_size(), torch.cuda.device_count()
     if processes > devices:
         raise UserError(
-            f"{processes} processes were started on a machine with {devices} GPUs: start at most {devices} here, "
+            f"{processes} processes were started on a host with {devices} GPUs: start at most {devices} on this host, "
             "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
         )
     return torch.device("cuda", process.local_rank())
@@ -61,13 +61,13 @@ def local_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Topology:
-    """World size = data × tensor. Neighbouring ranks share a tensor group, since tensor groups communicate most.
+    """The process groups of a run, whose world size is the data-parallel degree times the tensor-parallel degree.
 
-    For 8 ranks at tensor 2 the grid is ((0, 1), (2, 3), (4, 5), (6, 7)): tensor groups are its rows, {0, 1} {2, 3}
-    {4, 5} {6, 7}; data groups are its columns, {0, 2, 4, 6} {1, 3, 5, 7}.
+    Neighbouring ranks are in the same tensor group, because tensor groups communicate most. For example, 8 ranks with
+    tensor degree 2 have the tensor groups {0, 1} {2, 3} {4, 5} {6, 7} and the data groups {0, 2, 4, 6} {1, 3, 5, 7}.
 
-    `hosts` names each rank's host. `control` is a gloo group with a timeout of one day, for exchanging Python objects.
-    The `get_…` methods are the interface that DeepSpeed expects of its `mpu` argument.
+    `hosts` names each rank's host. `control` is a gloo group with a timeout of one day, which exchanges Python objects.
+    The `get_…` methods are the interface that DeepSpeed expects of its argument `mpu`.
     """
 
     world: Group
@@ -81,10 +81,10 @@ class Topology:
     @classmethod
     @contextmanager
     def open(cls, tensor: int, allow_cross_node: bool = True) -> Iterator[Topology]:
-        """Join the processes that the launcher started; without a launcher, form a world of size 1.
+        """Create the process groups of the processes that the launcher started, or of this process without a launcher.
 
-        The axes' groups are destroyed with the context. The default group stays: a multirun runs several experiments in
-        one process.
+        The tensor and data groups are destroyed at the end of the context. The default group remains, because a Hydra
+        multirun executes several runs in one process.
 
         Raises: UserError, on every rank, if `tensor` does not divide the world size or differs between ranks, if a host
         has too few GPUs, or if a tensor group spans several hosts and `allow_cross_node` is false."""
@@ -93,7 +93,7 @@ class Topology:
         control = None
         if size > 1:
             control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc=FIXED_TIMEOUT)
-        # before the axes' groups: ranks with different tensor degrees would create different groups
+        # The tensor degrees are compared first, because ranks with different degrees would create different groups.
         ranks = _exchange((process.host(), tensor, time.time_ns()), control)
         hosts = tuple(host for host, _, _ in ranks)
         _check_grid([degree for _, degree, _ in ranks], hosts, allow_cross_node)
@@ -110,7 +110,9 @@ class Topology:
         finally:
             if roll_call:
                 roll_call.close()
-        for handle in handles:  # not after an error: destroying would wait for collectives that other ranks never join
+        for (
+            handle
+        ) in handles:  # not after an error, because this would wait for collectives that other ranks never join
             dist.destroy_process_group(handle)
 
     @property
@@ -119,15 +121,15 @@ class Topology:
         return self.world.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. A small all-reduce on the CPU: the device does not wait for it."""
+        """Whether `flag` is true on any rank. The all-reduce runs on the CPU, so the GPU does not wait for it."""
         return bool(self.largest(int(flag)))
 
     def largest(self, value: int) -> int:
-        """The largest of the ranks' integers."""
+        """The maximum of the integers that the ranks pass."""
         return self._reduced(value, self.world, dist.ReduceOp.MAX)
 
     def sum(self, value: int, group: Group) -> int:
-        """Sum of a host integer over `group`."""
+        """The sum of the integers that the ranks of `group` pass."""
         return self._reduced(value, group, dist.ReduceOp.SUM)
 
     def _reduced(self, value: int, group: Group, operation: Any) -> int:
@@ -137,48 +139,48 @@ class Topology:
         return int(total)
 
     def barrier(self) -> None:
-        """Wait until every rank has called this."""
+        """Wait until every rank has called this method."""
         if self.world.size > 1:
             dist.all_reduce(torch.zeros(1))
 
     def exchange(self, value: T) -> list[T]:
-        """Every rank's value, in the order of the ranks. Waits up to a day for the slowest rank."""
+        """Every rank's value, in the order of the ranks. The call waits up to a day for the slowest rank."""
         return _exchange(value, self.control)
 
     def together(self, work: Callable[[], T], within: timedelta | None = None) -> T:
-        """Call `work` on every rank, wait for all, and return this rank's result.
+        """Call `work` on every rank, wait for all ranks, and return this rank's result.
 
-        Raises: UserError, on every rank, if `work` raises it on any: with host and rank unless all ranks raise the same
-        message; also if a rank does not finish `within` the given time."""
+        Raises: UserError on every rank, if `work` raises it on any rank, or if a rank does not finish `within` this
+        time. The message starts with host and rank, unless all ranks raise the same message."""
         return _together(work, self.control, self.hosts, within)
 
     def where(self, rank: int) -> str:
-        """A rank's name in messages: `nodeB, rank 3`."""
+        """The name of a rank in messages, such as `nodeB, rank 3`."""
         return f"{self.hosts[rank]}, rank {rank}"
 
     def ranks_on(self, host: str) -> list[int]:
-        """The ranks of a host."""
+        """The ranks that run on `host`."""
         return [rank for rank, name in enumerate(self.hosts) if name == host]
 
     def set_timeout(self, seconds: float) -> None:
-        """Set the timeout of collectives in all existing groups, DeepSpeed's included; not that of `control` nor of the
-        group that writes checkpoints.
+        """Set the timeout of the collectives of all existing groups, including DeepSpeed's groups.
 
-        Called before the first step: during setup some ranks may take much longer than others."""
+        The timeouts of `control` and of the group that writes checkpoints do not change. Call this method after setup,
+        because during setup some ranks may take much longer than others."""
         for group in distributed_c10d._world.pg_map:
             if group.group_desc != FIXED_TIMEOUT:
                 distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     @contextmanager
     def losing(self, timeout: float) -> Iterator[None]:
-        """Turn the failure of a collective into one line that names the missing rank. Raises: Lost."""
+        """A context that turns the failure of a collective into one line with the missing rank. Raises: Lost."""
         try:
             yield
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
             if not (isinstance(error, dist.DistError) or "gloo" in why or "NCCL" in why):
                 raise
-            why = re.sub(r"^\[\S+:\d+\] ", "", why)  # a file and line of gloo's sources
+            why = re.sub(r"^\[\S+:\d+\] ", "", why)  # gloo's messages start with a file and line of its source code
             missing, speaks = self.roll_call.ask() if self.roll_call else ("", True)
             raise Lost(
                 f"{self.where(self.world.rank)}: another rank is gone, cannot be reached, or did not answer within "
@@ -225,7 +227,7 @@ def _join() -> None:
 
 
 def check_rank_variables() -> None:
-    """Raise UserError unless the launcher's variables are numbers that agree with each other."""
+    """Raise UserError unless the launcher's environment variables are numbers that are consistent with each other."""
     for name in process.RANK_VARIABLES:
         if not os.environ.get(name, "0").isdecimal():
             raise UserError(
@@ -239,8 +241,9 @@ def check_rank_variables() -> None:
 
 
 def store_of(prefix: str) -> Any:
-    """The ranks' store under `prefix`. A TCP store gets a connection of its own: the shared one may be blocked in a
-    wait."""
+    """torch's key-value store that all ranks share, restricted to keys with `prefix`.
+
+    A TCP store gets its own connection, because the default connection may be blocked by a waiting call."""
     store: Any = distributed_c10d._get_default_store()
     over_network = isinstance(store._underlying_non_prefix_store, TCPStore)
     return PrefixStore(prefix, store.clone() if over_network else store)
@@ -250,7 +253,7 @@ def _own_device() -> torch.device:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)  # an earlier run of a multirun has used it
+        torch.cuda.reset_peak_memory_stats(device)  # a previous run of a Hydra multirun may have used the device
     return device
 
 
@@ -279,14 +282,15 @@ def _together(
         return result  # type: ignore[return-value]
     first = failed[0]
     line = str(lines[first])
-    if lines.count(line) < len(lines):  # some ranks did not raise it
+    if lines.count(line) < len(lines):  # some ranks did not raise this error
         line = f"{hosts[first]}, rank {first}: {line}"
     raise UserError(line, shared=True) from mistake
 
 
 def _await_all(name: str, control: dist.ProcessGroup, hosts: tuple[str, ...], within: timedelta) -> None:
-    """Raise UserError with the names of the ranks that do not call this `within` the given time. Each rank that calls
-    it sets a key that starts with `name` in the store."""
+    """Raise UserError with the names of the ranks that do not call this function `within` the given time.
+
+    Each rank that calls it sets a key that starts with `name` in torch's key-value store."""
     store = distributed_c10d._get_default_store()
     store.set(f"{name}-{dist.get_rank()}", "")
     try:
@@ -303,8 +307,10 @@ def _await_all(name: str, control: dist.ProcessGroup, hosts: tuple[str, ...], wi
 
 
 def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: bool) -> None:
-    """Raise UserError, the same on every rank, unless all ranks have the same tensor degree and it divides the world
-    size."""
+    """Raise UserError unless all ranks have the same tensor degree, and this degree divides the world size.
+
+    The error is the same on every rank. It is also raised if a tensor group spans several hosts and `allow_cross_node`
+    is false."""
     size, degree = len(hosts), tensor[0]
     for rank, other in enumerate(tensor):
         if other != degree:
@@ -334,8 +340,9 @@ def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: boo
 
 
 def _axis_group(grid: torch.Tensor, rank: int, handles: list[dist.ProcessGroup]) -> Group:
-    """The group of the row of `grid` that contains `rank`, added to `handles`. Every process calls `new_group` for
-    every row, as torch requires."""
+    """The process group of the row of `grid` that contains `rank`. Its handle is appended to `handles`.
+
+    Every process creates the groups of all rows, as torch requires."""
     mine = ALONE
     for row in grid.tolist():
         handle = dist.new_group(row)

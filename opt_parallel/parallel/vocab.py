@@ -1,7 +1,7 @@
-"""The vocabulary split over a tensor group: embedding and tied output projection.
+"""The token embedding and the tied output projection, whose vocabulary is split over a tensor group.
 
-Rank i of t holds rows [i·⌈V/t⌉, (i+1)·⌈V/t⌉) of the (V, D) table. Rows beyond V are padding: zero, and outside the
-softmax. No rank has the logits of the full vocabulary unless it asks for them.
+Rank i of t holds the rows [i·⌈V/t⌉, (i+1)·⌈V/t⌉) of the (V, D) embedding. Rows beyond V are padding, which is zero and
+which the softmax ignores. In training, no rank has the logits of the full vocabulary.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from opt_parallel.parallel.topology import Group
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Ids (B, S) → (B, S, D): each rank looks up the ids whose rows it holds; an all-reduce sums the ranks' results.
+    """The token embedding: ids (B, S) → vectors (B, S, D).
 
-    As in torch.nn.Embedding, a look-up gives no gradient to the row of `pad_token_id`.
+    Each rank looks up the ids whose rows it holds, and an all-reduce sums the ranks' results. As in torch.nn.Embedding,
+    the row of `pad_token_id` gets no gradient from a look-up.
     """
 
     def __init__(self, vocab_size: int, size: int, pad_token_id: int, group: Group, std: float) -> None:
@@ -44,7 +45,7 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """The output projection, tied to the token embedding.
 
-    Registers the embedding's own parameter a second time, so that ZeRO-3 gathers it around this module too.
+    This module registers the embedding's parameter a second time, so that ZeRO-3 also gathers it around this module.
     """
 
     def __init__(self, embedding: VocabParallelEmbedding) -> None:
@@ -55,8 +56,9 @@ class VocabParallelHead(nn.Module):
         self.start, self.stop = embedding.start, embedding.stop
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """`hidden` (B, S, D) → the sum of the losses over `labels` (B, S) that are not −100; without labels the
-        gathered logits (B, S, V)."""
+        """The sum of the losses of the `labels` (B, S) that are not −100, or without labels the logits (B, S, V).
+
+        `hidden` (B, S, D) are the hidden states."""
         hidden = copy(hidden, self.group)
         if labels is None:
             return gather(logits(hidden, self.weight), self.group)[..., : self.vocab_size]
@@ -67,10 +69,10 @@ class VocabParallelHead(nn.Module):
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (…, D) · weightᵀ (D, V) → (…, V).
+    """The logits hidden (…, D) · weightᵀ (D, V) → (…, V).
 
-    A CPU's BLAS is slow at few rows times very many columns: with 8 to 32 rows of float32, weight · hiddenᵀ takes 0.6
-    to 0.8 of the time. With gradients the plain product is used, for its usual backward.
+    A CPU's BLAS is slow for few rows of hidden states and a large vocabulary. For 8 to 32 rows in float32, the product
+    weight · hiddenᵀ takes 0.6 to 0.8 of the time. It is used only without gradients.
     """
     rows = hidden.numel() // hidden.size(-1)
     transposed = hidden.is_cpu and weight.dtype is torch.float32 and 8 <= rows <= 32 and not torch.is_grad_enabled()
@@ -81,8 +83,9 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _require(holds: Tensor, message: str) -> None:
-    """Raise RuntimeError unless all of `holds` (bool) are true. On a GPU the check does not synchronise: a later call
-    raises the error."""
+    """Raise RuntimeError unless all elements of the bool tensor `holds` are true.
+
+    On a GPU the check does not synchronise, and a later call of CUDA raises the error."""
     torch._assert_async(holds.all(), message)
 
 
