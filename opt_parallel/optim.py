@@ -46,9 +46,9 @@ def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim
 OPTIMIZERS = {OptimizerName.adamw: Optimizer(_adamw, ("exp_avg", "exp_avg_sq"))}
 
 
-def saved_moments(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the moments in a checkpoint with this configuration. Without `optimizer.name` it is AdamW."""
-    return OPTIMIZERS[OptimizerName(config.get("optimizer", {}).get("name", "adamw"))].moments
+def saved_optimizer(config: dict[str, Any]) -> str:
+    """The name of the optimizer in a checkpoint's configuration. Without `optimizer.name` it is AdamW."""
+    return config.get("optimizer", {}).get("name", OptimizerName.adamw.value)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

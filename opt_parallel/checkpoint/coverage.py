@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
-from opt_parallel.optim import saved_moments
+from opt_parallel.config.run import OptimizerName
+from opt_parallel.optim import OPTIMIZERS, saved_optimizer
 from opt_parallel.parallel.shard import Constant, Shard
+from opt_parallel.runtime.errors import UserError
 
 VALUE = 4  # bytes of a float32
 
 
-def fault_of(manifest: dict[str, Any]) -> str | None:
-    """What is wrong with the fragments of a manifest whose values have the right types; None if nothing is.
+def kinds_in(folder: Path, manifest: dict[str, Any]) -> set[str]:
+    """The kinds of tensors in a checkpoint: weights, and after the first update the optimizer's moments.
+
+    Raises: UserError if this version does not have the optimizer."""
+    if not manifest["updates"]:
+        return {"weights"}
+    name, known = saved_optimizer(manifest["config"]), [each.value for each in OptimizerName]
+    if name not in known:
+        raise UserError(
+            f"{folder} was trained with optimizer.name={name!r}, which this version does not have (it has "
+            f"{', '.join(known)}): choose another checkpoint, or use the version that wrote it"
+        )
+    return {"weights", *OPTIMIZERS[OptimizerName(name)].moments}
+
+
+def fault_of(manifest: dict[str, Any], kinds: set[str]) -> str | None:
+    """What is wrong with the fragments of a manifest whose values have the right types; None if nothing is. `kinds`:
+    the kinds of tensors that each fragment must have.
 
     Fragments may not exceed their file's size, so a tensor cannot be larger than what is on the disk."""
-    try:
-        kinds = {"weights", *saved_moments(manifest["config"])} if manifest["updates"] else {"weights"}
-    except ValueError as error:
-        return f"config.optimizer: {error}"
     pieces: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for name, tensor in manifest["tensors"].items():
         if tensor["dim"] >= len(tensor["shape"]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opt_parallel.checkpoint.boxes import Box, Ranges, Shared, boxes_of, shared_by
-from opt_parallel.checkpoint.coverage import fault_of, shard_of_part
+from opt_parallel.checkpoint.coverage import fault_of, kinds_in, shard_of_part
 from opt_parallel.checkpoint.manifest import MANIFEST, Damaged, file_in, read_manifest
 from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.parallel.shard import Shard, require_same_tensors
@@ -33,9 +33,10 @@ class CheckpointReader:
     dtype = torch.float32
 
     def __init__(self, folder: Path) -> None:
-        """Raises: Damaged unless `folder` is a checkpoint of ours whose fragments hold each element exactly once."""
+        """Raises: Damaged unless `folder` is a checkpoint of ours whose fragments hold each element exactly once;
+        UserError if this version does not have its optimizer."""
         self.folder, self.manifest = folder, read_manifest(folder)
-        fault = fault_of(self.manifest)
+        fault = fault_of(self.manifest, kinds_in(folder, self.manifest))
         if fault is not None:
             raise Damaged(folder, f"{MANIFEST} is not what was written ({fault})")
         self.files: dict[str, StoredFile] = {}  # the files opened so far

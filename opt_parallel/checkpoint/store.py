@@ -44,6 +44,7 @@ from opt_parallel.config.paths import absolute, change_paths
 from opt_parallel.config.run import Run
 from opt_parallel.engine import Engine
 from opt_parallel.model.build import network
+from opt_parallel.optim import saved_optimizer
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.parallel.topology import ALONE, Topology
 from opt_parallel.runtime.clock import Clock
@@ -85,8 +86,8 @@ class Store:
         """The checkpoint that `resume` names, after all its files were checked; None for a new run.
 
         With `resume=auto` a damaged checkpoint is reported and renamed, and the checkpoint before it is used. Raises:
-        UserError if no checkpoint is left, if `resume` names a damaged one, or if the checkpoint's network or tokenizer
-        is not the run's."""
+        UserError if no checkpoint is left, if `resume` names a damaged one, or if the checkpoint's network, optimizer
+        or tokenizer is not the run's."""
         self._on_main(self._retire_incomplete)
         folder = self._first_ranks(choose(self.run))
         while folder is not None:
@@ -267,7 +268,7 @@ class Store:
     def _open(self, folder: Path) -> CheckpointReader | str:
         """A checkpoint, or what is wrong with it. Each rank checks a share of the files.
 
-        Raises: UserError if the checkpoint is complete, but its network or tokenizer is not this run's."""
+        Raises: UserError if the checkpoint is complete, but its network, optimizer or tokenizer is not the run's."""
         reader, wrong = read_share(folder, self.topology.world.rank, self.topology.world.size)
         for found in self.topology.exchange(wrong):
             if found:
@@ -278,7 +279,7 @@ class Store:
         return reader if reader.shapes == wanted else f"{MANIFEST} lists tensors of other shapes than the network's"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Raise UserError unless the checkpoint's network and tokenizer are this run's."""
+        """Raise UserError unless the checkpoint's network, optimizer and tokenizer are this run's."""
         saved, now = manifest["config"]["model"], to_dict(self.run)["model"]
         for name in now:
             if name not in MAY_DIFFER and saved.get(name) != now[name]:
@@ -288,6 +289,12 @@ class Store:
                 )
         self._check_labels(folder, manifest.get("labels"))
         self._check_adapts(folder, manifest)
+        optimizer, ours = saved_optimizer(manifest["config"]), self.run.optimizer.name.value
+        if optimizer != ours:
+            raise UserError(
+                f"{folder} was trained with optimizer.name={optimizer!r}, this run has {ours}: another optimizer "
+                f"cannot use its state; set the value back, or start in another run.dir with init_from={folder}"
+            )
         if (folder / "tokenizer" / TOKENIZER).read_bytes() != self.tokenizer_files[TOKENIZER]:
             raise UserError(
                 f"{folder} was trained with another tokenizer than {self.tokenizer}, so the same ids mean other "

@@ -211,7 +211,6 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a model of enormous numbers": lambda m: m["config"]["model"].update(ffn_dim=10**4000),
     "a model that cannot be": lambda m: m["config"]["model"].update(num_attention_heads=7),
     "a model in words": lambda m: m["config"]["model"].update(hidden_size="wide"),
-    "no optimizer that is known": lambda m: m["config"].setdefault("optimizer", {}).update(name="unknown"),
     "a list for an optimizer": lambda m: m["config"].update(optimizer=[]),
     "a list for what is kept": lambda m: m["config"].update(checkpoint=[]),
     "none are kept": lambda m: m["config"]["checkpoint"].update(keep=0),
@@ -386,6 +385,56 @@ def test_whatever_is_wrong_is_damage(crew: Any, saved: Path, tmp_path: Path) -> 
         or not all(answer.startswith("damage ") for answer in answers)
     }
     assert not wrong, "\n".join(f"{name}: {answers}" for name, answers in wrong.items())
+
+
+def refusals(folder: Path) -> list[str]:
+    """On the crew: how each way to read the run's checkpoint of step 4 refuses it, which is not damaged."""
+    from opt_parallel.checkpoint.damage import damage_in
+    from opt_parallel.checkpoint.manifest import Damaged
+    from opt_parallel.checkpoint.sources import open_checkpoint
+    from opt_parallel.runtime.errors import UserError
+
+    step, found = folder / "checkpoints" / "step-4", []
+    for read in (lambda: resumed(folder), lambda: damage_in(step), lambda: open_checkpoint(step)):
+        with pytest.raises(UserError) as raised:
+            read()
+        assert not isinstance(raised.value, Damaged)  # which would be renamed
+        found.append(str(raised.value))
+    return found
+
+
+def test_an_unknown_optimizer_is_refused(crew: Any, run: Path) -> None:
+    """A later version's checkpoint: it is not damaged, and keeps its name."""
+    step = run / "checkpoints" / "step-4"
+    edit(step, lambda manifest: manifest["config"]["optimizer"].update(name="lion"))
+    (lines,) = crew(1)(refusals, run)
+    for line in lines:
+        assert line.startswith(f"{step} was trained with optimizer.name='lion', which this version does not have")
+        assert "adamw" in line
+        assert line.endswith("or use the version that wrote it")
+    assert (step / "manifest.json").is_file()
+
+
+def test_another_optimizer_does_not_resume(crew: Any, tmp_path: Path) -> None:
+    """Not even from step 0, where there are no moments that could tell."""
+    folder = with_tokenizer(tmp_path / "run")
+    crew(1)(go, spread(folder, Layout()), 0, 0, (0,))
+    step = folder / "checkpoints" / "step-0"
+    edit(step, lambda manifest: manifest["config"]["optimizer"].update(name="lion"))
+    (line,) = crew(1)(refused, folder)
+    assert line.startswith(f"{step} was trained with optimizer.name='lion', this run has adamw: ")
+    assert line.endswith(f"set the value back, or start in another run.dir with init_from={step}")
+    edit(step, lambda manifest: manifest["config"].pop("optimizer"))  # a version that only had AdamW
+    crew(1)(go, spread(folder, Layout()), 0, 1)
+
+
+def refused(folder: Path) -> str:
+    """On the crew: why the run does not resume."""
+    from opt_parallel.runtime.errors import UserError
+
+    with pytest.raises(UserError) as raised:
+        go(spread(folder, Layout()), 0, 1)
+    return str(raised.value)
 
 
 def test_an_earlier_versions_manifest_is_read(crew: Any, run: Path) -> None:
