@@ -1,4 +1,4 @@
-"""Train an OPT model: `python train.py model=opt-125m data.train=…`, alone or under a launcher."""
+"""Train an OPT model: `python train.py model=opt-125m data.train=…`, as one process or under a launcher."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from opt_parallel.runtime.process import set_ranks, world_size
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
-    """Train one run from its composed configuration. A multirun calls this for each combination."""
-    set_ranks()  # here too: submitit starts a sweep's job in this function
+    """Train one run from its composed configuration. Hydra's multirun calls this function for each combination of
+    values."""
+    set_ranks()  # submitit starts a sweep's job in this function, not in `command`
     status = 0
     with reported():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)

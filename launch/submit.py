@@ -1,7 +1,7 @@
-"""Start a run on a machine or a cluster: `python launch/submit.py launch=slurm launch.nodes=2 model=opt-1.3b …`.
+"""Start a run on this host or on a cluster: `python launch/submit.py launch=slurm launch.nodes=2 model=opt-1.3b …`.
 
-Arguments that begin with `launch` choose a file of configs/launch/ and set its keys; all others are train.py's.
-launch.dry_run=true prints what would be started.
+Arguments that begin with `launch` choose a file of configs/launch/ and set its keys. All other arguments are passed to
+train.py. launch.dry_run=true prints the command, batch script or manifests and starts nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run's optimizer steps, on DeepSpeed ZeRO. The only module that imports DeepSpeed."""
+"""The optimizer steps of a run, computed with DeepSpeed ZeRO. This is the only module that imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from opt_parallel.zero import (
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. 0-d tensors; reading one synchronises with the device.
+    """The result of an optimizer step. Reading one of its 0-d tensors waits for the device.
 
-    `loss`: mean over the global batch's targets. `tokens`: its tokens without padding. `skipped`: fp16 gradients
-    overflowed, and the weights did not change.
+    `loss` is the mean over the targets of the global batch. `tokens` is the number of tokens in the global batch
+    without padding. `skipped` is true if fp16 gradients overflowed, so that the weights did not change.
     """
 
     loss: Tensor
@@ -54,14 +54,14 @@ class StepResult:
 
 
 class Engine:
-    """A model under ZeRO: steps, evaluation, and views of the training state."""
+    """A model wrapped by DeepSpeed ZeRO, with optimizer steps, evaluation, and views of the training state."""
 
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology, self.moments = run, topology, OPTIMIZERS[run.optimizer.name].moments
         self.wrapped = wrapped  # deepspeed.DeepSpeedEngine
-        # ZeRO-1 in bf16 keeps all fp32 gradients in flat buffers. DeepSpeed would copy them to another buffer, round
-        # that to bf16, reduce it and copy it back (a third of a small model's step); here they are reduced in place, in
-        # fp32.
+        # ZeRO-1 in bf16 keeps all fp32 gradients in flat buffers. DeepSpeed would copy these gradients to another
+        # buffer, round the copy to bf16, reduce it and copy it back. This takes a third of a small model's step. So the
+        # engine reduces the flat buffers in place in fp32.
         self.flat_gradients: list[Tensor] = []
         if isinstance(wrapped.optimizer, BF16_Optimizer):
             assert wrapped.optimizer.grad_acc_dtype is torch.float32
@@ -73,12 +73,12 @@ class Engine:
 
     @classmethod
     def build(cls, run: Run, topology: Topology, source: Source, labels: Labels | None = None) -> Engine:
-        """The run's model with weights from `source`, wrapped by DeepSpeed. `labels`: a classifier's."""
+        """The run's model with weights from `source`, wrapped by DeepSpeed. `labels` are the labels of a classifier."""
         model = network(run, labels, topology.tensor)
         settings = deepspeed_settings(run, topology)
-        # else DeepSpeed compiles a CPU collective that only its inference uses, and fails without a compiler
+        # Otherwise DeepSpeed compiles a CPU collective that only its inference uses, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # else DeepSpeed refuses fp16 on CPUs without fp16 instructions, where torch emulates it
+        # Otherwise DeepSpeed refuses fp16 on CPUs without fp16 instructions, although torch emulates fp16 there.
         get_accelerator().is_fp16_supported = lambda: True
 
         def partition(module: nn.Module) -> None:
@@ -92,7 +92,7 @@ class Engine:
 
         on_filled = partition if run.zero.stage == 3 else lambda module: None
         fill(model, source, topology.device, DTYPES[run.precision.name], on_filled)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use on every rank
+        with contextlib.redirect_stdout(io.StringIO()):  # hide the memory use that DeepSpeed prints on every rank
             wrapped, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=build_optimizer(model, run.optimizer),
@@ -103,19 +103,19 @@ class Engine:
         return cls(run, topology, wrapped)
 
     def step(self, batches: list[Batch], clock: Clock) -> StepResult:
-        """The optimizer step after `clock`, on this data rank's micro-batches.
+        """Take one optimizer step at the run's position `clock`, on the micro-batches of this data rank.
 
         The loss is the mean over all N targets of the global batch. N is summed over the data ranks before the first
-        forward, and each micro-batch's loss is its sum / N. DeepSpeed averages gradients over the data ranks, hence the
-        factor `data.size`; the flat gradients are summed here instead.
+        forward, and each micro-batch's loss is its sum / N. DeepSpeed averages gradients over the data ranks, so the
+        loss is multiplied by `data.size`. The flat gradients of ZeRO-1 in bf16 are summed without this factor.
 
-        Raises: UserError if no target counts; Diverged.
+        Raises: UserError if the global batch has no targets; Diverged if the gradients are not finite.
         """
         data, step = self.topology.data, clock.step
         targets = self.topology.sum(sum(batch.targets for batch in batches), data)
         tokens = self.topology.sum(sum(batch.tokens for batch in batches), data)
         if targets == 0:
-            raise UserError(f"step {step + 1}: no label in the global batch of {self.run.global_batch} samples counts")
+            raise UserError(f"step {step + 1}: the {self.run.global_batch} samples of the global batch have no labels")
         lr = learning_rate(self.run, clock.after(self.run.global_batch, tokens))
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
@@ -129,7 +129,7 @@ class Engine:
             total += loss.detach()
             self.wrapped.backward(loss * weight, scale_wrt_gas=False)
             if micro < len(batches) - 1:
-                self.wrapped.step()  # only counts the micro-batch; the last one updates the weights
+                self.wrapped.step()  # this call only counts the micro-batch
         loss_scale = None if self.scaler is None else self.scaler.scale
         norm = self._apply(step)
         skipped = bool(getattr(self.wrapped.optimizer, "overflow", False))
@@ -144,14 +144,14 @@ class Engine:
         return loss
 
     def _apply(self, step: int) -> Tensor:
-        """Update the weights. Returns the gradient norm before clipping, 0-d."""
+        """Update the weights and return the gradient norm before clipping, a 0-d tensor."""
         if self.run.zero.stage > 0:
             for gradients in self.flat_gradients:
                 all_reduce_in_place(gradients, self.topology.data)
             self.wrapped.step()
             norm = self.wrapped.get_global_grad_norm()
             return torch.as_tensor(float("nan") if norm is None else norm)
-        norm = gradient_norm(self.wrapped.module, self.topology.tensor)  # DeepSpeed computes none at stage 0
+        norm = gradient_norm(self.wrapped.module, self.topology.tensor)  # DeepSpeed computes no norm at stage 0
         if not bool(norm.isfinite()):
             raise _diverged(step)
         if self.run.optimizer.clip > 0:
@@ -161,12 +161,12 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
-        """Sum of the losses of this data rank's batch, without dropout."""
+        """The sum of the losses of this data rank's batch, computed without dropout."""
         return self._forward(batch, batch.labels)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """A classifier's scores (B, N) of this data rank's batch, without dropout."""
+        """The classifier's scores (B, N) for this data rank's batch, computed without dropout."""
         return self._forward(batch, None)
 
     def _forward(self, batch: Batch, labels: Tensor | None) -> Tensor:
@@ -179,27 +179,27 @@ class Engine:
         return output
 
     def owned(self) -> Iterator[Fragment]:
-        """The fragments that this rank saves, as live views; each element of the training state is on exactly one
-        rank."""
+        """The fragments of the training state that this rank saves, as live views. Each element of the training state
+        is saved by exactly one rank."""
         return owned_fragments(self.wrapped, self.run.zero.stage, self.topology, self.moments)
 
     def replicas(self) -> Iterator[Replica]:
-        """Live views of the values that other ranks hold too, bit for bit."""
+        """Live views of the values of which other ranks hold copies with equal bits."""
         return replicas(self.wrapped, self.run.zero.stage, self.topology, self.moments)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
-        """Each trained parameter's logical shape, the dim it is split along, and into how many parts."""
+        """The full (unsplit) shape of each trained parameter, the dimension along which it is split, and the number of
+        parts."""
         model = self.wrapped.module
         return {name: {"shape": list(s.shape), "dim": s.dim, "parts": s.count} for name, _, s in trained(model)}
 
     @property
     def updates(self) -> int:
-        """Optimizer steps so far, without those that fp16 skipped."""
+        """The number of weight updates so far, which excludes the steps that fp16 skipped."""
         return updates_made(self.wrapped, self.run.zero.stage)
 
     def restore(self, read: Callable[[Fragment], None], updates: int, loss_scale: dict[str, Any] | None) -> None:
-        """Load a saved state, at the start or during a run. `read` fills each fragment of this rank's weights and
-        moments in place."""
+        """Load a saved training state. `read` fills each fragment of this rank's weights and moments in place."""
         stage = self.run.zero.stage
         reset_moments(self.wrapped, stage, self.moments, updates)
         for fragment in held_fragments(self.wrapped, stage, self.topology.data.rank, self.moments):
@@ -215,19 +215,19 @@ class Engine:
 
 def _diverged(step: int) -> Diverged:
     return Diverged(
-        f"step {step + 1}: the gradients are not finite, and the weights were not updated; resume from the last "
+        f"step {step + 1}: the gradients are not finite, so the weights were not updated: resume from the last "
         "checkpoint with a lower optimizer.lr or another seed"
     )
 
 
 def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
-    """DeepSpeed's configuration of the run."""
+    """The configuration dictionary that DeepSpeed needs for the run."""
     zero = run.zero
     on_gpu = topology.device.type == "cuda"
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": run.global_batch // (run.micro_batch * topology.data.size),
-        "gradient_clipping": run.optimizer.clip if zero.stage > 0 else 0.0,  # stage 0: clipped here, see Engine._apply
+        "gradient_clipping": run.optimizer.clip if zero.stage > 0 else 0.0,  # at stage 0 Engine._apply clips
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": run.precision.name is Precision.bf16},

@@ -1,4 +1,5 @@
-"""A run from start to end. Read this page first, then down: engine, model, parallel layers."""
+"""The training loop, from the start of a run to its end. Read this module first, and then the engine, the model and the
+parallel layers."""
 
 from __future__ import annotations
 
@@ -44,10 +45,11 @@ from opt_parallel.validation import validate
 
 
 def train(run: Run) -> int:
-    """Train until `run.stop`. Returns the exit status: 0, or STOPPED or INTERRUPTED after a signal, with the run saved.
+    """Train until `run.stop`. Returns the exit status 0, or STOPPED or INTERRUPTED after a signal, on which the run is
+    saved.
 
-    Raises: UserError for what the user can fix; Lost if another rank is gone."""
-    with ExitStack() as folder:  # rank 0 holds its lock until the export is written
+    Raises: UserError for a mistake of the user; Lost if another rank has ended or does not answer."""
+    with ExitStack() as folder:  # rank 0 holds the folder's lock until the export is written
         with (
             Interrupt.watch() as interrupt,
             Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology,
@@ -55,7 +57,8 @@ def train(run: Run) -> int:
             check_same(run, topology)
             resume_from = _lock(run, topology, folder)
             warn_of_unread_init(run, resume_from)
-            if topology.exchange(topology.together(lambda: _is_done(run, resume_from)))[0]:  # rank 0 decides
+            # The result of rank 0 holds for all ranks.
+            if topology.exchange(topology.together(lambda: _is_done(run, resume_from)))[0]:
                 return 0
             topology.together(lambda: make_run_folder(run))
             if topology.is_main:
@@ -68,15 +71,16 @@ def train(run: Run) -> int:
 
 
 def _lock(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
-    """Lock the run's folder and clean it up. Returns the checkpoint to resume from.
+    """Lock the run's folder, delete leftovers of killed processes, and return the checkpoint to resume from.
 
-    Raises: UserError, with nothing changed, if another run trains there or the warm-up does not fit."""
-    if resume_point(run, topology) is None:  # check first: a mistake must not leave a new folder
+    Raises: UserError if another process holds the lock or the warm-up is longer than the run; the folder is then
+    unchanged."""
+    if resume_point(run, topology) is None:  # checked before a new folder is created
         run.check_warmup(Clock())
     topology.together(lambda: folder.enter_context(lock_folder(run)) if topology.is_main else None)
     if topology.is_main:
         clean_up(run)
-    return resume_point(run, topology)  # again: another run may have saved before the lock was taken
+    return resume_point(run, topology)  # another process may have saved a checkpoint before the lock
 
 
 def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: Interrupt) -> int:
@@ -129,7 +133,7 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
         write_state(run, "stopped" if status else "done")
     if status:
         interrupt.ignore()
-        topology.exchange(None)  # launchers kill all ranks when one exits: first all ignore signals, state is written
+        topology.exchange(None)  # wait until all ranks ignore signals, since launchers kill all ranks when one exits
     engine.close()
     return status
 
@@ -137,7 +141,7 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
 def _open_samples(
     run: Run, topology: Topology, data: Prepared, checkpoint: CheckpointReader | None
 ) -> tuple[Clock, Mixture]:
-    """The run's position in its data, and the samples from there on."""
+    """The run's position in its data, and the mixture that returns the samples from this position on."""
     clock = resumed_clock(run, data.train, checkpoint.manifest) if checkpoint else Clock()
     run.check_warmup(clock)
     return clock, topology.together(lambda: open_mixture(run, data, clock))
@@ -149,21 +153,23 @@ def _feed(run: Run, topology: Topology, mixture: Mixture) -> Feed:
 
 
 def _handle(error: UserError, engine: Engine, clock: Clock, store: Store, loader: Loader) -> None:
-    """After an error in the loop: save if the weights are good, and finish the save in progress.
+    """Handle an error in the training loop. Save a checkpoint if the error is `Unread`, which leaves the weights
+    intact. Otherwise finish the save in progress.
 
-    Raises: Unread, naming the checkpoint just saved."""
+    Raises: Unread with the path of the checkpoint that was saved."""
     if isinstance(error, Unread):
         raise Unread(f"{error}; {store.rescue(engine, clock)}", shared=True) from error
     store.wait()
     if isinstance(error, Diverged):
         if engine.topology.is_main:
             write_state(engine.run, "diverged")
-        loader.close()  # a sweep starts its next run in this process
+        loader.close()  # a sweep trains its next run in the same process
         engine.close()
 
 
 def _evaluate(engine: Engine, clock: Clock, inputs: Inputs, metrics: Metrics) -> float | None:
-    """Validate and write samples. Returns the loss on the held-out text, None without such text."""
+    """Validate, and write continuations of the prompts. Returns the loss on the held-out text, or None if there is no
+    held-out text."""
     result, held_out, labels = None, inputs.held_out, inputs.data.labels
     if held_out is not None:
         result = validate(engine, held_out, labels)
@@ -180,19 +186,20 @@ def _evaluate(engine: Engine, clock: Clock, inputs: Inputs, metrics: Metrics) ->
 
 
 def _due(every: int, clock: Clock, last: bool) -> bool:
-    """Whether to do now what is done every `every` steps and at the end; `every=0`: never."""
+    """Whether an action is due that happens every `every` steps and at the end. With `every=0` it is never due."""
     return every > 0 and (last or clock.step % every == 0)
 
 
 def _is_done(run: Run, resume_from: Path | None) -> bool:
-    """Whether the run has no steps left; if so, say it and finish what an earlier process did not."""
+    """Whether the run has no steps left. In that case, print this, and complete the export, the deletion of old
+    checkpoints and the state file."""
     step = None if resume_from is None else step_of(resume_from)
     if resume_from is None or step is None or step < run.stop:
         return False
     if step < run.steps:
-        say(f"{run.name} is at stop_at={run.stop_at}: {resume_from}; a later stop_at continues it")
+        say(f"{run.name} is at stop_at={run.stop_at}: {resume_from}; a larger stop_at continues the run")
     else:
-        say(f"{run.name} is finished: {resume_from} is at step {step} of {run.steps}; a larger steps continues it")
+        say(f"{run.name} is finished: {resume_from} is at step {step} of {run.steps}; larger steps continue the run")
         _export_at_end(run, resume_from)
     if is_main():
         apply_retention(run)
@@ -201,21 +208,21 @@ def _is_done(run: Run, resume_from: Path | None) -> bool:
 
 
 def _export_at_end(run: Run, checkpoint: Path) -> None:
-    """Export the finished run's checkpoint, unless `export` already holds that checkpoint.
+    """Export the last checkpoint of the finished run, unless the folder `export` already holds this checkpoint.
 
-    Rank 0 exports alone, after the process groups are closed or while no rank waits."""
+    Only rank 0 exports, at a time when no other rank waits in a collective."""
     output = run.folder / EXPORT
     if not run.export.at_end or not is_main():
         return
     if is_of(output, checkpoint):
-        say(f"{output} already holds that checkpoint: remove it to export again")
+        say(f"{output} already holds {checkpoint.name}: remove the folder to export again")
         return
     size = bytes_of(run.export.max_shard_size, "export.max_shard_size=")
     try:
         export(checkpoint, output, size, run.export.dtype, replace=True)
     except UserError as error:
         raise UserError(
-            f"export.at_end: {error}; {checkpoint} is safe, and the same command tries the export again"
+            f"export.at_end: {error}; {checkpoint} is complete, and the same command exports it again"
         ) from error
     say(f"exported {checkpoint} to {output}")
 

@@ -1,4 +1,4 @@
-"""Optimizers by name, learning-rate schedule, gradient norm and clipping, loss scale."""
+"""Optimizers, the learning-rate schedule, gradient norm and clipping, and the loss scale."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from opt_parallel.runtime.errors import Diverged
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How to build an optimizer, and its state tensors.
+    """A function that builds an optimizer, and the names of the optimizer's state tensors.
 
-    `moments`: torch's names of the state tensors, each fp32 and as large as its parameter; checkpoints store them under
-    these names. Under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the parameters, so an optimizer
-    must be elementwise: one that needs full matrices (Adafactor, Muon) would have to gather them first. Its state of a
-    parameter is `step`, which counts its updates, and the moments; resuming creates both before the first step.
+    `moments` are torch's names of the state tensors, each in fp32 and as large as its parameter. Checkpoints store the
+    moments under these names. Under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the parameters, so
+    the optimizer must be elementwise. An optimizer that needs full matrices (Adafactor, Muon) would have to gather them
+    first. The optimizer's state of a parameter must consist of the moments and the number of updates, `step`. A resumed
+    run creates this state before its first step.
     """
 
     build: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
@@ -33,7 +34,7 @@ class Optimizer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one trained element in a checkpoint: its fp32 weight and moments."""
+        """Number of bytes in a checkpoint for each trained element, which has an fp32 weight and moments."""
         return 4 * (1 + len(self.moments))
 
 
@@ -47,13 +48,14 @@ OPTIMIZERS = {OptimizerName.adamw: Optimizer(_adamw, ("exp_avg", "exp_avg_sq"))}
 
 
 def saved_optimizer(config: dict[str, Any]) -> str:
-    """The name of the optimizer in a checkpoint's configuration. Without `optimizer.name` it is AdamW."""
+    """The name of the optimizer in a checkpoint. A configuration without `optimizer.name` means AdamW."""
     return config.get("optimizer", {}).get("name", OptimizerName.adamw.value)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The configured optimizer of the trained parameters, in two groups: with weight decay (matrices) and without
-    (biases, LayerNorms). An empty group is left out: DeepSpeed cannot flatten it."""
+    """The configured optimizer for the trained parameters. Matrices form a parameter group with weight decay, and
+    biases and LayerNorms a group without weight decay. An empty group is left out, because DeepSpeed cannot flatten an
+    empty group."""
     decaying: list[Tensor] = []
     not_decaying: list[Tensor] = []
     for _, tensor, shard in trained(model):
@@ -63,12 +65,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def learning_rate(run: Run, clock: Clock) -> float:
-    """The learning rate of the optimizer step that leads to `clock`; a pure function, so checkpoints hold no state of
-    it.
+    """The learning rate of the optimizer step that ends at the position `clock`. Checkpoints hold no state of the
+    schedule, because this is a pure function.
 
-    Linear warm-up that reaches the peak at its end, then linear (Zhang et al. 2022, section 2.2), cosine
-    (Loshchilov & Hutter 2017) or constant; linear and cosine reach `final_ratio` of the peak at the run's last step.
-    docs/resuming.md has the formula.
+    After a linear warm-up to the peak, the learning rate decays linearly (Zhang et al. 2022, section 2.2), decays as a
+    cosine (Loshchilov & Hutter 2017), or is constant. The linear and cosine schedules reach `final_ratio` of the peak
+    at the run's last step. docs/resuming.md has the formulas.
     """
     peak, ratio, warmup = run.optimizer.lr, run.schedule.final_ratio, warmup_steps(run, clock)
     if clock.step <= warmup:
@@ -82,10 +84,10 @@ def learning_rate(run: Run, clock: Clock) -> float:
 
 
 def warmup_steps(run: Run, clock: Clock) -> float:
-    """Steps of warm-up, given the run's average tokens per step until `clock`.
+    """Number of warm-up steps, computed with the run's average number of tokens per step until `clock`.
 
-    So clock.step / warmup_steps = clock.tokens / warmup_tokens, and the learning rate does not jump where the batch
-    changes. An integer if every step had today's number of tokens."""
+    So clock.step / warmup_steps = clock.tokens / warmup_tokens, and the learning rate does not jump if the batch size
+    changes. The result is an integer if every step had the number of tokens of the present batch."""
     tokens = run.schedule.warmup_tokens
     if tokens is None or clock.tokens == clock.step * run.batch_tokens:
         return run.warmup_steps
@@ -93,7 +95,8 @@ def warmup_steps(run: Run, clock: Clock) -> float:
 
 
 def gradient_norm(model: nn.Module, group: Group) -> Tensor:
-    """‖g‖₂ of the logical model, 0-d: shards are summed over the tensor group, replicated parameters count once."""
+    """The norm ‖g‖₂ of the gradient of the full (unsplit) model, a 0-d tensor. The squares of split parameters are
+    summed over the tensor group, and replicated parameters count once."""
     split: list[Tensor] = []
     replicated: list[Tensor] = []
     for _, tensor, shard in marked(model):
@@ -112,15 +115,15 @@ def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
 
 
 class LossScaler:
-    """The fp16 loss scale, with the attributes that DeepSpeed's ZeRO optimizers use.
+    """The loss scale for fp16, with the attributes that DeepSpeed's ZeRO optimizers use.
 
     The scale doubles after `window` steps without overflow and halves on overflow. The paper's scaler (metaseq) doubles
-    and halves the window too, so that a large scale grows more slowly. DeepSpeed's own scaler has neither a moving
-    window nor a floor below 1. The scale grows in `begin_step` only: DeepSpeed calls `update_scale` before it divides
-    the gradients by the scale.
+    and halves the window too, so that a large scale grows more slowly. DeepSpeed's own scaler has neither a changing
+    window nor a minimum scale below 1. The scale grows in `begin_step` only, because DeepSpeed calls `update_scale`
+    before dividing the gradients by the scale.
 
-    As in metaseq, `scale` multiplies the sum of the tokens' losses: fp16 gradients of the mean would underflow in large
-    batches. The engine's loss is a mean over `targets` tokens, so `cur_scale` is `scale` times `targets`.
+    As in metaseq, `scale` multiplies the sum of the tokens' losses, because fp16 gradients of the mean would underflow
+    in large batches. The engine's loss is a mean over `targets` tokens, so `cur_scale` is `scale` times `targets`.
     """
 
     dynamic = True
@@ -132,7 +135,7 @@ class LossScaler:
 
     @property
     def cur_scale(self) -> float:
-        """The factor that DeepSpeed multiplies the mean loss by, and divides gradients by."""
+        """The factor by which DeepSpeed multiplies the mean loss and divides the gradients."""
         return self.scale * self.targets
 
     @property
@@ -143,16 +146,16 @@ class LossScaler:
         return loss * self.cur_scale
 
     def begin_step(self, targets: float) -> None:
-        """Call before a step's first forward: grows the scale if due. `targets`: the step's number of targets, divided
-        by the data degree."""
+        """Double the scale after enough steps without overflow. Call this method before a step's first forward.
+        `targets` is the step's number of targets divided by the data-parallel degree."""
         self.targets = targets
         if self.good_steps >= self.window:
             self._rescale(2.0)
 
     def update_scale(self, overflow: bool) -> None:
-        """Count a step; `overflow` is the same on all ranks.
+        """Count a step without overflow, or halve the scale on an overflow. `overflow` must be equal on all ranks.
 
-        Raises: Diverged on an overflow at the floor: a smaller scale would only hide the divergence."""
+        Raises: Diverged on an overflow at the minimum scale, since a smaller scale would only hide the divergence."""
         if not overflow:
             self.good_steps += 1
         elif self.scale <= self.floor:
@@ -170,12 +173,12 @@ class LossScaler:
         self.good_steps = 0
 
     def state(self) -> dict[str, Any]:
-        """The state, for `load_state`."""
+        """The scaler's state as JSON values, for `load_state`."""
         window = self.window if self.moving_window else None
         return {"scale": self.scale, "good_steps": self.good_steps, "moved_window": window}
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        """Load a saved `state`; floor, kind and a fixed window stay as configured."""
+        """Load a saved `state`. The minimum scale, the kind of scaler and a fixed window stay as configured."""
         self.scale, self.good_steps = max(saved["scale"], self.floor), saved["good_steps"]
         if self.moving_window and saved["moved_window"] is not None:
             self.window = saved["moved_window"]

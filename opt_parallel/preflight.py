@@ -1,6 +1,7 @@
-"""Checks before step 1: same code, libraries, settings and data on all ranks; devices and network work.
+"""Checks before step 1. All ranks must have the same code, libraries, settings and data, and devices and network must
+work.
 
-A failure is one line that names host and rank, raised on every rank. A device or network that hangs fails within a
+A failed check raises an error with the host and rank on every rank. A device or network that hangs fails within a
 minute.
 """
 
@@ -44,15 +45,15 @@ COMPARED = (
     "torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors", "accelerate", "hydra-core",
     "omegaconf",
 )  # fmt: skip
-PRODUCT = 512  # size of the matrices that test a device
+PRODUCT = 512  # rows and columns of the matrices that test a device
 ALL_REDUCE_BYTES = 8_000_000
-SKEW = 5.0  # seconds between two hosts' clocks above which a warning is given
+SKEW = 5.0  # maximum difference in seconds between two hosts' clocks without a warning
 
 
 def check_same(run: Run, topology: Topology) -> None:
-    """Check that all ranks run the same code with the same libraries and settings; needs the control group only.
+    """Check that all ranks run the same code with the same libraries and settings. This check needs no device.
 
-    Raises: UserError, on every rank, that names the first rank that differs from rank 0, and the difference."""
+    Raises: UserError on every rank, with the first rank that differs from rank 0 and the difference."""
     own = {"code": {"opt-parallel": code_checksum()}, "libraries": _versions(), "settings": to_dict(run)}
     answers = topology.exchange(own)
     ways_out = {
@@ -67,15 +68,15 @@ def check_same(run: Run, topology: Topology) -> None:
                 named = ", ".join(f"{key} {there} instead of {here}" for key, here, there in rows[:3])
                 more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
                 raise UserError(
-                    f"{topology.where(rank)} has other {part} than {topology.where(0)}: {named}{more}; {way_out}",
+                    f"{topology.where(rank)} has other {part} than {topology.where(0)}, {named}{more}: {way_out}",
                     shared=True,
                 )
 
 
 def preflight(run: Run, topology: Topology) -> list[str]:
-    """Run the remaining checks, root causes first. Returns a few lines with the results.
+    """Run the remaining checks, in an order that reports root causes first. Returns lines with the results.
 
-    Raises: UserError, on every rank."""
+    Raises: UserError on every rank."""
     started = time.perf_counter()
     topology.together(partial(_check_device, topology.device), DEVICE_TIMEOUT)
     speeds = [
@@ -100,7 +101,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
 
 
 def make_run_folder(run: Run) -> None:
-    """Make the run's folder. Raises: UserError if it cannot be written."""
+    """Create the run's folder. Raises: UserError if the folder cannot be written."""
     make_folder("run.dir=", run.folder)
 
 
@@ -124,7 +125,8 @@ def _versions() -> dict[str, str]:
 
 
 def _check_device(device: torch.device) -> None:
-    """Multiply two matrices of small integers: the result is exact in any order of summation. Raises: UserError."""
+    """Check a device by multiplying two matrices of small integers, whose product is exact in any order of summation.
+    Raises: UserError."""
     numbers = torch.arange(PRODUCT * PRODUCT).view(PRODUCT, PRODUCT)
     a, b = numbers % 7 - 3, numbers.T % 5 - 2
     try:
@@ -141,8 +143,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def _slowest(topology: Topology, group: Group) -> str:
-    """Bus bandwidth of the slowest all-reduce along an axis, and its rank; as nccl-tests define it,
-    2 (n − 1) / n · bytes / seconds. Raises: UserError if an all-reduce fails, hangs or adds wrongly."""
+    """Bus bandwidth of the slowest all-reduce in the groups of an axis, and its rank, as text. nccl-tests define bus
+    bandwidth as 2 (n − 1) / n · bytes / seconds. Raises: UserError if an all-reduce fails, hangs or returns a wrong
+    sum."""
     seconds = topology.exchange(topology.together(partial(_all_reduce_seconds, group, topology.device)))
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     speed = 2 * (group.size - 1) / group.size * ALL_REDUCE_BYTES / max(seconds)
@@ -150,7 +153,7 @@ def _slowest(topology: Topology, group: Group) -> str:
 
 
 def _all_reduce_seconds(group: Group, device: torch.device) -> float:
-    """Seconds of the fastest of three all-reduces. Raises: UserError."""
+    """Duration in seconds of the fastest of three all-reduces. Raises: UserError."""
     seconds = []
     for _ in range(3):
         tensor = torch.full((ALL_REDUCE_BYTES // 4,), float(group.rank + 1), device=device)
@@ -163,23 +166,24 @@ def _all_reduce_seconds(group: Group, device: torch.device) -> float:
             first = str(error).partition("\n")[0]
             raise UserError(
                 f"an all-reduce with {group.size - 1} other ranks failed ({first}): check the network between the "
-                "hosts, and the interface that is used (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+                "hosts, and the network interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             ) from error
         seconds.append(time.perf_counter() - started)
         right = group.size * (group.size + 1) / 2
         if float(answer.min) != right or float(answer.max) != right:
-            raise UserError(f"an all-reduce of {group.size} ranks adds wrongly: check the devices and the network")
+            raise UserError(f"an all-reduce of {group.size} ranks returned a wrong sum: check devices and network")
     return min(seconds)
 
 
 def _is_first_on_host(topology: Topology) -> bool:
-    """Whether this is the lowest rank of its host."""
+    """Whether this rank is the lowest rank on its host."""
     rank = topology.world.rank
     return topology.hosts.index(topology.hosts[rank]) == rank
 
 
 def _check_shared_folder(run: Run, topology: Topology) -> None:
-    """Check that every rank sees a file that rank 0 creates in `run.dir`: all ranks write a checkpoint together."""
+    """Check that every rank sees a file that rank 0 creates in `run.dir`, since all ranks write a checkpoint to this
+    folder."""
     probe = run.folder / f".preflight-{topology.exchange(f'{time.time_ns()}-{os.getpid()}')[0]}"
 
     def touch() -> None:
@@ -189,7 +193,7 @@ def _check_shared_folder(run: Run, topology: Topology) -> None:
     def look() -> None:
         if not probe.exists():
             raise UserError(
-                f"run.dir={run.folder} is not the folder that {topology.where(0)} writes to: choose one that all "
+                f"run.dir={run.folder} is not the folder that {topology.where(0)} writes to: choose a folder that all "
                 "hosts share"
             )
 
@@ -210,26 +214,28 @@ def _in_run_folder(work: Callable[[], Any], run: Run) -> Any:
 
 
 def _check_room(run: Run) -> str:
-    """Check the disk's free space for the checkpoints that exist at the same time. Returns it as text."""
+    """Check that the disk has room for all checkpoints that exist at the same time. Returns the free and needed space
+    as text."""
     labels = Labels.numbered(2) if run.task.name.classifies else None
     parameters = sum(map(math.prod, trained_shapes(network(run, labels, ALONE)).values()))
     size = OPTIMIZERS[run.optimizer.name].checkpoint_bytes * parameters
     saves = -(-run.stop // run.checkpoint.every) if run.checkpoint.every else 1
-    folder = run.folder / "checkpoints"  # may be a link to a larger disk
+    folder = run.folder / "checkpoints"  # the user may have linked this folder to a larger disk
     more = max(min(run.checkpoint.keep + 1, saves) - len(steps_in(folder)), 1)
     free = _in_run_folder(partial(shutil.disk_usage, folder if folder.exists() else run.folder), run).free
     needed = f"{more} checkpoint{'s' * (more > 1)} of {bytes_in_words(size)}"
     if free < more * size:
         raise UserError(
-            f"run.dir={run.folder} has {bytes_in_words(free)} free for checkpoints, and {needed} must have room at "
-            f"the same time (checkpoint.keep={run.checkpoint.keep}, and the one being written): free space, choose "
+            f"run.dir={run.folder} has {bytes_in_words(free)} free, but {needed} will exist "
+            f"at the same time (checkpoint.keep={run.checkpoint.keep}, and the one being written): free space, choose "
             "another run.dir, or lower checkpoint.keep"
         )
     return f"{bytes_in_words(free)} free for {needed}"
 
 
 def _check_data(run: Run, topology: Topology) -> None:
-    """Check that every host has the same files: compares all sizes, and some files' first and last bytes."""
+    """Check that every host has the same data files, by comparing all sizes and the first and last bytes of some
+    files."""
     paths = topology.together(lambda: [path for corpus in corpora(run) for path in corpus.files])
     files = topology.together(lambda: _files(paths) if _is_first_on_host(topology) else None)
     first_ranks = [topology.hosts.index(host) for host in dict.fromkeys(topology.hosts)]
@@ -242,16 +248,17 @@ def _check_data(run: Run, topology: Topology) -> None:
         for path in sorted(lists[0].keys() | lists[rank].keys()):
             here, there = lists[0].get(path), lists[rank].get(path)
             if here != there:
-                what = "has no" if there is None else "has another"
+                what = f"lacks {path}, unlike" if there is None else f"has another {path} than"
                 raise UserError(
-                    f"{topology.where(rank)} {what} {path} than {topology.where(0)}: copy the same text to every "
+                    f"{topology.where(rank)} {what} {topology.where(0)}: copy the same text to every "
                     "host, or choose files that all hosts share",
                     shared=True,
                 )
 
 
 def _files(paths: list[Path]) -> dict[str, tuple[int, int]]:
-    """Each file's size and, for some, the checksum of its ends; by path relative to the working directory."""
+    """The size of each file and, for some files, a checksum of the first and last bytes. Keys are paths relative to the
+    working directory."""
     here = Path.cwd()
     names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
     try:
@@ -261,7 +268,8 @@ def _files(paths: list[Path]) -> dict[str, tuple[int, int]]:
 
 
 def _warn_of_clocks(topology: Topology) -> float:
-    """Warn of clocks that differ from rank 0's. Returns the largest difference of any two, in seconds."""
+    """Warn of hosts whose clocks differ from rank 0's clock. Returns the largest difference between two clocks in
+    seconds."""
     topology.barrier()
     times = topology.exchange(time.time())
     for rank, theirs in enumerate(times):
@@ -269,13 +277,13 @@ def _warn_of_clocks(topology: Topology) -> float:
         if abs(apart) > SKEW and topology.hosts.index(topology.hosts[rank]) == rank:
             say(
                 f"warning: the clock of {topology.where(rank)} is {abs(apart):,.0f} s "
-                f"{'ahead of' if apart > 0 else 'behind'} that of {topology.where(0)}: times in logs will mislead"
+                f"{'ahead of' if apart > 0 else 'behind'} that of {topology.where(0)}: set it, or log times mislead"
             )
     return max(times) - min(times)
 
 
 def _grid(topology: Topology) -> list[str]:
-    """Lines that show each host's ranks in the data × tensor grid."""
+    """Lines of text that show the ranks of each host in the data × tensor grid."""
     if topology.world.size == 1:
         return []
     tensor, lines = topology.tensor.size, []

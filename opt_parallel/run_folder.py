@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its state file, its configuration, and the cleanup after killed processes."""
+"""The folder of a run, with its lock, state file and configuration, and the cleanup after killed processes."""
 
 from __future__ import annotations
 
@@ -30,42 +30,43 @@ WRITTEN_FILES = (
 
 
 def lock_folder(run: Run) -> AbstractContextManager[None]:
-    """Lock the run's folder while the context lasts. Raises: UserError that names the process that holds it."""
+    """Lock the run's folder while the context lasts. Raises: UserError that names the process that holds the lock."""
     return only_writer(run.folder, f"run.dir={run.folder}")
 
 
 def write_state(run: Run, state: str) -> None:
-    """Write the state file: running, stopped (on request, can be continued), diverged or done. Batch scripts read
-    it."""
+    """Write the run's state for batch scripts to the state file. The states are running, stopped (on a signal or at
+    stop_at, so that the run can be resumed), diverged and done."""
     path = run.folder / STATE
     with optional(path):
         content = f"{state}\n"
-        if not path.is_file() or path.read_bytes() != content.encode():  # a finished run's folder may be read-only
+        if not path.is_file() or path.read_bytes() != content.encode():  # the folder of a finished run may be read-only
             write_text(path, content)
 
 
 def write_config(run: Run) -> None:
-    """Write the resolved configuration."""
+    """Write the resolved configuration to the run's folder."""
     with optional(run.folder / CONFIG):
         write_text(run.folder / CONFIG, to_yaml(run))
 
 
 def clean_up(run: Run) -> None:
-    """Delete what killed processes left. The caller holds the folder's lock."""
+    """Delete unfinished files that killed processes left in the run's folder. The caller must hold the folder's
+    lock."""
     remove_unfinished(run.folder / "checkpoints")
     for name in WRITTEN_FILES:
         remove_leftovers(run.folder / name, any_host=True)
-        remove(run.folder / f"{name}{PARTIAL}")  # the name that earlier versions gave
+        remove(run.folder / f"{name}{PARTIAL}")  # temporary name in earlier versions
     for probe in run.folder.glob(".preflight-*"):
         remove(probe)
 
 
 def apply_retention(run: Run) -> None:
-    """Delete the checkpoints that the newest one replaces. Each save does this; for a finished run whose process was
-    killed before it did, no later save follows."""
+    """Delete the checkpoints that the newest checkpoint replaces. Each save deletes them, but if the process is killed
+    in its last save, no later save does."""
     last = newest(run.folder / "checkpoints")
     if last is None:
-        return  # `resume` names a checkpoint in another folder
+        return  # the run resumes from a checkpoint in another folder
     try:
         settings = read_manifest(last)["config"]["checkpoint"]
     except (UserError, KeyError):

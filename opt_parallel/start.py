@@ -1,4 +1,4 @@
-"""What a run starts from: the checkpoint it resumes from, the weights of `init_from`, its text."""
+"""Open the inputs of a run, which are its text and the checkpoints of `resume` and `init_from`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from opt_parallel.validation import Prompts
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before it builds the engine. `initial`: the checkpoint of `init_from`, None if it is not read.
-    `base`: the same checkpoint if the run trains LoRA, else None."""
+    """The inputs that a run reads before it builds the engine. `initial` is the checkpoint of `init_from`, or None if
+    the run does not read it. `base` is the same checkpoint if the run trains LoRA, else None."""
 
     initial: Opened | None
     base: Base | None
@@ -42,7 +42,8 @@ class Inputs:
 
     @classmethod
     def read(cls, run: Run, resume_from: Path | None) -> Inputs:
-        """Read everything. Every rank calls this outside of any collective: preparing text may take hours.
+        """Read all inputs on this rank. No collective may be pending meanwhile, since the preparation of text may take
+        hours.
 
         Raises: UserError."""
         check_trackers(run)
@@ -56,7 +57,7 @@ class Inputs:
 
 
 def resume_point(run: Run, topology: Topology) -> Path | None:
-    """The checkpoint that `resume` names, as rank 0 sees it; None for a fresh start. Raises: UserError."""
+    """The checkpoint from which rank 0 finds that the run resumes, or None for a fresh start. Raises: UserError."""
     return topology.exchange(topology.together(lambda: choose(run)))[0]
 
 
@@ -68,7 +69,8 @@ def begin(
     initial: Opened | None = None,
     labels: Labels | None = None,
 ) -> tuple[Engine, Clock]:
-    """Build the engine; restore weights, optimizer state and clock from `checkpoint`, or start at step 0."""
+    """Build the engine. Restore weights, optimizer state and position from `checkpoint`, or start at step 0 without a
+    checkpoint."""
     engine = Engine.build(run, topology, weights(run, initial, checkpoint), labels)
     if initial:
         initial.warn_of_not_finite(topology.tensor)
@@ -76,7 +78,8 @@ def begin(
 
 
 def weights(run: Run, initial: Opened | None, checkpoint: CheckpointReader | None) -> Source:
-    """Each tensor comes from the first that has it: the run's own checkpoint, `init_from`, random initialisation."""
+    """The source of the model's weights. Each tensor is read from the run's own checkpoint, else from `init_from`, else
+    it is randomly initialised."""
     source = random_source(run.seed)
     if initial:
         source = with_fallback(initial.stored.holds, initial.weights, source)
@@ -84,13 +87,14 @@ def weights(run: Run, initial: Opened | None, checkpoint: CheckpointReader | Non
 
 
 def open_store(run: Run, topology: Topology, resume_from: Path | None, inputs: Inputs) -> Store:
-    """The store that saves the run's checkpoints and finds the one to resume from."""
+    """The checkpoint store, which saves the run's checkpoints and finds the checkpoint to resume from."""
     data, tracked = inputs.data, _wandb_id(run, resume_from)
     return Store(run, topology, data.tokenizer, data.labels, inputs.base, data.text, tracked)
 
 
 def warn_of_unread_init(run: Run, resume_from: Path | None) -> None:
-    """Warn if the checkpoint to resume from was started from another `init_from`: the run's own is then not read."""
+    """Warn that `init_from` is not read, if the run resumes from a checkpoint that was trained from another
+    `init_from`."""
     if run.init_from is None or resume_from is None or run.task.lora.rank > 0:
         return
     try:
@@ -105,10 +109,10 @@ def warn_of_unread_init(run: Run, resume_from: Path | None) -> None:
 
 
 def _open_initial(run: Run, resume_from: Path | None) -> Opened | None:
-    """The checkpoint of `init_from`. None if the weights are random or come from the run's own checkpoint. LoRA needs
-    it at every start: its checkpoints lack the frozen weights.
+    """The checkpoint of `init_from`, or None if all weights are randomly initialised or read from the run's own
+    checkpoint. A LoRA run reads `init_from` at every start, because its checkpoints do not contain the frozen weights.
 
-    Every rank checks the tensors before any rank waits for another."""
+    Every rank checks the tensors before it waits for another rank."""
     if run.init_from is None or (resume_from is not None and run.task.lora.rank == 0):
         return None
     opened = open_checkpoint(run.init_from, "init_from=", checksums=True).grown(run.model.vocab_size)
@@ -120,8 +124,8 @@ def _open_initial(run: Run, resume_from: Path | None) -> Opened | None:
 
 
 def _wandb_id(run: Run, resume_from: Path | None) -> str | None:
-    """The run's id at wandb; None on other ranks than 0. A fresh start gets a new id, and so does a run that resumes
-    from an older checkpoint or another run's: wandb accepts each step once."""
+    """The run's wandb id on rank 0, None on all other ranks. A new id is created for a fresh start, and for a run that
+    resumes from an older checkpoint or from another run's checkpoint, because wandb accepts each step only once."""
     if not is_main():
         return None
     if resume_from is None:

@@ -1,4 +1,4 @@
-"""Validation on held-out text: the loss, a classifier's metrics, and samples of generated text."""
+"""Validation on held-out text, with the loss, the metrics of a classifier, and samples of generated text."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from opt_parallel.parallel.topology import Topology
 from opt_parallel.report.scores import figures, tally
 from opt_parallel.runtime.errors import UserError
 
-TEMPERATURE, TOP_P = 0.8, 0.95  # of the samples: varied, without very unlikely tokens
+TEMPERATURE, TOP_P = 0.8, 0.95  # for varied samples without very unlikely tokens
 
 
 class Evaluated(Protocol):
-    """A network to validate: an `Engine`, or an `Untrained` one."""
+    """A network that can be validated, either an `Engine` or an `Untrained`."""
 
     run: Run
     topology: Topology
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """Sum of the losses of this data rank's batch, without dropout."""
+        """The sum of the losses of this data rank's batch, computed without dropout."""
         ...
 
     def scores(self, batch: Batch) -> Tensor:
-        """Scores (B, N) of a classifier, without dropout."""
+        """The scores (B, N) of a classifier, computed without dropout."""
         ...
 
 
@@ -66,9 +66,9 @@ class Untrained:
 
 @dataclass(frozen=True)
 class Validation:
-    """`loss`: mean over the `targets` of all data ranks; in nats per token for a language model. A classifier has
-    `figures` (see `report.scores`) and, if each example has one label, a `confusion` matrix (N, N), rows: true
-    labels."""
+    """The result of a validation. `loss` is the mean over the `targets` of all data ranks, in nats per token for a
+    language model. A classifier also has metrics in `figures` (see `report.scores`) and, if each example has one label,
+    a `confusion` matrix (N, N) whose rows are the true labels."""
 
     loss: float
     targets: int
@@ -77,7 +77,7 @@ class Validation:
 
 
 def validate(evaluated: Evaluated, samples: Samples, labels: Labels | None = None) -> Validation:
-    """Evaluate each of `samples` once; all data ranks take part. `labels`: a classifier's.
+    """Evaluate each sample once, in parallel on all data ranks. `labels` are the labels of a classifier.
 
     Raises: Unread, on every rank, if one rank cannot read a sample."""
     run, data = evaluated.run, evaluated.topology.data
@@ -107,14 +107,14 @@ def validate(evaluated: Evaluated, samples: Samples, labels: Labels | None = Non
 
 @dataclass(frozen=True)
 class Prompts:
-    """The run's `evaluation.prompts` as token ids, and their tokenizer."""
+    """The run's `evaluation.prompts` as token ids, with their tokenizer."""
 
     tokenizer: Tokenizer
     ids: list[list[int]]
 
     @classmethod
     def encode(cls, run: Run, tokenizer_folder: Path) -> Prompts:
-        """Encode the prompts. Raises: UserError for a prompt that leaves no positions for new tokens."""
+        """Encode the prompts. Raises: UserError for a prompt so long that no positions are left for new tokens."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
         ids = [
             encode_prompt(tokenizer, prompt, run.model, run.data.special_tokens) for prompt in run.evaluation.prompts
@@ -127,11 +127,13 @@ class Prompts:
         return cls(tokenizer, ids)
 
     def texts(self, engine: Engine, step: int) -> list[str]:
-        """A continuation of each prompt by the model at `step`. Every rank takes part and gets the same texts."""
+        """A continuation of each prompt by the model at `step`. All ranks must call this method, and all get the same
+        texts."""
         run, topology = engine.run, engine.topology
         ids, mask = left_padded(self.ids, run.model.pad_token_id, topology.device)
         engine.wrapped.eval()
-        # the world group: under ZeRO-3 each forward gathers weights from all ranks, so all must do equally many
+        # Under ZeRO-3 each forward gathers weights from all ranks, so all ranks must run the same number of forwards.
+        # Hence the world group.
         output = generate(engine.wrapped.module, ids, mask, _decoding(run, step), topology.world)
         starts = [ids.size(1) - len(prompt) for prompt in self.ids]
         return [

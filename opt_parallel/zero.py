@@ -1,6 +1,6 @@
-"""Live views of a rank's training state (fp32 weights and moments) under each ZeRO stage.
+"""Live views of a rank's training state, which is its fp32 weights and optimizer moments, under each ZeRO stage.
 
-Nothing is copied: writing to a fragment changes the optimizer's state.
+The views copy no values, so writing to a fragment changes the optimizer's state.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from opt_parallel.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` to `start` + n of a parameter's flattened shard, padding included.
+    """Elements `start` to `start` + n of the flattened shard of a parameter, with padding.
 
-    `weights`: (n,) fp32; `moments`: (n,) each, or empty before the first optimizer step."""
+    `weights` is an fp32 tensor (n,). `moments` maps names to tensors (n,) and is empty before the first optimizer
+    step."""
 
     name: str
     shard: Shard
@@ -30,17 +31,18 @@ class Fragment:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to save, by kind."""
+        """The fragment's weights and moments, by the names under which checkpoints store them."""
         return {"weights": self.weights, **self.moments}
 
     def narrow(self, first: int, last: int) -> Fragment:
-        """Elements `first` to `last` of this fragment."""
+        """The part of this fragment from element `first` to element `last`."""
         moments = {kind: values[first:last] for kind, values in self.moments.items()}
         return Fragment(self.name, self.shard, self.start + first, self.weights[first:last], moments)
 
 
 def held_fragments(wrapped: Any, stage: int, data_rank: int, moments: tuple[str, ...]) -> Iterator[Fragment]:
-    """This rank's fragments of the trained parameters, at most one of each. `moments`: names, see `optim.Optimizer`."""
+    """This rank's fragments of the trained parameters, with at most one fragment for each parameter. `moments` are the
+    names of the moments, see `optim.Optimizer`."""
     base = base_optimizer(wrapped)
     for name, tensor, shard in trained(wrapped.module):
         address = _address(wrapped, stage, data_rank, tensor)
@@ -55,7 +57,7 @@ def held_fragments(wrapped: Any, stage: int, data_rank: int, moments: tuple[str,
 def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple[str, ...]) -> Iterator[Fragment]:
     """The fragments that this rank saves, so that each element is saved once.
 
-    The first tensor rank saves replicated parameters. At stage 0, where each data rank holds everything, each saves an
+    Tensor rank 0 saves replicated parameters. At stage 0 each data rank holds the complete training state and saves an
     equal share."""
     for fragment in held_fragments(wrapped, stage, topology.data.rank, moments):
         if fragment.shard.count < topology.tensor.size and topology.tensor.rank > 0:
@@ -70,8 +72,8 @@ def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple
 
 @dataclass(frozen=True)
 class Replica:
-    """Values that other ranks hold too: those of the data group (`in_data`), the tensor group (`in_tensor`), or
-    both."""
+    """Values of which other ranks hold copies. Those ranks are in the data group (`in_data`), the tensor group
+    (`in_tensor`), or both groups."""
 
     name: str
     values: Tensor
@@ -80,10 +82,10 @@ class Replica:
 
 
 def replicas(wrapped: Any, stage: int, topology: Topology, moments: tuple[str, ...]) -> Iterator[Replica]:
-    """All values of this rank that other ranks hold bit for bit, frozen parameters included.
+    """All values of this rank of which other ranks hold copies with equal bits, including frozen parameters.
 
-    Working weights are equal over the data group at stages 0 to 2; fp32 weights and moments only at stage 0. Over the
-    tensor group, everything of a replicated parameter is equal."""
+    In a data group, the working weights are equal at stages 0 to 2, and the fp32 weights and moments are equal only at
+    stage 0. In a tensor group, the weights and moments of a replicated parameter are equal."""
     several = topology.data.size > 1
     for name, tensor, shard in marked(wrapped.module):
         in_tensor = shard.count < topology.tensor.size
@@ -100,7 +102,8 @@ def replicas(wrapped: Any, stage: int, topology: Topology, moments: tuple[str, .
 
 
 def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: int) -> None:
-    """Set the optimizer's step count to `updates` and its moments to zero; with 0 updates delete its state."""
+    """Set the optimizer's step count to `updates` and its moments to zero. If `updates` is 0, delete the optimizer's
+    state."""
     base = base_optimizer(wrapped)
     for flat in _flat_weights(wrapped, stage):
         if updates == 0:
@@ -113,42 +116,45 @@ def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: i
 
 
 def refresh_working_weights(wrapped: Any, stage: int) -> None:
-    """Round the fp32 weights to the working weights, as DeepSpeed does at the end of a step.
+    """Round the fp32 weights to the dtype of the working weights and store them there, as DeepSpeed does at the end of
+    a step.
 
-    Stage 0 computes with the fp32 weights."""
+    At stage 0 the fp32 weights are the working weights."""
     optimizer = wrapped.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:
-        optimizer.checkpoint_event_prologue()  # splits the small parameters that stay gathered
+        optimizer.checkpoint_event_prologue()  # partitions the small parameters that stay gathered
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()  # gathers these again
+        optimizer.checkpoint_event_epilogue()  # gathers the small parameters again
 
 
 def updates_made(wrapped: Any, stage: int) -> int:
-    """Optimizer steps so far, without those that fp16 skipped."""
+    """The number of weight updates so far, which excludes the steps that fp16 skipped."""
     state = base_optimizer(wrapped).state.get(_flat_weights(wrapped, stage)[0], {})
     return int(state["step"]) if state else 0
 
 
 def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
-    """The torch optimizer, unwrapped from DeepSpeed's."""
+    """The torch optimizer inside DeepSpeed's optimizer."""
     base = getattr(wrapped.optimizer, "optimizer", wrapped.optimizer)
     assert isinstance(base, torch.optim.Optimizer)
     return base
 
 
 def _flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
-    """The tensors that the torch optimizer updates: parameters at stage 0, else this rank's flat fp32 partitions."""
+    """The tensors that the torch optimizer updates. They are the parameters at stage 0, and this rank's flat fp32
+    partitions at other stages."""
     if stage == 3:
         return list(wrapped.optimizer.fp32_partitioned_groups_flat)
     return [flat for group in base_optimizer(wrapped).param_groups for flat in group["params"]]
 
 
 def _address(wrapped: Any, stage: int, data_rank: int, tensor: Tensor) -> tuple[Tensor, int, int, int] | None:
-    """Where this rank's fp32 elements of a parameter are: flat tensor, index of the first element in the flattened
-    shard, its offset in the flat tensor, number of elements. None if this rank has none."""
+    """The position of this rank's fp32 elements of a parameter, or None if this rank has no elements of it. The tuple
+    holds the flat tensor, the first element's index in the flattened shard, its offset in the flat tensor, and the
+    number of elements."""
     if stage == 0:
         return tensor, 0, 0, tensor.numel()
     if stage == 3:

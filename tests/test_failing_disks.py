@@ -207,7 +207,7 @@ def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: 
         assert "step-2" in steps_in(run)
         assert f"{run}/checkpoints/step-2 is complete" in errors[0]
     if outcome == NOT_EXPORTED:
-        assert f"{run}/checkpoints/step-6 is safe" in errors[0]
+        assert f"{run}/checkpoints/step-6 is complete" in errors[0]
 
     again = launch(row.ranks, "train.py", *arguments)
     assert again.returncode == 0, again.stderr

@@ -50,7 +50,7 @@ def wait_for(happened: Callable[[], bool], start: Start) -> None:
 def assert_names(lines: list[str], run: Path) -> None:
     """Exactly one line says that another trains there, and who."""
     (line,) = [line for line in lines if line.startswith("error: ")]
-    for part in (f"run.dir={run}", "another run trains there", "process ", " on ", "since "):
+    for part in (f"run.dir={run}", "another run writes to this folder", "process ", " on ", "since "):
         assert part in line
 
 

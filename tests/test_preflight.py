@@ -88,7 +88,7 @@ def test_other_settings(crew: Any, tmp_path: Path) -> None:
     run = run_in(tmp_path)
     other = dataclasses.replace(run, optimizer=OptimizerConfig(lr=0.5))
     line = refusal(crew, [run, other], [tmp_path] * 2)
-    assert line.startswith("nodeB, rank 1 has other settings than nodeA, rank 0: optimizer.lr 0.5 instead of 0.0006; ")
+    assert line.startswith("nodeB, rank 1 has other settings than nodeA, rank 0, optimizer.lr 0.5 instead of 0.0006: ")
 
 
 def test_another_tensor_degree(crew: Any, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_another_version_of_a_library(crew: Any, tmp_path: Path) -> None:
     assert {refused for refused, _, _ in answers} == {True}
     assert answers[0][1] == answers[1][1]
     assert answers[0][1].startswith(
-        "nodeB, rank 1 has other libraries than nodeA, rank 0: tokenizers 9.9.9 instead of "
+        "nodeB, rank 1 has other libraries than nodeA, rank 0, tokenizers 9.9.9 instead of "
     )
 
 
@@ -139,7 +139,7 @@ def with_code(checksum: str, *arguments: Any) -> Any:
 def test_other_code(crew: Any, tmp_path: Path) -> None:
     run = run_in(tmp_path)
     answers = crew(2)(with_code, "0123456789ab", [run, run], ["nodeA", "nodeB"], [tmp_path, tmp_path])
-    assert "nodeB, rank 1 has other code than nodeA, rank 0: opt-parallel 0123456789ab instead of" in answers[0][1]
+    assert "nodeB, rank 1 has other code than nodeA, rank 0, opt-parallel 0123456789ab instead of" in answers[0][1]
 
 
 def test_code_checksum_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_too_little_disk(crew: Any, tmp_path: Path) -> None:
         pytest.skip("only root can mount a small disk")
     try:
         line = refusal(crew, [run, run], [tmp_path] * 2)
-        assert f"run.dir={disk} has 8.39 MB free for checkpoints, and 3 checkpoints of 3.17 MB" in line
+        assert f"run.dir={disk} has 8.39 MB free, but 3 checkpoints of 3.17 MB" in line
         assert "(checkpoint.keep=2, and the one being written): free space" in line
         assert not refused_with(crew, dataclasses.replace(run, checkpoint=CheckpointConfig(every=10, keep=1)), tmp_path)
     finally:

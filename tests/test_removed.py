@@ -77,7 +77,7 @@ def test_the_folder_of_a_run(tmp_path: Path, ranks: int) -> None:
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     warnings = [line for line in process.stdout.splitlines() if line.startswith("warning: ")]
-    assert warnings == [f"warning: {run}/metrics.jsonl was removed or moved: it is created again, with all its lines"]
+    assert warnings == [f"warning: {run}/metrics.jsonl was removed or moved: it is created again with all its lines"]
     assert losses(run) == losses(reference)
     assert weights(run) == weights(reference)
     assert (run / "state").read_text() == "done\n"

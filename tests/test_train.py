@@ -111,7 +111,7 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
             header = (tmp_path / "run" / "logs" / "rank-00001.log").read_text().partition("\n")[0]
             os.kill(int(header.rpartition("process ")[2]), signal.SIGUSR1)
         output, errors = process.communicate(timeout=100)
-    assert "the same command continues it" in output
+    assert "the same command continues the run" in output
     assert process.returncode == (130 if processes == 1 else 1)
     if processes == 2:
         assert errors.count("exitcode  : 75") == errors.count("exitcode  :") == 2  # torchrun's own is always 1
@@ -133,4 +133,4 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
     finished = launch(processes, "train.py", *arguments)
     assert finished.returncode == 0
     assert (tmp_path / "run" / "state").read_text() == "done\n"
-    assert "a later stop_at continues it" in finished.stdout
+    assert "a larger stop_at continues the run" in finished.stdout

@@ -1,1 +1,1 @@
-"""The configuration: typed sections, their checks, and the interface to Hydra."""
+"""The typed sections of the configuration, their checks, and the interface to Hydra."""

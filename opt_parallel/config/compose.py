@@ -1,4 +1,4 @@
-"""From Hydra's composed YAML to a `Run` and back, and Hydra's errors as one line."""
+"""Convert Hydra's composed configuration to a `Run` and back, and report Hydra's errors in one line."""
 
 from __future__ import annotations
 
@@ -38,25 +38,26 @@ TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run `main`, decorated with `hydra.main`, on the command line. A user's mistake is one line and status 2; a closed
-    output does not end the command."""
+    """Run `main`, a function decorated with `hydra.main`, with the arguments of the command line. A user's mistake is
+    reported in one line and ends the process with status 2. A closed standard output does not end the process."""
     with one_line_errors():
         outlive()
         set_ranks()
         quiet_libraries()
         register_schema()
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors of composing instead of printing them
-        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # before Hydra writes a multirun's overrides to a file
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises configuration errors instead of printing them
+        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # checked before Hydra writes a multirun's overrides to a file
         main()
 
 
 class CheckConfig(Callback):
-    """Checks the composed configuration before Hydra creates folders and writes a multirun's configuration."""
+    """A Hydra callback that checks the composed configuration before Hydra creates folders and writes a multirun's
+    configuration."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with one_line_errors():  # Hydra would turn an exception into a warning
             check_values(OmegaConf.to_container(config))
-            HydraConfig.instance().set_config(copy.deepcopy(config))  # run.name asks it for the model's name
+            HydraConfig.instance().set_config(copy.deepcopy(config))  # the default of run.name reads this
             for key in PATHS_OF_HYDRA:
                 name = str(OmegaConf.select(config, key))
                 if (path := local(f"{key}=", name)) != name:
@@ -67,11 +68,12 @@ class CheckConfig(Callback):
 
 
 def _from_environment(name: str, *default: Any) -> Any:
-    """`${oc.env:NAME}`, refused for secrets: a configuration is written to the run's folder and sent to trackers."""
+    """The value of `${oc.env:NAME}`. Secrets are refused, because the configuration is written to the run's folder and
+    sent to experiment trackers."""
     if looks_secret(name):
         raise UserError(
-            f"${{oc.env:{name}}} looks like a secret, and a run's configuration is written to files: leave it out; "
-            "the library that needs it reads the environment itself"
+            f"${{oc.env:{name}}} looks like a secret, and a run's configuration is written to files: leave it out, "
+            "because the library that needs it reads the environment itself"
         )
     value = oc.env(name, *default)
     refuse_secret_value(f"${{oc.env:{name}}}", str(value))
@@ -82,7 +84,7 @@ OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
 
 
 def verbatim(value: Any) -> Any:
-    """Plain values with all text escaped, so that OmegaConf interpolates nothing."""
+    """Plain values with all text escaped, so that OmegaConf does not interpolate it."""
     if isinstance(value, dict):
         return {key: verbatim(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -91,16 +93,18 @@ def verbatim(value: Any) -> Any:
 
 
 def take(config: DictConfig, key: str, value: Any) -> None:
-    """Set a key to a value from a file, never interpolated. All text that the user did not type must be set by this.
+    """Set a key of the configuration to a value from a file, without interpolation. Use this function for all text that
+    the user did not type.
 
-    Raises: UserError for `???`, which OmegaConf takes for a missing value."""
+    Raises: UserError for the text `???`, which means a missing value to OmegaConf."""
     if MISSING in (value if isinstance(value, (list, tuple)) else [value]):
         raise UserError(f"{key}: {MISSING!r} means a missing value in a configuration: rename it in the checkpoint")
     OmegaConf.update(config, key, verbatim(value))
 
 
 def register_schema() -> None:
-    """Register `Run` with Hydra as `schema`, the first of the defaults in `configs/config.yaml`."""
+    """Register `Run` with Hydra under the name `schema`, which is first in the defaults list of
+    `configs/config.yaml`."""
     ConfigStore.instance().store(name="schema", node=Run)
 
 
@@ -117,13 +121,13 @@ def run_from(config: DictConfig) -> Run:
     refuse_breaks("run.name=", str(values["run"]["name"]))
     change_paths(values, Run, local)
     plain = OmegaConf.create(verbatim(values))
-    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses keys that `+key=…` added
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses keys added by `+key=…`
     assert isinstance(run, Run)
     return run
 
 
 def explain(error: BaseException) -> str:
-    """A Hydra or OmegaConf error as one line with the key and the way out; secrets are masked."""
+    """A Hydra or OmegaConf error as a message of one line with the key and a remedy. Secrets are masked."""
     return masked(_explained(error))
 
 
@@ -147,7 +151,7 @@ def _explained(error: BaseException) -> str:
 
 
 def _wrapped_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that one of our resolvers raised, which OmegaConf wraps."""
+    """The UserError inside an OmegaConf error, if a resolver of this package raised it."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
@@ -155,7 +159,7 @@ def _wrapped_user_error(error: BaseException | None) -> UserError | None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """`reporting` that also covers Hydra's, OmegaConf's and YAML errors."""
+    """Report errors as `reporting` does, and those of Hydra, OmegaConf and YAML as the user's mistakes."""
     with reporting((HydraException, OmegaConfBaseException), explain):
         try:
             yield
@@ -163,30 +167,30 @@ def one_line_errors() -> Iterator[None]:
             ValueError,
             RecursionError,
             YAMLError,
-        ) as error:  # also for nested brackets, long numbers, wrong encodings
+        ) as error:  # YAML's parser also raises the first two
             for frame, _ in traceback.walk_tb(error.__traceback__):
                 if (
                     frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals
-                ):  # Hydra's function that reads a file
+                ):  # Hydra reads a file in this function
                     where, why = frame.f_locals["full_path"], masked(one_line(error))
                     raise UserError(f"{where} cannot be read as YAML ({why:.300}): correct it") from error
             raise
 
 
 def to_yaml(run: Run) -> str:
-    """`recorded` as YAML that Hydra reads back to the same values: text is escaped."""
+    """The result of `recorded` as YAML, with text escaped so that Hydra reads back the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(verbatim(recorded(run))))
 
 
 def recorded(run: Run) -> dict[str, Any]:
-    """The configuration as written to the run's folder: `to_dict` with absolute paths."""
+    """The result of `to_dict` with absolute paths, as written to the run's folder."""
     values = to_dict(run)
     change_paths(values, Run, absolute)
     return values
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """The resolved configuration as plain values (enums by name)."""
+    """The resolved configuration as nested dictionaries, with enums by name."""
     return {each.name: _plain(getattr(run, each.name)) for each in fields(run)}
 
 

@@ -1,4 +1,4 @@
-"""Configuration of a run's data: sources, tokenizer, preparation."""
+"""Configuration of a run's data sources, tokenizer and text preparation."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 from opt_parallel.config.model import Section, require
 from opt_parallel.config.paths import PATH
 
-KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # keys of a source
+KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # keys of a data source
 PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # the documentation in Python's standard library
 
 
 class BadRecordsPolicy(Enum):
-    """Handling of records that cannot be read or lack a field: `error` names the first and their number; `skip` leaves
-    them out, counts them and lists the first."""
+    """Handling of bad records, which cannot be read or lack a field. `error` ends the run with the first bad record and
+    the number of bad records. `skip` leaves bad records out, counts them and lists the first ones."""
 
     error = "error"
     skip = "skip"
 
 
 class SpecialTokens(Enum):
-    """How the spelling of a special token in a text, such as `</s>`, is encoded: as ordinary `text` or as that token
-    (`tokens`). Holds for documents, examples and prompts, in training, evaluation and generation."""
+    """Whether a special token's spelling in a text, such as `</s>`, is encoded as ordinary text (`text`) or as this
+    token (`tokens`). The choice applies to documents, examples and prompts, in training, evaluation and generation."""
 
     text = "text"
     tokens = "tokens"
@@ -35,14 +35,15 @@ class SpecialTokens(Enum):
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of a split. Its share of the run's samples is `weight` divided by the sum of the split's weights.
+    """One data source of the training or validation split. A source's share of the run's samples is its `weight`
+    divided by the sum of the weights of the split's sources.
 
-    `subset`, `split`: of a dataset on the hub or in a folder of that form. `stream`: train while the text is read
-    instead of preparing it first."""
+    `subset` and `split` select a part of a dataset on the Hugging Face hub or in a folder with the hub's layout.
+    `stream` trains while the text is read instead of preparing all text first."""
 
     name: str
     path: tuple[str, ...]
-    weight: str = "1"  # a decimal text, so that shares are exact
+    weight: str = "1"  # kept as decimal text, so that shares are exact
     text_field: str = "text"
     template: str | None = None
     subset: str | None = None
@@ -52,38 +53,40 @@ class SourceConfig:
 
 @dataclass
 class DataConfig(Section):
-    """The text and how it is prepared.
+    """A run's text and its preparation.
 
-    `train`, `validation`: a file, folder, glob or hub id, `python:train` or `python:validation` (documentation in
-    Python's standard library), or a list of these as one source; or a list of sources, each with a `path` and
-    optionally `weight`, `name`, `text_field`, `template`, `subset`, `split`, `stream`. `tokenizer=null`: that of
-    `init_from`; without `init_from`, one of `model.vocab_size` tokens trained on the training text."""
+    `train` and `validation` each take a file, a folder, a glob, a hub id, or `python:train` or `python:validation`
+    (documentation in Python's standard library). A list of these is one source. A list of mappings is several sources,
+    each with a `path` and optionally `weight`, `name`, `text_field`, `template`, `subset`, `split` and `stream`. With
+    `tokenizer=null`, the tokenizer of `init_from` is used; without `init_from`, a tokenizer of `model.vocab_size`
+    tokens is trained on the training text."""
 
     # training text: files, folders, globs, hub ids, python:train; or a list of sources (docs/data.md)
     train: Any = field(default=None, metadata=PYTHON_TEXT)
     # held-out text, in the same form as train
     validation: Any = field(default=None, metadata=PYTHON_TEXT)
-    # tokenizer.json, its folder, or a hub id; null: init_from's, else one is trained on the training text
+    # tokenizer.json, its folder, or a hub id; null: the tokenizer of init_from, else a new one trained on the training
+    # text
     tokenizer: str | None = field(default=None, metadata=PATH)
-    # tokens of a sample
+    # number of tokens in a sample
     sequence_length: int = 2048
     # the field of a record that holds its text
     text_field: str = "text"
     # builds the text from several fields, such as "{title}: {body}"
     template: str | None = None
-    # encoding of a special token's spelling in a text, such as </s>: as ordinary text, or as that token (tokens)
+    # encode a special token's spelling in a text, such as </s>, as ordinary text (text) or as this token (tokens)
     special_tokens: SpecialTokens = SpecialTokens.text
     # train while the text is read, instead of preparing it first
     stream: bool = False
-    # drop repeated texts of a source
+    # drop repeated texts within a source
     deduplicate: bool = False
-    # share of the training documents kept for validation if validation is null and evaluation.every > 0
+    # share of the training documents held out for validation if validation is null and evaluation.every > 0
     held_out: float = 0.005
     # error: an unusable record ends the run; skip: leave unusable records out and list them
     bad_records: BadRecordsPolicy = BadRecordsPolicy.error
-    # processes that prepare text; 0: one for each available CPU
+    # number of processes that prepare text; 0: one for each available CPU
     workers: int = 0
-    # folder of prepared tokens, shared between runs
+    # folder of tokenized text, which runs share
     cache: str = field(default="cache", metadata=PATH)
 
     def check(self) -> None:
@@ -95,7 +98,7 @@ class DataConfig(Section):
         for number, name in enumerate(names):
             require(
                 name not in names[:number],
-                f"data.train[{number}] has the name {name!r}, which an earlier source has: give it another, name: …",
+                f"data.train[{number}] has the name {name!r} of another source: give it another name, name: …",
             )
         require(
             not (self.deduplicate and any(source.stream for source in sources)),

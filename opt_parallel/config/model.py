@@ -1,6 +1,6 @@
-"""The shape of an OPT network, its number of parameters and its FLOPs.
+"""The architecture settings of an OPT network, its number of parameters and its FLOPs.
 
-Field names are those of Hugging Face's `OPTConfig`. The nine published shapes are the files of `configs/model/`.
+Field names are those of Hugging Face's `OPTConfig`. The files of `configs/model/` hold the nine published sizes of OPT.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 from opt_parallel.runtime.errors import UserError
 
-IGNORED = -100  # a label that does not count
-POSITION_OFFSET = 2  # rows 0 and 1 of the position table belong to padding, as fairseq numbered them
-MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15  # a config.json may say anything; OPT-175B has 96 and 1.75 · 10¹¹
-MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between runs that share weights
+IGNORED = -100  # label of a position without loss
+POSITION_OFFSET = 2  # position 0 is row 2 of the position table, as in fairseq
+# OPT-175B has 96 layers and 1.75 · 10¹¹ parameters.
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15
+MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between networks with the same weights
 
 
 class Activation(Enum):
@@ -25,15 +26,17 @@ class Activation(Enum):
 
 
 class Init(Enum):
-    """`paper`: N(0, 0.006); the two projections into the residual stream are divided by sqrt(2 · layers)
-    (Zhang et al. 2022, section 2.2, and metaseq). `huggingface`: N(0, 0.02) throughout."""
+    """Distributions of the initial weights. With `paper`, weights are drawn from N(0, 0.006), and the two projections
+    into the residual stream are divided by sqrt(2 · layers) (Zhang et al. 2022, section 2.2, and metaseq). With
+    `huggingface`, all weights are drawn from N(0, 0.02)."""
 
     paper = "paper"
     huggingface = "huggingface"
 
 
 class ProblemType(Enum):
-    """The kind of a classifier's labels, with Hugging Face's names: numbers, one of N labels, or any of N labels."""
+    """The kind of a classifier's labels, with Hugging Face's names. An example has numbers, one of N labels, or any
+    subset of N labels."""
 
     regression = "regression"
     single_label_classification = "single_label_classification"
@@ -42,19 +45,20 @@ class ProblemType(Enum):
 
 @dataclass(frozen=True)
 class Labels:
-    """A classifier's label names by index, and their kind; None: inferred from the first labels."""
+    """A classifier's label names in the order of its scores, and the kind of the labels. A kind of None is inferred
+    from the first labels."""
 
     names: tuple[str, ...]
     problem_type: ProblemType | None = None
 
     @classmethod
     def numbered(cls, count: int, problem_type: ProblemType | None = None) -> Labels:
-        """`count` labels with transformers' default names."""
+        """`count` labels with the default names of transformers."""
         return cls(tuple(f"LABEL_{number}" for number in range(count)), problem_type)
 
 
 class Section:
-    """A section of the configuration: checked when it is created, then immutable."""
+    """A section of the configuration. It is checked when it is created and immutable afterwards."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -77,23 +81,24 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass
 class ModelConfig(Section):
-    """The network. Defaults are the paper's 125M; `OPTConfig`'s differ only in attention_dropout=0."""
+    """The network's architecture and initialisation. The defaults are those of the paper's 125M model. They differ from
+    the defaults of `OPTConfig` only in attention_dropout."""
 
     # size of the vocabulary; a tokenizer may have fewer tokens
     vocab_size: int = 50272
-    # width H of the hidden states
+    # width of the hidden states
     hidden_size: int = 768
-    # decoder layers
+    # number of decoder layers
     num_hidden_layers: int = 12
-    # attention heads of a layer; must divide hidden_size and be a multiple of parallel.tensor
+    # number of attention heads; must divide hidden_size and be a multiple of parallel.tensor
     num_attention_heads: int = 12
     # width of the feed-forward layer; a multiple of parallel.tensor
     ffn_dim: int = 3072
-    # number of learned positions: the longest sequence
+    # number of learned positions, and maximum length of a sequence
     max_position_embeddings: int = 2048
-    # width of the token embedding; null: hidden_size. The 350m has 512, with projections in and out
+    # width of the token embedding; null: hidden_size. OPT-350m has 512, projected to and from hidden_size
     word_embed_proj_dim: int | None = None
-    # LayerNorm before attention and feed-forward; false: after the residual sum, as in the 350m
+    # LayerNorm before attention and feed-forward; false: after the residual sum, as in OPT-350m
     do_layer_norm_before: bool = True
     # leave out the LayerNorm after the last layer, as some early conversions of OPT do
     remove_final_layer_norm: bool = False
@@ -111,7 +116,7 @@ class ModelConfig(Section):
     layerdrop: float = 0.0
     # paper: N(0, 0.006), output layers divided by √(2 · layers); huggingface: N(0, 0.02)
     init: Init = Init.paper
-    # standard deviation of the initial weights; null: init's
+    # standard deviation of the initial weights; null: the value of init
     init_std: float | None = None
     # id of the token that begins a prompt
     bos_token_id: int = 2
@@ -133,7 +138,7 @@ class ModelConfig(Section):
             require(value >= 1, f"model.{name}={value} must be at least 1")
         require(
             self.num_hidden_layers <= MOST_LAYERS,
-            f"model.num_hidden_layers={self.num_hidden_layers} is too many: {MOST_LAYERS} at most",
+            f"model.num_hidden_layers={self.num_hidden_layers} is above the maximum of {MOST_LAYERS}: set fewer",
         )
         require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -158,12 +163,13 @@ class ModelConfig(Section):
             self.parameters() <= MOST_PARAMETERS,
             f"the network has {self.parameters():,} parameters (model.vocab_size={self.vocab_size}, hidden_size="
             f"{self.hidden_size}, ffn_dim={self.ffn_dim}, max_position_embeddings={self.max_position_embeddings}, "
-            f"word_embed_proj_dim={self.word_embed_proj_dim}), too many: {MOST_PARAMETERS:,} at most",
+            f"word_embed_proj_dim={self.word_embed_proj_dim}), more than the maximum of {MOST_PARAMETERS:,}: choose a "
+            "smaller network",
         )
 
     def check_splits(self, tensor: int, key: str) -> None:
-        """Raise UserError unless `tensor` ranks can split heads, feed-forward and vocabulary. `key`: the key that set
-        it."""
+        """Raise UserError unless `tensor` ranks can split the attention heads, the feed-forward layer and the
+        vocabulary. `key` is the key that set `tensor`, for the message."""
         for what in ("num_attention_heads", "ffn_dim"):
             size = getattr(self, what)
             require(
@@ -174,13 +180,13 @@ class ModelConfig(Section):
         rows = -(-self.vocab_size // tensor)
         require(
             (tensor - 1) * rows < self.vocab_size,
-            f"model.vocab_size={self.vocab_size} leaves a rank of {key}{tensor} without tokens ({rows} each): "
-            "choose a smaller tensor degree",
+            f"model.vocab_size={self.vocab_size} leaves a rank of {key}{tensor} without tokens: "
+            f"each other rank has {rows}; choose a smaller tensor degree",
         )
 
     @property
     def embedding_size(self) -> int:
-        """Width of the token embedding: `hidden_size` unless projected, as in the 350m."""
+        """Width of the token embedding. It equals `hidden_size` unless the embedding is projected, as in OPT-350m."""
         return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
 
     @property
@@ -197,13 +203,14 @@ class ModelConfig(Section):
 
     @property
     def std(self) -> float:
-        """Standard deviation of the initial weights: `init_std`, or that of `init`."""
+        """Standard deviation of the initial weights, from `init_std` or by default from `init`."""
         if self.init_std is not None:
             return self.init_std
         return 0.006 if self.init is Init.paper else 0.02
 
     def parameters(self) -> int:
-        """Number of parameters, the tied output projection counted once."""
+        """Number of parameters. The output projection is not counted, because it shares the token embedding's
+        weights."""
         hidden, ffn, embedding = self.hidden_size, self.ffn_dim, self.embedding_size
         biases = 4 * hidden + ffn + hidden if self.enable_bias else 0
         layer_norm = 2 * hidden if self.layer_norm_elementwise_affine else 0
@@ -214,11 +221,13 @@ class ModelConfig(Section):
         return embeddings + projections + self.num_hidden_layers * layer + final_layer_norm
 
     def flops_per_token(self, sequence_length: int, frozen: bool = False) -> float:
-        """Model FLOPs of one trained token, forward and backward; causal attention is not halved.
+        """Model FLOPs to train on one token, with forward and backward. Attention counts in full, although its mask is
+        causal.
 
-        The formula of Narayanan et al. 2021 (Megatron-LM), section 5.1, without recomputation, for any feed-forward and
-        embedding width; a backward counts as two forwards. `frozen`: weight gradients are not computed, which saves one
-        of the two; LoRA's own terms are not counted.
+        The formula is that of Narayanan et al. 2021 (Megatron-LM), section 5.1, without recomputation, generalised to
+        any feed-forward and embedding width. A backward counts as two forwards. With `frozen` weights their gradients
+        are not computed, so a backward counts as one forward through the matrices. The matrices of LoRA are not
+        counted.
         """
         projections = 4 * self.embedding_size * self.hidden_size if self.projected else 0
         head = 2 * self.vocab_size * self.embedding_size
@@ -226,7 +235,7 @@ class ModelConfig(Section):
         return full - (self._layers_forward_flops(0) + projections + head if frozen else 0)
 
     def hardware_flops_per_token(self, sequence_length: int, recompute: bool, frozen: bool = False) -> float:
-        """`flops_per_token`, plus one more forward of every layer if `recompute`."""
+        """`flops_per_token`, plus the FLOPs of one more forward of every layer if `recompute`."""
         again = self._layers_forward_flops(sequence_length) if recompute else 0
         return self.flops_per_token(sequence_length, frozen) + again
 

@@ -1,4 +1,4 @@
-"""Options of scripts that use argparse: checked for secrets, URLs, unreadable paths and numbers out of range."""
+"""Parse the options of scripts, and check them for secrets, URLs, unreadable paths and numbers out of range."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All options and arguments of a parser and its subcommands."""
+    """All options and positional arguments of a parser and its subcommands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
@@ -38,7 +38,7 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def name_of(action: argparse.Action) -> str:
-    """An option as the user types it, or the name of a positional argument."""
+    """The name of an option as the user types it, or of a positional argument."""
     return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
 
 
@@ -48,7 +48,8 @@ def _path(option: str, text: str) -> Path:
 
 
 def _refuse_secrets(words: Sequence[str]) -> None:
-    """Raise UserError for a secret, before argparse prints an unknown option with its value."""
+    """Raise UserError for a secret on the command line. Otherwise argparse could print it as the value of an unknown
+    option."""
     option = "the command line"
     for word in words:
         value = word

@@ -10,7 +10,7 @@ from opt_parallel.config.units import bytes_of
 
 
 class ExportDtype(Enum):
-    """`auto`: the checkpoint's own dtype; float32 for our training checkpoints."""
+    """Dtypes of exported weights. `auto` keeps the checkpoint's dtype, which is float32 for training checkpoints."""
 
     auto = "auto"
     float32 = "float32"
@@ -26,13 +26,14 @@ class Wandb(Enum):
 
 @dataclass
 class EvaluationConfig(Section):
-    """Validation every `every` steps and at the end. Each time the model continues `prompts`."""
+    """Validation every `every` steps and at the end of the run. At each validation the model also continues the
+    `prompts`."""
 
-    # steps between two validations; one more at the end; 0: never
+    # steps between two validations; the run also validates at its end; 0: never validate
     every: int = 0
     # texts that the model continues at each validation; written to samples.jsonl
     prompts: list[str] = field(default_factory=list)
-    # tokens that continue a prompt
+    # number of tokens that continue a prompt
     max_new_tokens: int = 64
 
     def check(self) -> None:
@@ -47,10 +48,10 @@ class EvaluationConfig(Section):
 
 @dataclass
 class CheckpointConfig(Section):
-    """When checkpoints are saved and which are kept. `keep_best` also saves one at each validation with the lowest loss
-    so far."""
+    """The steps at which checkpoints are saved, and the checkpoints that are kept. `keep_best` also saves a checkpoint
+    at each validation whose loss is the lowest so far."""
 
-    # steps between two checkpoints; one more is saved at the end; 0: only that one
+    # steps between two checkpoints; a checkpoint is also saved at the end; 0: only at the end
     every: int = 0
     # number of newest checkpoints to keep
     keep: int = 2
@@ -75,7 +76,7 @@ class ExportConfig(Section):
     at_end: bool = False
     # dtype of the exported weights; auto: the checkpoint's own
     dtype: ExportDtype = ExportDtype.auto
-    # largest weights file, such as 5GB or 500MiB
+    # maximum size of a weights file, such as 5GB or 500MiB
     max_shard_size: str = "5GB"
 
     def check(self) -> None:
@@ -86,11 +87,11 @@ class ExportConfig(Section):
 class LoggingConfig(Section):
     """Experiment trackers and the device's peak speed."""
 
-    # offline: files in run.dir; online: sent to wandb
+    # offline: keep wandb's files in run.dir; online: send them to wandb; disabled: no wandb
     wandb: Wandb = Wandb.offline
     # write TensorBoard's files to run.dir
     tensorboard: bool = True
-    # TFLOP/s of one device, for mfu and hfu; null: from our table of devices
+    # peak TFLOP/s of one device, for mfu and hfu; null: looked up by the device's name
     peak_tflops: float | None = None
 
     def check(self) -> None:

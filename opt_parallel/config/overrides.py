@@ -1,4 +1,4 @@
-"""Checks of Hydra's overrides (`key=value`), before anything prints or writes them."""
+"""Check Hydra's overrides (`key=value`) before they are printed or written to files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ KEY = re.compile(r"[\w./-]+(@[\w.:/-]*)?")
 
 
 def checked(arguments: Sequence[str], texts: Collection[str]) -> list[str]:
-    """The command line for Hydra. Values of the keys `texts` are quoted where Hydra's grammar would refuse them or read
-    another type (1e3, true).
+    """The overrides of the command line, checked and quoted for Hydra. Values of the text keys `texts` are quoted if
+    Hydra's grammar would refuse them or read them as another type (1e3, true).
 
     Raises: UserError for a secret, and for a number that is not finite or too large."""
     parser = OverridesParser.create()
@@ -34,17 +34,17 @@ def _checked(parser: OverridesParser, argument: str, texts: Collection[str], sev
         refuse_secret_name(key)
         refuse_secret_value("the command line", argument)
         return argument
-    if key not in texts:  # only launch.secret looks like a secret; it is the name of one
+    if key not in texts:  # launch.secret is exempt, since it holds only a secret's name
         refuse_secret_name(key)
     refuse_secret_value(key, value)
     try:
         value_read = _value(parser.parse_override(argument))
-    except ValueError as error:  # Python refuses numbers of more than 4,300 digits
+    except ValueError as error:  # Python refuses to parse numbers of more than 4,300 digits
         raise UserError(f"{key} is a number of {len(value):,} characters: give one below 2⁶³") from error
-    except HydraException:  # Hydra explains a malformed list, and what may be a sweep
+    except HydraException:  # left to Hydra's own message: malformed lists and possible sweeps
         is_text = not re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL) and not (several and "," in value)
     else:
-        is_text = isinstance(value_read, (bool, int, float))  # so 1e3 stays the text 1e3
+        is_text = isinstance(value_read, (bool, int, float))  # quoted, so that the text 1e3 does not become a number
         if not (is_text and key in texts):
             check_values(value_read, key)
     return f"{head}={_in_quotes(value)}" if is_text and key in texts else argument

@@ -1,4 +1,4 @@
-"""Checks of paths that users give: local, with `~` for a home folder, never a URL."""
+"""Check paths that users give. A path must be local and may start with `~`. URLs are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from opt_parallel.runtime.errors import UserError
 
-# any scheme with two slashes; some schemes also with one
+# URLs of any scheme with two slashes, and of some schemes with one slash
 URL = re.compile(r"\s*([a-z][a-z0-9+.-]+://|(file|s3[an]?|gc?s|az|abfss?|adl|wasbs?|hdfs|dbfs|https?|hf):/)", re.I)
 HUB_PAGE = re.compile(r"\s*https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.I)
 # Unicode categories: control characters, surrogates (undecodable bytes), line and paragraph separators
@@ -24,15 +24,15 @@ BREAKS = {"Cc", "Cs", "Zl", "Zp"}
 
 WAY_OUT = "change the permissions of the file and its folders, or choose another"
 
-# metadata of a configuration field that holds paths: a text, a list of texts, `{path: …}`, or a list of these. The
-# tuple holds values that are not paths, such as auto
+# Metadata of a configuration field that holds paths, as a text, a list of texts, `{path: …}`, or a list of these. The
+# tuple lists values that are not paths, such as auto.
 PATH: dict[str, tuple[str, ...]] = {"path": ()}
 
-Change = Callable[[str, str], str]  # (`key=`, path) to the new path
+Change = Callable[[str, str], str]  # maps (`key=`, path) to the new path
 
 
 def typed_fields(section: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """Dotted key, field and type of every field of a section and its subsections."""
+    """The dotted key, the field and the type of every field of a section and its subsections."""
     hints = get_type_hints(section)
     for each in fields(section):
         if is_dataclass(hints[each.name]):
@@ -42,13 +42,13 @@ def typed_fields(section: type, prefix: str = "") -> Iterator[tuple[str, Field[A
 
 
 def text_keys(section: type, prefix: str = "") -> list[str]:
-    """The keys of a section whose value is a text or null."""
+    """The dotted keys of a section whose value is a text or null."""
     found = typed_fields(section, prefix)
     return [key for key, each, kind in found if "path" in each.metadata or kind in (str, str | None)]
 
 
 def change_paths(values: dict[str, Any], section: type, change: Change, prefix: str = "") -> None:
-    """Replace every path in a section's plain values by `change(key=, path)`."""
+    """Replace every path in the values of a section by `change("key=", path)`."""
     for key, each, _ in typed_fields(section):
         *outer, name = key.split(".")
         holder = values
@@ -67,27 +67,28 @@ def _changed(value: Any, change: Callable[[str], str], keywords: tuple[str, ...]
 
 
 def local(key: str, name: str) -> str:
-    """`name` with `~` expanded. `key`: the key or option that set it, such as `run.dir=`, for messages.
+    """The path `name` with `~` expanded. `key` is the key or option that set the path, such as `run.dir=`, for
+    messages.
 
-    Raises: UserError for an empty name, a URL, control characters, an unknown home."""
+    Raises: UserError for an empty name, a URL, control characters, or an unknown home folder."""
     refuse_breaks(key, name)
     if not name.strip():
         raise UserError(f"{key} is empty: name a file or folder, such as ./data")
     if page := HUB_PAGE.match(name):
-        raise UserError(f"{key}{name} is a URL: write {key}{page[1]}, the hub's name for it, or copy it here first")
+        raise UserError(f"{key}{name} is a URL: write {key}{page[1]}, its id on the hub, or copy it here first")
     if URL.match(name):
         raise UserError(
-            f"{key}{name} is a URL, and only files and folders of this machine are read and written: mount it, or copy "
+            f"{key}{name} is a URL, and only files and folders of this host are read and written: mount it, or copy "
             "it to or from a folder here"
         )
     expanded = os.path.expanduser(name)
     if expanded.startswith("~") and not os.path.lexists(expanded):
-        raise UserError(f"{key}{name}: this machine has no such home: write the path from /, or ./{name}")
+        raise UserError(f"{key}{name}: this host has no such home folder: write the path from /, or ./{name}")
     return expanded
 
 
 def refuse_breaks(key: str, text: str) -> None:
-    """Raise UserError for a line break, another control character, or bytes that are not UTF-8."""
+    """Raise UserError if the text holds a line break, another control character, or bytes that are not UTF-8."""
     if any(unicodedata.category(character) in BREAKS for character in text):
         raise UserError(
             f"{key}{text!r} holds a line break, another control character or bytes that are not UTF-8: choose another"
@@ -95,15 +96,15 @@ def refuse_breaks(key: str, text: str) -> None:
 
 
 def reach(key: str, name: str | Path) -> Path | None:
-    """The path of the file or folder `name`, None if it does not exist. `key`: see `local`.
+    """The path of the file or folder `name`, or None if the path does not exist. `key`: see `local`.
 
-    Raises: UserError as `local`, or if it cannot be read."""
+    Raises: UserError as `local`, or if the file or folder cannot be read."""
     path = Path(local(key, str(name)))
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             os.scandir(path).close()
-            os.stat(f"{path}/.")  # fails without the permission to open files in it
+            os.stat(f"{path}/.")  # fails without the permission to open the folder's files
         elif stat.S_ISREG(mode):
             path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
@@ -114,7 +115,7 @@ def reach(key: str, name: str | Path) -> Path | None:
 
 
 def make_folder(key: str, folder: Path) -> None:
-    """Create a folder if it is missing. `key`: see `local`. Raises: UserError if it is not writable."""
+    """Create a folder if it is missing. `key`: see `local`. Raises: UserError if the folder is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
@@ -124,7 +125,8 @@ def make_folder(key: str, folder: Path) -> None:
 
 
 def absolute(_: str, name: str) -> str:
-    """`name` as an absolute path if it exists or is a glob; else unchanged, since it may be a hub id."""
+    """`name` as an absolute path if it exists or is a glob. Any other `name` is returned unchanged, since it may be a
+    hub id."""
     if os.path.exists(name):
         return str(Path(name).absolute())
     if glob.has_magic(name) and not os.path.isabs(name):

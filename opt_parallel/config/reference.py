@@ -1,4 +1,4 @@
-"""All configuration keys with values, default and explanation, for `--help` and docs/configuration.md.
+"""List all configuration keys with their values, default and explanation, for `--help` and docs/configuration.md.
 
 The explanation of a key is the comment above its dataclass field.
 """
@@ -20,7 +20,8 @@ from opt_parallel.config.run import Run
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its full `name`, such as `zero.stage`; `values` and `default` as a user types them."""
+    """A configuration key. `name` is the full name, such as `zero.stage`. `values` and `default` are written as a user
+    types them."""
 
     name: str
     values: str
@@ -29,7 +30,7 @@ class Key:
 
 
 def keys(section: type = Run, prefix: str = "") -> Iterator[Key]:
-    """All keys of a section and its subsections, in the order of definition."""
+    """All configuration keys of a section and its subsections, in the order of definition."""
     hints, comments = typing.get_type_hints(section), comments_of(section)
     for field in dataclasses.fields(section):
         kind = hints[field.name]
@@ -39,7 +40,7 @@ def keys(section: type = Run, prefix: str = "") -> Iterator[Key]:
             yield from keys(kind, f"{name}.")
         else:
             default = field.default_factory() if callable(field.default_factory) else field.default
-            if isinstance(default, dict):  # batch: `global` cannot be the name of a field
+            if isinstance(default, dict):  # batch is a dict, since a field cannot have the name `global`
                 explained = dict(part.split(": ", 1) for part in comments[field.name].split("; "))
                 yield from (
                     Key(f"{name}.{each}", "integer", str(value), explained[each]) for each, value in default.items()
@@ -49,7 +50,7 @@ def keys(section: type = Run, prefix: str = "") -> Iterator[Key]:
 
 
 def comments_of(section: type) -> dict[str, str]:
-    """The comment lines above each field of a dataclass, joined."""
+    """The comment above each field of a dataclass, with its lines joined."""
     lines = textwrap.dedent(inspect.getsource(section)).splitlines()
     (definition,) = ast.parse("\n".join(lines)).body
     assert isinstance(definition, ast.ClassDef)

@@ -1,7 +1,7 @@
-"""The typed configuration of a run: one section for each group of configs/, and the checks across sections.
+"""The typed configuration of a run. It has one section for each group of configs/, and checks across sections.
 
-Hydra composes YAML and command line into these types (`compose.py`), which refuses unknown keys and wrong types. `Run`
-checks the values when it is created and is immutable afterwards. No torch here.
+Hydra composes YAML files and the command line into these types (`compose.py`), and refuses unknown keys and wrong
+types. A `Run` checks its values when it is created and is immutable afterwards. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Offload(Enum):
 
 
 class Precision(Enum):
-    """`auto`: bf16 if the device has it natively, else fp32; `choose_precision` decides."""
+    """Training dtypes. With `auto`, `choose_precision` selects bf16 if the device supports it natively, else fp32."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -33,14 +33,15 @@ class Precision(Enum):
 
 
 class Scaler(Enum):
-    """`paper`: as OPT-175B was trained, the window doubles and halves with the scale. `standard`: a fixed window."""
+    """Kinds of the fp16 loss scaler. With `paper`, the window doubles and halves with the scale, as in the training of
+    OPT-175B. With `standard`, the window is fixed."""
 
     paper = "paper"
     standard = "standard"
 
 
 class OptimizerName(Enum):
-    """The keys of `optim.OPTIMIZERS`."""
+    """Names of the optimizers in `optim.OPTIMIZERS`."""
 
     adamw = "adamw"
 
@@ -58,9 +59,10 @@ class ActivationCheckpointing(Enum):
 
 @dataclass
 class ParallelConfig(Section):
-    """The process grid: world size = data × tensor."""
+    """The grid of processes, with world size = data-parallel degree × tensor-parallel degree."""
 
-    # tensor-parallel degree: processes that split each layer; the data-parallel degree is world size / tensor
+    # tensor-parallel degree, the number of processes that split each layer; the data-parallel degree is world size /
+    # tensor
     tensor: int = 1
     # allow tensor groups across hosts; every layer then waits for the network between them
     allow_cross_node: bool = False
@@ -78,15 +80,15 @@ class ZeroConfig(Section):
 
     # 0: nothing is partitioned (fp32 only); 1: optimizer state over the data ranks; 2: gradients too; 3: weights too
     stage: int = 1
-    # cpu: keep the optimizer's state and do its step on the host
+    # cpu: keep the optimizer's state in the host's memory and update the weights on the CPU
     offload: Offload = Offload.none
-    # elements of one gradient reduction
+    # number of elements in one gradient reduction
     reduce_bucket_size: int = 50_000_000
-    # elements of one all-gather of weights, stages 1 and 2
+    # number of elements in one all-gather of weights, stages 1 and 2
     allgather_bucket_size: int = 50_000_000
-    # elements gathered in advance, stage 3
+    # number of elements gathered in advance, stage 3
     prefetch_bucket_size: int = 50_000_000
-    # smaller parameters (in elements) stay gathered, stage 3
+    # parameters with fewer elements are not partitioned, stage 3
     persistence_threshold: int = 100_000
 
     def check(self) -> None:
@@ -104,17 +106,17 @@ class ZeroConfig(Section):
 
 @dataclass
 class PrecisionConfig(Section):
-    """Training dtype and, for fp16, the loss scale."""
+    """The training dtype and the settings of fp16's loss scale."""
 
-    # auto: bf16 if every rank's device has it natively, else fp32; a resumed run keeps its precision
+    # auto: bf16 if every rank's device supports it natively, else fp32; a resumed run keeps its precision
     name: Precision = Precision.auto
-    # fp16: paper: the window doubles and halves with the scale, as OPT-175B was trained; standard: fixed window
+    # fp16: paper: the window doubles and halves with the scale, as for OPT-175B; standard: fixed window
     scaler: Scaler = Scaler.paper
     # fp16: the loss scale at the start
     initial_scale: float = 4.0
-    # fp16: steps without overflow after which the scale doubles
+    # fp16: number of steps without overflow after which the scale doubles
     window: int = 256
-    # fp16: the lowest loss scale; an overflow there ends the run
+    # fp16: the lowest loss scale; an overflow at this scale ends the run
     floor: float = 2.0**-5
 
     def check(self) -> None:
@@ -128,19 +130,19 @@ class PrecisionConfig(Section):
 
 @dataclass
 class OptimizerConfig(Section):
-    """The optimizer and gradient clipping; `clip=0` does not clip."""
+    """The optimizer and gradient clipping. `clip=0` disables clipping."""
 
-    # the optimizer
+    # name of the optimizer
     name: OptimizerName = OptimizerName.adamw
     # peak learning rate
     lr: float = 6e-4
     # decay rates of the two moments
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    # added to the square root of the second moment
+    # number added to the square root of the second moment
     eps: float = 1e-8
     # weight decay of matrices; biases and LayerNorms have none
     weight_decay: float = 0.1
-    # largest gradient norm; 0: no clipping
+    # maximum gradient norm; 0: no clipping
     clip: float = 1.0
 
     def check(self) -> None:
@@ -156,13 +158,14 @@ class OptimizerConfig(Section):
 
 @dataclass
 class ScheduleConfig(Section):
-    """Linear warm-up, in steps or tokens, then `name`, which ends at `final_ratio` of the peak."""
+    """The learning-rate schedule. After a linear warm-up over steps or tokens, the schedule `name` ends at
+    `final_ratio` of the peak."""
 
     # the schedule after the warm-up; docs/resuming.md has the formulas
     name: ScheduleName = ScheduleName.linear
-    # steps of linear warm-up; null: warmup_tokens, or none
+    # steps of linear warm-up; null: set by warmup_tokens, else no warm-up
     warmup_steps: int | None = None
-    # tokens of linear warm-up; null: warmup_steps
+    # tokens of linear warm-up; null: set by warmup_steps
     warmup_tokens: int | None = None
     # learning rate at the last step, as a fraction of the peak
     final_ratio: float = 0.1
@@ -191,7 +194,8 @@ class RunConfig(Section):
 
 @dataclass
 class Run(Section):
-    """Everything that defines a run. With `init_from`, `start_from_checkpoint` has set `model` from that checkpoint."""
+    """All settings of a run. With `init_from`, `start_from_checkpoint` has set `model` from the checkpoint of
+    `init_from`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -210,21 +214,21 @@ class Run(Section):
     batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})
     # full: recompute each layer in the backward instead of keeping its activations
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    # optimizer steps of the run and of its schedule
+    # number of optimizer steps of the run and of its learning-rate schedule
     steps: int = 1000
-    # save and end this process at this step; a later stop_at continues the run; null: at steps
+    # step at which to save and exit; the same command with a larger stop_at continues the run; null: steps
     stop_at: int | None = None
     # seed of the initial weights, the order of samples, and dropout
     seed: int = 1
     # weights to start from: a Hugging Face folder, a hub id, or a training checkpoint; null: random
     init_from: str | None = field(default=None, metadata=PATH)
-    # auto: from the newest complete checkpoint of run.dir; never; or the folder of a checkpoint
+    # auto: resume from the newest complete checkpoint of run.dir; never: start again; or the folder of a checkpoint
     resume: str = field(default="auto", metadata={"path": ("auto", "never")})
 
     def check(self) -> None:
         require(
             set(self.batch) == {"global", "micro"},
-            f"batch has {', '.join(sorted(self.batch)) or 'nothing'}: it needs global and micro, and nothing else",
+            f"batch has {', '.join(sorted(self.batch)) or 'nothing'}: give it exactly the keys global and micro",
         )
         for name, value in self.batch.items():
             require(value >= 1, f"batch.{name}={value} must be at least 1")
@@ -235,7 +239,7 @@ class Run(Section):
         require(
             self.evaluation.every == 0 or given or self.holds_out,
             f"evaluation.every={self.evaluation.every} needs text to validate on: set data.validation, "
-            "data.held_out if data.train is not a stream, or evaluation.prompts; or evaluation.every=0",
+            "evaluation.prompts, or data.held_out if data.train is not a stream; or set evaluation.every=0",
         )
         require(
             self.task.name.plain_text or not any(source.stream for source in self.data.train_sources),
@@ -254,7 +258,7 @@ class Run(Section):
         self._check_model_fits()
         require(
             self.task.name.plain_text or not any(source.template for source in self.data.train_sources),
-            f"task={self.task.name.value} reads its texts from fields: a template is for task=pretrain, set it to null",
+            f"task={self.task.name.value} cannot use a template, which is for task=pretrain: set the template to null",
         )
         require(
             self.task.lora.rank == 0 or self.init_from is not None,
@@ -281,17 +285,17 @@ class Run(Section):
         )
 
     def check_warmup(self, clock: Clock) -> None:
-        """Raise UserError if the warm-up in tokens would not end before the run, which is at `clock`."""
+        """Raise UserError if a warm-up in tokens would not end before the run does. `clock` is the run's position."""
         wanted, left = self.schedule.warmup_tokens or 0, self.steps - clock.step
         require(
             wanted <= clock.tokens + left * self.batch_tokens,
-            f"schedule.warmup_tokens={wanted:,} is more than the run will see until steps={self.steps}: "
-            f"{clock.tokens:,} tokens at step {clock.step}, and {self.batch_tokens:,} a step; shorten the warm-up or "
-            "train longer",
+            f"schedule.warmup_tokens={wanted:,} is more than the run reads until steps={self.steps}, with "
+            f"{clock.tokens:,} tokens at step {clock.step} and {self.batch_tokens:,} tokens a step: shorten the "
+            "warm-up or train longer",
         )
 
     def check_world(self, world_size: int) -> None:
-        """Raise `UserError` unless the grid and the batch fit `world_size` processes."""
+        """Raise `UserError` unless the process grid and the batch fit `world_size` processes."""
         tensor = self.parallel.tensor
         require(
             world_size % tensor == 0,
@@ -322,23 +326,23 @@ class Run(Section):
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of one optimizer step."""
+        """Number of tokens of one optimizer step."""
         return self.global_batch * self.data.sequence_length
 
     def samples_at_end(self, clock: Clock) -> int:
-        """Samples that the run, which is at `clock`, has consumed after its last step."""
+        """Number of samples that the run has consumed after its last step, if its position is now `clock`."""
         return clock.samples + (self.steps - clock.step) * self.global_batch
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up; `warmup_tokens` rounded up to full steps of today's batch."""
+        """Number of warm-up steps. `warmup_tokens` is divided by the batch's tokens and rounded up."""
         if self.schedule.warmup_tokens is not None:
             return -(-self.schedule.warmup_tokens // self.batch_tokens)
         return self.schedule.warmup_steps or 0
 
     @property
     def stop(self) -> int:
-        """The last step of this process."""
+        """The step at which this process stops."""
         return self.steps if self.stop_at is None else min(self.steps, self.stop_at)
 
     @property

@@ -1,4 +1,4 @@
-"""The task (pretraining, fine-tuning on prompts, classification) and LoRA."""
+"""Configuration of the task (pretraining, fine-tuning on prompts, classification) and of LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # Huggi
 
 
 class Task(Enum):
-    """The task. Code tests its properties, not its name; `data/kinds.py` has each task's encoder and samples."""
+    """The task of a run. Other modules test the properties of a task and not its name. `data/kinds.py` defines each
+    task's encoder and samples."""
 
     pretrain = "pretrain"
     finetune = "finetune"
@@ -20,12 +21,13 @@ class Task(Enum):
 
     @property
     def plain_text(self) -> bool:
-        """Whether a record is one text, so that it can be streamed, built by a template, and train a tokenizer."""
+        """Whether a record is a single text. Only such records can be streamed, built by a template, and used to train
+        a tokenizer."""
         return self is Task.pretrain
 
     @property
     def has_chats(self) -> bool:
-        """Whether a record may be a list of messages."""
+        """Whether a record may be a list of chat messages."""
         return self is Task.finetune
 
     @property
@@ -35,13 +37,13 @@ class Task(Enum):
 
     @property
     def unit(self) -> str:
-        """The unit that the loss is averaged over."""
+        """The name of what the loss is averaged over, a token or an example."""
         return "example" if self.classifies else "token"
 
 
 class Truncation(Enum):
-    """Which end of a prompt, or of a text to classify, is kept if it is too long. A completion that is too long without
-    its prompt is cut at its end."""
+    """The end that is kept of a prompt, or of a text to classify, that is too long. A completion that is too long even
+    without its prompt is cut at its end."""
 
     keep_end = "keep_end"
     keep_start = "keep_start"
@@ -49,12 +51,12 @@ class Truncation(Enum):
 
 @dataclass
 class LoraConfig(Section):
-    """Low-rank adaptation (Hu et al. 2021): all weights are frozen, and the `targets` compute (W + alpha / rank · B A)
-    x with trained B and A. `rank=0`: every parameter is trained."""
+    """Low-rank adaptation (Hu et al. 2021). All weights are frozen, and the layers in `targets` compute (W + alpha /
+    rank · B A) x with trained matrices B and A. With `rank=0` there is no LoRA, and every parameter is trained."""
 
     # rank of the trained matrices A and B; 0: train every parameter
     rank: int = 0
-    # B A is scaled by alpha / rank
+    # the product B A is scaled by alpha / rank
     alpha: float = 16.0
     # linear layers that are adapted: q_proj, k_proj, v_proj, out_proj, fc1, fc2
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
@@ -78,9 +80,9 @@ class LoraConfig(Section):
 class TaskConfig(Section):
     """The task and the fields of its records.
 
-    pretrain: `data.text_field` or `data.template`; the loss covers all tokens.
-    finetune: `prompt_field` and `completion_field`, or messages in `messages_field`; the loss covers completions.
-    classify: `data.text_field` and optionally `pair_field`, with a label in `label_field`."""
+    `pretrain` reads `data.text_field` or `data.template`, and the loss covers all tokens. `finetune` reads
+    `prompt_field` and `completion_field`, or chat messages in `messages_field`, and the loss covers completions.
+    `classify` reads `data.text_field`, optionally `pair_field`, and a label in `label_field`."""
 
     # pretrain: loss on all tokens; finetune: loss on completions; classify: a label for a text
     name: Task = Task.pretrain
@@ -88,17 +90,17 @@ class TaskConfig(Section):
     prompt_field: str = "prompt"
     # finetune: the field of the completion
     completion_field: str = "completion"
-    # finetune: the field of a chat's messages, for records without a prompt
+    # finetune: the field with the messages of a chat, in records without a prompt
     messages_field: str = "messages"
-    # finetune: pack several examples into a row, without attention between them; false: one a row, padded
+    # finetune: pack several examples into a row, without attention between them; false: one padded example per row
     packing: bool = True
     # which end of a prompt or text is kept if it is too long
     truncation: Truncation = Truncation.keep_end
-    # classify: the field of a second text; null: one text
+    # classify: the field of a second text; null: no second text
     pair_field: str | None = None
-    # classify: the field of the label: a name, a list of names, or a number
+    # classify: the field of the label, which is a name, a list of names, or a number
     label_field: str = "label"
-    # classify: names of the labels in the order of the scores; null: the training data's, sorted
+    # classify: names of the labels in the order of the scores; null: the sorted labels of the training data
     labels: list[Any] | None = None
     # classify: the kind of labels; null: inferred from the training data
     problem_type: ProblemType | None = None
@@ -124,5 +126,5 @@ class TaskConfig(Section):
 
 
 def name_of(label: Any) -> str:
-    """A label's name; true and false in JSON's spelling."""
+    """The name of a label. A boolean is spelled as in JSON."""
     return str(label).lower() if isinstance(label, bool) else str(label)

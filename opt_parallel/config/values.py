@@ -1,4 +1,4 @@
-"""Checks of values from users, before anything prints or writes them."""
+"""Check values from users before they are printed or written to files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from opt_parallel.config.secrets import refuse_secret_name, refuse_secret_value
 from opt_parallel.runtime.errors import UserError
 
-LARGEST = 2**63  # integers must be smaller: tensors hold 64 bits
+LARGEST = 2**63  # integers must be smaller, since a tensor's element holds 64 bits
 
 
 def check_values(value: Any, key: str = "") -> None:
-    """Check a value and everything nested in it; `key` is its dotted key.
+    """Check a value and all values nested in it. `key` is the dotted key of the value.
 
-    Raises: UserError that names the key, for a secret, a number that is not finite, or an integer beyond 64 bits."""
+    Raises: UserError with the key, for a secret, a number that is not finite, or an integer of more than 64 bits."""
     if isinstance(value, dict):
         for name, inner in value.items():
             full_key = f"{key}.{name}" if key else str(name)
@@ -32,7 +32,7 @@ def check_values(value: Any, key: str = "") -> None:
 
 
 def flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level: `section.key`."""
+    """A nested dictionary as one level with dotted keys, such as `section.key`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

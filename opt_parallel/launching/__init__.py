@@ -1,1 +1,1 @@
-"""Starts runs on a machine or a cluster: from settings and overrides to a command, a batch script or manifests."""
+"""Start runs on one host or a cluster, by a command, a batch script or Kubernetes manifests."""

@@ -1,4 +1,4 @@
-"""Command lines of torchrun, DeepSpeed and accelerate, with the environment that they, gloo and NCCL need."""
+"""Command lines of torchrun, DeepSpeed and accelerate, with the environment variables for them, gloo and NCCL."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from opt_parallel.config.paths import reach
 from opt_parallel.launching.settings import Accelerate, DeepSpeed, Elastic, Launch, Torchrun
 from opt_parallel.runtime.errors import UserError
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's defaults, and what Slurm sends before a time limit
+# These are torchrun's defaults, and SIGUSR1, which Slurm sends before the time limit.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 PORT = 29500
 
 
 @dataclass(frozen=True)
 class Command:
-    """A program with its arguments (`argv`), the variables added to the environment, and other programs it `needs`."""
+    """A program with its arguments (`argv`), the variables to add to its environment, and the other programs that it
+    `needs`."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -32,32 +34,33 @@ class Command:
 
 
 def assignments(environment: dict[str, str]) -> list[str]:
-    """`env NAME=value …` as the start of a command line; empty without variables."""
+    """The words `env NAME=value …` at the start of a command line, or nothing if there are no variables."""
     return ["env", *(f"{name}={value}" for name, value in environment.items())] if environment else []
 
 
 def network(launch: Launch) -> dict[str, str]:
-    """The variables that set the network interface of gloo and NCCL; empty if it is not set."""
+    """The variables that set the network interface of gloo and NCCL, or nothing if `launch.interface` is not set."""
     if launch.interface is None:
         return {}
     return {"GLOO_SOCKET_IFNAME": launch.interface, "NCCL_SOCKET_IFNAME": launch.interface}
 
 
 def torchrun_environment(launch: Elastic) -> dict[str, str]:
-    """Variables of torchrun and its processes.
+    """Environment variables of torchrun and its processes.
 
-    By default agents and processes share one store. After a restart it still holds the addresses of dead processes, and
-    the new ones would not find each other."""
+    By default, torchrun's agents and the training processes share one TCP store. After a restart this store still holds
+    the addresses of dead processes, and the new processes would not find each other."""
     return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **network(launch)}
 
 
 def threads(cpus: int | None, processes: int) -> dict[str, str]:
-    """OMP_NUM_THREADS for each of `processes` on `cpus` CPUs; torchrun's default is 1."""
+    """OMP_NUM_THREADS for each of `processes` that share `cpus` CPUs. torchrun's default is 1."""
     return {} if cpus is None else {"OMP_NUM_THREADS": str(max(1, cpus // processes))}
 
 
 def torchrun_options(launch: Elastic, signals: str = SIGNALS) -> list[str]:
-    """torchrun's options except the rendezvous endpoint and id. `signals`: those that it forwards to its processes."""
+    """torchrun's options except the rendezvous endpoint and id. `signals` lists the signals that torchrun forwards to
+    its processes."""
     timeout = launch.rendezvous_timeout
     return [
         "--nnodes", launch.nodes, "--nproc-per-node", str(launch.processes),
@@ -68,20 +71,21 @@ def torchrun_options(launch: Elastic, signals: str = SIGNALS) -> list[str]:
 
 
 def torchrun(launch: Torchrun, name: str, script: Path, overrides: Sequence[str]) -> Command:
-    """torchrun on this machine; on several machines, the same command on each. `name`: the rendezvous id."""
+    """The torchrun command, which the user runs once on every node. `name` is the rendezvous id."""
     if launch.endpoint is None:
         rendezvous = ["--standalone"]
     else:
         endpoint = launch.endpoint if ":" in launch.endpoint else f"{launch.endpoint}:{PORT}"
         rendezvous = ["--rdzv-endpoint", endpoint, "--rdzv-id", name]
-    by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # torchrun would handle SIGHUP despite nohup
+    by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # torchrun would stop on SIGHUP despite nohup
     signals = SIGNALS.replace("SIGHUP,", "") if by_nohup else SIGNALS
     argv = ["torchrun", *torchrun_options(launch, signals), *rendezvous, str(script), *overrides]
     return Command(argv, torchrun_environment(launch))
 
 
 def deepspeed(launch: DeepSpeed, script: Path, overrides: Sequence[str]) -> Command:
-    """DeepSpeed's launcher; it reaches the machines of a hostfile by pdsh over ssh. Raises: UserError."""
+    """The command of DeepSpeed's launcher, which starts processes on the hosts of a hostfile by pdsh over ssh. Raises:
+    UserError."""
     argv = ["deepspeed", "--no_local_rank", "--num_nodes", launch.nodes, "--num_gpus", str(launch.processes)]
     argv += ["--master_port", str(launch.port)]
     if launch.hostfile is None or launch.most == 1:
@@ -95,7 +99,7 @@ def deepspeed(launch: DeepSpeed, script: Path, overrides: Sequence[str]) -> Comm
 
 
 def through_pdsh(argument: str) -> str:
-    """An argument quoted for DeepSpeed, so that it passes pdsh and the remote shell unchanged.
+    """An argument quoted for DeepSpeed's launcher, so that pdsh and the remote shell do not change the argument.
 
     pdsh replaces sequences that begin with %, and the remote shell parses the rest. DeepSpeed itself puts an argument
     with a space in double quotes, and escapes double quotes in it."""
@@ -108,7 +112,8 @@ def through_pdsh(argument: str) -> str:
 
 
 def accelerate(launch: Accelerate, script: Path, overrides: Sequence[str]) -> Command:
-    """`accelerate launch` on this machine; on several machines, on each with its own rank. Raises: UserError."""
+    """The `accelerate launch` command, which the user runs once on every node with the node's own `launch.rank`.
+    Raises: UserError."""
     assert launch.config is not None
     try:
         config = yaml.safe_load(Path(launch.config).read_text())
@@ -119,6 +124,6 @@ def accelerate(launch: Accelerate, script: Path, overrides: Sequence[str]) -> Co
     argv += ["--machine_rank", str(launch.rank), "--main_process_port", str(launch.port)]
     argv += ["--main_process_ip", launch.address] if launch.address else []
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launch.shutdown_timeout), **network(launch)}
-    if isinstance(config, dict) and config.get("use_cpu"):  # accelerate drops it with several processes
+    if isinstance(config, dict) and config.get("use_cpu"):  # accelerate ignores use_cpu with several processes
         environment["ACCELERATE_USE_CPU"] = "true"
     return Command([*argv, str(script), *overrides], environment)

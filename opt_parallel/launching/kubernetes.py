@@ -1,4 +1,5 @@
-"""A run's Kubernetes manifests: an Indexed Job, and a headless Service through which its pods find the first one."""
+"""A run's Kubernetes manifests. An Indexed Job starts the pods, and a headless Service gives them the address of the
+first pod."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ from opt_parallel.config.units import quantity_of
 from opt_parallel.launching.commands import PORT, threads, torchrun_environment, torchrun_options
 from opt_parallel.launching.settings import Kubernetes
 
-LABEL = "batch.kubernetes.io/job-name"  # set by the Job controller on its pods
+LABEL = "batch.kubernetes.io/job-name"  # the Job controller sets this label on its pods
 
 
 def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Service and Job as plain values. Each pod runs one torchrun."""
+    """The manifests of the Service and the Job as dictionaries. Each pod runs one torchrun."""
     service = {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": launch.name, "namespace": launch.namespace},
         "spec": {
-            "clusterIP": "None",  # headless: a name for each pod, <job>-<index>.<job>
+            "clusterIP": "None",  # a headless Service gives each pod the DNS name <job>-<index>.<job>
             "selector": {LABEL: launch.name},
             "ports": [{"name": "rendezvous", "port": PORT}],
             "publishNotReadyAddresses": True,
@@ -36,7 +37,7 @@ def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, An
             "completions": launch.most,
             "parallelism": launch.most,
             "backoffLimit": launch.backoff,
-            # pods of drained nodes are replaced and not counted as failed
+            # Kubernetes replaces the pods of drained nodes without counting them as failed.
             "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
             "template": {"spec": _pod(launch, overrides)},
         },
@@ -60,14 +61,14 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
         "resources": {"requests": resources, "limits": dict(resources)},
         "volumeMounts": [
             {"name": "shared", "mountPath": launch.mount},
-            {"name": "memory", "mountPath": "/dev/shm"},  # for NCCL, which needs more than a container's default 64 MB
+            {"name": "memory", "mountPath": "/dev/shm"},  # NCCL needs more than the default 64 MB
         ],
     }
     if launch.secret:
         container["envFrom"] = [{"secretRef": {"name": launch.secret}}]
     return {
         "subdomain": launch.name,
-        "restartPolicy": "Never",  # a failed pod and its log stay; a new pod takes its index
+        "restartPolicy": "Never",  # a failed pod stays with its log, and a new pod gets its index
         "terminationGracePeriodSeconds": launch.grace,
         "containers": [container],
         "volumes": [
@@ -78,7 +79,7 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def literal(argument: str) -> str:
-    """An argument escaped for a container: Kubernetes replaces $(NAME) by a variable and $$ by $."""
+    """An argument escaped for a container's command, in which Kubernetes replaces $(NAME) by a variable and $$ by $."""
     return argument.replace("$", "$$")
 
 

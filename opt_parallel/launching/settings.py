@@ -1,4 +1,5 @@
-"""The typed `launch` configuration: one section for each system of `configs/launch/`. No torch here."""
+"""The typed `launch` configuration, with one class for each file of `configs/launch/`. This module does not import
+torch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ TIME_FORMATS = {  # from the manual of sbatch
     r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+))?(:(?P<s>\d+))?": "days-hours, days-hours:minutes, …",
 }
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-DNS_LABEL = r"[a-z]([-a-z0-9]{0,55}[a-z0-9])?"  # RFC 1035, for Services; shorter by the -0, -1, … of pods
+DNS_LABEL = r"[a-z]([-a-z0-9]{0,55}[a-z0-9])?"  # a name by RFC 1035, with room for the suffix -0, -1, … of a pod
 
 
 class System(Enum):
@@ -30,9 +31,9 @@ class System(Enum):
 
 @dataclass
 class Launch(Section):
-    """Settings of every system. `nodes`: number of machines, for torchrun also `fewest:most`. `processes`: on each
-    machine. `interface`: network interface of gloo and NCCL; None: their choice. `dry_run`: only print what would be
-    started."""
+    """Settings of every launch system. `nodes` is the number of nodes, or a range `fewest:most` for torchrun.
+    `processes` is the number of processes on each node. `interface` is the network interface of gloo and NCCL, which
+    choose an interface themselves if it is None. `dry_run` prints the command or script and starts nothing."""
 
     system: System = System.torchrun
     nodes: str = "1"
@@ -43,12 +44,12 @@ class Launch(Section):
     def check(self) -> None:
         require(
             re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nodes) is not None and self.fewest <= self.most,
-            f"launch.nodes={self.nodes} is not a number of machines: write 2, or for torchrun 1:2 (one or two)",
+            f"launch.nodes={self.nodes} is not a number of nodes: write 2, or for torchrun 1:2 (one or two)",
         )
         require(
             self.fewest == self.most or self.system is System.torchrun,
-            f"launch.nodes={self.nodes}: {self.system.value} starts a fixed number of machines, write one "
-            "number; launch=torchrun can continue with fewer",
+            f"launch.nodes={self.nodes}: {self.system.value} starts a fixed number of nodes: write one "
+            "number, or use launch=torchrun, which can continue with fewer nodes",
         )
         require(self.processes >= 1, f"launch.processes={self.processes} must be at least 1")
 
@@ -63,9 +64,10 @@ class Launch(Section):
 
 @dataclass
 class Elastic(Launch):
-    """torchrun's settings on every system. `shutdown_timeout`: seconds that the processes have to save after a signal.
-    `restarts`: how often a machine restarts its processes, each time from the newest complete checkpoint.
-    `rendezvous_timeout`: seconds that machines wait for each other at the start and during a network outage."""
+    """Settings of torchrun, which several launch systems use. `shutdown_timeout` is the number of seconds that the
+    processes have to save a checkpoint after a signal. `restarts` is the maximum number of times that the processes are
+    restarted, each time from the newest complete checkpoint. `rendezvous_timeout` is the number of seconds that nodes
+    wait for each other at the start and during a network outage."""
 
     shutdown_timeout: int = 600
     restarts: int = 3
@@ -80,7 +82,8 @@ class Elastic(Launch):
 
 @dataclass
 class Torchrun(Elastic):
-    """`endpoint`: `HOST[:PORT]` of the rendezvous; HOST is one of the machines."""
+    """torchrun on one or several nodes. `endpoint` is the address `HOST[:PORT]` of the rendezvous, where HOST is one of
+    the nodes."""
 
     endpoint: str | None = None
 
@@ -88,7 +91,7 @@ class Torchrun(Elastic):
         super().check()
         require(
             self.nodes == "1" or self.endpoint is not None,
-            f"launch.nodes={self.nodes} machines need a rendezvous: set launch.endpoint=HOST:29500 to one of them",
+            f"launch.nodes={self.nodes} needs a rendezvous: set launch.endpoint=HOST:29500, HOST being one node",
         )
         require(
             self.endpoint is None or re.fullmatch(r"[^:\s]+(:\d+)?", self.endpoint) is not None,
@@ -98,9 +101,9 @@ class Torchrun(Elastic):
 
 @dataclass
 class Slurm(Elastic):
-    """`warning`: the run saves and ends this many seconds before the time limit. `venv`: the virtual environment with
-    this package; None: the one that submits. `container`: an Apptainer image instead. `options`: further sbatch
-    options."""
+    """torchrun in a Slurm job. The run saves and ends `warning` seconds before the job's time limit. `venv` is the
+    virtual environment with this package, by default the environment of the submitting process. `container` is an
+    Apptainer image to use instead of `venv`. `options` are further options of sbatch."""
 
     gpus_per_node: int = 0
     cpus_per_task: int | None = None
@@ -129,8 +132,8 @@ class Slurm(Elastic):
             limit = seconds_of(self.time)
             require(
                 limit > self.warning,
-                f"launch.time={self.time} is {limit} seconds, of which launch.warning={self.warning} leaves none to "
-                "train: ask for more time, or for a shorter warning",
+                f"launch.time={self.time} is {limit} seconds, so launch.warning={self.warning} leaves no time to "
+                "train: set a longer time or a shorter warning",
             )
         require(
             self.venv is None or self.container is None,
@@ -145,8 +148,9 @@ class Slurm(Elastic):
 
 @dataclass
 class DeepSpeed(Launch):
-    """`hostfile`: one `HOST slots=N` a line; None: this machine only. `address`: the first machine's; None: DeepSpeed
-    runs `hostname -I` there."""
+    """DeepSpeed's launcher. `hostfile` is a file with one line `HOST slots=N` for each node; without a hostfile only
+    this host is used. `address` is the first node's address; if it is None, DeepSpeed runs `hostname -I` on the first
+    node."""
 
     hostfile: str | None = field(default=None, metadata=PATH)
     address: str | None = None
@@ -156,14 +160,16 @@ class DeepSpeed(Launch):
         super().check()
         require(
             self.most == 1 or self.hostfile is not None,
-            f"launch.nodes={self.nodes} machines: list them in a file, launch.hostfile=…, one `HOST slots=N` a line",
+            f"launch.nodes={self.nodes} needs a list of the nodes: set launch.hostfile=… to a file with one line "
+            "`HOST slots=N` for each node",
         )
 
 
 @dataclass
 class Accelerate(Launch):
-    """`config`: accelerate's configuration file. `rank`: this machine's index. `address`: machine 0's.
-    `shutdown_timeout`: seconds that the processes have to save after a signal."""
+    """accelerate's launcher. `config` is accelerate's configuration file, `rank` is this node's index, and `address` is
+    the address of node 0. `shutdown_timeout` is the number of seconds that the processes have to save a checkpoint
+    after a signal."""
 
     config: str | None = field(default=None, metadata=PATH)
     shutdown_timeout: int = 600
@@ -178,15 +184,16 @@ class Accelerate(Launch):
         require(0 <= self.rank < self.most, f"launch.rank={self.rank} must lie between 0 and {self.most - 1}")
         require(
             self.most == 1 or self.address is not None,
-            f"launch.nodes={self.nodes} machines need a rendezvous: set launch.address=… to machine 0's address",
+            f"launch.nodes={self.nodes} needs a rendezvous: set launch.address=… to the address of node 0",
         )
 
 
 @dataclass
 class Kubernetes(Elastic):
-    """`code`: path of this repository in the image. `claim`, `mount`: the PersistentVolumeClaim that all pods share,
-    and its mount path, the run's working folder. `secret`: a Secret whose entries become environment variables.
-    `grace`: seconds between a pod's SIGTERM and SIGKILL. `backoff`: number of failed pods that the Job replaces."""
+    """torchrun in a Kubernetes Job. `code` is the path of this repository in the image. `claim` is the
+    PersistentVolumeClaim that all pods share, and `mount` is its mount path and the run's working folder. `secret`
+    names a Secret whose entries become environment variables. `grace` is the number of seconds between a pod's SIGTERM
+    and SIGKILL. `backoff` is the maximum number of failed pods that the Job replaces."""
 
     name: str | None = None
     namespace: str = "default"
@@ -215,7 +222,7 @@ class Kubernetes(Elastic):
             )
         for key in ("code", "mount"):
             value = getattr(self, key)
-            require(value.startswith("/"), f"launch.{key}={value} must be an absolute path, from /")
+            require(value.startswith("/"), f"launch.{key}={value} must be an absolute path, which starts with /")
         require(
             self.gpus in (0, self.processes),
             f"launch.processes={self.processes} on launch.gpus={self.gpus} GPUs: each process uses one GPU: give both "
@@ -226,7 +233,7 @@ class Kubernetes(Elastic):
         require(
             self.grace > self.shutdown_timeout,
             f"launch.grace={self.grace} kills a pod before launch.shutdown_timeout={self.shutdown_timeout} s to save "
-            "are over: make it larger",
+            "have passed: set a longer launch.grace",
         )
         require(self.backoff >= 0, f"launch.backoff={self.backoff} must not be negative (0: none)")
 

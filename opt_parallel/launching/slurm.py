@@ -1,4 +1,4 @@
-"""A run's batch script, rendered from launch/slurm/job.sbatch."""
+"""A run's Slurm batch script, rendered from the template launch/slurm/job.sbatch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ TEMPLATE = "launch/slurm/job.sbatch"
 
 
 def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[str]) -> str:
-    """The script for sbatch. `folder`: the run's; `root`: this repository's. All nodes must share both.
+    """The script for sbatch. `folder` is the run's folder and `root` is this repository's. All nodes must share both
+    folders.
 
     Raises: UserError for a character in `folder` that sbatch would replace."""
     for sign in "%\\":
         if sign in str(folder):
-            raise UserError(f"run.dir={folder} holds a {sign}, which Slurm replaces in file names: choose another")
+            raise UserError(f"run.dir={folder} holds a {sign}, which Slurm replaces in file names: choose another path")
     templates = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -44,13 +45,13 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
 
 
 def _venv(launch: Slurm) -> Path:
-    """The virtual environment of the job: `launch.venv`, else this one."""
+    """The virtual environment of the job: `launch.venv`, or the environment of this process."""
     return Path(launch.venv).absolute() if launch.venv else Path(sys.prefix)
 
 
 def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
-    """The `apptainer exec` command line, which binds the run's folder and this repository; empty without a container.
-    Apptainer itself binds the home and the working folder. Raises: UserError."""
+    """The `apptainer exec` command line, or nothing if no container is set. It mounts the run's folder and this
+    repository into the container. Apptainer itself mounts the home folder and the working folder. Raises: UserError."""
     if launch.container is None:
         return []
     for path in (root, folder):
@@ -63,5 +64,5 @@ def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
 
 
 def _one_option_per_line(argv: Sequence[str]) -> str:
-    """A command for a shell script, quoted, each option on its own line."""
+    """A command quoted for a shell script, with each option on its own line."""
     return "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in map(shlex.quote, argv))

@@ -1,4 +1,5 @@
-"""Start a run: splits the command line into `launch.…` and train.py's overrides, composes and checks both."""
+"""Start a run by a launch system. The command line is split into overrides of `launch` and of train.py, and both
+configurations are composed and checked."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ LAUNCH_TEXTS = {key for section in SECTIONS.values() for key in text_keys(sectio
 def submit(root: Path, arguments: Sequence[str]) -> None:
     """Start train.py of the repository `root` with `arguments`, or print what would be started (`launch.dry_run`).
 
-    A launcher on this machine replaces this process. Raises: UserError, and Hydra's and OmegaConf's errors."""
+    A launcher that runs on this host replaces this process. Raises: UserError, and Hydra's and OmegaConf's errors."""
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(root / "configs", ours, theirs)
     check(launch, run)
@@ -42,21 +43,22 @@ def submit(root: Path, arguments: Sequence[str]) -> None:
     elif isinstance(started, Command):
         exec_command(started)
     elif isinstance(launch, Slurm):
-        (run.folder / "logs").mkdir(parents=True, exist_ok=True)  # without it Slurm discards the job's output
+        # Slurm discards the job's output if this folder is missing.
+        (run.folder / "logs").mkdir(parents=True, exist_ok=True)
         pipe_to(["sbatch"], started)
     else:
         pipe_to(["kubectl", "apply", "--filename", "-"], started)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides of `launch`, and those of train.py. Raises: UserError for an option."""
+    """The overrides of `launch` and the overrides of train.py. Raises: UserError for an option such as --help."""
     ours: list[str] = []
     theirs: list[str] = []
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key.startswith("-"):
             raise UserError(
-                f"{argument} is not an override (key=value): submit starts one run; for several use train.py's "
+                f"{argument} is not an override (key=value): submit.py starts one run; for several runs use train.py's "
                 "multirun, see launch/slurm/README.md"
             )
         (ours if key == "launch" or key.startswith("launch.") else theirs).append(argument)
@@ -69,10 +71,10 @@ def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple
     with initialize_config_dir(str(configs), version_base="1.3"):
         launch = launch_from(compose("launch", list(ours)))
         config = compose("config", list(theirs), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)  # run.name asks it for the model's name
+        HydraConfig.instance().set_config(config)  # the default of run.name reads the model's name from HydraConfig
         with open_dict(config):
             del config["hydra"]
-        check_values(OmegaConf.to_container(config))  # before a message repeats a value
+        check_values(OmegaConf.to_container(config))  # checked before a message could repeat a secret
         start_from_checkpoint(config, theirs)
         return launch, run_from(config)
 
@@ -88,7 +90,8 @@ def launch_from(config: DictConfig) -> Launch:
     for key, value in values["launch"].items():
         check_values(value, f"launch.{key}")
         for text in value if isinstance(value, list) else [value]:
-            refuse_breaks(f"launch.{key}=", str(text))  # a line break would end a directive in a batch script
+            # A line break in a value would end an #SBATCH line of the script.
+            refuse_breaks(f"launch.{key}=", str(text))
     change_paths(values["launch"], section, local, "launch.")
     schema = OmegaConf.create({"launch": OmegaConf.structured(section)})
     launch = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(verbatim(values))).launch)
@@ -97,19 +100,20 @@ def launch_from(config: DictConfig) -> Launch:
 
 
 def check(launch: Launch, run: Run) -> None:
-    """Raise UserError unless the run fits the processes, for each number of machines from `fewest` to `most`."""
+    """Raise UserError unless the run's grid and batch fit the number of processes, for each number of nodes from
+    `fewest` to `most`."""
     for nodes in range(launch.fewest, launch.most + 1):
         run.check_world(nodes * launch.processes)
     tensor, processes = run.parallel.tensor, launch.processes
     require(
         launch.most == 1 or processes % tensor == 0 or run.parallel.allow_cross_node,
-        f"parallel.tensor={tensor} on launch.processes={processes} a machine: a tensor group would span machines; "
-        f"start a multiple of {tensor} on each, or set parallel.allow_cross_node=true",
+        f"parallel.tensor={tensor} on launch.processes={processes} a node: a tensor group would span nodes; "
+        f"start a multiple of {tensor} processes on each node, or set parallel.allow_cross_node=true",
     )
 
 
 def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> Command | str:
-    """The command to run, or the text of a batch script or manifests."""
+    """The command to run, or the text of the batch script or of the manifests."""
     script = root / "train.py"
     match launch:
         case Torchrun():
@@ -126,8 +130,10 @@ def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> 
 
 
 def exec_command(command: Command) -> None:
-    """Replace this process by `command`, which keeps the process id, receives its signals and sets its exit status."""
-    programs = str(Path(sys.executable).parent)  # of this Python's environment, activated or not
+    """Replace this process by `command`. The process id stays, so signals reach the command, whose exit status is
+    returned."""
+    # The programs of this Python's environment are found even if the environment is not activated.
+    programs = str(Path(sys.executable).parent)
     path = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
     for program in [command.argv[0], *command.needs]:
         require_program(program, path)
@@ -139,13 +145,13 @@ def pipe_to(argv: list[str], text: str) -> None:
     require_program(argv[0], os.environ.get("PATH", os.defpath))
     done = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{argv[0]} refused it: {one_line(Exception(done.stderr))}")
+        raise UserError(f"{argv[0]} failed: {one_line(Exception(done.stderr))}")
     print(done.stdout, end="")
 
 
 def require_program(name: str, path: str) -> None:
-    """Raise UserError unless the program is in `path`."""
+    """Raise UserError unless the program `name` is in the search path `path`."""
     if shutil.which(name, path=path) is None:
         raise UserError(
-            f"{name} is not installed here, or not in PATH; launch.dry_run=true prints what it would be given"
+            f"{name} is not installed or not in PATH: install it, or print its input with launch.dry_run=true"
         )

@@ -1,4 +1,4 @@
-"""Runs of a sweep (Hydra's multirun): their swept values, folder names and errors."""
+"""The runs of a sweep (Hydra's multirun), with their swept values, folder names and errors."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from opt_parallel.runtime.process import is_main, world_size
 from opt_parallel.runtime.terminal import open_streams, outlive
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-DIVERGED: list[str] = []  # swept values of this process's runs that diverged
-LONGEST_NAME = 200  # bytes; most file systems allow 255, some less
+DIVERGED: list[str] = []  # the swept values of each run of this process that diverged
+LONGEST_NAME = 200  # maximum length of a folder name in bytes; most file systems allow 255, some fewer
 
 
 class RememberSweep(Callback):
-    """Stores the keys that are not swept in Hydra's configuration, since jobs may run on other hosts without the
-    command line."""
+    """A Hydra callback that stores the keys that are not swept in Hydra's configuration. Jobs on other hosts need these
+    keys and do not have the command line."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {override.get_key_element() for override in given if override.is_sweep_override()}
         fixed = [f"'{key}'" for key in dict.fromkeys(each.get_key_element() for each in given) if key not in swept]
-        # Hydra composes each run with these overrides; the key is Hydra's own, for `override_dirname`
+        # Hydra applies these overrides to each run. `override_dirname` is a setting of Hydra itself.
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]")
 
 
 def is_sweep() -> bool:
-    """Whether Hydra's present job belongs to a multirun."""
+    """Whether Hydra's current job belongs to a multirun."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def runs_elsewhere() -> bool:
-    """Whether the job runs in another process than the command, as with submitit."""
+    """Whether the current job does not run in the process of the command, as with Hydra's submitit launcher."""
     return is_sweep() and HydraConfig.get().launcher._target_ != BASIC_LAUNCHER
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around a job: a user's mistake is one line and status 2. A run of a sweep that diverges prints a line and the
-    sweep continues; `report_diverged` ends it.
+    """Report a job's errors. A user's mistake is reported in one line and ends the process with status 2. If a run of a
+    sweep diverges, the sweep prints one line and continues, and `report_diverged` raises the error at its end.
 
-    A job in another process raises its error, which the command reports after all jobs have ended. The traceback of a
-    crash is in the job's log."""
+    A job in another process raises its error, and the command reports this error after all jobs have ended. The
+    traceback of a crash is in the job's log."""
     if not runs_elsewhere():
-        with one_line_errors():  # in the job: Hydra would print its own message about a job that fails
+        with one_line_errors():  # inside the job, because Hydra prints its own message about a failed job
             try:
                 yield
             except Diverged as error:
@@ -77,37 +77,39 @@ def reported() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None  # the original exceptions hold configurations and may not pickle
+        # The original exceptions hold configurations that may not be picklable.
+        raise UserError(explain(error)) from None
     except UserError:
         raise
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
         if world_size() > 1:
-            os._exit(1)  # at once, as in `reporting`: other ranks are waiting
+            os._exit(1)  # exits at once, as `reporting` does, because other ranks are waiting
         raise
 
 
 def report_diverged() -> None:
-    """Call after a sweep in this process. Raises: UserError that names the runs that diverged."""
+    """Raise UserError with the swept values of the runs that diverged. Call this function after a sweep."""
     if DIVERGED:
         number = len(DIVERGED)
         raise UserError(f"{number} run{'s' * (number > 1)} of the sweep diverged: {'; '.join(DIVERGED)}", shared=True)
 
 
 def swept_values() -> list[str]:
-    """The overrides of this run that the sweep varies."""
+    """The overrides of the current run whose keys the sweep varies."""
     hydra = HydraConfig.get()
     fixed = hydra.job.config.override_dirname.exclude_keys
-    last = {override.partition("=")[0]: override for override in hydra.overrides.task}  # the last of a key wins
+    # The last override of a key takes effect.
+    last = {override.partition("=")[0]: override for override in hydra.overrides.task}
     return [override for key, override in last.items() if key not in fixed]
 
 
 def folder_name(overrides: Iterable[str]) -> str:
-    """A readable folder name for swept overrides, unique to them.
+    """A readable and unique folder name for the swept overrides of a run.
 
-    Characters that shells or file systems do not accept are replaced or dropped, and a long name is cut. A changed name
-    ends with a hash, so that /a/b and /a_b get different folders."""
+    Characters that shells or file systems do not accept are replaced or removed, and a long name is cut. A changed name
+    ends with a hash, so that the values /a/b and /a_b get different folders."""
     full = ",".join(overrides)
     plain = re.sub(r"[^\w=,.+@:~-]+", "_", re.sub(r"""[][{}()"']""", "", full))
     short = plain.encode()[:LONGEST_NAME].decode(errors="ignore")

@@ -1,1 +1,1 @@
-"""A run's metrics, trackers, plots and scores."""
+"""Metrics, experiment trackers, plots and classification scores of a run."""

@@ -1,7 +1,8 @@
-"""A run's records: `metrics.jsonl`, `samples.jsonl`, progress on the terminal, wandb and TensorBoard, `curve.png`.
+"""Record a run's metrics in `metrics.jsonl`, `samples.jsonl`, `curve.png`, wandb and TensorBoard, and show its progress
+on the terminal.
 
-Only rank 0 records; the `Metrics` of other ranks do nothing. The device may still be computing a step's loss and norm,
-so each row is written one step late, when reading them does not wait.
+Only rank 0 records metrics, and the `Metrics` of other ranks do nothing. Each step's row is written one step late, so
+that reading the loss does not wait for a device that is still computing.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from opt_parallel.storage.checked import dump_checked
 from opt_parallel.storage.lines import Lines
 from opt_parallel.storage.rows import METRICS, Row, keep_rows, rows_of
 
-# Dense bf16/fp16 TFLOP/s of one torch device, from the vendors' data sheets. The first key whose words all occur in the
-# device's name applies. An MI250X board (383) is two devices.
+# Dense bf16 and fp16 TFLOP/s of one torch device, from the vendors' data sheets. The first key applies whose words all
+# occur in the device's name. An MI250X board has 383 TFLOP/s and is two devices.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200 NVL": 835.5,
@@ -52,19 +53,21 @@ PEAK_TFLOPS = {
     "MI250X": 191.5,
 }
 
-Mark = Any  # a point in time: a CUDA event, or seconds of the host's clock
+Mark = Any  # a point in time, as a CUDA event or as seconds of the host's clock
 
 
 class Metrics:
-    """The interface that the loop reports to. This base class, for ranks other than 0, does nothing."""
+    """The interface to which the training loop reports. This base class does nothing and is used on ranks other than
+    0."""
 
     @staticmethod
     def open(
         run: Run, world_size: int, is_main: bool, device: torch.device, clock: Clock, wandb_id: str | None = None
     ) -> Metrics:
-        """Continue the records of `run.folder` at `clock`, or replace them at step 0. `wandb_id`: the run's wandb id.
+        """Append to the metric files of `run.folder` from the position `clock` on, or replace the files at step 0.
+        `wandb_id` is the run's wandb id.
 
-        Needs the process group. Raises: UserError if online wandb fails."""
+        The process group must exist. Raises: UserError if online wandb fails."""
         return _Recorder(run, world_size, device, clock, wandb_id) if is_main else Metrics()
 
     def step(
@@ -78,14 +81,16 @@ class Metrics:
         waited: float,
         epochs: dict[str, float],
     ) -> None:
-        """Report the optimizer step that led to `clock`; the 0-d tensors are read at the next call.
+        """Report the optimizer step that ended at the position `clock`. The 0-d tensors are read at the next call.
 
-        `waited`: seconds that the step waited for data. `epochs`: passes over each source so far."""
+        `waited` is the number of seconds that the step waited for data. `epochs` is the number of passes over each data
+        source so far."""
 
     def validation(
         self, clock: Clock, loss: float, unigram_entropy: float | None, figures: dict[str, float] | None = None
     ) -> None:
-        """Report a validation: loss and unigram entropy in nats per token, or a classifier's `figures`."""
+        """Report a validation, with loss and unigram entropy in nats per token, or with a classifier's metrics in
+        `figures`."""
 
     def samples(self, clock: Clock, texts: list[str]) -> None:
         """Report the continuations of the run's prompts."""
@@ -95,14 +100,14 @@ class Metrics:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude the time in the context (validation, checkpoints) from training time."""
+        """Exclude the time of the context (validation, checkpoints) from the measured training time."""
         yield
 
     def abandon(self) -> None:
-        """Write pending rows and end the trackers, after an error."""
+        """Write the pending row and close files and trackers. Call this method after an error."""
 
     def close(self, finished: bool) -> None:
-        """Draw the curve, print the summary, end the trackers."""
+        """Plot the losses, print a summary of the run, and close files and trackers."""
 
 
 class _Recorder(Metrics):
@@ -118,7 +123,7 @@ class _Recorder(Metrics):
         self._model_flops = run.model.flops_per_token(length, frozen)
         self._hardware_flops = run.model.hardware_flops_per_token(length, recompute, frozen)
         self._unigram_entropy: float | None = None
-        self._pending: Callable[[], None] | None = None  # writes the row of the latest step
+        self._pending: Callable[[], None] | None = None  # call to write the latest step's row
         self._trackers = open_trackers(run, clock, wandb_id)
         self._path = run.folder / METRICS
         samples = run.folder / "samples.jsonl"
@@ -126,7 +131,7 @@ class _Recorder(Metrics):
             with optional(path, f"taken back to step {clock.step}"):
                 keep_rows(path, clock.step)
         self._lines, self._samples = Lines(self._path), Lines(samples)
-        self._lines.flush()  # creates the file, for `tail -f`
+        self._lines.flush()  # creates the file, so that `tail -f` can follow it
         self._progress = _Progress(run, clock)
         self._opened_at, self._since = time.perf_counter(), _mark(device)
 
@@ -183,7 +188,7 @@ class _Recorder(Metrics):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        self._flush()  # else a run killed after this step's checkpoint would lose the step's row
+        self._flush()  # a run killed after the step's checkpoint must not lose the step's row
         yield
         self._since = _mark(self._device)
 
@@ -208,7 +213,7 @@ class _Recorder(Metrics):
         if not finished:
             early = self._clock.step < self._run.stop
             auto = "" if self._run.resume == "auto" else " with resume=auto"
-            parts.append(f"{'the same command' if early else 'a later stop_at'}{auto} continues it")
+            parts.append(f"{'the same command' if early else 'a larger stop_at'}{auto} continues the run")
         say("; ".join(part for part in parts if part), anywhere=True)
 
     def _flush(self) -> None:
@@ -233,7 +238,7 @@ class _Recorder(Metrics):
 
     def _write(self, kind: str, row: Row) -> None:
         not_finite = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        row = {"kind": kind} | row | dict.fromkeys(not_finite)  # null: JSON has no NaN and infinity
+        row = {"kind": kind} | row | dict.fromkeys(not_finite)  # null, since JSON has no NaN and infinity
         self._lines.write(dump_checked(row))
         values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step", "epochs"} if row[key] is not None}
         values |= {f"epochs/{source}": passed for source, passed in row.get("epochs", {}).items()}
@@ -262,7 +267,7 @@ class _Recorder(Metrics):
 
 
 class _Progress:
-    """A progress bar on a terminal, else about a hundred plain lines per run."""
+    """The display of progress, a progress bar on a terminal and about a hundred lines of text per run elsewhere."""
 
     def __init__(self, run: Run, clock: Clock) -> None:
         self._steps, self._every = run.steps, -(-run.steps // 100)
@@ -283,7 +288,7 @@ class _Progress:
         self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
         self._bar.update()
         if (self._bar.disable or 1 in terminal.gone) and (step % self._every == 0 or step in self._always):
-            # The median: compilation makes a process's first step slow.
+            # The median ignores the first step of a process, which compilation makes slow.
             left = _duration(statistics.median(self._recent) * (self._steps - step))
             skipped = f"  skipped, loss scale {row['loss_scale']:g}" if row.get("skipped") else ""
             say(
@@ -292,7 +297,7 @@ class _Progress:
             )
 
     def note(self, text: str) -> None:
-        with tqdm.external_write_mode(file=sys.stdout):  # clears the bar meanwhile, if there is one
+        with tqdm.external_write_mode(file=sys.stdout):  # hides the progress bar meanwhile
             say(text)
 
     def close(self) -> None:
@@ -300,7 +305,8 @@ class _Progress:
 
 
 def _mark(device: torch.device) -> Mark:
-    """The present: an event in the GPU's stream, which runs behind the host, or the host's clock."""
+    """The current time, as an event in the GPU's stream or as the host's clock. Kernels in a GPU's stream run later
+    than the host submits them."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -309,7 +315,7 @@ def _mark(device: torch.device) -> Mark:
 
 
 def _seconds(start: Mark, end: Mark) -> float:
-    """Seconds between two marks; waits until the device has passed `end`."""
+    """Number of seconds between two marks. The call waits until the device has reached the mark `end`."""
     if isinstance(end, float):
         return end - start
     end.synchronize()
@@ -317,8 +323,8 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:
-    """Dense TFLOP/s of a device from the table. None for unknown devices, MIG slices, bf16 on a V100 (not supported),
-    and fp32 (depends on TF32)."""
+    """Dense TFLOP/s of a device from PEAK_TFLOPS. The result is None for unknown devices, for MIG slices, for bf16 on a
+    V100 without bf16 units, and for fp32, whose speed depends on TF32."""
     words = set(re.findall(r"[A-Za-z0-9]+", device_name))
     if precision is Precision.fp32 or "MIG" in words or (precision is Precision.bf16 and "V100" in words):
         return None
@@ -326,28 +332,28 @@ def peak_tflops(device_name: str, precision: Precision) -> float | None:
 
 
 def _peak_flops(run: Run, device: torch.device) -> float | None:
-    """FLOP/s of one device, from `logging.peak_tflops` or the table."""
+    """Peak FLOP/s of one device, from `logging.peak_tflops` or from PEAK_TFLOPS."""
     tflops, precision = run.logging.peak_tflops, run.precision.name
     if tflops is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         tflops = peak_tflops(name, precision)
         if tflops is None:
-            say(f"peak {precision.value} FLOP/s of {name} unknown, mfu and hfu stay null: set logging.peak_tflops")
+            say(f"peak {precision.value} FLOP/s of {name} is unknown, so mfu and hfu are null: set logging.peak_tflops")
     return None if tflops is None else tflops * 1e12
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on a GPU, else of the process."""
+    """Peak memory in bytes of the tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # there ru_maxrss starts at the peak of the parent process
+    if sys.platform == "linux":  # on Linux ru_maxrss starts at the parent process's peak
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Reset `peak_memory`; without a GPU only on Linux."""
+    """Reset the peak of `peak_memory`. Without a GPU this is possible only on Linux."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
@@ -356,14 +362,14 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """A duration: `3:12`, or `1:02:03` from one hour."""
+    """A duration as text, such as `3:12`, or `1:02:03` from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _short(count: int) -> str:
-    """A short number: `812`, `12.3k`, `2.5M`, `180.0B`."""
+    """A number as short text, such as `812`, `12.3k`, `2.5M` or `180.0B`."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.1f}{letter}"

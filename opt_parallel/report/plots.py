@@ -1,4 +1,4 @@
-"""Plots: losses of one run or several, and a classifier's confusion matrix."""
+"""Plot the losses of one or several runs, and the confusion matrix of a classifier."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from opt_parallel.runtime.terminal import plain
 from opt_parallel.storage.atomic import new_file
 from opt_parallel.storage.rows import Row
 
-MOST_NAMED = 40  # labels of a confusion matrix whose names are drawn; more would overlap
-LONGEST_TITLE, LONGEST_LABEL = 60, 30  # characters; longer names leave no room, and thousands take minutes
-SMOOTH_FROM = 100  # rows; shorter curves are not smoothed
-# Seven colours for colour-blind readers (Okabe & Ito 2008, without yellow, which is weak on white), then the same in
-# other line styles
+MOST_NAMED = 40  # maximum number of labels whose names are shown in a confusion matrix; more names would overlap
+LONGEST_TITLE, LONGEST_LABEL = 60, 30  # maximum number of characters; plotting thousands of characters takes minutes
+SMOOTH_FROM = 100  # minimum number of rows of a curve that is smoothed
+# Seven colours for colour-blind readers (Okabe & Ito 2008, without yellow, which is weak on white). Further curves
+# repeat the colours in other line styles.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STROKES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 MARKERS = "osD^v<>phdXP"
-MOST_RAW = 4  # most runs whose unsmoothed losses are also drawn
+MOST_RAW = 4  # maximum number of runs for which unsmoothed losses are also plotted
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's losses: positions on the axis, and losses."""
+    """The losses of a run, for training and validation. Each pair holds the positions on the x axis and the losses."""
 
     label: str
     training: tuple[list[int], list[float]]
@@ -37,7 +37,7 @@ class Curve:
 
 
 def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None, unit: str = "token") -> None:
-    """Write a plot of a run's losses over steps. `unit`: the unit that a loss is averaged over."""
+    """Write a plot of a run's losses over steps. A loss is a mean over tokens or examples, which `unit` names."""
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(figsize=(8, 4.8), dpi=150, layout="constrained")
@@ -64,18 +64,20 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
 
 
 def draw_curves(path: Path, title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> None:
-    """Write a plot of several runs' losses over `axis` (steps, tokens). `unit`: as for `draw`; None if they differ."""
+    """Write a plot of several runs' losses over `axis` (steps, tokens). `unit` is as for `draw`, or None if the runs'
+    units differ."""
     save_figure(figure_of(title, curves, axis, unit), path)
 
 
 def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> Any:
-    """The figure: training losses and, if a run has any, validation losses beside them on the same scale."""
+    """A figure of the training losses of several runs. If a run has validation losses, the figure shows them in a
+    second panel on the same scale."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
     panels = 1 + any(curve.validation[0] for curve in curves)
     width = 6 if panels == 1 else 10
-    longest = max(len(_short(curve.label)) for curve in curves) + 8  # 8: the width of the line sample in characters
+    longest = max(len(_short(curve.label)) for curve in curves) + 8  # the legend's line sample is 8 characters wide
     columns = max(1, min(12 * width // longest, 4, (len(curves) + 1) // 2))
     height = 4.2 + 0.21 * -(-len(curves) // columns)
     figure = _figure(figsize=(width, height), dpi=150, layout="constrained")
@@ -97,7 +99,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
     for axes, name in zip(both, ("training, smoothed" if long else "training", "validation"), strict=False):
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_xlabel(axis)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5G
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # formats numbers as 200k, 1.5G
         axes.margins(x=0.02)
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -111,8 +113,8 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """Limits of the loss axis: from the lowest loss to the highest after the first twentieth of each run, in which
-    losses fall fast. None if no loss is finite. A run that diverges leaves the plot."""
+    """Limits of the loss axis, from the lowest loss to the highest loss after the first twentieth of each run, in which
+    losses fall fast. The result is None if no loss is finite. The curve of a run that diverges leaves the plot."""
     lowest, highest = [], []
     for curve in curves:
         for steps, losses in (curve.training, curve.validation):
@@ -129,8 +131,8 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
 
 
 def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.ndarray) -> None:
-    """Write a plot of a confusion matrix (N, N), rows: true labels. Colours are shares of each row; up to `MOST_NAMED`
-    labels, names and counts are drawn too."""
+    """Write a plot of a confusion matrix (N, N) whose rows are the true labels. Colours show shares of each row. With
+    at most `MOST_NAMED` labels, the plot also shows names and counts."""
     number, labels = len(labels), [_short(label, LONGEST_LABEL) for label in labels]
     size = min(16.0, 3.2 + 0.5 * number)
     figure = _figure(figsize=(size + 1, size), dpi=150, layout="constrained")
@@ -149,8 +151,8 @@ def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure in the format of the path's suffix (png without one). Raises: OSError; ValueError for an unknown
-    suffix."""
+    """Write a figure in the format of the path's suffix, or as png if the path has no suffix. Raises: OSError;
+    ValueError for an unknown suffix."""
     with warnings.catch_warnings(), new_file(path) as file:
         warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks are drawn as boxes
         figure.savefig(file, format=path.suffix[1:] or "png")
@@ -163,7 +165,7 @@ def _short(name: str, longest: int = LONGEST_TITLE) -> str:
 
 
 def _figure(**size: Any) -> Any:
-    """A figure without pyplot: needs no display and is garbage-collected."""
+    """A matplotlib figure without pyplot, which needs no display and is garbage-collected."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -172,17 +174,18 @@ def _figure(**size: Any) -> Any:
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss); infinity if that overflows."""
+    """The perplexity exp(loss), or infinity if it overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def losses_of(rows: list[Row], kind: str) -> tuple[list[int], list[float]]:
-    """Steps and losses of all rows of a kind; NaN, drawn as a gap, for a loss that is not finite."""
+    """Steps and losses of all rows of a kind. A loss that is not finite becomes NaN, which plots show as a gap."""
     chosen = [row for row in rows if row["kind"] == kind]
     return [row["step"] for row in chosen], [math.nan if row["loss"] is None else row["loss"] for row in chosen]
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Moving means over a twentieth of the curve, centred; narrower windows at the start, one-sided at the end."""
+    """Centred moving means over a twentieth of the curve. The window is narrower at the start of the curve and
+    one-sided at its end."""
     half_widths = [min(i, len(losses) // 40) for i in range(len(losses))]
     return [statistics.fmean(losses[i - half : i + half + 1]) for i, half in enumerate(half_widths)]

@@ -1,10 +1,10 @@
-"""Classification metrics, computed from a tally: counts that are summed over batches and ranks.
+"""Metrics of classification and regression, computed from counts that are summed over batches and ranks.
 
-A tally is a float64 array; its form depends on the problem:
-    single label    (N, N): the confusion matrix, rows: true labels, columns: predicted labels
-    multi label     (N + 1, 3): a row for each label: true positives, false positives, false negatives; the last row:
-                    examples with all labels right, examples, 0
-    regression      (N, 6): for each target y and prediction x: examples, Σx, Σy, Σx², Σy², Σxy
+These counts, a tally, are a float64 array whose form depends on the problem:
+    single label    (N, N), the confusion matrix; rows are true labels and columns are predicted labels
+    multi label     (N + 1, 3), for each label the numbers of true positives, false positives and false negatives; the
+                    last row holds the number of examples with all labels right, the number of examples, and 0
+    regression      (N, 6), for each target y with prediction x the number of examples, Σx, Σy, Σx², Σy² and Σxy
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opt_parallel.config.model import ProblemType
 
 
 def tally(scores: np.ndarray, labels: np.ndarray, problem_type: ProblemType) -> np.ndarray:
-    """The tally of `scores` (B, N) against `labels` (B,) or (B, N); every row counts."""
+    """The tally of `scores` (B, N) against `labels` (B,) or (B, N), over all B rows."""
     scores, number = scores.astype(np.float64), scores.shape[1]
     if problem_type is ProblemType.single_label_classification:
         cells = labels * number + scores.argmax(axis=1)
@@ -33,11 +33,12 @@ def tally(scores: np.ndarray, labels: np.ndarray, problem_type: ProblemType) -> 
 
 
 def figures(tallied: np.ndarray, problem_type: ProblemType) -> dict[str, float]:
-    """The metrics of a complete tally; NaN where undefined.
+    """The metrics of a tally that is summed over all batches and ranks. An undefined metric is NaN.
 
-    Single label: `accuracy`; `f1_macro`, the mean over labels that occur or are predicted; `matthews`; with two labels
-    also `f1` of the second, the positive one. Multi label: `accuracy` (all labels right), `f1_micro`, `f1_macro`.
-    Regression: `mse` and `pearson`, means over the N targets."""
+    A single-label problem has `accuracy`, `matthews` and `f1_macro`, the mean over labels that occur or are predicted.
+    With two labels it also has `f1` of the second label, which is the positive label. A multi-label problem has
+    `f1_micro`, `f1_macro` and `accuracy`, the share of examples with all labels right. A regression has `mse` and
+    `pearson`, which are means over the N targets."""
     if problem_type is ProblemType.regression:
         return _of_sums(tallied)
     if problem_type is ProblemType.multi_label_classification:
@@ -55,10 +56,11 @@ def figures(tallied: np.ndarray, problem_type: ProblemType) -> dict[str, float]:
 
 
 def matthews(confusion: np.ndarray) -> float:
-    """Matthews correlation of a confusion matrix (N, N), for N labels after Gorodkin 2004, "Comparing two K-category
-    assignments by a K-category correlation coefficient"; 0 if labels or predictions are constant.
+    """Matthews correlation coefficient of a confusion matrix (N, N), generalised to N labels by Gorodkin 2004,
+    "Comparing two K-category assignments by a K-category correlation coefficient". It is 0 if all labels or all
+    predictions are equal.
 
-    With s examples, c of them right, t_k with label k and p_k predictions of k:
+    With s examples, c right predictions, t_k examples with label k and p_k predictions of label k, the coefficient is
     (c·s − Σ p_k t_k) / √((s² − Σ p_k²) (s² − Σ t_k²))"""
     s, c = confusion.sum(), confusion.trace()
     t, p = confusion.sum(axis=1), confusion.sum(axis=0)
@@ -67,7 +69,8 @@ def matthews(confusion: np.ndarray) -> float:
 
 
 def _f1(counts: np.ndarray) -> np.ndarray:
-    """F1 of each row, 2 tp / (2 tp + fp + fn); 0 without examples and predictions (van Rijsbergen 1979)."""
+    """The F1 score 2 tp / (2 tp + fp + fn) of each row (van Rijsbergen 1979). It is 0 for a label without examples and
+    predictions."""
     tp, fp, fn = counts.T
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
 

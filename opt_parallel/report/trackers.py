@@ -1,4 +1,4 @@
-"""Experiment trackers: wandb and TensorBoard, through accelerate."""
+"""The experiment trackers wandb and TensorBoard, used through accelerate."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import optional, write_text
 
-Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate is untyped, and imported late
-WANDB_ID = "wandb-id"  # the file in a run's folder with its wandb id, kept across starts
+Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate has no types and is imported late
+WANDB_ID = "wandb-id"  # the file in a run's folder that holds the run's wandb id
 MODE, CACHE = "WANDB_MODE", "WANDB_CACHE_DIR"
-FOLLOWED = (MODE, "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")  # override our settings
+# These environment variables override our settings.
+FOLLOWED = (MODE, "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")
 MODES = {
     "online": Wandb.online, "run": Wandb.online, "shared": Wandb.online,
     "offline": Wandb.offline, "dryrun": Wandb.offline, "disabled": Wandb.disabled,
@@ -30,7 +31,8 @@ caches = {""}  # values of CACHE that this process set
 
 
 def wandb_mode(run: Run) -> Wandb:
-    """The mode from WANDB_MODE, else from the configuration, whose `disabled` always holds. Raises: UserError."""
+    """The wandb mode from WANDB_MODE, or else from the configuration. `logging.wandb=disabled` has precedence over
+    WANDB_MODE. Raises: UserError."""
     if run.logging.wandb is Wandb.disabled or not os.environ.get(MODE):
         return run.logging.wandb
     mode = MODES.get(os.environ[MODE])
@@ -40,8 +42,9 @@ def wandb_mode(run: Run) -> Wandb:
 
 
 def wandb_id(run: Run, saved: str | None = None, new: bool = False) -> str | None:
-    """The run's wandb id, kept in its folder; None without wandb. `saved`: the id in the checkpoint that the run
-    resumes from. `new`: start another wandb run, for a fresh start or a branch."""
+    """The run's wandb id, which is stored in the run's folder, or None without wandb. `saved` is the id in the
+    checkpoint from which the run resumes. `new` creates a new wandb run, for a fresh start or for a run that branches
+    off an older checkpoint."""
     if wandb_mode(run) is Wandb.disabled:
         return None
     path = run.folder / WANDB_ID
@@ -58,14 +61,15 @@ def wandb_id(run: Run, saved: str | None = None, new: bool = False) -> str | Non
 
 
 def check_trackers(run: Run) -> None:
-    """Raise UserError if wandb is online and has no API key. Called on every rank, outside of any collective."""
+    """Raise UserError if wandb is online and has no API key. All ranks call this function, while no collective is
+    pending."""
     if wandb_mode(run) is not Wandb.online:
         return
     import wandb
 
     wandb.setup(settings=_quiet_settings())
     try:
-        found = wandb.login(prompt=False, verify=False)  # wandb.init would ask at the terminal
+        found = wandb.login(prompt=False, verify=False)  # wandb.init would ask for a key at the terminal
     except wandb.Error as error:
         raise UserError(f"{_wanted(run)}: {one_line(error)}; check WANDB_API_KEY") from error
     if not found:
@@ -76,7 +80,8 @@ def check_trackers(run: Run) -> None:
 
 
 class Trackers:
-    """A run's trackers. One that fails (a full disk, for example) is dropped with a warning; the run continues."""
+    """The experiment trackers of a run. A tracker that fails, for example on a full disk, is removed with a warning,
+    and the run continues."""
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
         self.active = list(trackers)
@@ -91,7 +96,7 @@ class Trackers:
         for tracker in list(self.active):
             try:
                 work(tracker)
-            except Exception as error:  # trackers raise many types
+            except Exception as error:  # trackers raise errors of many types
                 self.active.remove(tracker)
                 say(f"warning: {tracker.name} failed ({_reason(error)}): the run continues without it")
 
@@ -101,7 +106,7 @@ def _reason(error: Exception) -> str:
 
 
 def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
-    """Start the experiment trackers and log the resolved configuration. `name`: the run's wandb id."""
+    """Start the experiment trackers and log the resolved configuration. `name` is the run's wandb id."""
     followed = [f"{each}={os.environ[each]}" for each in FOLLOWED if os.environ.get(each)]
     if followed and run.logging.wandb is not Wandb.disabled:
         say(f"wandb follows the environment: {', '.join(followed)}")
@@ -113,7 +118,7 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
     from torch.utils.tensorboard.summary import hparams
 
     threading.excepthook = _quiet_tensorboard
-    PartialState()  # the trackers ask it for the rank; it uses the existing process group
+    PartialState()  # trackers read the rank from PartialState, which uses the existing process group
     # TensorBoard stores neither null nor lists
     known = (bool, int, float, str)
     settings = {key: each if isinstance(each, known) else str(each) for key, each in flat(recorded(run)).items()}
@@ -125,10 +130,10 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
             trackers.append(wandb)
     if run.logging.tensorboard:
         with optional(run.folder / "logs" / "tensorboard"):
-            # purge_step hides events of steps that will be repeated, as `keep_rows` deletes rows
+            # purge_step hides the events of steps that will be repeated.
             tensorboard = TensorBoardTracker("tensorboard", run.folder / "logs", purge_step=clock.step + 1)
             tensorboard.start()
-            # not by the tracker: it would create two folders at each start
+            # The tracker's own method would create two folders at each start.
             for summary in hparams(settings, {}):
                 tensorboard.writer.file_writer.add_summary(summary)
             trackers.append(tensorboard)
@@ -136,14 +141,15 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
 
 
 def _quiet_tensorboard(arguments: threading.ExceptHookArgs) -> None:
-    """A `threading.excepthook` that ignores TensorBoard's thread: the next `log` raises its error again."""
+    """A `threading.excepthook` that ignores errors in TensorBoard's thread, because the next call of `log` raises them
+    again."""
     if not type(arguments.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(arguments)
 
 
 def _open_wandb(run: Run, name: str) -> Tracker:
     folder = run.folder.resolve()
-    if os.environ.get(CACHE, "") in caches:  # wandb's service logs there
+    if os.environ.get(CACHE, "") in caches:  # wandb's service writes its log to this folder
         os.environ[CACHE] = str(folder / "wandb" / "cache")
         caches.add(os.environ[CACHE])
     import wandb
@@ -164,7 +170,7 @@ def _open_wandb(run: Run, name: str) -> Tracker:
 
 
 def _wanted(run: Run, mode: str | None = None) -> str:
-    """The effective wandb setting as text (variable or key), with its own value or `mode`."""
+    """The variable or key that sets the wandb mode, with its present value or `mode`, for messages."""
     if os.environ.get(MODE):
         return f"{MODE}={mode or os.environ[MODE]}"
     return f"logging.wandb={mode or run.logging.wandb.value}"

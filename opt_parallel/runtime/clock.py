@@ -1,4 +1,4 @@
-"""A run's position: steps, samples, tokens."""
+"""A run's position, counted in steps, samples and tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 class Clock:
     """Optimizer steps done, samples consumed and tokens seen (without padding) since the run's start.
 
-    The other fields serve a run whose sources changed, see `data/resuming.py`. `mixed`: the position from which the
-    present mixture holds; `taken`: samples that each source gave before it; `orders`: the key that seeds a source's
-    order, where it is not the source's name."""
+    The other fields are set only if the run's data sources changed on a restart, see `data/resuming.py`. `mixed` is the
+    sample position at which the present sources and weights took effect. `taken` maps each source to its number of
+    samples before that position. `orders` maps a source to the key that seeds its shuffling, if that key is not the
+    source's name."""
 
     step: int = 0
     samples: int = 0
@@ -23,7 +24,8 @@ class Clock:
 
     @classmethod
     def saved(cls, values: dict[str, Any]) -> Clock:
-        """The clock of a checkpoint. Earlier versions wrote fewer keys, later ones may write more."""
+        """The clock stored in a checkpoint. Missing keys get their defaults and unknown keys are ignored, because other
+        versions of this package wrote the checkpoint with other keys."""
         return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     def after(self, samples: int, tokens: int) -> Clock:

@@ -1,4 +1,4 @@
-"""Error types, exit statuses, and the one line that reports a user's mistake."""
+"""Error types, exit statuses, and the one-line report of a user's mistake."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import NoReturn
 from opt_parallel.runtime import process, terminal
 from opt_parallel.runtime.machine import is_out_of_memory
 
-# Exit statuses after a signal: with the step finished and saved, or at once if training had not started.
+# Exit statuses after a signal. During training the process first finishes the step and saves a checkpoint.
 INTERRUPTED = 130  # Ctrl-C, by the shell's convention
-STOPPED = 75  # SIGTERM or SIGUSR1: EX_TEMPFAIL of sysexits.h, start it again
+STOPPED = 75  # SIGTERM or SIGUSR1; EX_TEMPFAIL of sysexits.h asks the batch system to start the job again
 
 
 class UserError(Exception):
-    """A user's mistake. The message is one line: the value, the cause, the way out. `shared`: every rank raises it."""
+    """A user's mistake. Its one-line message names the wrong value, the cause and a remedy. `shared` is true if every
+    rank raises this error."""
 
     def __init__(self, message: str, shared: bool = False) -> None:
         super().__init__(message)
@@ -28,17 +29,17 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """Gradients or the loss scale left the finite range. An error of a single run; one result among others in a
-    sweep."""
+    """Gradients or the loss scale left the finite range. This error ends a single run, but a sweep continues with its
+    next run."""
 
 
 class Unread(UserError):
-    """Prepared text became unreadable during training. The weights are good and can be saved."""
+    """Prepared text became unreadable during training. The weights are not affected and can be saved."""
 
 
 class Lost(Exception):
-    """Another rank is gone or unreachable. Not the user's mistake: a restart resumes from the newest checkpoint.
-    `speaks`: whether this rank prints the line for its host."""
+    """Another rank has ended or does not answer. This is not the user's mistake, and a restart resumes from the newest
+    checkpoint. `speaks` is true on the one rank of each host that prints the message."""
 
     def __init__(self, message: str, speaks: bool = True) -> None:
         super().__init__(message)
@@ -46,18 +47,19 @@ class Lost(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The first telling lines of a library's message, joined into one."""
+    """A library's error message joined into one line, without OmegaConf's lines of internal details."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     return "; ".join(kept) or type(error).__name__
 
 
 def leave(line: str, status: int = 2, timeout: float = 10.0, shared: bool = False) -> NoReturn:
-    """End this process with `status`; under a launcher only rank 0 prints `line`.
+    """End this process with `status`. Under a launcher, only rank 0 prints the message `line`.
 
-    Launchers kill every rank when one exits. So the other ranks wait up to `timeout` seconds for that signal, and rank
-    0 prints first. Rank 0 waits half as long for ranks that are still starting, or 1 s if all ranks raised together
-    (`shared`). A rank that no signal reaches prints the line itself: the mistake is this rank's alone.
+    A launcher kills all ranks when one rank exits. So the other ranks wait up to `timeout` seconds to be killed, while
+    rank 0 prints the message. Rank 0 then waits half of `timeout` for ranks that are still starting, or 1 s if all
+    ranks raised the same error (`shared`). A rank that is not killed in time prints the message itself, because only
+    that rank had the error.
     """
     if process.is_main():
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -68,16 +70,16 @@ def leave(line: str, status: int = 2, timeout: float = 10.0, shared: bool = Fals
         time.sleep(timeout)
         if not shared:
             print(f"error: {process.host()}, rank {process.rank()}: {line}", file=sys.stderr)
-    terminal.flush()  # `os._exit` does not
+    terminal.flush()  # `os._exit` does not flush the streams
     os._exit(status)  # not sys.exit: closing a process group would wait for ranks that are gone
 
 
 def out_of_memory(error: BaseException) -> str:
-    """The line for an error that `is_out_of_memory`."""
+    """The message for an error that `is_out_of_memory` recognises."""
     why = one_line(error).partition("; ")[0]
     return (
-        f"out of memory ({why}): a smaller batch, length or dtype takes less, more processes take a part each, and a "
-        "limit of this shell (ulimit -v) or job may be raised"
+        f"out of memory ({why}): reduce the batch, the sequence length or the dtype, start more processes, or raise a "
+        "memory limit of this shell (ulimit -v) or of this job"
     )
 
 
@@ -85,11 +87,11 @@ def out_of_memory(error: BaseException) -> str:
 def reporting(
     expected: tuple[type[Exception], ...] = (), explain: Callable[[BaseException], str] = str
 ) -> Iterator[None]:
-    """Turn a user's mistake into one line and status 2, and the loss of another rank into one line and status 1. A
-    command that only prints exits silently when its reader is gone (`| head`).
+    """Report a user's mistake in one line and exit with status 2. Report the loss of another rank in one line and exit
+    with status 1. A command that only prints exits silently when the reader of its pipe has ended (`| head`).
 
-    `expected`: error types of a library that parses user input (Hydra, OmegaConf); they are user mistakes too, and
-    `explain` makes their line. Other errors are bugs and keep their traceback.
+    `expected` lists error types of libraries that parse user input (Hydra, OmegaConf). They count as user mistakes, and
+    `explain` returns their message. All other errors are bugs and keep their traceback.
     """
     terminal.open_streams()
     try:
@@ -100,7 +102,7 @@ def reporting(
     except expected as error:
         leave(explain(error))
     except Lost as error:
-        if error.speaks or not process.is_main():  # other ranks print into their log files
+        if error.speaks or not process.is_main():  # the output of other ranks goes to their log files
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     except terminal.Closed:
@@ -118,4 +120,4 @@ def reporting(
             raise
         traceback.print_exc()
         terminal.flush()
-        os._exit(1)  # at once: the interpreter would join threads that wait for other ranks
+        os._exit(1)  # a normal exit would join threads that wait for other ranks

@@ -1,4 +1,4 @@
-"""Output: rank 0 prints to the terminal, every rank logs to a file, and libraries print only warnings, each once."""
+"""Rank 0 prints to the terminal and every rank logs to a file. Libraries print only warnings, and each warning once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from opt_parallel.runtime import machine, process, terminal
 from opt_parallel.runtime.errors import Lost, UserError
 
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
-RETRIES = "huggingface_hub.utils._http"  # logs each retry; our own line reports the final failure
-OURS = logging.getLogger("opt_parallel")  # copies of printed lines, for the rank's log file
+RETRIES = "huggingface_hub.utils._http"  # this logger reports each retry of a download; we report the final failure
+OURS = logging.getLogger("opt_parallel")  # receives a copy of each printed line for the rank's log file
 
 
 def say(text: str, anywhere: bool = False) -> None:
-    """Print one line on rank 0. `anywhere`: on standard error if standard output is gone."""
+    """Print one line on rank 0. `anywhere` prints it to standard error if standard output can no longer be written."""
     if process.is_main():
         print(text, file=sys.stderr if anywhere and 1 in terminal.gone else sys.stdout, flush=True)
         OURS.info(text)
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """A table as text: columns two spaces apart. All lines have equally many cells."""
+    """A table as text with two spaces between columns. All lines must have the same number of cells."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
@@ -46,18 +46,19 @@ def bytes_in_words(number: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence libraries below warnings, limit their threads to the CPUs of this process, and give them a home folder if
-    the user has none. Must run before they are imported."""
+    """Silence libraries' messages below warnings, limit their threads to the CPUs of this process, and create a home
+    folder if the user has none. Call this function before these libraries are imported."""
     machine.limit_threads()
     if home := machine.ensure_home():
         say(f"note: user {os.getuid()} has no home folder here: {home} is used instead")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    said_by_us = ("real_accelerator.py", "loss_scaler.py")  # no GPU; gradients that are not finite
+    # These files log a missing GPU and gradients that are not finite. We report both ourselves.
+    said_by_us = ("real_accelerator.py", "loss_scaler.py")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename not in said_by_us)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger(RETRIES).setLevel(logging.ERROR)
-    logging.raiseExceptions = False  # on a full disk logging would print a traceback for each line of a library's log
+    logging.raiseExceptions = False  # otherwise a full disk causes a traceback for each logged line
     OURS.setLevel(logging.INFO)
     OURS.propagate = False
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -65,17 +66,17 @@ def quiet_libraries() -> None:
 
 
 def log_of(folder: Path, rank: int) -> Path:
-    """A rank's log file in a run's folder."""
+    """The path of a rank's log file in a run's folder."""
     return folder / "logs" / f"rank-{rank:05d}.log"
 
 
 @contextmanager
 def log_to_file(folder: Path) -> Iterator[None]:
-    """While the context lasts, log to this rank's file in the run's `folder`. Rank 0 logs its lines and the libraries'
-    warnings, and prints them too. Other ranks redirect standard output and error to the file.
+    """While the context lasts, log to this rank's file in the run's `folder`. Rank 0 both prints and logs its messages
+    and the libraries' warnings. All other ranks redirect standard output and standard error to their log file.
 
-    Each warning is written once. An error's traceback goes to the file, one line to the terminal. On rank 0, C++
-    libraries print to the terminal only."""
+    Each warning is written once. An error's traceback is written to the log file and its message to the terminal. On
+    rank 0, the output of C++ libraries appears only on the terminal."""
     path, main = log_of(folder, process.rank()), process.is_main()
     raw = _open(path)
     with io.TextIOWrapper(
@@ -90,25 +91,27 @@ def log_to_file(folder: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if main or isinstance(error, (UserError, Lost)):  # other errors are printed, and so reach the file
+            # Tracebacks of other errors are printed, and the output of ranks other than 0 goes to the log file.
+            if main or isinstance(error, (UserError, Lost)):
                 traceback.print_exc(file=file)
             if earlier is not None and _is_printed(error):
-                with suppress(OSError):  # that terminal may be gone
+                with suppress(OSError):  # the terminal may have been closed
                     os.write(earlier[1], f"error: {_first_line(error)}; {path} has more\n".encode())
             if earlier is not None and isinstance(error, UserError):
-                _redirect(*earlier)  # this rank prints the line if rank 0 does not
+                _redirect(*earlier)  # this rank prints the message if rank 0 does not
             raise
         finally:
-            _remove_handlers(handlers)  # after an error too: the next run of a sweep has its own file
+            _remove_handlers(handlers)  # after an error too, because the next run of a sweep has its own log file
         if earlier is not None:
             for old in _redirect(*earlier) + earlier:
                 os.close(old)
 
 
 class _LogFile(io.FileIO):
-    """A log's raw file. A failed write loses its bytes and is reported once; the run continues.
+    """The unbuffered file under a log. If a write fails, its bytes are lost, the first failure is reported, and the run
+    continues.
 
-    `terminal`: the descriptor for that report, where standard output is the log itself."""
+    `terminal` is the descriptor for this report if standard output itself is redirected to the log."""
 
     terminal: int | None = None
     reported = False
@@ -124,7 +127,7 @@ class _LogFile(io.FileIO):
 
 
 def _open(path: Path) -> _LogFile:
-    """A rank's log, opened to append; /dev/null if that fails."""
+    """A rank's log file opened to append, or /dev/null if the log file cannot be opened."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return _LogFile(path, "a")
@@ -134,12 +137,12 @@ def _open(path: Path) -> _LogFile:
 
 
 def _warn_unwritable(path: str, error: OSError, terminal: int | None) -> None:
-    """Print the warning without `say`, which would write to the log again."""
+    """Print the warning without `say`, which would also write it to the failing log."""
     line = f"warning: {path} cannot be written ({error.strerror}): the run continues without this log"
     if terminal is None:
         print(line, flush=True)
     else:
-        with suppress(OSError):  # that terminal may be gone
+        with suppress(OSError):  # the terminal may have been closed
             os.write(terminal, f"{line}\n".encode())
 
 
@@ -154,7 +157,8 @@ def _redirect(output: int, errors: int) -> tuple[int, int]:
 
 
 def _is_printed(error: Exception) -> bool:
-    """Whether this rank prints the error. Rank 0 prints a user's mistake; one rank a host prints a loss of ranks."""
+    """Whether this rank prints the error's message to the terminal. `leave` prints a `UserError` instead, and only one
+    rank of each host prints a `Lost`."""
     return not isinstance(error, UserError) and (not isinstance(error, Lost) or error.speaks)
 
 
@@ -165,7 +169,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _Once(logging.Filter):
-    """Passes each message of a logger once."""
+    """A filter that lets each message of a logger pass once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +183,8 @@ class _Once(logging.Filter):
 
 
 def _add_handlers(file: TextIO, also_stderr: bool) -> list[logging.Handler]:
-    """Log our lines and the libraries' warnings to `file`; the warnings to standard error too if `also_stderr`."""
+    """Log our messages and the libraries' warnings to `file`. If `also_stderr`, print the warnings to standard error
+    too."""
     handlers: list[logging.Handler] = [logging.StreamHandler(file)]
     OURS.addHandler(handlers[0])
     for stream in [file, sys.stderr] if also_stderr else [file]:
@@ -189,7 +194,7 @@ def _add_handlers(file: TextIO, also_stderr: bool) -> list[logging.Handler]:
         handler.addFilter(_Once())
         logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
-    for name in QUIET:  # some have their own handlers
+    for name in QUIET:  # some of these libraries install handlers of their own
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     return handlers

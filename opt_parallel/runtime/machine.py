@@ -1,4 +1,4 @@
-"""The CPUs and the memory that this process may use: containers, batch systems and `ulimit` limit both."""
+"""The CPUs and the memory that this process may use within the limits of containers, batch systems and `ulimit`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROC = Path("/proc/self")
-# number of CPUs of a process or job, set by Slurm, PBS, TORQUE, Grid Engine and LSF
+# environment variables in which Slurm, PBS, TORQUE, Grid Engine and LSF give a job's number of CPUs
 CPUS_GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "PBS_NUM_PPN", "NSLOTS", "LSB_DJOB_NUMPROC")
 
 
 def cpus() -> int:
-    """CPUs that this process may use: the minimum of its affinity, its cgroups' quotas (rounded down) and the batch
-    system's grant; at least 1."""
+    """Number of CPUs that this process may use, at least 1. This is the minimum of the CPU affinity, the cgroups'
+    quotas (rounded down) and the number that the batch system allocated."""
     quotas = [int(quota) for quota in _quotas()]
     return max(1, min([_affinity(), *quotas, *_given()]))
 
 
 def limit_threads() -> None:
-    """Limit the threads of libraries to `cpus()`. On their own they look at the affinity only; they read these
-    variables when they are imported."""
+    """Limit the threads of libraries to `cpus()`, because libraries consider the CPU affinity only. Libraries read
+    these environment variables when they are imported."""
     number = cpus()
     if number < _affinity():
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -32,12 +32,13 @@ def limit_threads() -> None:
 
 
 def ensure_home() -> str | None:
-    """Set USER and HOME if the user id has no account, as in some containers: libraries fail without them.
+    """Set the variables USER and HOME if the user id has no account, as in some containers. Libraries fail without
+    these variables.
 
-    Returns the temporary home folder, None if the user has a home."""
+    Returns the temporary home folder, or None if the user has a home folder."""
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # the latter from Python 3.13 on
+    except (KeyError, OSError):  # OSError from Python 3.13 on
         os.environ["USER"] = f"user-{os.getuid()}"
     if os.path.expanduser("~") != "~":
         return None
@@ -48,16 +49,16 @@ def ensure_home() -> str | None:
 
 
 def memory_limit() -> int:
-    """Most bytes of memory that this process can have: the minimum of the machine's memory, its cgroups' limits, its
-    own (`ulimit -v`, `-d`) and the Slurm job's."""
+    """Maximum number of bytes that this process can allocate. This is the minimum of the host's memory and of the
+    limits of its cgroups, of `ulimit -v` and `-d`, and of the Slurm job."""
     import psutil
 
     return min([psutil.virtual_memory().total, *(limit for limit, _ in (*_shared_memory(), *_own_memory()))])
 
 
 def memory_free(processes: int = 1) -> int:
-    """Bytes that each of `processes` equal processes can still allocate on this host, by the limits of `memory_limit`.
-    The page cache counts as free."""
+    """Number of bytes that each of `processes` equal processes can still allocate on this host within the limits of
+    `memory_limit`. The page cache counts as free memory."""
     import psutil
 
     shared = [psutil.virtual_memory().available, *(limit - used for limit, used in _shared_memory())]
@@ -65,8 +66,8 @@ def memory_free(processes: int = 1) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: a MemoryError (Python, NumPy), torch's OutOfMemoryError (GPU), or an error with ENOMEM's
-    text (an allocation or mmap that failed)."""
+    """Whether the error means that memory ran out. Python and NumPy raise MemoryError, torch raises OutOfMemoryError on
+    a GPU, and a failed allocation or mmap raises an error with the text of ENOMEM."""
     gpu = type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError) or gpu or os.strerror(errno.ENOMEM) in str(error)
 
@@ -81,29 +82,29 @@ def _given() -> list[int]:
 
 
 def _quotas() -> Iterator[float]:
-    """CPU quota of each of this process's cgroups: quota / period, both in microseconds."""
+    """Number of CPUs in the quota of each of this process's cgroups, which is quota / period."""
     for folder in _groups("cpu"):
         quota, _, period = _text(folder / "cpu.max").partition(" ")  # version 2
         quota = quota or _text(folder / "cpu.cfs_quota_us")
         period = period or _text(folder / "cpu.cfs_period_us")
-        if quota.isdecimal() and period.isdecimal():  # `max` or -1: no quota
+        if quota.isdecimal() and period.isdecimal():  # `max` or -1 means no quota
             yield int(quota) / int(period)
 
 
 def _shared_memory() -> Iterator[tuple[int, int]]:
-    """Each limit shared by a job's processes on this host, and its use, in bytes."""
+    """Each memory limit that all processes of a job on this host share, with the memory in use, in bytes."""
     yield from _group_memory()
     given, by_cpu, cpus_here = (
         os.environ.get(f"SLURM_{name}", "") for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
     )
-    mebibytes = int(given or 0) or int(by_cpu or 0) * int(cpus_here or 0)  # 0: all of the host's memory
+    mebibytes = int(given or 0) or int(by_cpu or 0) * int(cpus_here or 0)  # 0 means all of the host's memory
     if mebibytes:
         yield mebibytes << 20, _status().get("VmRSS", 0)
 
 
 def _group_memory() -> Iterator[tuple[int, int]]:
-    """Limit and use of each of this process's cgroups that has a limit, in bytes. `memory.high` (version 2) counts as a
-    limit: the kernel slows a group above it almost to a halt."""
+    """Memory limit and memory in use, in bytes, of each of this process's cgroups that has a limit. `memory.high`
+    (version 2) counts as a limit, because the kernel slows processes above `memory.high` almost to a halt."""
     for folder in _groups("memory"):
         limits = [_text(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
@@ -113,14 +114,14 @@ def _group_memory() -> Iterator[tuple[int, int]]:
 
 
 def _page_cache(folder: Path) -> int:
-    """Bytes of a cgroup's use that are page cache, which the kernel reclaims on demand."""
+    """Bytes of page cache in a cgroup's memory use. The kernel reclaims the page cache on demand."""
     rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-    names = ("active_file", "inactive_file")  # of this group; the kernel may also have total_…, with its children
+    names = ("active_file", "inactive_file")  # these count the group alone; names with total_ include its child groups
     return sum(int(rows.get(f"total_{name}", rows.get(name, 0))) for name in names)
 
 
 def _own_memory() -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of this process's address space and data segment, where limited."""
+    """Limit and current size, in bytes, of this process's address space and data segment, if they are limited."""
     import resource
 
     status = _status()
@@ -136,8 +137,8 @@ def _status() -> dict[str, int]:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Folders of the cgroups (version 1 or 2) that this process is in, from its own to the outermost."""
-    own = dict(line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines())  # controllers to path
+    """Folders of this process's cgroups (version 1 or 2), from the innermost to the outermost group."""
+    own = dict(line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines())  # maps controllers to a path
     paths = {name: path for names, path in own.items() for name in names.split(",")}
     for line in _text(PROC / "mountinfo").splitlines():
         fields, _, system = line.partition(" - ")
@@ -146,13 +147,14 @@ def _groups(controller: str) -> Iterator[Path]:
             continue
         root, mounted = (_unescaped(field) for field in fields.split(" ")[3:5])
         path = Path(paths.get(controller if kind == "cgroup" else "", "/"))
-        # in a container the mount shows the container's group, and the path may be the host's
+        # In a container the mount shows only the container's group, but the path may be relative to the host's root
+        # group.
         inside = path.relative_to(root) if path.is_relative_to(root) and ".." not in path.parts else Path()
         yield from (Path(mounted) / part for part in (inside, *inside.parents))
 
 
 def _unescaped(field: str) -> str:
-    """A path as `mountinfo` writes it: a space is \\040."""
+    """A path from `mountinfo` with its octal escapes decoded, such as \\040 for a space."""
     return re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), field)
 
 

@@ -1,4 +1,5 @@
-"""This process's rank, world size and host, from the launcher's environment variables; needs no process group."""
+"""This process's rank, world size and host, read from the launcher's environment variables. No process group is
+needed."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import socket
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LAUNCHERS = (*RANK_VARIABLES, "MASTER_", "OMPI_", "SLURM_")  # prefixes of launchers' variables
-SLURM_PORTS = 20_000, 10_000  # first port and number of ports; each job step takes one
+SLURM_PORTS = 20_000, 10_000  # first port and number of ports; each Slurm job step uses one port of this range
 WATCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun (and accelerate), and by DeepSpeed's launcher
-PARENT = os.getppid()  # at the start; an orphan gets another parent
+PARENT = os.getppid()  # parent process at the start; a process whose parent ends gets another parent
 
 
 def rank() -> int:
@@ -20,7 +21,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """1 if RANK is not set, even where WORLD_SIZE is: such a process is alone."""
+    """Number of processes of the run; 1 if RANK is not set, even if WORLD_SIZE is set."""
     return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
@@ -33,7 +34,8 @@ def local_world_size() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """The variable's number, else `default`. `Topology.open` refuses a value that is not a number."""
+    """The number in an environment variable, or `default` if the variable holds no number. `Topology.open` reports such
+    a variable."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default
 
@@ -44,26 +46,28 @@ def is_main() -> bool:
 
 
 def launcher_is_gone() -> bool:
-    """Whether the launcher (torchrun, accelerate, DeepSpeed's) ended before this process, by SIGKILL or a signal that
-    it does not forward. False without a launcher: a shell may end on purpose after `python train.py &`."""
+    """Whether the launcher (torchrun, accelerate, DeepSpeed's) ended before this process, as after SIGKILL or a signal
+    that the launcher does not forward. The result is False without a launcher, because a shell may end on purpose after
+    `python train.py &`."""
     return os.getppid() != PARENT and any(name in os.environ for name in WATCHED)
 
 
 def host() -> str:
-    """This host's name; under Slurm the node name, as in Slurm's commands and logs."""
+    """This host's name. Under Slurm it is the node name that Slurm's commands and logs show."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def set_ranks() -> None:
-    """If RANK is not set, set it and the other rank variables from Open MPI's variables, or from Slurm's in a step of
-    several tasks. Empty variables are deleted first. torchrun, DeepSpeed and accelerate set RANK themselves."""
+    """If RANK is not set, set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from Open MPI's variables, or from
+    Slurm's variables in a job step of several tasks. Empty variables are deleted first. torchrun, DeepSpeed and
+    accelerate set RANK themselves."""
     for name in [name for name, value in os.environ.items() if name.startswith(LAUNCHERS) and not value]:
         del os.environ[name]
     if "RANK" in os.environ:
         return
-    if OPEN_MPI[0] in os.environ:  # first: within a Slurm job mpirun starts its daemons by srun, which sets Slurm's too
+    if OPEN_MPI[0] in os.environ:  # tested before Slurm: in a Slurm job, mpirun's processes have Slurm's variables too
         _set(*(os.environ[name] for name in OPEN_MPI))
-        os.environ.setdefault("MASTER_PORT", "29500")  # the user gives the address: mpirun -x MASTER_ADDR=…
+        os.environ.setdefault("MASTER_PORT", "29500")  # the user gives the address by mpirun -x MASTER_ADDR=…
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         _set(*_slurm_ranks())
         job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
@@ -84,7 +88,7 @@ def _slurm_ranks() -> tuple[str, str, str, str]:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's abbreviation `2(x3),1` as numbers: 2, 2, 2, 1."""
+    """Number of tasks on each node from Slurm's notation: `2(x3),1` means 2, 2, 2, 1."""
     numbers: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         numbers += [int(count)] * int(times or 1)
@@ -92,7 +96,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's node list, such as gpu007 of `gpu[007-010,12],cpu1`."""
+    """The first host of a Slurm node list, such as gpu007 of `gpu[007-010,12],cpu1`."""
     match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     assert match is not None
     return "".join(part or "" for part in match.groups())

@@ -1,8 +1,8 @@
-"""Signals (SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGQUIT) and the launcher's exit, as a status that the loop reads after
-each step.
+"""Turn signals (SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGQUIT) and the launcher's exit into a status that the training loop
+reads after each step.
 
-A thread reads the signals through Python's wake-up descriptor: the main thread may hang in a collective, and a second
-signal must still end the process.
+A thread reads the signals through Python's wake-up descriptor. So a second signal ends the process even if the main
+thread hangs in a collective.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ STATUS = {
     **dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT), STOPPED),
 }
 CHECK_EVERY = 1.0  # seconds between two checks that the launcher is alive
-SAME_REQUEST = 5.0  # seconds; within them a second signal is the same request, forwarded by the launcher
+SAME_REQUEST = 5.0  # seconds; a second signal within this time is the launcher's copy of the first
 
 
 class Interrupt:
-    """Whether this process was asked to stop. `status`: its exit status in that case; 0: not asked.
+    """Whether this process was asked to stop. `status` is the exit status for that request, or 0 if there was none.
 
-    Before `can_save` is set, and on a second request more than `SAME_REQUEST` seconds after the first, the process
-    calls `last_words` and exits at once. On SIGTERM with several ranks it does not call `last_words`: launchers also
-    send SIGTERM after another rank crashed."""
+    The process calls `last_words` and exits at once if `can_save` is not set yet, or on a second request more than
+    `SAME_REQUEST` seconds after the first. On SIGTERM with several ranks it exits without calling `last_words`, because
+    launchers also send SIGTERM after another rank crashed."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -44,11 +44,12 @@ class Interrupt:
     @classmethod
     @contextmanager
     def watch(cls) -> Iterator[Interrupt]:
-        """Receive the signals while the context lasts."""
+        """Handle the signals while the context lasts."""
         interrupt = cls()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # before the handlers: no signal is lost
+        # The descriptor is set before the handlers, so that no signal is lost.
+        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda *_: None) for number in STATUS if not _by_nohup(number)}
         threading.Thread(target=interrupt._listen, args=(reader,), daemon=True).start()
         try:
@@ -61,8 +62,8 @@ class Interrupt:
             os.close(writer)
 
     def ignore(self) -> None:
-        """Ignore signals from now on: launchers signal all ranks as soon as one exits, which would change the
-        status."""
+        """Ignore signals from now on. Launchers signal all ranks as soon as one rank exits, and this would change the
+        exit status."""
         self._ignored = True
         ignore_all()
 
@@ -72,7 +73,7 @@ class Interrupt:
         while True:
             if not signals.poll(CHECK_EVERY * 1000):
                 if not self.status and process.launcher_is_gone():
-                    say(f"warning: the launcher, process {process.PARENT}, is gone: this run stops as on SIGTERM")
+                    say(f"warning: the launcher, process {process.PARENT}, has ended: this run stops as on SIGTERM")
                     self._note(signal.SIGTERM)
             elif numbers := os.read(reader, 64):
                 for number in numbers:
@@ -86,7 +87,7 @@ class Interrupt:
         status, now = STATUS[number], time.monotonic()
         if not self.can_save or (self.status and now - self._since > SAME_REQUEST):
             if number != signal.SIGTERM or process.world_size() == 1:
-                with suppress(OSError):  # this thread must go on
+                with suppress(OSError):  # an error must not end this thread
                     self.last_words()
             leave("interrupted", status, timeout=0.0)
         if not self.status:
@@ -94,13 +95,13 @@ class Interrupt:
 
 
 def ignore_all() -> None:
-    """Ignore all of these signals, in a worker process that its parent stops: terminals and batch systems also signal
-    workers."""
+    """Ignore all of these signals in a worker process. Terminals and batch systems signal workers too, but the parent
+    process stops them."""
     for number in STATUS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _by_nohup(number: signal.Signals) -> bool:
-    """Whether `nohup` made this process ignore the signal. SIGINT and SIGQUIT are not checked: shells ignore them in
-    background jobs of a script, but a signal sent to such a job by its id is a request."""
+    """Whether `nohup` made this process ignore the signal. SIGINT and SIGQUIT are not checked, because a shell script
+    also ignores them in its background jobs, where a user may still send them with `kill` to stop the run."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

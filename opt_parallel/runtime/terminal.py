@@ -1,7 +1,7 @@
-"""Standard output and standard error that do not end a run.
+"""Replacements of standard output and standard error whose failures do not end a run.
 
-They may be closed from the start, a terminal that hangs up, a pipe whose reader has ended or stopped reading, a file on
-a full disk, or an encoding that lacks characters; and printed text may hold control characters. Every command calls
+A stream may be closed from the start. The terminal may hang up, the reader of a pipe may end or stop reading, the disk
+may be full, and the encoding may lack characters. Printed text may hold control characters. Every command calls
 `open_streams`. After `outlive`, printing never fails.
 """
 
@@ -17,30 +17,30 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-# control characters: they would move the cursor, hide text or change a terminal's state
+# control characters, which would move the cursor, hide text or change the terminal's state
 CONTROL = re.compile(r"(?!^)\r(?!\n)|[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 COLORS = re.compile(r"\x1b\[[\d;]*m")
-UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # written alone by tqdm and wandb to move the cursor back
+UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # tqdm and wandb write these alone to move the cursor back
 NAMES = {1: "standard output", 2: "standard error"}
-READ_TIMEOUT = 30.0  # seconds to wait for a reader that does not read; the other ranks wait too
-GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone
+READ_TIMEOUT = 30.0  # seconds that a write to a full pipe waits for its reader; the other ranks wait too
+GONE = (errno.EPIPE, errno.EIO)  # errors after the reader of a pipe ended or the terminal closed
 
-gone: dict[int, str] = {}  # descriptors that were given up, and the warning printed for each
+gone: dict[int, str] = {}  # maps descriptors whose writes failed to the warning printed for each
 _outliving = False
 
 
 class Closed(BrokenPipeError):
-    """The reader of a command's output is gone, so the command may exit."""
+    """The reader of a command's output has ended, so the command may exit."""
 
 
 def open_streams() -> None:
-    """Replace Python's own `sys.stdout` and `sys.stderr`. A closed descriptor becomes /dev/null; a character that the
+    """Replace Python's own `sys.stdout` and `sys.stderr`. A closed descriptor becomes /dev/null. A character that the
     encoding lacks is written as an escape."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is `fd`
+            os.open(os.devnull, os.O_RDWR)  # the new descriptor gets the lowest free number, which is `fd`
             if fd:
                 gone[fd] = f"warning: {NAMES[fd]} is closed"
     if sys.stdin is None:
@@ -52,13 +52,14 @@ def open_streams() -> None:
 
 
 def outlive() -> None:
-    """From here on printing never fails: a stream is given up at its first failure, with a warning in the log."""
+    """From now on printing never raises. After its first failure a stream discards its output, with a warning in the
+    log."""
     global _outliving  # noqa: PLW0603
     _outliving = True
 
 
 def flush() -> None:
-    """Flush both streams; errors are ignored."""
+    """Flush standard output and standard error, and ignore errors."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -71,8 +72,8 @@ def plain(text: str) -> str:
 
 
 def _is_pythons_own(stream: Any, fd: int) -> bool:
-    """Whether the stream is Python's original one on `fd`, not a replacement by others or by us."""
-    raw = getattr(getattr(stream, "buffer", None), "raw", None)  # without a buffer: PYTHONUNBUFFERED
+    """Whether the stream is Python's original stream on `fd`, and not a replacement by this module or by a library."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)  # with PYTHONUNBUFFERED there is no buffer
     return type(stream) is io.TextIOWrapper and stream.fileno() == fd and not isinstance(raw, _Descriptor)
 
 
@@ -87,7 +88,7 @@ def _stream(fd: int, before: io.TextIOWrapper | None) -> io.TextIOWrapper:
 
 
 class _Plain(io.TextIOWrapper):
-    """A text stream that escapes control characters: file names, labels and generated text may hold them."""
+    """A text stream that escapes control characters, which file names, labels and generated text may hold."""
 
     def write(self, text: str) -> int:
         super().write(text if UPWARDS.fullmatch(text) else plain(text))
@@ -95,7 +96,7 @@ class _Plain(io.TextIOWrapper):
 
 
 class _Descriptor(io.FileIO):
-    """A stream's raw file."""
+    """The unbuffered file under a stream."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, "w", closefd=False)
@@ -107,7 +108,8 @@ class _Descriptor(io.FileIO):
         try:
             if _outliving and not self._is_read():
                 return len(piece)
-            while (written := super().write(piece)) is None:  # None: the descriptor is non-blocking, and full
+            # `super().write` returns None if the descriptor is non-blocking and its buffer is full.
+            while (written := super().write(piece)) is None:
                 select.select([], [self.fileno()], [])
             return written
         except OSError as error:
@@ -119,29 +121,29 @@ class _Descriptor(io.FileIO):
             raise OSError(error.errno, error.strerror, NAMES[self.fileno()]) from error
 
     def _is_read(self) -> bool:
-        """Wait up to `READ_TIMEOUT` for room; False if there is none. Later writes do not wait, and are dropped, until
-        there is room again."""
+        """Whether the descriptor accepts bytes within `READ_TIMEOUT` seconds. After a timeout, later writes do not wait
+        and are dropped until the reader reads again."""
         has_room = bool(select.select([], [self.fileno()], [], 0 if self._unread else READ_TIMEOUT)[1])
         if has_room is self._unread:
             self._unread = not has_room
             how = (
-                "is read again" if has_room else f"was not read for {READ_TIMEOUT:g} s: what follows is left out there"
+                "is read again" if has_room else f"was not read for {READ_TIMEOUT:g} s: further output to it is dropped"
             )
             _log(f"warning: {NAMES[self.fileno()]} {how}")
         return has_room
 
     def _give_up(self, error: OSError) -> None:
-        """Redirect the descriptor to /dev/null, for C++ libraries too."""
+        """Redirect the descriptor to /dev/null, which also stops the output of C++ libraries."""
         fd = self.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, fd)
         os.close(nowhere)
-        gone[fd] = f"warning: {NAMES[fd]} is gone ({error.strerror}): what follows is not printed there"
+        gone[fd] = f"warning: {NAMES[fd]} cannot be written ({error.strerror}): further output to it is dropped"
         _log(gone[fd])
         if fd == 1:
             print(gone[fd], file=sys.stderr, flush=True)
 
 
 def _log(line: str) -> None:
-    """Write to the run's log, if there is one (`log.OURS`)."""
+    """Write a line to the run's log (`log.OURS`), if the run has a log."""
     logging.getLogger("opt_parallel").info(line)

@@ -1,1 +1,1 @@
-"""Files and folders that are complete or absent, on any file system."""
+"""Atomic writes, checksums and locks for files and folders, on any file system."""

@@ -1,8 +1,8 @@
-"""Files and folders that are complete or absent: written under a temporary name, fsynced, renamed.
+"""Atomic writes. A file or folder is written under a temporary name, fsynced, and renamed to its final path.
 
-Each writer has its own temporary name beside the final path, so two writers never share a file. A writer holds a lock
-(flock) on it, which ends with the process. An unlocked temporary file was left by a killed process, and the next writer
-of the same path deletes it.
+Each writer has its own temporary name in the folder of the final path, so two writers never share a file. A writer
+holds a lock (flock) on its temporary file, and the kernel releases this lock when the process ends. So an unlocked
+temporary file was left by a killed process, and the next writer of the same path deletes this file.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from opt_parallel.runtime import process
 from opt_parallel.runtime.log import say
 
 PARTIAL = ".partial"  # suffix of temporary names
-HELD = ".writing"  # the locked file in an unfinished folder: NFS cannot lock a folder
+HELD = ".writing"  # the locked file in a temporary folder, since NFS cannot lock a folder
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
-NOT_OPENED = {errno.EACCES, errno.EPERM, errno.EISDIR}  # errors of opening a folder that is writable but not readable
+NOT_OPENED = {errno.EACCES, errno.EPERM, errno.EISDIR}  # errors when opening a folder that is writable but not readable
 _warned: set[str] = set()
 
 
 @contextmanager
 def new_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
-    """A file to write. It is renamed to `path` when the block ends, and removed after an error. Devices and pipes under
-    /dev and /proc are written to directly.
+    """Yield a temporary file for writing, which is renamed to `path` when the block ends and removed after an error.
+    Devices and pipes under /dev and /proc are written directly.
 
     Args:
         replace: whether to replace an existing file.
 
-    Raises: OSError; FileExistsError without `replace`, also if another process created the file meanwhile.
+    Raises: OSError. Without `replace`, FileExistsError if the file exists, even if another process created it
+    meanwhile.
     """
     is_special = path.exists() and not path.is_file()
     if is_special and path.absolute().parts[1] in ("dev", "proc"):
         with open(path, "wb") as file:
             yield file
         return
-    path = path if is_special else Path(os.path.realpath(path))  # a symbolic link is kept, its target replaced
+    path = path if is_special else Path(os.path.realpath(path))  # a symbolic link stays, and its target is replaced
     with _unfinished(path, folder=False) as (partial, file):
         yield file
         file.flush()
@@ -56,7 +57,7 @@ def new_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str, replace: bool = True) -> None:
-    """Write a file atomically, in UTF-8. Raises: OSError, as `new_file`."""
+    """Write a text file atomically in UTF-8. Raises: OSError, as `new_file`."""
     write_bytes(path, text.encode(), replace)
 
 
@@ -67,19 +68,21 @@ def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
 
 
 def free_name(path: Path, why: str) -> Path:
-    """A free path to move `path` to: `step-8.damaged`, or with the first free number, `step-8.damaged1`."""
+    """An unused path to which `path` can be moved, such as `step-8.damaged`, or with the first free number
+    `step-8.damaged1`."""
     names = (path.with_name(f"{path.name}.{why}{number or ''}") for number in itertools.count())
     return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill. It is renamed to `path` when the block ends, and removed after an error.
+    """Yield a temporary folder, which is renamed to `path` when the block ends and removed after an error.
 
     Args:
-        replace: whether to replace an existing folder; an empty one is always replaced.
+        replace: whether to replace an existing folder; an empty folder is always replaced.
 
-    Raises: OSError; without `replace` ENOTEMPTY or EEXIST, also if another process created the folder meanwhile.
+    Raises: OSError. Without `replace`, its errno is ENOTEMPTY or EEXIST if the folder exists, even if another process
+    created the folder meanwhile.
     """
     with _unfinished(path, folder=True) as (partial, held):
         yield partial
@@ -107,7 +110,7 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Fsync every file and folder below `folder`, and `folder`. Raises: OSError."""
+    """Fsync `folder` and every file and folder below it. Raises: OSError."""
     for here, _, names in os.walk(folder):
         for name in names:
             sync(Path(here, name))
@@ -115,7 +118,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Fsync a file or folder. A file system without fsync gives one warning. Raises: OSError."""
+    """Fsync a file or folder. If the file system does not support fsync, warn once. Raises: OSError."""
     try:
         number = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -129,36 +132,37 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Delete a file or folder. Returns whether it is gone; a failure is a warning, given once, since nothing that was
-    saved depends on it."""
+    """Delete a file or folder and return whether the deletion succeeded. A failure is only a warning, printed once,
+    since saved data does not depend on the deletion."""
     is_folder = path.is_dir() and not path.is_symlink()
     try:
         if is_folder:
-            shutil.rmtree(path, ignore_errors=True)  # deletes what it can
+            shutil.rmtree(path, ignore_errors=True)  # deletes as many files as possible
         if os.path.lexists(path):
             shutil.rmtree(path) if is_folder else path.unlink()
     except FileNotFoundError:
-        pass  # another process was faster
+        pass  # another process deleted the file first
     except OSError as error:
-        _warn(f"{path} cannot be deleted yet ({error.strerror}); it does no harm, and is tried again later")
+        _warn(f"{path} cannot be deleted yet ({error.strerror}): the run continues, and deletes it later")
     return not os.path.lexists(path)
 
 
 def remove_leftovers(path: Path, any_host: bool = False) -> None:
-    """Delete the temporary files and folders of `path` that killed processes of this host left. `any_host`: those of
-    other hosts too, whose locks may not be visible here; only where the caller is the single writer."""
+    """Delete the temporary files and folders of `path` that killed processes of this host left. With `any_host`, also
+    delete those of other hosts. Their locks may not be visible on this host, so only the single writer of `path` may
+    pass `any_host`."""
     host = "*" if any_host else glob.escape(process.host())
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.{host}-????????{PARTIAL}"):
         held = leftover / HELD if leftover.is_dir() else leftover
         if any_host and not held.exists():
-            remove(leftover)  # its writer was killed while it deleted the folder
+            remove(leftover)  # its writer was killed while deleting the folder
             continue
-        with suppress(OSError):  # leave it: it may still be in use
+        with suppress(OSError):  # after an error the file stays, since it may still be in use
             number = os.open(held, os.O_RDWR)
             try:
                 if hold(number):
                     renamed = beside(path)
-                    os.rename(leftover, renamed)  # fails if its writer has published it meanwhile
+                    os.rename(leftover, renamed)  # fails if the writer has renamed its file meanwhile
                     remove(renamed)
             finally:
                 os.close(number)
@@ -166,11 +170,12 @@ def remove_leftovers(path: Path, any_host: bool = False) -> None:
 
 @contextmanager
 def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
-    """A temporary file or folder beside `path`, and its locked file; removed at the end unless renamed."""
+    """Yield a temporary file or folder for `path` and its locked file. It is removed at the end unless it was
+    renamed."""
     remove_leftovers(path)
     file, partial = None, path
     try:
-        while file is None or not os.path.exists(file.name):  # another process may have deleted it before it was locked
+        while file is None or not os.path.exists(file.name):  # another process may delete the file before it is locked
             partial = beside(path)
             if folder:
                 partial.mkdir(parents=True)
@@ -181,14 +186,16 @@ def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
         yield partial, file
     finally:
         if file is not None:
-            with suppress(OSError):  # close flushes once more; the first error is already being raised
+            # `close` flushes again and may fail again. The first error is already being raised.
+            with suppress(OSError):
                 file.close()
         if partial != path:
             remove(partial)
 
 
 def hold(number: int) -> bool | None:
-    """Lock an open file against other processes: False if another holds it, None where there are no locks."""
+    """Lock an open file against other processes. Returns False if another process holds the lock, and None if the file
+    system has no locks."""
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -199,19 +206,19 @@ def hold(number: int) -> bool | None:
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:
-    """Rename; fail if `path` exists."""
+    """Rename `partial` to `path`. Raises: FileExistsError if `path` exists."""
     try:
         os.link(partial, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.rename(partial, path)
 
 
 def _exchange(partial: Path, path: Path) -> None:
-    """Replace the folder at `path`; restore it if the rename fails."""
+    """Replace the folder at `path` by `partial`, and restore the original folder if the rename fails."""
     earlier = beside(path)
     with suppress(FileNotFoundError):
         os.rename(path, earlier)
@@ -225,30 +232,32 @@ def _exchange(partial: Path, path: Path) -> None:
 
 
 def confirm(number: int, path: Path) -> None:
-    """Fsync an open file; a file system without fsync gives one warning. Raises: OSError."""
+    """Fsync an open file. If the file system does not support fsync, warn once. Raises: OSError."""
     try:
         os.fsync(number)
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
         _warn(
-            f"the file system of {path.parent} confirms nothing (fsync: {error.strerror}): a power failure may cost "
-            "what was written last",
+            f"the file system of {path.parent} does not support fsync ({error.strerror}): a power failure may lose "
+            "the files that were written last",
             once_for="fsync",
         )
 
 
 def _confirm_names(folder: Path) -> None:
-    """Fsync a folder after a rename. A failure is a warning: the file is complete."""
+    """Fsync a folder after a file in it was renamed. A failure is only a warning, because the file itself is
+    complete."""
     try:
         sync(folder)
     except OSError as error:
-        _warn(f"the disk did not confirm the names in {folder} ({error.strerror}): a power failure may cost the last")
+        _warn(f"{folder} cannot be fsynced ({error.strerror}): a power failure may lose its newest files")
 
 
 @contextmanager
 def optional(path: Path, done: str = "written") -> Iterator[None]:
-    """Around work that the run does not depend on, such as a log or a plot: an OSError becomes one warning."""
+    """Turn an OSError in the block into one warning. For output that the run does not depend on, such as a log or a
+    plot."""
     try:
         yield
     except OSError as error:
@@ -256,7 +265,7 @@ def optional(path: Path, done: str = "written") -> Iterator[None]:
 
 
 def _warn(text: str, once_for: str | None = None) -> None:
-    """Warn once a process; not in worker processes, which are many."""
+    """Print a warning once in this process. Worker processes print no warning, because there are many of them."""
     key = once_for or text
     if key not in _warned and multiprocessing.parent_process() is None:
         _warned.add(key)

@@ -1,6 +1,6 @@
-"""JSON objects whose last key is a checksum of the rest, so that one changed bit is detected.
+"""JSON objects whose last key is a checksum of all other bytes, so that a single changed bit is detected.
 
-The input may come from anywhere: only regular files are opened, up to a size limit.
+Files may come from an untrusted source, so only regular files up to a size limit are read.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from annotated_types import Ge, Lt
 
 CHECKSUM = "checksum"
 END = re.compile(rb', "checksum": "([0-9a-f]{8})"\}\n?\Z')
-LONGEST_END = 40  # bytes, more than END ever matches
-DEEPEST = 32  # levels of lists and objects; recursive readers must not overflow the stack
-MOST = 2**16  # bytes of a file; the default limit
+LONGEST_END = 40  # bytes; a match of END is shorter
+DEEPEST = 32  # maximum nesting of lists and objects, so that recursive readers do not overflow the stack
+MOST = 2**16  # default maximum size of a file in bytes
 
 # types of the fields that readers check
 Integer = Annotated[int, Ge(-(2**63)), Lt(2**63)]
@@ -27,19 +27,21 @@ Size = Annotated[Integer, Ge(1)]
 
 
 def dump_checked(values: dict[str, Any], ascii_only: bool = True) -> str:
-    """`values` as one line of JSON with the last key `checksum`: CRC-32 of all bytes before it, eight hex digits."""
+    """`values` as one line of JSON. The last key `checksum` holds the CRC-32 of all bytes before it as eight hex
+    digits."""
     text = json.dumps(values, ensure_ascii=ascii_only).removesuffix("}")
     return f'{text}, "{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}'
 
 
 def parse_checked(text: bytes) -> dict[str, Any]:
-    """The object that `dump_checked` wrote. A missing checksum is accepted: earlier versions wrote none.
+    """The object that `dump_checked` wrote. A missing checksum is accepted, because earlier versions of this package
+    wrote no checksum.
 
     Raises: ValueError with the reason."""
     try:
         values = json.loads(text.decode(), object_pairs_hook=without_duplicates)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("its lists and objects are nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
     if values.pop(CHECKSUM, None) is not None:
@@ -52,7 +54,7 @@ def parse_checked(text: bytes) -> dict[str, Any]:
 
 def read_checked(path: Path, most: int = MOST) -> dict[str, Any]:
     """The object in a file of at most `most` bytes. Raises: OSError; ValueError with the reason, as `parse_checked`."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would never end
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
         raise ValueError("it is not a regular file")
     with open(path, "rb") as file:
         text = file.read(most + 1)
@@ -75,8 +77,9 @@ def is_deep(values: Any) -> bool:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, for `object_pairs_hook`. Raises: ValueError if a key occurs twice."""
+    """The dictionary of a JSON object's key-value pairs, for `object_pairs_hook`. Raises: ValueError if a key occurs
+    twice."""
     values = dict(pairs)
-    if len(values) < len(pairs):  # parsers differ in which of two they take
+    if len(values) < len(pairs):  # JSON parsers differ in which of two equal keys they use
         raise ValueError("a key is there twice")
     return values

@@ -1,6 +1,6 @@
-"""Files of untrusted folders: only regular files inside the folder are read, up to a size limit.
+"""Read files from untrusted folders. Only regular files inside the folder are read, up to a size limit.
 
-A symbolic link out of the folder could put any file of this machine into an export; reading a device or a named pipe
+A symbolic link out of the folder could copy any file of this host into an export. Reading a device or a named pipe
 might never end.
 """
 
@@ -14,14 +14,15 @@ from typing import Any
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.checked import without_duplicates
 
-POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # what Git LFS leaves instead of a file
-MOST_BYTES = 100_000_000  # size limit; an index of 175B's weights has 0.1 MB, a large tokenizer 35 MB
+# The start and maximum size of Git LFS's placeholder for a file.
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+MOST_BYTES = 100_000_000  # size limit; the weight index of OPT-175B has 0.1 MB, a large tokenizer.json 35 MB
 
 
 def file_in(folder: Path, name: str) -> Path | None:
-    """The regular file `name` of `folder`; None if there is none.
+    """The path of the regular file `name` in `folder`, or None if the file does not exist.
 
-    Raises: UserError for a link out of the folder, anything but a regular file, or a Git LFS pointer."""
+    Raises: UserError for a link out of the folder, for a path that is not a regular file, and for a Git LFS pointer."""
     path = folder / name
     try:
         target = path.resolve(strict=True)
@@ -30,7 +31,7 @@ def file_in(folder: Path, name: str) -> Path | None:
         if not path.is_symlink():
             return None
         raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: copy the file there") from error
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a circle of links, a NUL in a name
+    except (OSError, RuntimeError, ValueError) as error:  # the name is too long or holds a NUL, or links form a cycle
         raise UserError(f"{str(path)!r:.300} cannot be read ({one_line(error):.300}): use a complete copy") from error
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise UserError(f"{path} leads out of its folder, to {target}: copy the file itself there, or remove the link")
@@ -49,8 +50,8 @@ def check_fetched(path: Path, where: str) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Folders that a file of `folder` may be in: `folder` itself and, if it is a snapshot in the hub's cache, the
-    repository's `blobs` and the `blobs` shared by all repositories."""
+    """The folders that may contain the files of `folder`. These are `folder` itself and, if it is a snapshot in the
+    hub's cache, the repository's `blobs` and the `blobs` that all repositories share."""
     here = folder.resolve()
     roots = [here]
     for parent in (here, *here.parents):
@@ -70,9 +71,9 @@ def read_limited(path: Path) -> bytes:
 
 
 def content_of(folder: Path, name: str) -> bytes | None:
-    """The content of the regular file `name` of `folder`; None if there is none.
+    """The content of the regular file `name` in `folder`, or None if the file does not exist.
 
-    Raises: UserError as `file_in`, or if it cannot be read."""
+    Raises: UserError as `file_in`, or if the file cannot be read."""
     path = file_in(folder, name)
     try:
         return None if path is None else read_limited(path)
@@ -81,7 +82,7 @@ def content_of(folder: Path, name: str) -> bytes | None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value. Raises: OSError; ValueError as `parse_json`, or if it is too large."""
+    """The value of a JSON file. Raises: OSError; ValueError as `parse_json`, or if the file is too large."""
     return parse_json(read_limited(path))
 
 
@@ -90,4 +91,4 @@ def parse_json(content: bytes) -> Any:
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=without_duplicates)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("its lists and objects are nested too deeply") from error

@@ -1,4 +1,4 @@
-"""A file that a run appends lines to, and that survives a full disk or its own removal."""
+"""A text file to which a run appends lines. No line is lost if the disk is full for a while or the file is removed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from opt_parallel.storage.atomic import write_bytes
 
 
 class Lines:
-    """Appends to a file. Lines that cannot be written are kept in memory, with one warning, and written later. A file
-    that was removed is created again with all its lines."""
+    """A text file opened for appending. Lines that cannot be written are kept in memory, with one warning, and written
+    later. If the file is removed, it is created again with all its lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -26,7 +26,7 @@ class Lines:
         self.flush()
 
     def close(self) -> None:
-        """Close the file. Lines that could not be written are lost, with a warning."""
+        """Close the file. A warning gives the number of lines that could not be written."""
         if self._kept:
             self.flush()
         if lost := self._kept.count(b"\n"):
@@ -35,18 +35,18 @@ class Lines:
             self._file.close()
 
     def flush(self) -> None:
-        """Write the kept lines; create the file if it is missing. Never raises."""
+        """Write the lines that are kept in memory, and create the file if it is missing. Never raises."""
         try:
             file = self._opened()
             while self._kept:
                 del self._kept[: file.write(self._kept)]
         except OSError as error:
             if not self._failed:
-                say(f"warning: {self.path} cannot be written ({error.strerror}): the run continues and keeps its lines")
+                say(f"warning: {self.path} cannot be written ({error.strerror}): the run keeps the lines in memory")
             self._failed = True
             return
         if self._failed:
-            say(f"{self.path} is written again, and lacks no line")
+            say(f"{self.path} is written again, and no line is lost")
         self._failed = False
 
     def _opened(self) -> BinaryIO:
@@ -57,7 +57,7 @@ class Lines:
         if self._file is not None:
             self._file.seek(0)
             write_bytes(self.path, self._file.read())
-            say(f"warning: {self.path} was removed or moved: it is created again, with all its lines")
+            say(f"warning: {self.path} was removed or moved: it is created again with all its lines")
             self._file.close()
             self._file = None
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115

@@ -1,8 +1,9 @@
-"""A folder's lock: one process writes at a time, and a crash leaves no stale lock.
+"""A lock on a folder, so that one process at a time writes there. A crash leaves no stale lock.
 
-The writer keeps the folder's file `lock` open and locked (flock); the lock ends with the process. The file names the
-writer and holds a heartbeat, a counter that grows every few seconds, for file systems whose locks do not reach other
-hosts or do not exist. A waiting process watches whether the counter grows, so hosts' clocks need not agree.
+The writing process keeps the file `lock` in the folder open and locked (flock), and the kernel releases this lock when
+the process ends. On some file systems locks are missing or not visible to other hosts. So the file also names the
+process and holds a heartbeat counter, which the process increments every few seconds. A waiting process watches whether
+the counter grows, so hosts' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import confirm, hold
 
 LOCK = "lock"
-BEAT, SILENT = 5.0, 60.0  # seconds between two heartbeats; seconds without one after which a writer counts as gone
-EXIT_TIMEOUT = 2.0  # seconds that a dying process may take
-POLL = 0.5  # seconds between two reads of the file
-SIZE = 512  # bytes of the file; each heartbeat overwrites it
+# Seconds between two heartbeats, and seconds without a heartbeat after which a process counts as dead.
+BEAT, SILENT = 5.0, 60.0
+EXIT_TIMEOUT = 2.0  # seconds that a process may take to exit
+POLL = 0.5  # seconds between two reads of the lock file
+SIZE = 512  # size of the lock file in bytes; each heartbeat overwrites the file
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass(frozen=True)
 class Writer:
-    """The process that writes. `kernel`: equal for processes that share one kernel's locks; `token`: unique."""
+    """The process that holds a folder's lock. `kernel` is equal for processes on the same running kernel, which see
+    each other's locks. `token` is unique to the process."""
 
     host: str
     process: int
@@ -54,14 +57,14 @@ class Writer:
 def only_writer(folder: Path, key: str, beat: float = BEAT, silent: float = SILENT) -> Iterator[None]:
     """Create `folder` and hold its lock while the context lasts.
 
-    If this process was silent so long that another took the lock, this process exits at once. A read-only folder needs
-    no lock.
+    If this process wrote no heartbeat for so long that another process took the lock, this process exits at once. A
+    read-only folder needs no lock.
 
     Args:
-        key: the folder as the user set it, for messages.
-        beat, silent: seconds, see `BEAT` and `SILENT`.
+        key: the key and value that set the folder, such as `run.dir=runs/a`, for messages.
+        beat, silent: times in seconds, see `BEAT` and `SILENT`.
 
-    Raises: UserError that names the other writer, or why the folder cannot be written.
+    Raises: UserError that names the other process, or the reason why the folder cannot be written.
     """
     path, this, ended = folder / LOCK, Writer.this(), threading.Event()
     number = _open(path, key)
@@ -77,14 +80,14 @@ def only_writer(folder: Path, key: str, beat: float = BEAT, silent: float = SILE
         ended.set()
         if thread.is_alive():
             thread.join()
-            with suppress(OSError):  # on failure the file looks as after a crash
+            with suppress(OSError):  # if this fails, the next process treats the file as left by a crash
                 if _writer_in(path) == this:
                     os.ftruncate(number, 0)
         os.close(number)
 
 
 def _open(path: Path, key: str) -> int | None:
-    """Open or create the lock's file; None in a read-only folder. Raises: UserError."""
+    """Open or create the lock file. Returns None in a read-only folder. Raises: UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -99,16 +102,17 @@ def _unwritable(key: str, path: Path, error: OSError) -> UserError:
 
 
 def _take(number: int, path: Path, key: str, this: Writer, silent: float) -> None:
-    """Wait until no other process writes, then name this one in the file. Raises: UserError."""
-    refusal = f"{key}: another run trains there, {{}}: wait until it has ended, or choose another run.dir"
+    """Wait until no other process holds the lock, then write this process's name to the lock file. Raises:
+    UserError."""
+    refusal = f"{key}: another run writes to this folder, {{}}: wait until that run ends, or choose another run.dir"
     locked, deadline = hold(number), time.monotonic() + EXIT_TIMEOUT
     while (
         locked is False and time.monotonic() < deadline
-    ):  # the other process may be exiting, or about to write its name
+    ):  # the other process may be exiting, or may be about to write its name
         time.sleep(POLL)
         locked = hold(number)
     other = _writer_in(path)
-    same_kernel = other is None or other.kernel == this.kernel  # then flock alone decides, if the file system has it
+    same_kernel = other is None or other.kernel == this.kernel  # on the same kernel the result of flock is final
     if locked is False and same_kernel:
         raise UserError(refusal.format(other or "unnamed"))
     if other is not None and not (locked and same_kernel):
@@ -116,7 +120,7 @@ def _take(number: int, path: Path, key: str, this: Writer, silent: float) -> Non
         if _beats(path, silent):
             raise UserError(refusal.format(other))
         if locked is False and hold(number) is False:
-            raise UserError(f"{refusal.format(other)}; it has no heartbeat: if its host is gone, remove {path}")
+            raise UserError(f"{refusal.format(other)}; that run gives no heartbeat: if its host is down, remove {path}")
     try:
         _write(number, path, this, 0)
     except OSError as error:
@@ -125,37 +129,38 @@ def _take(number: int, path: Path, key: str, this: Writer, silent: float) -> Non
     if locked is None:
         time.sleep(2 * POLL)
         other = _writer_in(path)
-        if other is not None and other != this:  # both found the folder free, and the other wrote last
+        # Both processes found the folder free, and the other process wrote its name last.
+        if other is not None and other != this:
             raise UserError(refusal.format(other))
 
 
 def _beats(path: Path, silent: float) -> bool:
-    """Whether the writer in the file gives a heartbeat within `silent` seconds."""
+    """Whether the process named in the lock file writes a heartbeat within `silent` seconds."""
     first, deadline = _content(path), time.monotonic() + silent
     while time.monotonic() < deadline:
         time.sleep(POLL)
         now = _content(path)
         if now != first:
-            return bool(now.strip(b"\0"))  # an empty file: it exited normally
+            return bool(now.strip(b"\0"))  # an empty file means that the process exited normally
     return False
 
 
 def _beat(number: int, path: Path, key: str, this: Writer, ended: threading.Event, beat: float) -> None:
     """Write heartbeats until the context ends."""
-    count, pause = 0, POLL  # the first soon: without locks across hosts two processes may have found the folder free
+    count, pause = 0, POLL  # a short pause first, since without locks two processes may have found the folder free
     while not ended.wait(pause):
         count, pause = count + 1, beat
         other = _writer_in(path)
         if other is not None and other != this:
-            leave(f"{key}: another run trains there now, {other}, and this one ends: they would mix", timeout=0.0)
-        with suppress(OSError):  # the disk may be full for now; the lock still holds
+            leave(f"{key}: another run, {other}, now writes to this folder, so this run ends", timeout=0.0)
+        with suppress(OSError):  # the disk may be full for a while, but the flock still holds
             if not path.exists():
                 _create_again(number, path)
             _write(number, path, this, count)
 
 
 def _create_again(number: int, path: Path) -> None:
-    """Create and lock the file again after a user removed it, on the same descriptor. Raises: OSError."""
+    """Create and lock the lock file again, on the same descriptor, after a user removed the file. Raises: OSError."""
     new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     hold(new)
     os.dup2(new, number, inheritable=False)
@@ -165,18 +170,18 @@ def _create_again(number: int, path: Path) -> None:
 def _write(number: int, path: Path, this: Writer, count: int) -> None:
     text = json.dumps({**asdict(this), "beat": count})
     os.pwrite(number, text.ljust(SIZE - 1).encode()[: SIZE - 1] + b"\n", 0)
-    confirm(number, path)  # fsync: other hosts see it only then
+    confirm(number, path)  # other hosts see the heartbeat only after an fsync
 
 
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:  # removed by hand
+    except OSError:  # a user removed the file
         return b""
 
 
 def _writer_in(path: Path) -> Writer | None:
-    """The writer named in the file; None if the file is empty or incomplete."""
+    """The process named in the lock file, or None if the file is empty or incomplete."""
     try:
         values = json.loads(_content(path))
         return Writer(**{field.name: values[field.name] for field in fields(Writer)})
@@ -185,7 +190,7 @@ def _writer_in(path: Path) -> Writer | None:
 
 
 def _kernel() -> str:
-    """An id of the running kernel, the same in all its containers."""
+    """An id of the running kernel, equal in all containers of a host."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""JSON lines with a checksum each, that a run appends to: `metrics.jsonl`, `samples.jsonl`."""
+"""Files of JSON lines, each line with a checksum, to which a run appends (`metrics.jsonl`, `samples.jsonl`)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Row = dict[str, Any]
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
-    """Each line of a regular file with its row, None if the line is damaged. An incomplete last line (a killed process,
-    or one that is writing) is left out. Raises: OSError."""
+    """Each line of a regular file with its parsed row, or None if the line is damaged. An incomplete last line is
+    skipped, because its writer may be writing or killed. Raises: OSError."""
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n") or CHECKSUM.encode() in line:
@@ -27,7 +27,8 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[int]]:
-    """The rows of a file and the numbers of its damaged lines, from 1; both empty without a file. Raises: OSError."""
+    """The rows of a file and the numbers of its damaged lines, counted from 1. Two empty lists if the file does not
+    exist. Raises: OSError."""
     rows: list[Row] = []
     damaged: list[int] = []
     for number, (_, row) in enumerate(read_lines(path) if path.is_file() else (), start=1):
@@ -39,10 +40,10 @@ def read_rows(path: Path) -> tuple[list[Row], list[int]]:
 
 
 def rows_of(path: Path) -> list[Row]:
-    """The rows of a file; a warning names damaged lines. Raises: OSError."""
+    """The rows of a file. A warning gives the numbers of damaged lines. Raises: OSError."""
     rows, damaged = read_rows(path)
     if damaged:
-        say(f"warning: {describe_damaged(path, damaged)}, and left out")
+        say(f"warning: {describe_damaged(path, damaged)} and not used")
     return rows
 
 
@@ -54,10 +55,10 @@ def keep_rows(path: Path, last_step: int) -> None:
     if damaged:
         copy = free_name(path, "damaged")
         shutil.copyfile(path, copy)
-        say(f"warning: {describe_damaged(path, damaged)}, and left out; the original file is {copy.name}")
+        say(f"warning: {describe_damaged(path, damaged)} and removed; the original file is {copy.name}")
     kept = b"".join(line for line, row in lines if row is not None and row["step"] <= last_step)
     if path.is_file() and not damaged and _begins_with(path, kept):
-        os.truncate(path, len(kept))  # works on a full disk
+        os.truncate(path, len(kept))  # truncating needs no free disk space
     elif path.exists():
         write_bytes(path, kept)
 
@@ -68,10 +69,11 @@ def _begins_with(path: Path, content: bytes) -> bool:
 
 
 def describe_damaged(path: Path, damaged: list[int]) -> str:
-    """The damaged lines, for a message."""
+    """The numbers of damaged lines as the start of a message."""
+    one = len(damaged) == 1
     more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
     numbers = ", ".join(map(str, damaged[:10]))
-    return f"{path}, {'line' if len(damaged) == 1 else 'lines'} {numbers}{more}: not what was written"
+    return f"{path}, {'line' if one else 'lines'} {numbers}{more} {'is' if one else 'are'} damaged"
 
 
 def _row(line: bytes) -> Row | None:
@@ -80,7 +82,7 @@ def _row(line: bytes) -> Row | None:
     except ValueError:
         return None
     text = isinstance(row.get("prompt"), str) and isinstance(row.get("text"), str)
-    loss = row.get("loss", "")  # null where it was not finite
+    loss = row.get("loss", "")  # null if the loss was not finite
     number = loss is None or (type(loss) in (int, float) and math.isfinite(loss))
     measured = isinstance(row.get("kind"), str) and number
     return row if type(row.get("step")) is int and (text or measured) else None

@@ -1,1 +1,1 @@
-"""What works on checkpoints beside training: export, verify, evaluate, inspect, compare."""
+"""Tools to export, verify, evaluate and inspect checkpoints, and to compare runs."""

@@ -1,4 +1,4 @@
-"""Compares several runs: their settings, their progress and their losses."""
+"""Compare the settings, the progress and the losses of several runs."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from opt_parallel.runtime.log import aligned
 from opt_parallel.storage.rows import METRICS, Row, describe_damaged, read_rows
 
 CONFIG, STATE = "config.yaml", "state"
-INNER = {"checkpoints", "export", "logs", "wandb"}  # folders in a run's folder that hold no runs
-OWN = {"run.dir", "run.name"}  # always differ
-MOST_COLUMNS = 6  # settings in the table of runs; more than that get a table of their own
-MOST_IN_LABEL = 3  # settings in a legend
-LONGEST_CELL = 36  # characters
+INNER = {"checkpoints", "export", "logs", "wandb"}  # subfolders of a run's folder that contain no runs
+OWN = {"run.dir", "run.name"}  # keys that always differ between runs
+MOST_COLUMNS = 6  # maximum number of settings in the table of runs; more settings get their own table
+MOST_IN_LABEL = 3  # maximum number of settings in a legend
+LONGEST_CELL = 36  # maximum number of characters
 NONE = "—"
 AXES = ("step", "samples", "tokens")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run, read from its folder: its `config.yaml` by dotted key, the rows of its `metrics.jsonl`, and whether it
-    diverged."""
+    """A run that was read from its folder. `settings` maps the dotted keys of `config.yaml` to values, and `rows` are
+    the rows of `metrics.jsonl`."""
 
     folder: Path
     settings: dict[str, Any]
@@ -44,7 +44,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """Raises: UserError if a file cannot be read."""
+        """Read a run from its folder. Raises: UserError if a file cannot be read."""
         return cls(folder, _settings(folder / CONFIG), _rows(folder / METRICS), diverged(folder))
 
     @cached_property
@@ -57,18 +57,18 @@ class Record:
 
     @property
     def last_training(self) -> float:
-        """The end of the curve in the picture: a mean over the last steps, or the last loss of a short run; NaN if
-        there is no loss."""
+        """The training loss at the end of the plotted curve. This is a mean over the last steps, or the last loss of a
+        short run, or NaN if there is no loss."""
         losses = self.training[1]
         return (smoothed(losses) if len(losses) >= SMOOTH_FROM else losses or [math.nan])[-1]
 
     def reached(self, what: str) -> int:
-        """`step`, `samples` or `tokens` in the last row that has it."""
+        """The value of `step`, `samples` or `tokens` in the last row that has this value."""
         return next((row[what] for row in reversed(self.rows) if what in row), 0)
 
     def curve(self, label: str, axis: str) -> Curve:
-        """The losses over `axis`, one of AXES. A validation, whose row has only its step, gets the value of the
-        training row before it."""
+        """The losses over `axis`, which is one of AXES. The row of a validation has only a step, so the other axes use
+        the value of the preceding training row."""
         if axis == "step":
             return Curve(label, self.training, self.validation)
         position, at = 0, {}
@@ -80,18 +80,18 @@ class Record:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The folders of runs among `paths` and below them, each once.
+    """The folders of all runs in `paths` and their subfolders, each listed once.
 
-    Raises: UserError if one of `paths` holds no run."""
+    Raises: UserError if one of `paths` contains no run."""
     if not paths:
-        raise UserError("no run is named: name runs' folders, or one that holds runs, such as a sweep's")
+        raise UserError("no run is named: name folders of runs, or a folder that contains runs, such as a sweep's")
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder: name a run's folder, or one that holds runs, such as a sweep's")
+            raise UserError(f"{path} is not a folder: name a run's folder, or a folder that contains runs")
         runs = list(_runs_in(path))
         if not runs:
-            raise UserError(f"{path} holds no run: neither it nor a folder below it has a {METRICS}")
+            raise UserError(f"{path} contains no {METRICS}, nor do its subfolders: name a run's folder")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
@@ -106,9 +106,9 @@ def _runs_in(path: Path) -> Iterator[Path]:
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
-    """The runs of `find_runs` that have rows, and the folders of those that have none yet.
+    """The runs of `find_runs` that have rows of metrics, and the folders of runs that have no rows yet.
 
-    Raises: UserError, also if a run without rows is itself one of `paths`, or if no run has rows."""
+    Raises: UserError as `find_runs`, if a run without rows is itself one of `paths`, or if no run has rows."""
     records = [Record.read(folder) for folder in find_runs(paths)]
     empty = [record.folder for record in records if not record.rows]
     named = next((folder for folder in empty if folder in paths), None)
@@ -121,7 +121,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[Path]]:
 
 
 def diverged(folder: Path) -> bool:
-    """Whether a run ended because of values that are not finite, according to `state` in its folder."""
+    """Whether a run diverged, that is, ended with values that are not finite, according to its state file."""
     try:
         return (folder / STATE).read_bytes().strip() == b"diverged"
     except OSError:
@@ -129,18 +129,19 @@ def diverged(folder: Path) -> bool:
 
 
 def _rows(path: Path) -> list[Row]:
-    """All rows, without an incomplete last one."""
+    """All rows of a file of metrics, without an incomplete last row."""
     try:
         rows, damaged = read_rows(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if damaged:
-        raise UserError(f"{describe_damaged(path, damaged)}; restore the file, or remove what is damaged")
+        raise UserError(f"{describe_damaged(path, damaged)}: restore the file, or remove these lines")
     return rows
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A configuration by dotted key; empty if there is no file, as with a copy of the metrics alone."""
+    """The configuration in a file by dotted key. The result is empty if there is no file, as in a folder into which
+    only the metrics were copied."""
     if not path.exists():
         return {}
     try:
@@ -153,14 +154,14 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def differing(records: Sequence[Record]) -> list[str]:
-    """The keys whose values differ between runs that have a configuration, in its order."""
+    """The keys whose values differ between the runs that have a configuration, in the order of the configuration."""
     known = [record.settings for record in records if record.settings]
     keys = dict.fromkeys(key for settings in known for key in settings if key not in OWN)
     return [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
 
 
 def cells(records: Sequence[Record], key: str) -> list[str]:
-    """A setting of each run as text, without a long prefix that all share."""
+    """The value of a setting in each run as text, without a long prefix that all values share."""
     texts = [_as_text(record.settings[key]) if key in record.settings else NONE for record in records]
     if max(map(len, texts)) > LONGEST_CELL:
         given = [text for text in texts if text != NONE]
@@ -179,7 +180,8 @@ def _as_text(value: Any) -> str:
 
 
 def labels(records: Sequence[Record]) -> list[str]:
-    """A label for each run: its number in the table, and its differing settings, or its folder if there are many."""
+    """A label for each run, with its number in the table and its differing settings, or with its folder if many
+    settings differ."""
     keys = differing(records)
     short = [key.rpartition(".")[2] for key in keys]
     short = [word if short.count(word) == 1 else key for key, word in zip(keys, short, strict=True)]
@@ -191,22 +193,22 @@ def labels(records: Sequence[Record]) -> list[str]:
 
 
 def names(records: Sequence[Record]) -> list[str]:
-    """The runs' folders, relative to the folder that holds all of them."""
+    """The folders of the runs, relative to the folder that contains all of them."""
     folders = [record.folder for record in records]
     root = root_of(records)
     return [str(folder.relative_to(root)) if folder != root else folder.resolve().name for folder in folders]
 
 
 def root_of(records: Sequence[Record]) -> Path:
-    """The deepest folder that holds all runs; the parent folder of a single run."""
+    """The deepest folder that contains all runs, or the parent folder of a single run."""
     if len(records) == 1:
         return records[0].folder.parent
     return Path(os.path.commonpath([record.folder for record in records]))
 
 
 def table(records: Sequence[Record]) -> str:
-    """A table with one row for each run: progress, losses, a classifier's last figures, differing settings, folder. If
-    many settings differ, they are in a second table, one row each."""
+    """A table with one row for each run, which shows progress, losses, a classifier's last metrics, differing settings
+    and the folder. If many settings differ, a second table has one row for each setting."""
     keys = differing(records)
     figures = list(dict.fromkeys(name for record in records for name in _figures(record)))
     shown = keys if len(keys) <= MOST_COLUMNS else []
@@ -242,7 +244,7 @@ def _what_training_is(records: Sequence[Record]) -> str:
 
 
 def _figures(record: Record) -> dict[str, float | None]:
-    """The figures of a classifier's last validation besides its loss."""
+    """The metrics of a classifier's last validation, without the loss."""
     last = next((row for row in reversed(record.rows) if row["kind"] == "validation"), {})
     return {name: value for name, value in last.items() if name not in ("kind", "step", "loss", "perplexity")}
 
@@ -261,7 +263,7 @@ def _loss(value: float | None) -> str:
 
 
 def draw(path: Path, records: Sequence[Record], axis: str) -> None:
-    """Write the picture of the runs' losses over one of AXES. Raises: UserError if it cannot be written."""
+    """Write a plot of the runs' losses over one of AXES. Raises: UserError if the file cannot be written."""
     curves = [record.curve(label, axis) for record, label in zip(records, labels(records), strict=True)]
     tasks = {record.settings.get("task.name", "pretrain") for record in records}
     units = {Task[name].unit for name in tasks if name in Task.__members__}
@@ -269,7 +271,7 @@ def draw(path: Path, records: Sequence[Record], axis: str) -> None:
     title = root_of(records).name if len(records) > 1 else records[0].folder.name
     try:
         draw_curves(path, title, curves, axis, unit)
-    except (OSError, ValueError) as error:  # ValueError: not a picture's suffix
+    except (OSError, ValueError) as error:  # ValueError: unknown suffix of the file
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(
             f"--output {path} cannot be written: {reason}; name another file, such as compare.png"

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on held-out text, without an optimizer, in any layout."""
+"""Evaluate a checkpoint on held-out text without an optimizer, on any grid of processes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ RESULT = "evaluation.json"
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Evaluate `run.init_from` on `run.data.validation`, in the run's precision, and write `run.dir`/evaluation.json.
+    """Evaluate the checkpoint `run.init_from` on `run.data.validation` in the run's precision, and write the result to
+    evaluation.json in `run.dir`.
 
-    Returns its content: loss, and perplexity and tokens or a classifier's figures. Raises: UserError."""
+    Returns the result, which holds the loss with perplexity and tokens, or with a classifier's metrics. Raises:
+    UserError."""
     require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
     opened = open_checkpoint(str(run.init_from), "init_from=", checksums=True)
     _check(run, opened)
@@ -59,7 +61,8 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _check(run: Run, opened: Opened) -> None:
-    """Raise UserError, before text is prepared, unless the checkpoint fits the task and has names for its labels."""
+    """Raise UserError unless the checkpoint fits the task and its labels have names. Call this function before the text
+    is prepared."""
     require(
         run.model.vocab_size == opened.config.vocab_size,
         f"model.vocab_size={run.model.vocab_size}, but init_from={run.init_from} has {opened.config.vocab_size}: leave "
@@ -74,15 +77,16 @@ def _check(run: Run, opened: Opened) -> None:
     names = opened.labels.names
     require(
         run.task.labels is not None or run.task.problem_type is ProblemType.regression,
-        f"init_from={run.init_from} has no names for its {len(names)} labels: give them in task.labels, in its order",
+        f"init_from={run.init_from} has no names for its {len(names)} labels: set task.labels in their order",
     )
 
 
 def _in_precision(run: Run, opened: Opened, topology: Topology) -> Run:
-    """`run` with `precision=auto` replaced by the checkpoint's own precision. Raises: UserError, on every rank, if
+    """`run` with `precision=auto` replaced by the precision of the checkpoint. Raises: UserError on every rank if
     memory does not suffice."""
     asked = None if run.precision.name is Precision.auto else DTYPES[run.precision.name]
-    width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim  # values per token in a layer, approximately
+    # This is the approximate number of values per token in a layer.
+    width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim
     dtype = choose_dtype(opened, topology, asked, RUN, run.micro_batch * run.data.sequence_length * width)
     return dataclasses.replace(run, precision=dataclasses.replace(run.precision, name=PRECISIONS[dtype]))
 
@@ -102,7 +106,7 @@ def _result(run: Run, data: Prepared, found: Validation) -> dict[str, Any]:
 
 
 def _write(run: Run, result: dict[str, Any], labels: Labels | None, found: Validation) -> None:
-    """Write the result, and a classifier's confusion matrix as numbers and as a picture."""
+    """Write the result, and for a classifier the confusion matrix as numbers and as a plot."""
     if labels is not None and found.confusion is not None:
         result = {**result, "labels": labels.names, "confusion": found.confusion.astype(int).tolist()}
     try:

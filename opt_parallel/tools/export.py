@@ -1,4 +1,4 @@
-"""Exports a checkpoint: to a Hugging Face folder that transformers loads as OPTForCausalLM or
+"""Export a checkpoint to a Hugging Face folder that transformers loads as OPTForCausalLM or
 OPTForSequenceClassification, or to an adapter that `peft` loads."""
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from opt_parallel.runtime.log import say
 from opt_parallel.storage.foreign import content_of, file_in
 
 CARD, BASE = "README.md", "base"
-SHARD = 5 * 10**9  # bytes of a file of the base beside an adapter
-ORIGIN = "checkpoint.json"  # names the checkpoint that was exported
-COPIES = 2  # of a tensor as it is read, in memory besides what is written: it, and its rearranged or compared copy
+SHARD = 5 * 10**9  # maximum number of bytes of a weights file of an adapter's base model
+ORIGIN = "checkpoint.json"  # this file identifies the exported checkpoint
+COPIES = 2  # copies of a tensor in memory besides the exported copy: the tensor as read, and a rearranged copy
 
 
 def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDtype, replace: bool = False) -> None:
-    """Write `checkpoint` to the folder `output`, complete or not at all, in files of at most `max_shard_size` bytes.
+    """Export `checkpoint` atomically to the folder `output`, in files of at most `max_shard_size` bytes.
 
-    Writes neither a second copy of the tied head nor vocabulary padding. Raises: UserError."""
+    The tied output projection is written once, and vocabulary padding is not written. Raises: UserError."""
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     opened = open_checkpoint(checkpoint, checksums=True)
@@ -60,13 +60,14 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     parameters = [(name, shard) for name, _, shard in marked(model)]
     a_value = COPIES * opened.stored.dtype.itemsize + stored.itemsize
     needed = a_value * largest_parameter(opened)
-    require_room(f"{checkpoint}: exporting its largest tensor", needed, "free some, or raise the limit")
+    require_room(f"{checkpoint}: exporting its largest tensor", needed, "free memory, or raise the limit")
     files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 
 
 def is_of(output: Path, checkpoint: Path) -> bool:
-    """Whether `output` is an export of `checkpoint`; False for an export by an earlier version, which names none."""
+    """Whether `output` is an export of `checkpoint`. The result is False for exports by earlier versions, which do not
+    name their checkpoint."""
     try:
         return json.loads((output / ORIGIN).read_bytes()) == _origin(checkpoint)
     except (OSError, ValueError, RecursionError):
@@ -74,17 +75,17 @@ def is_of(output: Path, checkpoint: Path) -> bool:
 
 
 def _origin(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's step, and the CRC-32 of its manifest, which has the checksums of all its files."""
+    """The step of the checkpoint, and the CRC-32 of its manifest, which holds the checksums of all files."""
     path = checkpoint / MANIFEST
     return {"step": read_manifest(checkpoint)["clock"]["step"], "manifest_crc32": checksum_of(path)}
 
 
 def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
-    """Write the trained tensors of a LoRA run to `output` as a PEFT adapter, complete or not at all.
+    """Export the trained tensors of a LoRA run atomically to `output` as a PEFT adapter.
 
-    peft takes the network and a classifier's labels from the base that the adapter names. If transformers cannot read
-    the run's base, or the base lacks these labels, the base's weights are also written to `output`/base, with the
-    labels. Raises: UserError."""
+    peft reads the network and a classifier's labels from the base model that the adapter names. If transformers cannot
+    read the run's base model, or the base model lacks these labels, the base model is also written to `output`/base
+    with the labels. Raises: UserError."""
     if output.exists():
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     if not (checkpoint / MANIFEST).is_file():
@@ -95,7 +96,7 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
     trained = open_checked(checkpoint)
     lora, labels = lora_of(trained.manifest), labels_at(checkpoint)
     if lora.rank == 0:
-        raise UserError(f"--adapter: {checkpoint} is not of a LoRA run: export it without --adapter")
+        raise UserError(f"--adapter: {checkpoint} was not trained with LoRA: export it without --adapter")
     model, base = model_at(checkpoint, "--checkpoint "), str(trained.manifest["base"]["checkpoint"])
     tokenizer = files_for(checkpoint / "tokenizer", model)
     serves = _serves(base, labels)
@@ -115,14 +116,14 @@ def export_adapter(checkpoint: Path, output: Path, dtype: ExportDtype) -> None:
         beside=lambda folder: None if serves else _write_base(checkpoint, folder / BASE, labels, tokenizer),
     )
     if not serves:
-        say(f"the adapter's base is written to {named}: peft cannot use {base}")
+        say(f"the adapter's base model is written to {named}, because peft cannot use {base}")
 
 
 def _serves(base: str, labels: Labels | None) -> bool:
-    """Whether peft, which loads a base with transformers, finds the run's network and `labels` there."""
+    """Whether peft, which loads the base model with transformers, finds the run's network and `labels` in `base`."""
     folder = Path(base)
     if not folder.is_dir():
-        return labels is None  # a hub id
+        return labels is None  # `base` is a hub id
     readable = [name for single in FORMATS[:2] for name in (single, single + INDEX_SUFFIX) if file_in(folder, name)]
     if (folder / MANIFEST).is_file() or not readable:
         return False
@@ -130,7 +131,7 @@ def _serves(base: str, labels: Labels | None) -> bool:
 
 
 def _write_base(checkpoint: Path, output: Path, labels: Labels | None, tokenizer: dict[str, bytes]) -> None:
-    """Write the base of a LoRA run, a language model, with `labels` in its configuration."""
+    """Write the base model of a LoRA run, a language model, with `labels` in its configuration."""
     opened = open_checkpoint(checkpoint)
     assert isinstance(opened.stored, Merged)
     weights = opened.stored.base
@@ -143,13 +144,15 @@ def _write_base(checkpoint: Path, output: Path, labels: Labels | None, tokenizer
 
 
 def _contents(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """The contents of those files that exist. Raises: UserError if one is not a regular file of the folder."""
+    """The contents of the existing files among `names`. Raises: UserError if a file is not a regular file of the
+    folder."""
     found = {name: content_of(folder, name) for name in names}
     return {name: content for name, content in found.items() if content is not None}
 
 
 def _other_files(opened: Opened) -> dict[str, bytes]:
-    """Tokenizer, generation settings and model card; a Hugging Face folder's own files if it has them."""
+    """The files of the tokenizer, the generation settings and the model card. A Hugging Face folder's own files are
+    copied if they exist."""
     tokenizer = files_for(opened.tokenizer, opened.config)
     if not tokenizer:
         say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")

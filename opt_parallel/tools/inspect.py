@@ -1,4 +1,5 @@
-"""Inspects checkpoints: lists a run's, shows one's content, compares two. Needs no process group."""
+"""List the checkpoints of a run, show the content of a checkpoint, and compare two checkpoints. No process group is
+needed."""
 
 from __future__ import annotations
 
@@ -22,30 +23,32 @@ from opt_parallel.storage.rows import METRICS, Row, rows_of
 
 KINDS = ("weights", *dict.fromkeys(moment for optimizer in OPTIMIZERS.values() for moment in optimizer.moments))
 NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # step-300, step-300.abandoned, step-300.abandoned1
-STATES = {  # the meaning of a name's second part
-    "partial": "not finished: being written, or left by a run that was killed",
+STATES = {  # the meaning of the suffix of a checkpoint's folder name
+    "partial": "incomplete: being written, or left by a killed run",
     "damaged": "renamed: damaged",
-    "abandoned": "renamed: the run resumed from an earlier one",
+    "abandoned": "renamed: the run resumed from an earlier checkpoint",
 }
-CHUNK = 2**22  # elements compared at a time, in float64
+CHUNK = 2**22  # number of elements compared at a time in float64
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A folder among a run's checkpoints. `manifest` is None if it cannot be read; `losses`: at its step."""
+    """A folder in a run's `checkpoints` folder. `manifest` is None if it cannot be read. `losses` are the losses at the
+    checkpoint's step."""
 
     folder: Path
     step: int
-    size: int  # bytes of all its files
+    size: int  # bytes of all files of the checkpoint
     state: str
     manifest: dict[str, Any] | None
     losses: dict[str, float | None]
 
 
 def listed(run: Path) -> list[Listed]:
-    """The checkpoints in a run's folder by step, incomplete ones included. Checks files' sizes, not their contents.
+    """The complete and incomplete checkpoints in a run's folder, sorted by step. Files are checked by size and not by
+    content.
 
-    Raises: UserError if `run` has none."""
+    Raises: UserError if the folder `run` has no checkpoints."""
     best = best_in(run / "checkpoints")
     names = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*")}
     rows = rows_of(run / METRICS)
@@ -68,18 +71,18 @@ def _listed(folder: Path, step: int, suffix: str | None, rows: list[Row]) -> Lis
             state = next(filter(None, wrong), "complete")
         except Damaged as error:
             state = error.what
-    losses = losses_at(step, [] if suffix else rows)  # the rows do not belong to a renamed checkpoint
+    losses = losses_at(step, [] if suffix else rows)  # a renamed checkpoint has no rows in the metrics
     return Listed(folder, step, size, STATES.get(suffix or "", state), manifest, losses)
 
 
 def losses_at(step: int, rows: list[Row]) -> dict[str, float | None]:
-    """Training and validation loss, nats per token, in a run's metrics at exactly this step."""
+    """The training and validation loss in nats per token at exactly this step of a run, from its rows of metrics."""
     found = {row["kind"]: row["loss"] for row in rows if row["step"] == step}
     return {kind: found.get(kind) for kind in ("train", "validation")}
 
 
 def layout_of(manifest: dict[str, Any]) -> str:
-    """A checkpoint's layout in one line, for people."""
+    """The layout of a checkpoint as one readable line."""
     layout = manifest["layout"]
     offload = "" if layout["zero.offload"] == "none" else f", offload {layout['zero.offload']}"
     grid = f"tensor {layout['tensor']} × data {layout['data']}"
@@ -88,7 +91,7 @@ def layout_of(manifest: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors that differ only in the number of their layer."""
+    """The tensors of a checkpoint whose names differ only in the layer's index."""
 
     name: str
     shape: tuple[int, ...]
@@ -101,7 +104,7 @@ class TensorGroup:
 
 
 def groups_of(manifest: dict[str, Any]) -> list[TensorGroup]:
-    """The logical tensors, one group for the same tensor of all layers."""
+    """The full (unsplit) tensors of a checkpoint, with one group for the same tensor of all layers."""
     numbers: dict[tuple[str, tuple[int, ...], str], int] = {}
     for name, tensor in manifest["tensors"].items():
         split = f"dim {tensor['dim']} in {tensor['parts']}" if tensor["parts"] > 1 else ""
@@ -112,30 +115,31 @@ def groups_of(manifest: dict[str, Any]) -> list[TensorGroup]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences of one tensor between two checkpoints: for each kind, max |b − a| and ‖b − a‖ / ‖a‖, or None if a
-    checkpoint has no values of the kind."""
+    """The differences of a tensor between two checkpoints a and b. Each kind (weights or a moment) has max |b − a| and
+    ‖b − a‖ / ‖a‖, or None if a checkpoint has no values of this kind."""
 
     name: str
     kinds: dict[str, tuple[float, float] | None]
 
     @property
     def rank(self) -> float:
-        """The largest relative difference; infinite if it is NaN."""
+        """The largest relative difference of all kinds. NaN counts as infinite."""
         ratios = [measured[1] for measured in self.kinds.values() if measured is not None]
         return max((math.inf if math.isnan(ratio) else ratio for ratio in ratios), default=0.0)
 
 
 def only_in_one(a: CheckpointReader, b: CheckpointReader) -> list[str]:
-    """Tensors that cannot be compared, and why, a line each."""
+    """One line for each tensor that cannot be compared, with the reason."""
     lines = [f"{name} is only in {a.folder}" for name in a.shapes if name not in b.shapes]
     lines += [f"{name} is only in {b.folder}" for name in b.shapes if name not in a.shapes]
     shapes = {name: (shape, b.shapes[name]) for name, shape in a.shapes.items() if name in b.shapes}
-    return lines + [f"{name} is {mine} and {theirs}" for name, (mine, theirs) in shapes.items() if mine != theirs]
+    lines += [f"{name} has the shapes {mine} and {theirs}" for name, (mine, theirs) in shapes.items() if mine != theirs]
+    return lines
 
 
 def differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[Difference]:
-    """Differences of all tensors that both checkpoints have in the same shape, whatever their layouts. Holds one tensor
-    of each in memory at a time.
+    """The differences of all tensors that have the same shape in both checkpoints, which may have different layouts.
+    Only one tensor of each checkpoint is in memory at a time.
 
     Raises: UserError if a file cannot be read."""
     for name, shape in a.shapes.items():
@@ -149,7 +153,7 @@ def differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[Difference
 
 
 def _compare(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """max |b − a| and ‖b − a‖ / ‖a‖, in float64; the second is infinite if only `a` is zero."""
+    """max |b − a| and ‖b − a‖ / ‖a‖, computed in float64. The ratio is infinite if `a` is zero and `b` is not."""
     largest, squares_of_delta, squares_of_a = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for mine, theirs in zip(a.view(-1).split(CHUNK), b.view(-1).split(CHUNK), strict=True):
         delta = theirs.double() - mine.double()

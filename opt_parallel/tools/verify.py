@@ -1,4 +1,4 @@
-"""Verifies an export: transformers and this package compute the same outputs, from the same weights."""
+"""Verify an export by checking that transformers and this package compute the same outputs from the same weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from opt_parallel.parallel.shard import Source, logical_shapes, marked
 from opt_parallel.parallel.topology import ALONE, Group, Topology
 from opt_parallel.runtime.errors import UserError
 
-TOLERANCE = 1e-5  # of the largest output: fp32 has 7 digits, and sums in another order lose some of them
+TOLERANCE = 1e-5  # relative to the largest output; fp32 has 7 digits, of which different orders of summation lose some
 LENGTH, PADDING = 32, 5
-COPIES = 3  # of the largest tensor in fp32, approximately: as stored, ours and transformers', the comparison
-KINDS_OF_PADDING = ("unpadded", "left-padded", "right-padded", "inner-padded")  # of the inputs, two rows each
+COPIES = 3  # approximate number of fp32 copies of the largest tensor in memory during the comparison
+KINDS_OF_PADDING = ("unpadded", "left-padded", "right-padded", "inner-padded")  # two input rows of each kind
 
 
 class _Base(nn.Module):
-    """The decoder alone, under the name that it has in a model with a head."""
+    """The decoder without a head, under the attribute name that a model with a head uses for it."""
 
     def __init__(self, opened: Opened, group: Group) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class _Base(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """One of transformers' classes: `build` makes our counterpart from a checkpoint, its number of labels and a group;
-    `output` is the field of the output that is compared."""
+    """How to compare one of transformers' model classes. `build` constructs our model of this class from a checkpoint,
+    its number of labels and a tensor group. `output` is the field of transformers' output to compare."""
 
     build: Callable[[Opened, int, Group], nn.Module]
     output: str
@@ -63,8 +63,8 @@ KINDS = {
 
 @dataclass
 class Verdict:
-    """`differences`: the outputs' largest difference for each kind of padding; `limit`: the largest difference that
-    passes; `findings`: other faults, a line each."""
+    """The result of a verification. `differences` holds the largest difference of the outputs for each kind of padding.
+    `limit` is the largest difference that passes. `findings` lists all other faults, one line each."""
 
     differences: dict[str, float] = field(default_factory=dict)
     limit: float = 0.0
@@ -76,10 +76,10 @@ class Verdict:
 
 
 def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdict | None:
-    """Compare transformers' outputs on `folder` with ours on `against` (None: on `folder`), in fp32 on random ids; then
-    each parameter, bit by bit, and the folder's bytes with its checksums.
+    """Compare transformers' outputs for the checkpoint `folder` with ours for `against` (by default also `folder`), in
+    fp32 on random token ids. Then compare each parameter bit by bit, and the folder's files with their checksums.
 
-    Our model may be split over `tensor` processes. Rank 0 returns the verdict, other ranks None.
+    Our model may be split over `tensor` processes. Rank 0 returns the verdict, and all other ranks return None.
 
     Raises: UserError if `folder` is not a Hugging Face folder, or transformers is missing.
     """
@@ -91,7 +91,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
     transformers = _transformers()
     opened.config.check_splits(tensor, "--tensor ")
     if other := _other_network(opened, reference):
-        return Verdict(findings=other)  # the outputs of different networks are not comparable
+        return Verdict(findings=other)  # different networks have different outputs
     described = transformers.AutoConfig.from_pretrained(opened.folder)
     architecture = (described.architectures or ["OPTForCausalLM"])[0]
     if architecture not in KINDS:
@@ -125,12 +125,12 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
 
 
 def _require_room(folder: Path, empty: nn.Module) -> None:
-    """Raise UserError unless memory suffices for COPIES of the largest tensor, or for transformers' full model if it
+    """Raise UserError unless memory suffices for COPIES of the largest tensor, or for the full model if transformers
     cannot read the folder module by module."""
     sizes = [shard.numel for _, _, shard in marked(empty)]
     if _in_modules(folder):
         require_room(
-            f"{folder}: verifying its largest tensor", COPIES * 4 * max(sizes), "free some, or raise the limit"
+            f"{folder}: verifying its largest tensor", COPIES * 4 * max(sizes), "free memory, or raise the limit"
         )
     else:
         way_out = "export it first (scripts/export.py), since safetensors are read one layer at a time"
@@ -138,15 +138,15 @@ def _require_room(folder: Path, empty: nn.Module) -> None:
 
 
 def _in_modules(folder: Path) -> bool:
-    """Whether transformers can read the folder module by module: it reads a PyTorch file all at once."""
+    """Whether transformers can read the folder module by module. A PyTorch `.bin` file must be read as a whole."""
     return any(folder.glob("*.safetensors"))
 
 
 class _Theirs:
-    """transformers' model of class `kind` in fp32. With safetensors, accelerate treats it as a model that is offloaded
-    to disk: a module's weights are read from the files when it computes, and freed afterwards.
+    """A model of transformers' class `kind` in fp32. If the weights are safetensors, accelerate treats the model as
+    offloaded to disk, so a module's weights are read from the files for its forward and freed afterwards.
 
-    `report`: missing and unexpected tensors; if there are any, the model has no weights."""
+    `report` lists missing and unexpected tensors. If the report is not empty, the model has no weights."""
 
     def __init__(self, kind: Any, folder: Path) -> None:
         in_modules = _in_modules(folder)
@@ -154,7 +154,7 @@ class _Theirs:
             folder, dtype=torch.float32, output_loading_info=True, device_map="meta" if in_modules else None
         )
         self.model.eval()
-        self.names = [name for name, _ in self.model.named_parameters()]  # without a tied head
+        self.names = [name for name, _ in self.model.named_parameters()]  # without the tied output projection
         self.report = [f"transformers has {what}: {name}" for what, names in report.items() for name in names]
         if in_modules and not self.report:
             self._read_in_turn(folder)
@@ -171,14 +171,14 @@ class _Theirs:
         first: dict[nn.Parameter, str] = {}
         prefix, index = f"{self.model.base_model_prefix}.", {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            own = first.setdefault(parameter, name)  # the file holds a tied parameter under its first name
-            spellings = (own, prefix + own, own.removeprefix(prefix))  # with and without a head
+            own = first.setdefault(parameter, name)  # a file stores a tied parameter under its first name
+            spellings = (own, prefix + own, own.removeprefix(prefix))  # names in a model with and without a head
             index[name] = next(stored[spelling] for spelling in spellings if spelling in stored)
         weights = OffloadedWeightsLoader(index=index)
         attach_align_device_hook(self.model, torch.device("cpu"), offload=True, weights_map=weights)
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter's values."""
+        """The values of a parameter."""
         from accelerate.utils import align_module_device
 
         prefix, _, own = name.rpartition(".")
@@ -193,12 +193,13 @@ def _transformers() -> Any:
     except ImportError as error:
         raise UserError("verification needs transformers: pip install 'opt-parallel[dev]'") from error
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # the verdict has its report
+    transformers.utils.logging.set_verbosity_error()  # the verdict holds the loading report
     return transformers
 
 
 def _other_network(opened: Opened, reference: Opened) -> list[str]:
-    """The differences of the two checkpoints' networks, without settings that only training uses."""
+    """One line for each difference between the networks of two checkpoints, without settings that only training
+    uses."""
     names = ["embedding_size", "has_final_layer_norm", *(each.name for each in fields(opened.config))]
     here = {name: getattr(opened.config, name) for name in names}
     there = {name: getattr(reference.config, name) for name in names}
@@ -211,7 +212,7 @@ def _other_network(opened: Opened, reference: Opened) -> list[str]:
 
 
 def _other_tensors(opened: Opened, model: nn.Module) -> list[str]:
-    """Why the files' tensors are not those of `model`; empty if they are."""
+    """A line that says why the tensors in the files are not those of `model`, or nothing if they are the same."""
     try:
         opened.stored.check(logical_shapes(model))
     except UserError as error:
@@ -225,10 +226,10 @@ def _as_stored(reference: Opened, opened: Opened) -> Source:
 
 
 def _inputs(opened: Opened) -> list[tuple[Tensor, Tensor | None]]:
-    """Random ids (2, S) without a mask, and (6, S) with masks that hide the start, the end or an inner part of every
-    other row.
+    """Random token ids (2, S) without a mask, and (6, S) with a mask that hides the start, the end or an inner part of
+    every other row.
 
-    Only two batches, since each forward reads all weights again."""
+    There are only two batches, because each forward reads all weights again."""
     length = min(LENGTH, opened.config.max_position_embeddings)
     ids = torch.randint(opened.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     padding = min(PADDING, length // 3)
@@ -241,7 +242,7 @@ def _inputs(opened: Opened) -> list[tuple[Tensor, Tensor | None]]:
 
 @torch.no_grad()
 def _compare(ours: list[Tensor], theirs: nn.Module, inputs: list[tuple[Tensor, Tensor | None]], output: str) -> Verdict:
-    """Compare the outputs at positions that are not padding."""
+    """Compare both models' outputs at the positions that are not padding."""
     largest, limit = [], 0.0
     for mine, (ids, mask) in zip(ours, inputs, strict=True):
         expected = getattr(theirs(input_ids=ids, attention_mask=mask), output)
@@ -255,10 +256,10 @@ def _compare(ours: list[Tensor], theirs: nn.Module, inputs: list[tuple[Tensor, T
 
 @torch.no_grad()
 def _other_parameters(theirs: _Theirs, empty: nn.Module, source: Source, heads: int) -> list[str]:
-    """transformers' parameters that differ from those of `source`, a line each: by how much, and whether heads or
-    tensors are exchanged."""
+    """One line for each parameter of transformers that differs from `source`, with the size of the difference, and with
+    a note if attention heads or tensors are exchanged."""
     loaded = set(theirs.names)
-    sums: dict[str, str] = {}  # checksums of the source's tensors → names
+    sums: dict[str, str] = {}  # maps checksums of the source's tensors to names
     wrong: list[tuple[str, str, str]] = []
     for name, values in _their_tensors(empty, source):
         sums[checksum(values)] = name
@@ -282,7 +283,8 @@ def _their_tensors(empty: nn.Module, source: Source) -> Iterator[tuple[str, Tens
 
 
 def _order(found: Tensor, values: Tensor, heads: int) -> str:
-    """A message if `found` equals `values` with its heads, equal parts along one dim, in another order; else empty."""
+    """A message if `found` equals `values` with the attention heads along a dimension in another order, else an empty
+    text."""
     for dim in range(values.dim()):
         if values.size(dim) % heads == 0:
             here, there = ([checksum(part) for part in each.to(values.dtype).chunk(heads, dim)]

@@ -106,7 +106,9 @@ def test_warmup_in_tokens_is_rounded_up_to_whole_steps() -> None:
 def test_a_warmup_in_tokens_must_end_within_what_is_left() -> None:
     """Which depends on the batches so far: a run that goes on with a small batch may have it behind it."""
     run = Run(steps=10, schedule=ScheduleConfig(warmup_tokens=8 * 2048 * 12))
-    with pytest.raises(UserError, match=r"schedule.warmup_tokens=196,608 .* steps=10: .* 16,384 a step; shorten"):
+    with pytest.raises(
+        UserError, match=r"schedule.warmup_tokens=196,608 .* steps=10, .* 16,384 tokens a step: shorten"
+    ):
         run.check_warmup(Clock())
     run.check_warmup(Clock(4, 48, 8 * 2048 * 6))
     with pytest.raises(UserError, match="98,303 tokens at step 4"):

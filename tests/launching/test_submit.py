@@ -268,13 +268,13 @@ def test_a_broken_manifest_is_refused(fault: str) -> None:
         (["launch=slum"], "launch=slum does not exist: choose accelerate, deepspeed, kubernetes, slurm, torchrun"),
         (["launch.nodez=2"], "did you mean launch.nodes?"),
         (["launch.processes=many"], "launch.processes: Value 'many'"),
-        (["launch.nodes=two"], "launch.nodes=two is not a number of machines"),
-        (["launch.nodes=2:1"], "launch.nodes=2:1 is not a number of machines"),
+        (["launch.nodes=two"], "launch.nodes=two is not a number of nodes"),
+        (["launch.nodes=2:1"], "launch.nodes=2:1 is not a number of nodes"),
         (["launch.nodes=2", "launch.endpoint=:1"], "launch.endpoint=:1 is not an endpoint"),
         (["launch.nodes=2"], "set launch.endpoint=HOST:29500"),
-        (["launch=slurm", "launch.nodes=1:2"], "launch=torchrun can continue with fewer"),
+        (["launch=slurm", "launch.nodes=1:2"], "launch=torchrun, which can continue with fewer"),
         (["launch=slurm", "launch.time=soon"], "launch.time=soon is not a time limit"),
-        (["launch=slurm", "launch.time=10"], "launch.warning=600 leaves none to train"),
+        (["launch=slurm", "launch.time=10"], "launch.warning=600 leaves no time to train"),
         (["launch=slurm", "launch.gpus_per_node=4"], "each process uses one GPU"),
         (["launch=slurm", "launch.container=a", "launch.venv=b"], "both set the environment"),
         (["launch=slurm", "launch.options=[rm]"], "'rm' is not an option of sbatch"),
@@ -329,7 +329,7 @@ def test_a_program_that_is_not_there_is_said(system: str, tmp_path: Path) -> Non
     absent = {"slurm": "sbatch", "kubernetes": "kubectl", "deepspeed": "pdsh"}[system]
     done = python("launch/submit.py", *VARIOUS[system], *more, "model=opt-tiny", f"run.dir={tmp_path}", PATH="/nowhere")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {absent} is not installed here")
+    assert done.stderr.startswith(f"error: {absent} is not installed")
 
 
 @pytest.mark.parametrize(

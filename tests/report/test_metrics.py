@@ -232,7 +232,7 @@ def test_on_a_gpu_the_device_keeps_the_time(
     (row,) = rows_of(tmp_path)
     assert (row["tokens_per_second"], row["peak_memory_bytes"]) == (pytest.approx(1e4), 12345)
     assert row["mfu"] == (None if mfu is None else pytest.approx(mfu * run.model.flops_per_token(128)))
-    said = "peak bf16 FLOP/s of Some New GPU unknown, mfu and hfu stay null: set logging.peak_tflops"
+    said = "peak bf16 FLOP/s of Some New GPU is unknown, so mfu and hfu are null: set logging.peak_tflops"
     assert capsys.readouterr().out.splitlines().count(said) == (1 if mfu is None else 0)
 
 
@@ -273,7 +273,8 @@ def test_summary_and_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     metrics.step(Clock(1, 8, 1_250_000), torch.tensor(4.5), torch.tensor(1.0), 3e-4, None, False, 0.0, EPOCHS)
     metrics.close(finished=False)
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"stopped: demo at step 1 of 2, 1.2M tokens in 2:05; train loss 4.50; {curve}; the same command continues it"
+        f"stopped: demo at step 1 of 2, 1.2M tokens in 2:05; train loss 4.50; {curve}; "
+        "the same command continues the run"
     )
     metrics = Metrics.open(run_in(tmp_path, steps=2), 1, True, CPU, Clock(1, 8, 1_250_000))
     watch.now += 3700.0
@@ -286,7 +287,7 @@ def test_summary_and_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     )
     metrics = Metrics.open(run_in(tmp_path, steps=3, stop_at=2), 1, True, CPU, Clock(2, 16, 2_500_000))
     metrics.close(finished=False)
-    assert capsys.readouterr().out.endswith(f"{curve}; a later stop_at continues it\n")
+    assert capsys.readouterr().out.endswith(f"{curve}; a larger stop_at continues the run\n")
     assert curve.read_bytes().startswith(b"\x89PNG")
 
 

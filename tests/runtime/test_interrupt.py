@@ -80,7 +80,7 @@ def test_a_launcher_s_end_is_a_request(launcher: str) -> None:
     with started("patient", *PARENT, **{launcher: "0"}) as process:
         process.kill()
         output, errors = process.communicate("\n", timeout=50)
-    gone = f"warning: the launcher, process {process.pid}, is gone: this run stops as on SIGTERM\n"
+    gone = f"warning: the launcher, process {process.pid}, has ended: this run stops as on SIGTERM\n"
     assert (output, errors) == (f"{gone}asked 75\nended\n", "")
 
 
@@ -100,7 +100,7 @@ def test_before_the_first_step_a_launcher_s_end_is_the_end() -> None:
     with started("impatient", *PARENT, TORCHELASTIC_RUN_ID="0") as process:
         process.kill()
         output, errors = process.communicate(timeout=50)
-    assert (output.count("is gone"), errors) == (1, "error: interrupted\n")
+    assert (output.count("has ended"), errors) == (1, "error: interrupted\n")
 
 
 def test_a_shell_may_end() -> None:

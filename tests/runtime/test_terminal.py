@@ -74,7 +74,7 @@ def test_a_run_goes_on_when_its_terminal_is_gone(tmp_path: Path, kind: str, both
     assert process.returncode == 0
     before, warning, *rest = [line for line in log_of(tmp_path) if "standard error" not in line]
     assert before == "before"
-    assert warning.startswith("warning: standard output is gone (")
+    assert warning.startswith("warning: standard output cannot be written (")
     assert rest == ["after", "at the end"]
     if not both:
         assert errors.decode().splitlines() == [warning, "errors"]
@@ -97,7 +97,7 @@ def test_a_file_without_room(tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full, start(RUN, str(tmp_path), "after", out=full.fileno()) as process:
         _, errors = process.communicate(b"\n\n", timeout=60)
     assert process.returncode == 0
-    assert errors.startswith(b"warning: standard output is gone (No space left on device)")
+    assert errors.startswith(b"warning: standard output cannot be written (No space left on device)")
     assert log_of(tmp_path)[1:] == ["before", "after", "at the end"]
 
 

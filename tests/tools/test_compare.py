@@ -227,7 +227,7 @@ def test_mistakes(tmp_path: Path) -> None:
     for wrong, words in (
         ([], "no run is named"),
         ([tmp_path / "none"], f"{tmp_path / 'none'} is not a folder"),
-        ([empty], f"{empty} holds no run"),
+        ([empty], f"{empty} contains no metrics.jsonl"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             read_runs(wrong)

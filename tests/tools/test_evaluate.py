@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     model.config.id2label = {number: f"LABEL_{number}" for number in range(3)}
     model.config.save_pretrained(tmp_path / "classifier")
-    with pytest.raises(UserError, match=r"has no names for its 3 labels: give them in task\.labels"):
+    with pytest.raises(UserError, match=r"has no names for its 3 labels: set task\.labels"):
         evaluate(configured(*common, f"init_from={tmp_path / 'classifier'}", f"data.validation={text}"))
     process = python("scripts/evaluate.py", f"init_from={tmp_path / 'nothing'}")
     assert process.returncode == 2

@@ -42,7 +42,7 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     failed = python("train.py", *arguments)
     assert failed.returncode == 2
     assert f"export.at_end: {export} exists and is not our export" in failed.stderr
-    assert f"{checkpoint} is safe, and the same command tries the export again" in failed.stderr
+    assert f"{checkpoint} is complete, and the same command exports it again" in failed.stderr
     assert export.read_text() == "a file where a folder is to be made"
     export.unlink()
     (tmp_path / "run" / "export.partial").mkdir()  # left behind by a killed one: it blocks nothing
@@ -56,13 +56,13 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == f"exported {checkpoint} to {export}"
     third = python("train.py", *arguments, "export.dtype=bfloat16").stdout
-    assert third.splitlines()[-1] == f"{export} already holds that checkpoint: remove it to export again"
+    assert third.splitlines()[-1] == f"{export} already holds {checkpoint.name}: remove the folder to export again"
     assert '"torch_dtype": "float32"' in (export / "config.json").read_text()
 
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     os.utime(tmp_path / "copy" / "export" / "config.json", (0, 0))  # no file's time says anything
     copied = python("train.py", *arguments, f"run.dir={tmp_path / 'copy'}").stdout
-    assert "already holds that checkpoint" in copied
+    assert f"already holds {checkpoint.name}" in copied
     longer = python("train.py", *arguments, "steps=3", "export.at_end=false")
     assert longer.returncode == 0, longer.stderr
     later = time.time() + 1000

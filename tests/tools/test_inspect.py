@@ -102,9 +102,9 @@ def test_list(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         "step-3": "rank-00001.safetensors has another size than was written",
         "step-5": "rank-00000.safetensors is missing",
         "step-7.damaged": "renamed: damaged",
-        "step-8.abandoned1": "renamed: the run resumed from an earlier one",
+        "step-8.abandoned1": "renamed: the run resumed from an earlier checkpoint",
         "step-10": "manifest.json is missing",
-        "step-12.partial": "left by a run that was killed",
+        "step-12.partial": "left by a killed run",
     }
     for name, ending in endings.items():
         assert lines[name].endswith(ending), lines[name]

@@ -203,7 +203,7 @@ def test_sources_have_names_of_their_own(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     first, second = (lines(tmp_path / folder / "text.jsonl", DOCUMENTS) for folder in ("a", "b"))
-    with pytest.raises(UserError, match=r"data.train\[1\] has the name 'text', which an earlier source has: give it"):
+    with pytest.raises(UserError, match=r"data.train\[1\] has the name 'text' of another source: give it"):
         configure(tmp_path, train=[{"path": str(first)}, {"path": str(second)}])
     named = configure(tmp_path, train=[{"path": str(first)}, {"path": str(second), "name": "more"}])
     assert [source.name for source in prepare(named).train] == ["text", "more"]
