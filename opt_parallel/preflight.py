@@ -85,7 +85,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
         if group.size > 1
     ]
     _check_shared_folder(run, topology)
-    room = topology.together(lambda: _check_room(run) if _is_first_on_host(topology) else "")
+    disk = topology.together(lambda: _check_disk(run) if _is_first_on_host(topology) else "")
     _check_data(run, topology)
     skew = _warn_of_clocks(topology)
     hosts = len(set(topology.hosts))
@@ -93,7 +93,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
     return [
         f"preflight: {same if topology.world.size > 1 else ''}{_device_name(topology.device)} multiplies right; "
         + (f"all-reduce of {bytes_in_words(ALL_REDUCE_BYTES)}: {', '.join(speeds)}; " if speeds else "")
-        + room
+        + disk
         + (f"; clocks within {skew:.1f} s" if hosts > 1 else "")
         + f"; {time.perf_counter() - started:.1f} s",
         *_grid(topology),
@@ -213,7 +213,7 @@ def _in_run_folder(work: Callable[[], Any], run: Run) -> Any:
         raise UserError(f"run.dir={run.folder} cannot be written ({error.strerror}): choose another folder") from error
 
 
-def _check_room(run: Run) -> str:
+def _check_disk(run: Run) -> str:
     """Check that the disk has room for all checkpoints that exist at the same time. Returns the free and needed space
     as text."""
     labels = Labels.numbered(2) if run.task.name.classifies else None

@@ -168,7 +168,7 @@ def dtype_of(
     """The dtype to compute in. Raises: UserError, on every rank, if the model does not fit into memory."""
     import torch
 
-    from opt_parallel.checkpoint.room import SCRIPT, choose_dtype
+    from opt_parallel.checkpoint.memory import SCRIPT, choose_dtype
 
     config, rows = opened.config, min(len(prompts), arguments.batch) * arguments.beams
     kept = 2 * config.num_hidden_layers * config.hidden_size // arguments.tensor  # keys and values of a token

@@ -102,8 +102,8 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
     command = [sys.executable, *launcher, "train.py", *arguments]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.PIPE, start_new_session=True) as process:  # fmt: skip
-        metrics, patience = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
-        while time.monotonic() < patience and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             time.sleep(0.02)
         if processes == 1:
             os.killpg(process.pid, signal.SIGINT)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from opt_parallel.checkpoint.room import PRECISIONS, RUN, choose_dtype
+from opt_parallel.checkpoint.memory import PRECISIONS, RUN, choose_dtype
 from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import Labels, ProblemType, require
 from opt_parallel.config.run import Precision, Run

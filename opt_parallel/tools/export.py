@@ -14,7 +14,7 @@ from opt_parallel.checkpoint.damage import checksum_of, open_checked
 from opt_parallel.checkpoint.inherit import labels_at, model_at
 from opt_parallel.checkpoint.lora import Merged, lora_of
 from opt_parallel.checkpoint.manifest import MANIFEST, read_manifest
-from opt_parallel.checkpoint.room import largest_parameter, require_room
+from opt_parallel.checkpoint.memory import largest_parameter, require_memory
 from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import Labels
 from opt_parallel.config.output import ExportDtype
@@ -60,7 +60,7 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     parameters = [(name, shard) for name, _, shard in marked(model)]
     a_value = COPIES * opened.stored.dtype.itemsize + stored.itemsize
     needed = a_value * largest_parameter(opened)
-    require_room(f"{checkpoint}: exporting its largest tensor", needed, "free memory, or raise the limit")
+    require_memory(f"{checkpoint}: exporting its largest tensor", needed, "free memory, or raise the limit")
     files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
 

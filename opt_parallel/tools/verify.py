@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from opt_parallel.checkpoint.room import require_room
+from opt_parallel.checkpoint.memory import require_memory
 from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import MAY_DIFFER
 from opt_parallel.huggingface.config import CONFIG
@@ -106,7 +106,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
         return Verdict(findings=missing)
     source = _as_stored(reference, opened)
     inputs = _inputs(opened)
-    _require_room(folder, empty)
+    _require_memory(folder, empty)
 
     with Topology.open(tensor) as topology, torch.no_grad():
         with torch.device("meta"):
@@ -124,17 +124,17 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
     return verdict
 
 
-def _require_room(folder: Path, empty: nn.Module) -> None:
+def _require_memory(folder: Path, empty: nn.Module) -> None:
     """Raise UserError unless memory suffices for COPIES of the largest tensor, or for the full model if transformers
     cannot read the folder module by module."""
     sizes = [shard.numel for _, _, shard in marked(empty)]
     if _in_modules(folder):
-        require_room(
+        require_memory(
             f"{folder}: verifying its largest tensor", COPIES * 4 * max(sizes), "free memory, or raise the limit"
         )
     else:
         way_out = "export it first (scripts/export.py), since safetensors are read one layer at a time"
-        require_room(f"{folder}: transformers' full model in fp32", 4 * (sum(sizes) + COPIES * max(sizes)), way_out)
+        require_memory(f"{folder}: transformers' full model in fp32", 4 * (sum(sizes) + COPIES * max(sizes)), way_out)
 
 
 def _in_modules(folder: Path) -> bool:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 STEPS, STRIKE_AT = 60, 10  # rows in metrics.jsonl when the outage begins
 EVERY = 4  # steps from one checkpoint to the next
-PATIENCE = 400.0  # seconds until whatever is awaited counts as hanging
+TIMEOUT = 400.0  # seconds until whatever is awaited counts as hanging
 LAYOUT = ["parallel.tensor=2", "parallel.timeout=10", "model.attention_dropout=0"]
 LENGTH = [f"steps={STEPS}", f"checkpoint.every={EVERY}"]
 TORCHRUN = ["launch=torchrun", "launch.nodes=2", "launch.processes=2", "launch.endpoint=nodeA"]
@@ -54,9 +54,9 @@ class Nodes:
         return len(train_rows(self.run)) if (self.run / "metrics.jsonl").exists() else 0
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        patience = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not condition():
-            assert time.monotonic() < patience, f"waited in vain until {what}:\n{self._all_said()}"
+            assert time.monotonic() < deadline, f"waited in vain until {what}:\n{self._all_said()}"
             time.sleep(0.1)
 
     def train_until_struck(self) -> None:
@@ -121,7 +121,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Losses:
     """The run on one host, in the same layout, that nothing befalls."""
     folder = tmp_path_factory.mktemp("straight")
-    process = torchrun(4, "train.py", *small(folder), *LAYOUT, *LENGTH, timeout=PATIENCE)
+    process = torchrun(4, "train.py", *small(folder), *LAYOUT, *LENGTH, timeout=TIMEOUT)
     assert process.returncode == 0, process.stderr
     return losses_of(folder / "run")
 
@@ -130,7 +130,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Losses:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Losses:
     """The run on one process."""
     folder = tmp_path_factory.mktemp("alone")
-    process = python("train.py", *small(folder), *LAYOUT, *LENGTH, "parallel.tensor=1", timeout=PATIENCE)
+    process = python("train.py", *small(folder), *LAYOUT, *LENGTH, "parallel.tensor=1", timeout=TIMEOUT)
     assert process.returncode == 0, process.stderr
     return losses_of(folder / "run")
 
@@ -154,15 +154,15 @@ def test_two_hosts_are_apart_and_can_be_parted(tmp_path: Path) -> None:
         def reached() -> bool:
             return second.start([sys.executable, "-c", reach], output).wait() == 0
 
-        patience = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not reached():
-            assert time.monotonic() < patience
+            assert time.monotonic() < deadline
         assert output.read_text().splitlines()[-1] == "nodeB"
         second.cut()
         assert not reached()
         second.reconnect()
         while not reached():
-            assert time.monotonic() < patience
+            assert time.monotonic() < deadline
         sleeper = second.start(["setsid", "--fork", "sleep", "1000"], output)
         assert sleeper.wait() == 0
         assert second.processes()

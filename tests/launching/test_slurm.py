@@ -17,7 +17,7 @@ from slurm_cluster import Cluster, cluster, missing, until
 REASON = missing()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 ENDLESS = "steps=100000"  # no machine makes them before what is to happen
-PATIENCE = 900  # seconds: a wait costs them only where it fails
+TIMEOUT = 900  # seconds: a wait costs them only where it fails
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Site:
         return len(train_rows(self.run(name))) if (self.run(name) / "metrics.jsonl").exists() else 0
 
     def wait_for_steps(self, name: str, steps: int) -> None:
-        until(lambda: self.steps(name) >= steps, PATIENCE, lambda: self.output(name))
+        until(lambda: self.steps(name) >= steps, TIMEOUT, lambda: self.output(name))
 
     def wait_for_restart(self, name: str, job: str) -> None:
         """Until Slurm has put the job back into the queue, and all of its processes have ended."""
-        until(lambda: self.slurm.field(job, "Restarts") == "1", PATIENCE, lambda: self.output(name))
+        until(lambda: self.slurm.field(job, "Restarts") == "1", TIMEOUT, lambda: self.output(name))
         self.wait_for_no_process(name, job)
 
     def wait_for_no_process(self, name: str, job: str) -> None:
-        until(lambda: not self.slurm.processes(f"SLURM_JOB_ID={job}"), PATIENCE, lambda: self.output(name))
+        until(lambda: not self.slurm.processes(f"SLURM_JOB_ID={job}"), TIMEOUT, lambda: self.output(name))
 
     @contextmanager
     def holding_back(self) -> Iterator[None]:
@@ -77,7 +77,7 @@ class Site:
 
     def cancel(self, name: str, job: str) -> None:
         self.slurm("scancel", job)
-        assert self.slurm.wait(job, "CANCELLED", timeout=PATIENCE) == "CANCELLED"
+        assert self.slurm.wait(job, "CANCELLED", timeout=TIMEOUT) == "CANCELLED"
         self.wait_for_no_process(name, job)
 
     def check_saved(self, name: str) -> None:
@@ -91,7 +91,7 @@ class Site:
         """As those of a run that nothing ended, `more` steps after the last one included, which are made here."""
         steps = len({row["step"] for row in train_rows(self.run(name))}) + more
         for each in ([name] if more else []) + [f"{name}-straight"]:
-            done = launch(2, "train.py", *self.of(each, ENDLESS, f"stop_at={steps}"), timeout=PATIENCE)
+            done = launch(2, "train.py", *self.of(each, ENDLESS, f"stop_at={steps}"), timeout=TIMEOUT)
             assert done.returncode == 0, done.stderr
         losses = {row["step"]: row["loss"] for row in train_rows(self.run(name))}
         assert list(losses.values()) == losses_of(self.run(f"{name}-straight"))
@@ -187,8 +187,8 @@ def test_a_killed_node_is_survived(site: Site, victim: str) -> None:
     assert victim in site.slurm("scontrol", "show", "hostnames", site.slurm.field(job, "NodeList"))
     site.slurm.kill_node(victim)
     try:
-        until(lambda: site.slurm.field(job, "Restarts") == "1", PATIENCE, lambda: site.output(name))
-        until(lambda: "continuing at step" in site.output(name), PATIENCE, lambda: site.output(name))
+        until(lambda: site.slurm.field(job, "Restarts") == "1", TIMEOUT, lambda: site.output(name))
+        until(lambda: "continuing at step" in site.output(name), TIMEOUT, lambda: site.output(name))
         site.wait_for_steps(name, site.steps(name) + 60)
         assert victim not in site.slurm("scontrol", "show", "hostnames", site.slurm.field(job, "NodeList"))
         site.cancel(name, job)
@@ -202,7 +202,7 @@ def test_a_crash_is_not_requeued(site: Site) -> None:
     site.wait_for_steps("crashed", 10)
     trainers = [pid for pid in site.slurm.processes(f"SLURM_JOB_ID={job}") if "train.py" in command_of(pid)]
     subprocess.run(["kill", "-KILL", *map(str, trainers)], check=True)
-    assert site.slurm.wait(job, "FAILED", "COMPLETED", "PENDING", timeout=PATIENCE) == "FAILED"
+    assert site.slurm.wait(job, "FAILED", "COMPLETED", "PENDING", timeout=TIMEOUT) == "FAILED"
     assert site.state("crashed") == "running"
 
 
@@ -218,7 +218,7 @@ def test_srun_starts_train_py_without_torchrun(site: Site) -> None:
     variables = environment(**site.slurm.environment, MASTER_ADDR="127.0.0.1")
     done = subprocess.run(
         [*words, *site.of("srun")], cwd=ROOT, env=variables, capture_output=True, text=True,
-        timeout=PATIENCE, check=False,
+        timeout=TIMEOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "data(2) × tensor(1)" in done.stdout
@@ -230,7 +230,7 @@ def test_a_sweep_is_an_array_of_jobs(site: Site) -> None:
         "train.py", "--multirun", "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=60",
         f"hydra.launcher.submitit_folder={site.folder}/submitit", *site.of("sweep"), "optimizer.lr=1e-3,2e-3",
     ]  # fmt: skip
-    done = python(*words, timeout=PATIENCE, **site.slurm.environment)
+    done = python(*words, timeout=TIMEOUT, **site.slurm.environment)
     assert done.returncode == 0, done.stderr
     runs = {path.parent.name: losses_of(path.parent) for path in site.run("sweep").glob("*/metrics.jsonl")}
     assert set(runs) == {"optimizer.lr=0.001", "optimizer.lr=0.002"}

@@ -26,7 +26,7 @@ from hosts import why_not as why_no_hosts
 from test_one_writer import LAUNCHER, RUN, assert_names, assert_undisturbed
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-PATIENCE = 300.0
+TIMEOUT = 300.0
 KERNEL = "/proc/sys/kernel/random/boot_id"
 OTHER = ["optimizer.lr=5e-3", "seed=7"]
 
@@ -117,7 +117,7 @@ def on_another_kernel(command: list[str], folder: Path) -> list[str]:
 
 def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
     """Or until one of the processes has ended."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not happened() and all(process.poll() is None for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -175,10 +175,10 @@ def test_two_starts(straight: tuple[Path, list[str]], tmp_path: Path, cell: Cell
                 first.wait()
             before = files_of(run)
             second = there.start(theirs, outputs[1])
-            second.wait(PATIENCE)
+            second.wait(TIMEOUT)
             assert cell.killed or files_of(run) == before
         released.touch()
-        statuses = first.wait(PATIENCE), second.wait(PATIENCE)
+        statuses = first.wait(TIMEOUT), second.wait(TIMEOUT)
     print(f"\n== {cell} | status {statuses[0]}, {statuses[1]}")
     for name, output in zip(("first", "second"), outputs, strict=True):
         for line in said(output):

@@ -22,7 +22,7 @@ from matrix import record
 
 from opt_parallel.config.run import Run
 
-PATIENCE = 240.0  # seconds for one function
+TIMEOUT = 240.0  # seconds for one function
 
 
 class Crew:
@@ -52,8 +52,8 @@ class Crew:
             pipe.send((function, arguments, named))
         answers, failures = [], []
         for rank, (_, pipe) in enumerate(self.members):
-            if not pipe.poll(PATIENCE):
-                failures.append(f"rank {rank} did not answer within {PATIENCE} s")
+            if not pipe.poll(TIMEOUT):
+                failures.append(f"rank {rank} did not answer within {TIMEOUT} s")
                 continue
             succeeded, answer, seconds = pipe.recv()
             Crew.all_seconds += seconds

@@ -26,7 +26,7 @@ from command import ROOT, environment, small, train_rows
 from opt_parallel.checkpoint.damage import damage_in
 from opt_parallel.checkpoint.folders import steps_in
 
-PATIENCE = 240.0  # seconds for one start
+TIMEOUT = 240.0  # seconds for one start
 # 116 MB per checkpoint: a save takes as long as a few steps, so the run is saving most of the time
 LARGE = [
     "model.hidden_size=512", "model.ffn_dim=2048", "model.num_hidden_layers=3", "model.vocab_size=301",
@@ -58,7 +58,7 @@ class Start:
 
     @property
     def running(self) -> bool:
-        assert time.monotonic() - self.since < PATIENCE, f"the run hangs:\n{self.text()}"
+        assert time.monotonic() - self.since < TIMEOUT, f"the run hangs:\n{self.text()}"
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:

@@ -24,11 +24,11 @@ from opt_parallel.data.text.unpacking import DAMAGES, PACKED, UNPACKED_SIZE, dam
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.foreign import check_fetched
 
-PLAIN = (".md", ".py", ".rst", ".txt")  # each file is one document
-LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+DOCUMENTS = (".md", ".py", ".rst", ".txt")  # each file is one document
+JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")  # one object a line, or one array
 TABLES = {".csv": csv_records, ".tsv": tsv_records}
 PARQUET = ".parquet"
-ENDINGS = (*PLAIN, *LINES, *TABLES, PARQUET)
+ENDINGS = (*DOCUMENTS, *JSON, *TABLES, PARQUET)
 READ = f"{', '.join(ENDINGS)}, and packed {', '.join(PACKED)}"
 PIECE_BYTES = 1 << 25
 CHUNK = 1 << 20  # bytes or characters read at a time
@@ -65,7 +65,7 @@ def pieces_of(path: Path, key: str, cut: bool) -> list[Piece]:
     try:
         if ending == PARQUET:
             return [Piece(path, *group) for group in row_groups(path, where, PIECE_BYTES)]
-        if packed or not cut or ending not in LINES or _is_array(path):
+        if packed or not cut or ending not in JSON or _is_array(path):
             return [Piece(path, 0, size, size * UNPACKED_SIZE if packed else size)]
     except DAMAGES as error:
         raise damaged(path, where, error) from error
@@ -83,7 +83,7 @@ def check_document(size: int, where: str) -> None:
 
 def numbered(piece: Piece) -> Piece:
     """The same piece with the number of its first line, for messages. Reads the file up to the piece."""
-    if ending_of(piece.path)[0] not in LINES or piece.start == 0:
+    if ending_of(piece.path)[0] not in JSON or piece.start == 0:
         return piece
     lines, left = 0, piece.start - 1  # the piece starts after the first line end at or after this byte
     with piece.path.open("rb") as file:
@@ -100,7 +100,7 @@ def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
     ending, _ = ending_of(piece.path)
     where = f"{key}: {shown(piece.path)}"
     try:
-        if ending in LINES:
+        if ending in JSON:
             yield from _array(piece, where) if _is_array(piece.path) else _json_lines(piece, where)
         elif ending in TABLES:
             with opened(piece.path) as file:
@@ -108,7 +108,7 @@ def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
         elif ending == PARQUET:
             yield from parquet_records(piece.path, piece.start, piece.stop, where)
         else:
-            assert ending in PLAIN, ending
+            assert ending in DOCUMENTS, ending
             yield _document(piece, where, text_field)
     except DAMAGES as error:
         raise damaged(piece.path, where, error) from error

@@ -21,7 +21,7 @@ import yaml
 
 from opt_parallel.config.model import require
 from opt_parallel.config.paths import local, reach
-from opt_parallel.data.text.files import ENDINGS, PLAIN, READ, check_document, has_text, shown
+from opt_parallel.data.text.files import DOCUMENTS, ENDINGS, READ, check_document, has_text, shown
 from opt_parallel.data.text.unpacking import ending_of
 from opt_parallel.runtime.errors import UserError
 
@@ -200,7 +200,7 @@ def _check_file(key: str, path: Path) -> int:
     require(
         os.access(path, os.R_OK, effective_ids=True), f"{where} cannot be read: change its permissions or leave it out"
     )
-    if ending_of(path)[0] in PLAIN:
+    if ending_of(path)[0] in DOCUMENTS:
         check_document(status.st_size, where)
     return status.st_size
 
@@ -228,7 +228,7 @@ def _check_splits(where: str, folder: Path, found: Found) -> None:
     """Raise UserError if a folder holds a training split together with a test or validation split."""
     splits: dict[str, Path] = {}
     for path in sorted(found.files.values()):
-        if path.is_relative_to(folder) and ending_of(path)[0] not in PLAIN:
+        if path.is_relative_to(folder) and ending_of(path)[0] not in DOCUMENTS:
             parts = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
             split = next((SPLITS[part] for part in parts if part in SPLITS), None)
             splits.setdefault(split or "", path.relative_to(folder))

@@ -165,14 +165,14 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)], env=environment(PYTHONPATH=str(ROOT))
     ) as process:
-        patience = time.monotonic() + 60
-        while len(list((tmp_path / "store").glob("part-?????"))) < 10 and time.monotonic() < patience:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "store").glob("part-?????"))) < 10 and time.monotonic() < deadline:
             time.sleep(0.05)
         below = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
     assert len(below) >= 2
-    patience = time.monotonic() + 20
-    while any(Path(f"/proc/{number}").exists() for number in below) and time.monotonic() < patience:
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{number}").exists() for number in below) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{number}").exists() for number in below)
 

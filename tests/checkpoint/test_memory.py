@@ -17,8 +17,8 @@ from exporting import tampered
 from hugging_face import random_model
 from layouts import Layout, run_for
 
-from opt_parallel.checkpoint import room
-from opt_parallel.checkpoint.room import RUN, SCRIPT, WORK, choose_dtype
+from opt_parallel.checkpoint import memory
+from opt_parallel.checkpoint.memory import RUN, SCRIPT, WORK, choose_dtype
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.config.run import DataConfig, Precision, PrecisionConfig, RunConfig
@@ -47,14 +47,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
 
 def needed(folder: Path, dtype: torch.dtype) -> int:
     opened = open_checkpoint(folder)
-    return room._needed(opened, room.ALONE, dtype, 0)
+    return memory._needed(opened, memory.ALONE, dtype, 0)
 
 
 def chosen(folder: Path, asked: torch.dtype | None, able: set[Precision], free: int) -> torch.dtype:
     """On a device that multiplies in `able`, with so much memory free."""
     with pytest.MonkeyPatch.context() as patch, Topology.open(1) as topology:
-        patch.setattr(room, "native", lambda device: able)
-        patch.setattr(room, "memory_free", lambda processes: free)
+        patch.setattr(memory, "native", lambda device: able)
+        patch.setattr(memory, "memory_free", lambda processes: free)
         return choose_dtype(open_checkpoint(folder), topology, asked, SCRIPT)
 
 
@@ -66,7 +66,7 @@ def chosen(folder: Path, asked: torch.dtype | None, able: set[Precision], free: 
         (FP16, None, ALL, FP16, FP16, ""),
         (BF16, None, SLOW, FP32, FP32, "computing in float32"),
         (FP16, None, SLOW, FP32, FP32, "computing in float32"),
-        (BF16, None, SLOW, BF16, BF16, "warning: the CPU emulates bfloat16"),  # float32 has no room
+        (BF16, None, SLOW, BF16, BF16, "warning: the CPU emulates bfloat16"),  # float32 does not fit
         (BF16, BF16, SLOW, FP32, BF16, "warning: the CPU emulates bfloat16"),
         (FP32, FP16, SLOW, FP32, FP16, "warning: the CPU emulates float16"),
         (BF16, FP32, ALL, FP32, FP32, ""),
@@ -83,7 +83,7 @@ def test_auto_is_the_checkpoints_own_where_it_is_native(
     assert bool(printed.err) == bool(word)
 
 
-def test_what_has_no_room_is_one_line(folders: dict[torch.dtype, Path]) -> None:
+def test_what_does_not_fit_is_one_line(folders: dict[torch.dtype, Path]) -> None:
     folder = folders[FP32]
     with pytest.raises(UserError, match=r"needs \d+ MB .* in float32, and \d+ MB are free") as raised:
         chosen(folder, None, ALL, needed(folder, BF16))
@@ -92,7 +92,7 @@ def test_what_has_no_room_is_one_line(folders: dict[torch.dtype, Path]) -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError) as raised:
         chosen(folder, FP16, ALL, WORK)
-    assert "--dtype" not in str(raised.value)  # none has room
+    assert "--dtype" not in str(raised.value)  # none fits
 
 
 def in_little(folder: Path, poor: int) -> str:
@@ -100,7 +100,7 @@ def in_little(folder: Path, poor: int) -> str:
     from opt_parallel.runtime.process import rank
 
     with pytest.MonkeyPatch.context() as patch, Topology.open(2) as topology:
-        patch.setattr(room, "memory_free", lambda processes: 10**12 if rank() != poor else processes)
+        patch.setattr(memory, "memory_free", lambda processes: 10**12 if rank() != poor else processes)
         try:
             return str(choose_dtype(open_checkpoint(folder), topology, None, RUN))
         except UserError as error:
@@ -117,7 +117,7 @@ def test_all_ranks_are_told(crew: Any, folders: dict[torch.dtype, Path]) -> None
 
 def said(monkeypatch: pytest.MonkeyPatch, *command: str) -> str:
     """The error of a script's main function, where hardly any memory is free."""
-    monkeypatch.setattr(room, "memory_free", lambda processes=1: 10**6)
+    monkeypatch.setattr(memory, "memory_free", lambda processes=1: 10**6)
     monkeypatch.setattr(sys, "argv", list(command))
     main = runpy.run_path(str(ROOT / "scripts" / command[0]), run_name="script")["main"]
     with pytest.raises(UserError) as raised:
@@ -165,13 +165,13 @@ def test_an_export_needs_its_largest_tensor_thrice(
     folders: dict[torch.dtype, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it is read, what it is compared with, and what is written."""
-    largest = room.largest_parameter(open_checkpoint(folders[BF16]))
+    largest = memory.largest_parameter(open_checkpoint(folders[BF16]))
     for own, dtype, each in ((BF16, ExportDtype.auto, 6), (BF16, ExportDtype.float32, 8), (FP32, ExportDtype.auto, 12)):
         enough, output = each * largest + WORK, tmp_path / f"{own}-{dtype}"
-        monkeypatch.setattr(room, "memory_free", lambda enough=enough: enough - 1)
+        monkeypatch.setattr(memory, "memory_free", lambda enough=enough: enough - 1)
         with pytest.raises(UserError, match=r"its largest tensor needs \d+ MB of memory, and \d+ MB are free"):
             export(folders[own], output, 10**9, dtype)
-        monkeypatch.setattr(room, "memory_free", lambda enough=enough: enough)
+        monkeypatch.setattr(memory, "memory_free", lambda enough=enough: enough)
         export(folders[own], output, 10**9, dtype)
 
 
@@ -228,7 +228,7 @@ def held(model: torch.nn.Module) -> list[str]:
 
 def test_a_model_filled_in_turn_holds_one_module(folders: dict[torch.dtype, Path]) -> None:
     opened = open_checkpoint(folders[FP32])
-    model = room.network_of(opened)
+    model = memory.network_of(opened)
     most: list[list[str]] = []
 
     def source(name: str, shard: Any) -> torch.Tensor:
@@ -237,7 +237,7 @@ def test_a_model_filled_in_turn_holds_one_module(folders: dict[torch.dtype, Path
 
     ids = torch.arange(8)[None]
     with torch.no_grad(), filled_in_turn(model, source, torch.device("cpu"), FP32):
-        found, whole = model(ids), opened.model(room.ALONE, torch.device("cpu"))(ids)
+        found, whole = model(ids), opened.model(memory.ALONE, torch.device("cpu"))(ids)
         assert not held(model)
         with pytest.raises(RuntimeError, match="indices"):
             model(ids.float())
@@ -287,7 +287,7 @@ def test_pytorchs_own_files_are_verified_too(tmp_path: Path, monkeypatch: pytest
     verdict = verify(tmp_path / "model")
     assert verdict is not None
     assert verdict.agrees, verdict
-    monkeypatch.setattr(room, "memory_free", lambda: 10**6)
+    monkeypatch.setattr(memory, "memory_free", lambda: 10**6)
     with pytest.raises(UserError, match=r"scripts/export\.py"):
         verify(tmp_path / "model")
 

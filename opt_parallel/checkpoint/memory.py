@@ -50,16 +50,16 @@ def choose_dtype(
     needs = {dtype: _needed(opened, topology.tensor, dtype, elements) for dtype in PRECISIONS}
     ranks = topology.exchange((native(topology.device), needs, _free(topology)))
     emulated = {dtype for dtype, precision in PRECISIONS.items() if any(precision not in each for each, _, _ in ranks)}
-    room = {dtype for dtype in PRECISIONS if all(needed[dtype] <= free for _, needed, free in ranks)}
+    fitting = {dtype for dtype in PRECISIONS if all(needed[dtype] <= free for _, needed, free in ranks)}
     name = device_name(topology.device)
-    if asked is None and own in emulated and torch.float32 in room:
+    if asked is None and own in emulated and torch.float32 in fitting:
         _note(f"{name} emulates {_name(own)}, the checkpoint's dtype: computing in float32, which holds all its values")
         return torch.float32
     chosen = own if asked is None else asked
-    if chosen not in room:
+    if chosen not in fitting:
         rank = next(rank for rank, (_, needed, free) in enumerate(ranks) if needed[chosen] > free)
         _, needed, free = ranks[rank]
-        smaller = [dtype for dtype in room if needed[dtype] < needed[chosen]]
+        smaller = [dtype for dtype in fitting if needed[dtype] < needed[chosen]]
         others = "".join(f"{options.dtypes[dtype]} needs {bytes_in_words(needed[dtype])}; " for dtype in smaller)
         raise UserError(
             f"{opened.folder} needs {bytes_in_words(needed[chosen])} of memory on each rank in {_name(chosen)}, and "
@@ -72,7 +72,7 @@ def choose_dtype(
     return chosen
 
 
-def require_room(what: str, needed: int, way_out: str) -> None:
+def require_memory(what: str, needed: int, way_out: str) -> None:
     """Raise UserError unless `needed` + WORK bytes of memory are free."""
     free = memory_free()
     if needed + WORK > free:
