@@ -1,4 +1,4 @@
-"""The optimizer steps of a run, computed with DeepSpeed ZeRO. This is the only module that imports DeepSpeed."""
+"""The optimizer steps of a run, computed with DeepSpeed ZeRO. Only this module imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class Engine:
 
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology, self.moments = run, topology, OPTIMIZERS[run.optimizer.name].moments
-        self.wrapped = wrapped  # deepspeed.DeepSpeedEngine
+        self.wrapped = wrapped  # deepspeed.DeepSpeedEngine.
         # ZeRO-1 in bf16 keeps all fp32 gradients in flat buffers. DeepSpeed would copy these gradients to another
-        # buffer, round the copy to bf16, reduce it and copy it back. This takes a third of a small model's step. So the
-        # engine reduces the flat buffers in place in fp32.
+        # buffer, round the copy to bf16, reduce it and copy it back, which takes a third of a small model's step. The
+        # engine instead reduces the flat buffers in place in fp32.
         self.flat_gradients: list[Tensor] = []
         if isinstance(wrapped.optimizer, BF16_Optimizer):
             assert wrapped.optimizer.grad_acc_dtype is torch.float32

@@ -154,7 +154,7 @@ def _feed(run: Run, topology: Topology, mixture: Mixture) -> Feed:
 
 def _handle(error: UserError, engine: Engine, clock: Clock, store: Store, loader: Loader) -> None:
     """Handle an error in the training loop. Save a checkpoint if the error is `Unread`, which leaves the weights
-    intact. Otherwise finish the save in progress.
+    intact. On any other error, only finish the save in progress.
 
     Raises: Unread with the path of the checkpoint that was saved."""
     if isinstance(error, Unread):
@@ -191,8 +191,8 @@ def _due(every: int, clock: Clock, last: bool) -> bool:
 
 
 def _is_done(run: Run, resume_from: Path | None) -> bool:
-    """Whether the run has no steps left. In that case, print this, and complete the export, the deletion of old
-    checkpoints and the state file."""
+    """Whether the run has no steps left. A run without steps left is reported, and its export, deletion of old
+    checkpoints and state file are completed."""
     step = None if resume_from is None else step_of(resume_from)
     if resume_from is None or step is None or step < run.stop:
         return False

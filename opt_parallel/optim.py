@@ -84,10 +84,11 @@ def learning_rate(run: Run, clock: Clock) -> float:
 
 
 def warmup_steps(run: Run, clock: Clock) -> float:
-    """Number of warm-up steps, computed with the run's average number of tokens per step until `clock`.
+    """Number of warm-up steps, computed from `warmup_tokens` with the run's average number of tokens per step until
+    `clock`.
 
-    So clock.step / warmup_steps = clock.tokens / warmup_tokens, and the learning rate does not jump if the batch size
-    changes. The result is an integer if every step had the number of tokens of the present batch."""
+    clock.step / warmup_steps then equals clock.tokens / warmup_tokens, so the learning rate does not jump if the batch
+    size changes. The number is an integer if every step had the number of tokens of the present batch."""
     tokens = run.schedule.warmup_tokens
     if tokens is None or clock.tokens == clock.step * run.batch_tokens:
         return run.warmup_steps

@@ -45,13 +45,13 @@ COMPARED = (
     "torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors", "accelerate", "hydra-core",
     "omegaconf",
 )  # fmt: skip
-PRODUCT = 512  # rows and columns of the matrices that test a device
+PRODUCT = 512  # Rows and columns of the matrices that test a device.
 ALL_REDUCE_BYTES = 8_000_000
 SKEW = 5.0  # maximum difference in seconds between two hosts' clocks without a warning
 
 
 def check_same(run: Run, topology: Topology) -> None:
-    """Check that all ranks run the same code with the same libraries and settings. This check needs no device.
+    """Check that all ranks run the same code with the same libraries and settings. The comparison uses no device.
 
     Raises: UserError on every rank, with the first rank that differs from rank 0 and the difference."""
     own = {"code": {"opt-parallel": code_checksum()}, "libraries": _versions(), "settings": to_dict(run)}

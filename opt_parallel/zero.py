@@ -72,8 +72,8 @@ def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple
 
 @dataclass(frozen=True)
 class Replica:
-    """Values of which other ranks hold copies. Those ranks are in the data group (`in_data`), the tensor group
-    (`in_tensor`), or both groups."""
+    """Values of which other ranks hold copies. The ranks with copies are in the data group (`in_data`), the tensor
+    group (`in_tensor`), or both groups."""
 
     name: str
     values: Tensor
@@ -144,7 +144,7 @@ def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
 
 
 def _flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
-    """The tensors that the torch optimizer updates. They are the parameters at stage 0, and this rank's flat fp32
+    """The tensors that the torch optimizer updates, which are the parameters at stage 0, and this rank's flat fp32
     partitions at other stages."""
     if stage == 3:
         return list(wrapped.optimizer.fp32_partitioned_groups_flat)

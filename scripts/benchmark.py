@@ -7,7 +7,7 @@
     python scripts/benchmark.py generate --batch 1 --batch 8 model=opt-125m
     python scripts/benchmark.py prepare --megabytes 500 --workers 2
 
-`train`, `io`, `checkpoint` and `generate` take train.py\'s own keys after their options.
+The commands `train`, `io`, `checkpoint` and `generate` take configuration keys of train.py after their options.
 """
 
 from __future__ import annotations
@@ -29,47 +29,58 @@ from opt_parallel.runtime.log import aligned, quiet_libraries
 from opt_parallel.runtime.machine import cpus
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
-AUTO = "auto (default): bf16 if this device multiplies it, else fp32"
+AUTO = "auto (default): bf16 if this device supports it natively, else fp32"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    train = verbs.add_parser("train", help="optimizer steps, beside transformers, DeepSpeed AutoTP and torch DTensor")
+    train = verbs.add_parser(
+        "train", help="compare optimizer steps with transformers, DeepSpeed AutoTP and torch DTensor"
+    )
     train.add_argument("--processes", type=_positive, default=1)
-    train.add_argument("--threads", type=_positive, help="of each process; default: the cores divided by the processes")
+    train.add_argument("--threads", type=_positive, help="threads of each process; default: CPU cores / processes")
     train.add_argument("--contenders", type=_names, default=list(NAMES), help=f"default: {','.join(NAMES)}")
     train.add_argument("--rounds", type=_positive, default=5)
-    train.add_argument("--steps", type=_positive, default=2, help="optimizer steps of each contender in a round")
-    train.add_argument("--accumulation", type=_positive, default=1, help="micro-batches of a step")
-    train.add_argument("--name", help="name of the files written; default: the time")
+    train.add_argument(
+        "--steps", type=_positive, default=2, help="number of optimizer steps of each trainer in a round"
+    )
+    train.add_argument("--accumulation", type=_positive, default=1, help="number of micro-batches in a step")
+    train.add_argument("--name", help="name of the result files; default: date and time")
     train.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     train.add_argument("overrides", nargs="*", metavar="key=value")
-    loss = verbs.add_parser("loss", help="the head's loss alone, fused and plain")
+    loss = verbs.add_parser("loss", help="measure the loss of the output projection, fused and plain")
     loss.add_argument("--tokens", type=_positive, nargs="+", default=[1024])
     loss.add_argument("--width", type=_positive, default=768)
     loss.add_argument("--words", type=_positive, nargs="+", default=[50272])
     loss.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=AUTO)
     loss.add_argument("--threads", type=_positive, default=1)
     loss.add_argument("--rounds", type=_positive, default=7)
-    io = verbs.add_parser("io", help="memory and time of a checkpoint's import and export")
+    io = verbs.add_parser("io", help="measure memory and time of importing and exporting a checkpoint")
     io.add_argument("--max-shard-size", default="1GB")
     io.add_argument("overrides", nargs="*", metavar="key=value")
-    checkpoint = verbs.add_parser("checkpoint", help="saving and loading a run's state, beside DeepSpeed's own")
-    checkpoint.add_argument("--processes", type=_positive, default=4, help="of one thread each")
+    checkpoint = verbs.add_parser("checkpoint", help="compare saving and loading checkpoints with DeepSpeed")
+    checkpoint.add_argument("--processes", type=_positive, default=4, help="number of processes with one thread each")
     checkpoint.add_argument("--rounds", type=_positive, default=5)
     checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="a folder on the disk to try")
     checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor=2 unless given")
-    generate = verbs.add_parser("generate", help="greedy generation in fp32, beside transformers")
-    generate.add_argument("--batch", type=_positive, action="append", help="prompts at a time; default: 1, then 8")
-    generate.add_argument("--prompt", type=_positive, default=16, help="tokens of a prompt")
-    generate.add_argument("--new", type=_positive, default=128, help="tokens that follow it")
+    generate = verbs.add_parser("generate", help="compare greedy generation in fp32 with transformers")
+    generate.add_argument(
+        "--batch", type=_positive, action="append", help="number of prompts in a batch; default: 1, then 8"
+    )
+    generate.add_argument("--prompt", type=_positive, default=16, help="number of tokens in a prompt")
+    generate.add_argument("--new", type=_positive, default=128, help="number of tokens to generate")
     generate.add_argument("--threads", type=_positive, default=cpus())
     generate.add_argument("--rounds", type=_positive, default=7)
     generate.add_argument("overrides", nargs="*", metavar="key=value")
-    prepare = verbs.add_parser("prepare", help="text to tokens, beside datasets.map; and killed half-way")
+    prepare = verbs.add_parser(
+        "prepare", help="compare the preparation of text with datasets.map, and resume a killed preparation"
+    )
     prepare.add_argument(
-        "--megabytes", type=_positive, default=500, help="size of the text, which repeats and changes a short one"
+        "--megabytes",
+        type=_positive,
+        default=500,
+        help="size of the text, which is made of changed copies of a short text",
     )
     prepare.add_argument("--workers", type=_positive, default=2)
     prepare.add_argument("--vocab-size", type=_positive, default=16384)
@@ -96,7 +107,7 @@ def _names(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]} does not exist: choose from {','.join(NAMES)}")
     if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text} names a contender twice")
+        raise argparse.ArgumentTypeError(f"{text} names a trainer twice: name each once")
     return names
 
 
@@ -137,14 +148,15 @@ def run_race(arguments: argparse.Namespace) -> None:
 
 
 def check_setting(arguments: argparse.Namespace, run: Run) -> None:
-    """Create the output folder. Raises: UserError if that fails, or parallel.tensor does not divide the processes."""
+    """Create the output folder. Raises: UserError if the folder cannot be created, or if parallel.tensor does not
+    divide the number of processes."""
     if arguments.processes % run.parallel.tensor:
         raise UserError(f"--processes {arguments.processes} is not a multiple of parallel.tensor={run.parallel.tensor}")
     make_folder("--output ", arguments.output)
 
 
 def compared_run(overrides: list[str], accumulation: int) -> Run:
-    """train.py's run for `overrides`, with one data-parallel process and no warm-up.
+    """The run that train.py composes from `overrides`, with one data-parallel process and without warm-up.
 
     Raises: UserError for settings that would apply to opt-parallel only."""
     from hydra import compose, initialize_config_dir
@@ -154,7 +166,7 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
     from opt_parallel.config.compose import explain, register_schema, run_from
 
     if any(override.startswith("batch.global") for override in overrides):
-        raise UserError("batch.global is batch.micro × --accumulation × data here: set these")
+        raise UserError("batch.global follows from batch.micro × --accumulation × data: set those instead")
     register_schema()
     configs = str(Path(__file__).resolve().parent.parent / "configs")
     ours = ["run.name=benchmark", "schedule.warmup_steps=null", "schedule.warmup_tokens=null"]
@@ -169,12 +181,12 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
         if value is not only:
             raise UserError(f"{key}={value.value} would apply to opt-parallel only: use {key}={only.value}")
     if run.precision.name is Precision.fp16:
-        raise UserError("precision=fp16: the trainers would skip different steps: use precision=bf16 or precision=fp32")
+        raise UserError("precision=fp16 makes trainers skip different steps: use precision=bf16 or precision=fp32")
     return dataclasses.replace(run, batch={"global": run.micro_batch * accumulation, "micro": run.micro_batch})
 
 
 def settled(run: Run) -> Run:
-    """`run` with a concrete precision: emulated bf16 would compare emulations."""
+    """`run` with precision=auto replaced by bf16 or fp32. bf16 is not chosen on a device that only emulates it."""
     from opt_parallel.parallel.precision import choose_precision_alone
 
     run, why = choose_precision_alone(run)
@@ -219,7 +231,7 @@ def run_io(arguments: argparse.Namespace) -> None:
 def run_checkpoint(arguments: argparse.Namespace) -> None:
     run = settled(compared_run(["parallel.tensor=2", *arguments.overrides], accumulation=1))
     check_setting(arguments, run)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started there
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that `measure` starts
     from benchmarks.checkpoints import measure, table
 
     measured = measure(run, arguments.processes, arguments.output, arguments.rounds)
@@ -260,7 +272,7 @@ def run_preparation(arguments: argparse.Namespace) -> None:
 
 
 def _processor() -> str:
-    """The processor's name, from Linux if possible."""
+    """The name of the processor, which Linux reports in /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

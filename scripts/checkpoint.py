@@ -2,8 +2,8 @@
 
 python scripts/checkpoint.py list runs/opt-125m                              # all, including damaged ones
 python scripts/checkpoint.py show runs/opt-125m/checkpoints/step-1000
-python scripts/checkpoint.py verify runs/opt-125m/checkpoints/step-1000      # reads all files; status 1 if damaged
-python scripts/checkpoint.py diff …/step-1000 …/step-2000                    # of any layouts
+python scripts/checkpoint.py verify runs/opt-125m/checkpoints/step-1000      # exits with status 1 if damaged
+python scripts/checkpoint.py diff …/step-1000 …/step-2000                    # their layouts may differ
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ NONE = "—"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    every = verbs.add_parser("list", help="the checkpoints of a run")
+    every = verbs.add_parser("list", help="list the checkpoints of a run")
     every.add_argument("run", type=Path, help="the run's folder")
-    for verb, meaning in (("show", "what a checkpoint holds"), ("verify", "read all of it and compare the checksums")):
+    for verb, meaning in (
+        ("show", "show a checkpoint's content"),
+        ("verify", "read all files and compare their checksums"),
+    ):
         one = verbs.add_parser(verb, help=meaning)
         one.add_argument("folder", type=Path, help="…/checkpoints/step-<N>")
-    two = verbs.add_parser("diff", help="the largest differences between two checkpoints, by tensor")
+    two = verbs.add_parser("diff", help="show the tensors that differ most between two checkpoints")
     two.add_argument("a", type=Path)
     two.add_argument("b", type=Path)
-    two.add_argument("--most", type=int, default=20, help="tensors to print (default 20)")
+    two.add_argument("--most", type=int, default=20, help="maximum number of tensors to print (default 20)")
     arguments = parsed(parser)
     quiet_libraries()
     return {"list": list_run, "show": show, "verify": verify, "diff": diff}[arguments.verb](arguments)
@@ -75,7 +78,7 @@ def show(arguments: argparse.Namespace) -> int:
         facts["base"] = f"{base['checkpoint']} (checksum {base['checksum']})"
     print(aligned([[name, value] for name, value in facts.items()]))
     groups = groups_of(manifest)
-    lines = [["tensors", "logical shape", "split", "number", "parameters"]]
+    lines = [["tensors", "full shape", "split", "number", "parameters"]]
     for like in groups:
         shape = " × ".join(map(str, like.shape))
         lines.append([like.name, shape, like.split, str(like.number), f"{like.parameters:,}"])
@@ -126,14 +129,14 @@ def diff(arguments: argparse.Namespace) -> int:
     found = sorted(differences(a, b), key=lambda each: -each.rank)
     differing = [each for each in found if each.rank > 0]
     if not differing:
-        print(f"\nall {len(found)} tensors are equal, with all moments that both have")
+        print(f"\nall {len(found)} tensors are equal, and so are their moments")
         return 0
     lines = [["", *(cell for kind in KINDS for cell in (kind, ""))], ["tensor", *["max |Δ|", "‖Δ‖/‖a‖"] * len(KINDS)]]
     for each in differing[: arguments.most]:
         cells = [(NONE, NONE) if both is None else (f"{both[0]:.3g}", f"{both[1]:.3g}") for both in each.kinds.values()]
         lines.append([each.name, *(cell for pair in cells for cell in pair)])
     print(f"\n{aligned(lines)}")
-    print(f"{len(differing)} of {len(found)} tensors differ; sorted by the difference relative to the first")
+    print(f"{len(differing)} of {len(found)} tensors differ, sorted by ‖Δ‖/‖a‖")
     return 0
 
 

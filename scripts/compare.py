@@ -1,4 +1,4 @@
-"""Compare runs: a plot of their loss curves, and a table of losses and differing settings.
+"""Compare runs by a plot of their losses and a table of their losses and differing settings.
 
 python scripts/compare.py runs/a runs/b                    # two runs
 python scripts/compare.py runs/opt-tiny                    # all runs in and below a folder, such as a sweep's
@@ -19,7 +19,9 @@ from opt_parallel.tools.compare import AXES, diverged, draw, read_runs, table
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run's folder, or one that holds runs")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="*", type=Path, help="a run's folder, or a folder that contains runs"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("compare.png"), help="the plot's file (default compare.png)"
     )

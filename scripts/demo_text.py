@@ -1,8 +1,8 @@
-"""English text for first tries, from Python's own documentation: train.jsonl and validation.jsonl.
+"""Write English text for first experiments, from Python's own documentation, to train.jsonl and validation.jsonl.
 
     python scripts/demo_text.py --output data/demo [--source FOLDER]
 
-Default source: the language reference and the standard library's docstrings, which are parsed and not imported.
+The default text is the language reference and the docstrings of the standard library, which is parsed and not imported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def _from_folder(folder: Path) -> Iterator[str]:
-    require(folder.is_dir(), f"--source {folder} is not a folder: name one with text files")
+    require(folder.is_dir(), f"--source {folder} is not a folder: name a folder with text files")
     return (text for text in Corpus.find("--source", [str(folder)], "text").documents() if text)
 
 

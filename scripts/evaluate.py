@@ -1,12 +1,12 @@
-"""Evaluate a checkpoint on `data.validation`: loss and perplexity, or a classifier's metrics. Takes train.py's keys,
-alone or under a launcher.
+"""Evaluate a checkpoint on `data.validation`, by loss and perplexity or by a classifier's metrics. The arguments are
+configuration keys of train.py. The script runs as one process or under a launcher.
 
 python scripts/evaluate.py init_from=runs/opt-125m/checkpoints/step-1000 data.validation=/data/held-out
 torchrun --nproc-per-node 2 scripts/evaluate.py init_from=facebook/opt-1.3b parallel.tensor=2 data.validation=…
 python scripts/evaluate.py init_from=… data.validation=labelled.jsonl           # a classifier
 
-Task, precision and sequence length default to the checkpoint's. The result is printed and written to
-`run.dir`/evaluation.json.
+Task, precision and sequence length default to those of the checkpoint. The loss and metrics are printed and written to
+evaluation.json in `run.dir`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)
         run = run_from(config)
-        from opt_parallel.tools.evaluate import evaluate  # only now: torch takes seconds
+        from opt_parallel.tools.evaluate import evaluate  # imported late, since torch takes seconds
 
         for name, value in evaluate(run).items():
             say(f"{name}: {value:,.6g}" if isinstance(value, float) else f"{name}: {value}")

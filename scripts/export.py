@@ -1,6 +1,6 @@
-"""Write a checkpoint as a Hugging Face folder: `python scripts/export.py --checkpoint DIR --output DIR`.
+"""Export a checkpoint to a Hugging Face folder by `python scripts/export.py --checkpoint DIR --output DIR`.
 
-A LoRA run is exported with merged weights, or with `--adapter` as a PEFT adapter."""
+A checkpoint of a LoRA run is exported with merged weights, or with `--adapter` as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file: 5GB (default), 500MB, 5GiB")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="maximum size of a weights file, such as 5GB (default), 500MB or 5GiB"
+    )
     dtypes = list(ExportDtype.__members__)
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto (default): the checkpoint's own")
-    parser.add_argument("--adapter", action="store_true", help="export only a LoRA run's adapter, for `peft`")
+    parser.add_argument(
+        "--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto (default): the checkpoint's own"
+    )
+    parser.add_argument("--adapter", action="store_true", help="export only the adapter of a LoRA run, for `peft`")
     arguments = parsed(parser)
     quiet_libraries()
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")

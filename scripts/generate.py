@@ -1,7 +1,10 @@
-"""Continue prompts, greedily by default: `python scripts/generate.py --checkpoint DIR --prompt TEXT`, or on
-several processes `torchrun --nproc-per-node 2 scripts/generate.py --tensor 2 …`.
+"""Continue prompts with a trained model, greedily by default.
 
-The text of a single prompt is printed token by token; several prompts are printed with their texts at the end."""
+python scripts/generate.py --checkpoint DIR --prompt TEXT
+torchrun --nproc-per-node 2 scripts/generate.py --tensor 2 --checkpoint DIR --prompt TEXT
+
+The continuation of a single prompt is printed token by token. With several prompts, all texts are printed at the
+end."""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def main() -> None:
     check_fits(opened.config, decoding, max(map(len, encoded)))
     with Topology.open(arguments.tensor) as topology, torch.inference_mode():
         dtype = dtype_of(arguments, opened, topology, encoded)
-        opened = open_checkpoint(arguments.checkpoint, checksums=True)  # verifies every file; after the memory check
+        opened = open_checkpoint(arguments.checkpoint, checksums=True)  # verifies all checksums
         model = opened.model(topology.tensor, topology.device, dtype)
         if len(prompts) == 1 and decoding.beams == 1 and arguments.output is None:
             stream(model, tokenizer, encoded[0], decoding)
@@ -72,39 +75,49 @@ def parse() -> argparse.Namespace:
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    prompts.add_argument("--prompts-file", type=Path, help='a prompt a line, or .jsonl with "prompt" in each')
-    parser.add_argument("--output", type=Path, help='write {"prompt", "text"} a line to this new .jsonl, print nothing')
+    prompts.add_argument(
+        "--prompts-file",
+        type=Path,
+        help='a text file with one prompt per line, or a .jsonl file with the field "prompt"',
+    )
+    parser.add_argument(
+        "--output", type=Path, help="a new .jsonl file for the prompts and texts, which are then not printed"
+    )
     parser.add_argument(
         "--special-tokens", choices=("text", "tokens"),
         help="encoding of a special token's spelling in a prompt, such as </s>; default: the checkpoint's, else text",
     )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy; 1: the model's distribution")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default): greedy; 1: sample the model's distribution"
+    )
     parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the most likely tokens with this total probability"
     )
     parser.add_argument("--beams", type=int, default=1, help="number of beams; 1: no beam search")
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams: above 1 favours long texts")
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, help="length penalty of beam search; above 1 favours long texts"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    parser.add_argument("--batch", type=int, default=8, help="prompts at a time; does not change the texts")
+    parser.add_argument("--batch", type=int, default=8, help="number of prompts in a batch; does not change the texts")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree, the number of processes")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own if the device has it natively"
+        "--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's dtype if the device supports it"
     )
     return parsed(parser)
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise UserError for mistakes that need no checkpoint to detect."""
+    """Raise UserError for mistakes that can be detected without the checkpoint."""
     for name in ("batch", "tensor"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1")
     processes, tensor = process.world_size(), arguments.tensor
     if processes != tensor:
         raise UserError(
-            f"--tensor {tensor} needs {tensor} processes, {processes} started: "
+            f"--tensor {tensor} needs {tensor} processes, but {processes} started: "
             f"torchrun --nproc-per-node {tensor} scripts/generate.py --tensor {tensor} …"
         )
     output = arguments.output
@@ -115,18 +128,18 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The prompts, in order. Raises: UserError that names the line."""
+    """The prompts in their order. Raises: UserError with the number of the malformed line."""
     path: Path | None = arguments.prompts_file
     if path is None:
         return arguments.prompt
     if path.exists() and not path.is_file():
-        raise UserError(f"--prompts-file {path} is not a regular file: write the prompts into one")
+        raise UserError(f"--prompts-file {path} is not a regular file: write the prompts to a file")
     try:
         text = read_limited(path).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts-file {path} cannot be read: {error}") from error
     if not text:
-        raise UserError(f"--prompts-file {path} is empty: write a prompt a line")
+        raise UserError(f"--prompts-file {path} is empty: write one prompt per line")
     lines = text.removesuffix("\n").split("\n")
     return [_prompt_of(line, f"{path}, line {number}", path.suffix) for number, line in enumerate(lines, start=1)]
 
@@ -141,22 +154,23 @@ def _prompt_of(line: str, where: str, suffix: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f'{where} has no text under "prompt"')
+        raise UserError(f'{where} has no field "prompt" with a text: add it, or remove the line')
     return row["prompt"]
 
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises: UserError if there is none, or it has more tokens than the model has rows."""
+    """The tokenizer of the checkpoint. Raises: UserError if there is no tokenizer, or if the tokenizer has more tokens
+    than the model's vocabulary."""
     from opt_parallel.data.encode.tokenizer import load_tokenizer
     from opt_parallel.huggingface.tokenizer import count_tokens
 
     if not any((opened.tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"--checkpoint: {opened.tokenizer} has no tokenizer: put its tokenizer.json there")
+        raise UserError(f"--checkpoint: {opened.tokenizer} has no tokenizer: copy the model's tokenizer.json there")
     tokenizer = load_tokenizer(str(opened.tokenizer))
     tokens, rows = count_tokens(tokenizer), opened.config.vocab_size
     if tokens > rows:
         raise UserError(
-            f"--checkpoint: the tokenizer in {opened.tokenizer} has {tokens} tokens, the model {rows}: "
+            f"--checkpoint: the tokenizer in {opened.tokenizer} has {tokens} tokens, but the model has {rows}: "
             "use the tokenizer that the model was trained with"
         )
     return tokenizer
@@ -165,7 +179,7 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
 def dtype_of(
     arguments: argparse.Namespace, opened: Opened, topology: Topology, prompts: list[list[int]]
 ) -> torch.dtype:
-    """The dtype to compute in. Raises: UserError, on every rank, if the model does not fit into memory."""
+    """The dtype of the computation. Raises: UserError on every rank if the model does not fit into memory."""
     import torch
 
     from opt_parallel.checkpoint.memory import SCRIPT, choose_dtype
@@ -178,7 +192,7 @@ def dtype_of(
 
 
 def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:
-    """Print the prompt and its text, whole characters as soon as their tokens are there."""
+    """Print a prompt and its continuation. Each character is printed as soon as all its tokens are generated."""
     import torch
     from tokenizers.decoders import DecodeStream
 
@@ -196,11 +210,11 @@ def stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], decoding: D
     show(prompt)
     ids = torch.tensor([prompt], device=model.lm_head.weight.device)
     output = generate(model, ids, decoding=decoding, on_tokens=show)
-    say(tokenizer.decode(output[0].tolist()).removeprefix(shown))  # the end may lack bytes of a last character
+    say(tokenizer.decode(output[0].tolist()).removeprefix(shown))  # the rest, whose last character may be incomplete
 
 
 def write(model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], decoding: Decoding, batch: int) -> list[str]:
-    """The text that follows each prompt, `batch` prompts at a time."""
+    """The continuation of each prompt, generated for `batch` prompts at a time."""
     from opt_parallel.data.encode.tokenizer import decode_continuation
     from opt_parallel.model.generation import generate, left_padded
 
@@ -217,7 +231,7 @@ def write(model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], decod
 
 
 def save(path: Path, prompts: list[str], texts: list[str]) -> None:
-    """Write prompts and texts to a new file, atomically. Raises: UserError."""
+    """Write the prompts and their continuations atomically to a new file. Raises: UserError."""
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     try:
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), replace=False)
@@ -225,7 +239,7 @@ def save(path: Path, prompts: list[str], texts: list[str]) -> None:
         raise UserError(f"--output {path} exists now: remove it or choose another file") from error
     except OSError as error:
         raise UserError(
-            f"--output {path} cannot be written ({error.strerror}): free space, or choose another"
+            f"--output {path} cannot be written ({error.strerror}): free space, or choose another file"
         ) from error
     print(f"{len(rows)} texts in {path}", file=sys.stderr)
 

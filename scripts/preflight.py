@@ -1,8 +1,10 @@
-"""Check hosts, devices, network, disk and data before a long run, with train.py's own keys and launcher.
+"""Check hosts, devices, network, disk and data before a long run, with the configuration keys and the launcher of
+train.py.
 
 torchrun --nproc-per-node 8 scripts/preflight.py model=opt-13b parallel.tensor=8 data.train=/data/text
 
-`train.py` does the same before step 1. No text is prepared and no checkpoint loaded: it takes seconds.
+`train.py` does the same checks before step 1. This script takes seconds, because it prepares no text and loads no
+checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def main(config: DictConfig) -> None:
         from opt_parallel.checkpoint.folders import choose, precision_of
         from opt_parallel.parallel.precision import choose_precision
         from opt_parallel.parallel.topology import Topology
-        from opt_parallel.preflight import check_same, make_run_folder, preflight  # torch takes seconds
+        from opt_parallel.preflight import check_same, make_run_folder, preflight  # late, as torch is slow
 
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)

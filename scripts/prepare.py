@@ -1,7 +1,9 @@
-"""Prepare a run's text in advance: `python scripts/prepare.py data.train=…`, with train.py's own keys.
+"""Prepare the text of a run in advance by `python scripts/prepare.py data.train=…`, with the configuration keys of
+train.py.
 
-Makes the stores that `train.py` with the same command line would, and prints their statistics. A stream is filled as
-far as the run reads it. `verify=true`: also read all stores and compare their checksums.
+The script builds the token stores that `train.py` builds for the same arguments, and prints their statistics. A
+streamed source is read as far as the run needs it. `verify=true` also reads all token stores and compares their
+checksums.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from opt_parallel.config.model import require
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.log import aligned
 
-VERIFY = "verify"  # not a key of the configuration
+VERIFY = "verify"  # an argument of this script, not a configuration key
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
@@ -57,7 +59,7 @@ def main(config: DictConfig) -> None:
 
 
 def take_verify() -> bool:
-    """Remove `verify=…` from the command line; return its value. Raises: UserError."""
+    """Remove the argument `verify=…` from the command line and return its value. Raises: UserError."""
     given = [argument for argument in sys.argv[1:] if argument.partition("=")[0] == VERIFY]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in given]
     value = given[-1].partition("=")[2].lower() if given else "false"

@@ -1,4 +1,5 @@
-"""Train a tokenizer: `python scripts/train_tokenizer.py --input data/*.jsonl --vocab-size 50272 --output tokenizer`."""
+"""Train a tokenizer by `python scripts/train_tokenizer.py --input data/*.jsonl --vocab-size 50272 --output
+tokenizer`."""
 
 from __future__ import annotations
 
@@ -12,10 +13,14 @@ from opt_parallel.runtime.log import quiet_libraries
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders, globs, or datasets of the hub")
-    parser.add_argument("--vocab-size", type=int, required=True, help="largest number of tokens; OPT has 50272 rows")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--text-field", default="text", help="of a record; default: text")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders, globs, or ids of datasets on the hub"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="maximum number of tokens; OPT's vocabulary has 50272"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    parser.add_argument("--text-field", default="text", help="field of a record that holds its text; default: text")
     arguments = parsed(parser)
     quiet_libraries()
     if arguments.output.exists():

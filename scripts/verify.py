@@ -1,6 +1,8 @@
-"""Compare our outputs with transformers' on the same files: `python scripts/verify.py --checkpoint DIR`.
+"""Compare the outputs of our model and of transformers on a Hugging Face folder by `python scripts/verify.py
+--checkpoint DIR`.
 
-`--against`: take our outputs from another checkpoint, such as the exported one. Status 0 if they agree, 1 if not.
+With `--against`, our model reads another checkpoint, such as the checkpoint that was exported. The exit status is 0 if
+the outputs agree, and 1 if they differ.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from opt_parallel.config.options import parsed
 from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import quiet_libraries, say
 
-MOST = 20  # findings to print
+MOST = 20  # maximum number of findings to print
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--against", type=Path, help="…/checkpoints/step-<N>, or another Hugging Face folder")
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree of our side")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree of our model")
     arguments = parsed(parser)
     if arguments.tensor < 1:
         raise UserError(f"--tensor {arguments.tensor} must be at least 1")

@@ -1,9 +1,9 @@
-"""Baselines on the data of scripts/wordnet_text.py, and the accuracy of generated answers.
+"""Compute baselines on the data of scripts/wordnet_text.py, and the accuracy of generated answers.
 
     python scripts/wordnet_baselines.py --data data/wordnet [--answers answers.jsonl]
 
-Labels: the most frequent one, and logistic regression on a bag of words. Pairs: the most frequent completion.
-`--answers`: generate.py's output for pairs-validation.jsonl.
+The baselines for labels are the most frequent label, and logistic regression on a bag of words. The baseline for pairs
+is the most frequent completion. `--answers` names the output of generate.py for pairs-validation.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SINGLE = ProblemType.single_label_classification
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that scripts/wordnet_text.py filled")
-    parser.add_argument("--answers", type=Path, help="the fine-tuned model's, by generate.py")
+    parser.add_argument("--answers", type=Path, help="answers of the fine-tuned model, written by generate.py")
     arguments = parsed(parser)
     answers = [] if arguments.answers is None else read(arguments.answers, "--answers")
     torch.manual_seed(1)
@@ -56,11 +56,11 @@ def main() -> int:
 
 
 def bag_of_words(train: list[dict[str, str]], held_out: list[dict[str, str]], names: list[str]) -> np.ndarray:
-    """Scores (held-out glosses, labels) of multinomial logistic regression, trained by Adam; of the epoch with the best
-    accuracy on every twentieth training gloss, which is not trained on."""
+    """Scores (held-out glosses, labels) of multinomial logistic regression trained with Adam. The scores are those of
+    the best epoch on every twentieth training gloss, which is not used for training."""
     seen = Counter(word for row in train for word in words_of(row["text"]))
     number = {word: index for index, word in enumerate(sorted(word for word, n in seen.items() if n >= SEEN))}
-    model = nn.EmbeddingBag(len(number) + 1, len(names), mode="sum", padding_idx=len(number))  # each word's scores
+    model = nn.EmbeddingBag(len(number) + 1, len(names), mode="sum", padding_idx=len(number))  # maps words to scores
     nn.init.zeros_(model.weight)
     bias = nn.Parameter(torch.zeros(len(names)))
     optimizer = torch.optim.Adam([*model.parameters(), bias], lr=RATE)
@@ -104,7 +104,7 @@ def read(path: Path, option: str = "--data") -> list[dict[str, str]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{option}: {path} cannot be read ({error}): make it with scripts/wordnet_text.py") from error
+        raise UserError(f"{option}: {path} cannot be read ({error}): run scripts/wordnet_text.py") from error
 
 
 if __name__ == "__main__":

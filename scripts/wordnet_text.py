@@ -1,12 +1,12 @@
-"""Three data sets from WordNet 3.0's database files, as in the Debian package wordnet-base.
+"""Write three data sets from the database files of WordNet 3.0, which the Debian package wordnet-base contains.
 
     python scripts/wordnet_text.py --output data/wordnet [--source /usr/share/wordnet]
 
-text-*.jsonl: for pretraining, an article for each synset: its words and their gloss.
-pairs-*.jsonl: prompts (a noun's article) and completions (its hypernym).
-labels-*.jsonl: glosses labelled with the category (WordNet calls it the lexicographer file) of their synset.
+text-*.jsonl is for pretraining and holds an article for each synset, with its words and their gloss. pairs-*.jsonl
+holds prompts and completions. A prompt is the article of a noun, and the completion is its hypernym. labels-*.jsonl
+holds glosses, labelled with the category of their synset. WordNet calls a category a lexicographer file.
 
-A gloss, and its near-duplicates, are held out in all three sets or in none. docs/real-text.md uses these data.
+A gloss and its near-duplicates are held out in all three data sets or in none. docs/real-text.md uses these data sets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.storage.atomic import new_file
 
 SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
-# in the order of lexnames(5WN) in WordNet's manual
+# The categories in the order of lexnames(5WN) in WordNet's manual.
 CATEGORIES = [
     *(f"adj.{name}" for name in ("all", "pert")), "adv.all", *(f"noun.{name}" for name in (
         "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling",
@@ -41,7 +41,8 @@ CATEGORIES = [
 
 @dataclass(frozen=True)
 class Synset:
-    """A set of synonyms. `kind_of`: offset of its first hypernym in the same file, None without one."""
+    """A set of synonyms. `kind_of` is the offset of its first hypernym in the same file, or None if it has no
+    hypernym."""
 
     speech: str
     offset: str
@@ -76,12 +77,12 @@ def main() -> int:
         ))  # fmt: skip
         print(f"{name}: {len(chosen):,} synsets, {sum(len(each.article) for each in chosen):,} characters, "
               f"{len(nouns):,} nouns that are a kind of something")  # fmt: skip
-    print(f"{removed:,} glosses left out of both: near-duplicates of training text")
+    print(f"{removed:,} glosses left out of both splits as near-duplicates of training text")
     return 0
 
 
 def read_synsets(folder: Path) -> Iterator[Synset]:
-    """All synsets of the four files; wndb(5WN) in WordNet's manual has their format. Raises: UserError."""
+    """All synsets of the four database files, whose format is in wndb(5WN) of WordNet's manual. Raises: UserError."""
     for name, speech in SPEECH.items():
         path = folder / f"data.{name}"
         require(path.is_file(), f"--source {folder} has no data.{name}: install wordnet-base, or name its folder")
@@ -91,7 +92,7 @@ def read_synsets(folder: Path) -> Iterator[Synset]:
             raise UserError(f"--source: {path} cannot be read ({error.strerror}): install WordNet 3.0") from error
         with file:
             for number, line in enumerate(file, start=1):
-                if line.startswith("  "):  # the licence
+                if line.startswith("  "):  # a line of the licence
                     continue
                 try:
                     yield read_synset(line, speech)
@@ -100,7 +101,8 @@ def read_synsets(folder: Path) -> Iterator[Synset]:
 
 
 def read_synset(line: str, speech: str) -> Synset:
-    """offset category type count(hexadecimal) (word id)… count (symbol offset type words)… | gloss"""
+    """The synset in a line `offset category type count (word id)… count (symbol offset type words)… | gloss`, in which
+    the first count is hexadecimal."""
     fields, _, gloss = line.partition(" | ")
     offset, category, _, count, *rest = fields.split(" ")
     words = [word.partition("(")[0].replace("_", " ") for word in rest[0 : 2 * int(count, 16) : 2]]

@@ -45,8 +45,8 @@ def command(main: Callable[[], None]) -> None:
         set_ranks()
         quiet_libraries()
         register_schema()
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises configuration errors instead of printing them
-        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # checked before Hydra writes a multirun's overrides to a file
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises configuration errors instead of printing them.
+        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # Checked before Hydra writes a multirun's overrides to a file.
         main()
 
 

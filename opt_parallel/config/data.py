@@ -13,8 +13,8 @@ from typing import Any
 from opt_parallel.config.model import Section, require
 from opt_parallel.config.paths import PATH
 
-KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # keys of a data source
-PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # the documentation in Python's standard library
+KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # Keys of a data source.
+PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # The documentation in Python's standard library.
 
 
 class BadRecordsPolicy(Enum):

@@ -11,8 +11,8 @@ from typing import Any
 
 from opt_parallel.runtime.errors import UserError
 
-IGNORED = -100  # label of a position without loss
-POSITION_OFFSET = 2  # position 0 is row 2 of the position table, as in fairseq
+IGNORED = -100  # Label of a position without loss.
+POSITION_OFFSET = 2  # Position 0 is row 2 of the position table, as in fairseq.
 # OPT-175B has 96 layers and 1.75 · 10¹¹ parameters.
 MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15
 MAY_DIFFER = {"dropout", "attention_dropout", "layerdrop", "init", "init_std"}  # between networks with the same weights
@@ -58,7 +58,7 @@ class Labels:
 
 
 class Section:
-    """A section of the configuration. It is checked when it is created and immutable afterwards."""
+    """A section of the configuration, which is checked when it is created and immutable afterwards."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -81,8 +81,8 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass
 class ModelConfig(Section):
-    """The network's architecture and initialisation. The defaults are those of the paper's 125M model. They differ from
-    the defaults of `OPTConfig` only in attention_dropout."""
+    """The network's architecture and initialisation. The defaults are those of the paper's 125M model. The defaults of
+    `OPTConfig` differ only in attention_dropout."""
 
     # size of the vocabulary; a tokenizer may have fewer tokens
     vocab_size: int = 50272
@@ -186,7 +186,8 @@ class ModelConfig(Section):
 
     @property
     def embedding_size(self) -> int:
-        """Width of the token embedding. It equals `hidden_size` unless the embedding is projected, as in OPT-350m."""
+        """Width of the token embedding, which equals `hidden_size` unless the embedding is projected, as in
+        OPT-350m."""
         return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
 
     @property

@@ -48,8 +48,7 @@ def _path(option: str, text: str) -> Path:
 
 
 def _refuse_secrets(words: Sequence[str]) -> None:
-    """Raise UserError for a secret on the command line. Otherwise argparse could print it as the value of an unknown
-    option."""
+    """Raise UserError for a secret on the command line, before argparse could print the secret in an error message."""
     option = "the command line"
     for word in words:
         value = word

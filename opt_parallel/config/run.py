@@ -1,4 +1,4 @@
-"""The typed configuration of a run. It has one section for each group of configs/, and checks across sections.
+"""The typed configuration of a run, with one section for each group of configs/ and with checks across sections.
 
 Hydra composes YAML files and the command line into these types (`compose.py`), and refuses unknown keys and wrong
 types. A `Run` checks its values when it is created and is immutable afterwards. This module does not import torch.

@@ -14,7 +14,7 @@ from opt_parallel.config.paths import reach
 from opt_parallel.launching.settings import Accelerate, DeepSpeed, Elastic, Launch, Torchrun
 from opt_parallel.runtime.errors import UserError
 
-# These are torchrun's defaults, and SIGUSR1, which Slurm sends before the time limit.
+# The signals that torchrun forwards by default, and SIGUSR1, which Slurm sends before the time limit.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 PORT = 29500
 

@@ -50,8 +50,9 @@ def _venv(launch: Slurm) -> Path:
 
 
 def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
-    """The `apptainer exec` command line, or nothing if no container is set. It mounts the run's folder and this
-    repository into the container. Apptainer itself mounts the home folder and the working folder. Raises: UserError."""
+    """The `apptainer exec` command line, or nothing if no container is set. The command mounts the run's folder and
+    this repository into the container. Apptainer itself mounts the home folder and the working folder. Raises:
+    UserError."""
     if launch.container is None:
         return []
     for path in (root, folder):

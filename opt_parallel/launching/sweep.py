@@ -26,8 +26,8 @@ from opt_parallel.runtime.process import is_main, world_size
 from opt_parallel.runtime.terminal import open_streams, outlive
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-DIVERGED: list[str] = []  # the swept values of each run of this process that diverged
-LONGEST_NAME = 200  # maximum length of a folder name in bytes; most file systems allow 255, some fewer
+DIVERGED: list[str] = []  # The swept values of each run of this process that diverged.
+LONGEST_NAME = 200  # Maximum length of a folder name in bytes; most file systems allow 255, some fewer.
 
 
 class RememberSweep(Callback):

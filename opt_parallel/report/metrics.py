@@ -315,7 +315,7 @@ def _mark(device: torch.device) -> Mark:
 
 
 def _seconds(start: Mark, end: Mark) -> float:
-    """Number of seconds between two marks. The call waits until the device has reached the mark `end`."""
+    """Number of seconds between two marks. This function waits until the device has reached the mark `end`."""
     if isinstance(end, float):
         return end - start
     end.synchronize()
@@ -323,8 +323,8 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:
-    """Dense TFLOP/s of a device from PEAK_TFLOPS. The result is None for unknown devices, for MIG slices, for bf16 on a
-    V100 without bf16 units, and for fp32, whose speed depends on TF32."""
+    """Dense TFLOP/s of a device from PEAK_TFLOPS. The TFLOP/s are None (unknown) for devices that are not in the table,
+    for MIG slices, for bf16 on a V100, which lacks bf16, and for fp32, whose speed depends on TF32."""
     words = set(re.findall(r"[A-Za-z0-9]+", device_name))
     if precision is Precision.fp32 or "MIG" in words or (precision is Precision.bf16 and "V100" in words):
         return None

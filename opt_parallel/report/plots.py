@@ -16,9 +16,9 @@ from opt_parallel.runtime.terminal import plain
 from opt_parallel.storage.atomic import new_file
 from opt_parallel.storage.rows import Row
 
-MOST_NAMED = 40  # maximum number of labels whose names are shown in a confusion matrix; more names would overlap
-LONGEST_TITLE, LONGEST_LABEL = 60, 30  # maximum number of characters; plotting thousands of characters takes minutes
-SMOOTH_FROM = 100  # minimum number of rows of a curve that is smoothed
+MOST_NAMED = 40  # Maximum number of labels whose names are shown in a confusion matrix; more names would overlap.
+LONGEST_TITLE, LONGEST_LABEL = 60, 30  # Maximum number of characters; plotting thousands of characters takes minutes.
+SMOOTH_FROM = 100  # Minimum number of rows of a curve that is smoothed.
 # Seven colours for colour-blind readers (Okabe & Ito 2008, without yellow, which is weak on white). Further curves
 # repeat the colours in other line styles.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -114,7 +114,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
     """Limits of the loss axis, from the lowest loss to the highest loss after the first twentieth of each run, in which
-    losses fall fast. The result is None if no loss is finite. The curve of a run that diverges leaves the plot."""
+    losses fall fast. The limits are None if no loss is finite. The curve of a run that diverges leaves the plot."""
     lowest, highest = [], []
     for curve in curves:
         for steps, losses in (curve.training, curve.validation):

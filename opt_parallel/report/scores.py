@@ -57,8 +57,8 @@ def figures(tallied: np.ndarray, problem_type: ProblemType) -> dict[str, float]:
 
 def matthews(confusion: np.ndarray) -> float:
     """Matthews correlation coefficient of a confusion matrix (N, N), generalised to N labels by Gorodkin 2004,
-    "Comparing two K-category assignments by a K-category correlation coefficient". It is 0 if all labels or all
-    predictions are equal.
+    "Comparing two K-category assignments by a K-category correlation coefficient". The coefficient is 0 if all labels
+    or all predictions are equal.
 
     With s examples, c right predictions, t_k examples with label k and p_k predictions of label k, the coefficient is
     (c·s − Σ p_k t_k) / √((s² − Σ p_k²) (s² − Σ t_k²))"""
@@ -69,8 +69,8 @@ def matthews(confusion: np.ndarray) -> float:
 
 
 def _f1(counts: np.ndarray) -> np.ndarray:
-    """The F1 score 2 tp / (2 tp + fp + fn) of each row (van Rijsbergen 1979). It is 0 for a label without examples and
-    predictions."""
+    """The F1 score 2 tp / (2 tp + fp + fn) of each row (van Rijsbergen 1979). A label without examples and predictions
+    has an F1 score of 0."""
     tp, fp, fn = counts.T
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
 

@@ -18,16 +18,16 @@ from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import say
 from opt_parallel.storage.atomic import optional, write_text
 
-Tracker = Any  # an accelerate.tracking.GeneralTracker; accelerate has no types and is imported late
-WANDB_ID = "wandb-id"  # the file in a run's folder that holds the run's wandb id
+Tracker = Any  # An accelerate.tracking.GeneralTracker; accelerate has no types and is imported late.
+WANDB_ID = "wandb-id"  # The file in a run's folder that holds the run's wandb id.
 MODE, CACHE = "WANDB_MODE", "WANDB_CACHE_DIR"
-# These environment variables override our settings.
+# Environment variables of wandb that override our settings.
 FOLLOWED = (MODE, "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")
 MODES = {
     "online": Wandb.online, "run": Wandb.online, "shared": Wandb.online,
     "offline": Wandb.offline, "dryrun": Wandb.offline, "disabled": Wandb.disabled,
 }  # fmt: skip
-caches = {""}  # values of CACHE that this process set
+caches = {""}  # Values of CACHE that this process set.
 
 
 def wandb_mode(run: Run) -> Wandb:
@@ -118,7 +118,7 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
     from torch.utils.tensorboard.summary import hparams
 
     threading.excepthook = _quiet_tensorboard
-    PartialState()  # trackers read the rank from PartialState, which uses the existing process group
+    PartialState()  # Trackers read the rank from PartialState, which uses the existing process group.
     # TensorBoard stores neither null nor lists
     known = (bool, int, float, str)
     settings = {key: each if isinstance(each, known) else str(each) for key, each in flat(recorded(run)).items()}

@@ -15,13 +15,13 @@ from opt_parallel.runtime import process, terminal
 from opt_parallel.runtime.machine import is_out_of_memory
 
 # Exit statuses after a signal. During training the process first finishes the step and saves a checkpoint.
-INTERRUPTED = 130  # Ctrl-C, by the shell's convention
-STOPPED = 75  # SIGTERM or SIGUSR1; EX_TEMPFAIL of sysexits.h asks the batch system to start the job again
+INTERRUPTED = 130  # Ctrl-C, by the shell's convention.
+STOPPED = 75  # SIGTERM or SIGUSR1; EX_TEMPFAIL of sysexits.h asks the batch system to start the job again.
 
 
 class UserError(Exception):
-    """A user's mistake. Its one-line message names the wrong value, the cause and a remedy. `shared` is true if every
-    rank raises this error."""
+    """A user's mistake. The message of a `UserError` is one line with the wrong value, the cause and a remedy. `shared`
+    is true if every rank raises this error."""
 
     def __init__(self, message: str, shared: bool = False) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """Gradients or the loss scale left the finite range. This error ends a single run, but a sweep continues with its
+    """Gradients or the loss scale left the finite range. Divergence ends a single run, but a sweep continues with its
     next run."""
 
 
@@ -38,8 +38,8 @@ class Unread(UserError):
 
 
 class Lost(Exception):
-    """Another rank has ended or does not answer. This is not the user's mistake, and a restart resumes from the newest
-    checkpoint. `speaks` is true on the one rank of each host that prints the message."""
+    """Another rank has ended or does not answer. The loss of a rank is not the user's mistake, and a restart resumes
+    from the newest checkpoint. `speaks` is true on the one rank of each host that prints the message."""
 
     def __init__(self, message: str, speaks: bool = True) -> None:
         super().__init__(message)
@@ -56,10 +56,10 @@ def one_line(error: BaseException) -> str:
 def leave(line: str, status: int = 2, timeout: float = 10.0, shared: bool = False) -> NoReturn:
     """End this process with `status`. Under a launcher, only rank 0 prints the message `line`.
 
-    A launcher kills all ranks when one rank exits. So the other ranks wait up to `timeout` seconds to be killed, while
-    rank 0 prints the message. Rank 0 then waits half of `timeout` for ranks that are still starting, or 1 s if all
-    ranks raised the same error (`shared`). A rank that is not killed in time prints the message itself, because only
-    that rank had the error.
+    A launcher kills all ranks when one rank exits. The other ranks therefore wait up to `timeout` seconds to be killed,
+    while rank 0 prints the message. Rank 0 then waits half of `timeout` for ranks that are still starting, or 1 s if
+    all ranks raised the same error (`shared`). A rank that is not killed in time prints the message itself, because
+    only that rank had the error.
     """
     if process.is_main():
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -70,8 +70,8 @@ def leave(line: str, status: int = 2, timeout: float = 10.0, shared: bool = Fals
         time.sleep(timeout)
         if not shared:
             print(f"error: {process.host()}, rank {process.rank()}: {line}", file=sys.stderr)
-    terminal.flush()  # `os._exit` does not flush the streams
-    os._exit(status)  # not sys.exit: closing a process group would wait for ranks that are gone
+    terminal.flush()  # `os._exit` does not flush the streams.
+    os._exit(status)  # Not sys.exit: closing a process group would wait for ranks that are gone.
 
 
 def out_of_memory(error: BaseException) -> str:
@@ -90,8 +90,8 @@ def reporting(
     """Report a user's mistake in one line and exit with status 2. Report the loss of another rank in one line and exit
     with status 1. A command that only prints exits silently when the reader of its pipe has ended (`| head`).
 
-    `expected` lists error types of libraries that parse user input (Hydra, OmegaConf). They count as user mistakes, and
-    `explain` returns their message. All other errors are bugs and keep their traceback.
+    `expected` lists error types of libraries that parse user input (Hydra, OmegaConf). Errors of these types count as
+    user mistakes, and `explain` returns their message. All other errors are bugs and keep their traceback.
     """
     terminal.open_streams()
     try:

@@ -18,8 +18,8 @@ from opt_parallel.runtime import machine, process, terminal
 from opt_parallel.runtime.errors import Lost, UserError
 
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
-RETRIES = "huggingface_hub.utils._http"  # this logger reports each retry of a download; we report the final failure
-OURS = logging.getLogger("opt_parallel")  # receives a copy of each printed line for the rank's log file
+RETRIES = "huggingface_hub.utils._http"  # This logger reports each retry of a download; we report the final failure.
+OURS = logging.getLogger("opt_parallel")  # Receives a copy of each printed line for the rank's log file.
 
 
 def say(text: str, anywhere: bool = False) -> None:
@@ -52,7 +52,7 @@ def quiet_libraries() -> None:
     if home := machine.ensure_home():
         say(f"note: user {os.getuid()} has no home folder here: {home} is used instead")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # These files log a missing GPU and gradients that are not finite. We report both ourselves.
+    # DeepSpeed's files that log a missing GPU and gradients that are not finite. We report both ourselves.
     said_by_us = ("real_accelerator.py", "loss_scaler.py")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename not in said_by_us)
     for name in QUIET:

@@ -16,8 +16,8 @@ CPUS_GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "PBS_NUM_PPN
 
 
 def cpus() -> int:
-    """Number of CPUs that this process may use, at least 1. This is the minimum of the CPU affinity, the cgroups'
-    quotas (rounded down) and the number that the batch system allocated."""
+    """Number of CPUs that this process may use. The number is at least 1, and otherwise the minimum of the CPU
+    affinity, the cgroups' quotas (rounded down) and the number of CPUs that the batch system allocated."""
     quotas = [int(quota) for quota in _quotas()]
     return max(1, min([_affinity(), *quotas, *_given()]))
 
@@ -49,8 +49,8 @@ def ensure_home() -> str | None:
 
 
 def memory_limit() -> int:
-    """Maximum number of bytes that this process can allocate. This is the minimum of the host's memory and of the
-    limits of its cgroups, of `ulimit -v` and `-d`, and of the Slurm job."""
+    """Maximum number of bytes of memory that this process can allocate, which is the minimum of the host's memory and
+    of the limits of its cgroups, of `ulimit -v` and `-d`, and of the Slurm job."""
     import psutil
 
     return min([psutil.virtual_memory().total, *(limit for limit, _ in (*_shared_memory(), *_own_memory()))])

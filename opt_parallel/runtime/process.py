@@ -10,10 +10,10 @@ import socket
 # Open MPI's names for rank, world size, local rank, local world size
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-LAUNCHERS = (*RANK_VARIABLES, "MASTER_", "OMPI_", "SLURM_")  # prefixes of launchers' variables
-SLURM_PORTS = 20_000, 10_000  # first port and number of ports; each Slurm job step uses one port of this range
-WATCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun (and accelerate), and by DeepSpeed's launcher
-PARENT = os.getppid()  # parent process at the start; a process whose parent ends gets another parent
+LAUNCHERS = (*RANK_VARIABLES, "MASTER_", "OMPI_", "SLURM_")  # Prefixes of launchers' variables.
+SLURM_PORTS = 20_000, 10_000  # First port and number of ports; each Slurm job step uses one port of this range.
+WATCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # Set by torchrun (and accelerate), and by DeepSpeed's launcher.
+PARENT = os.getppid()  # Parent process at the start; a process whose parent ends gets another parent.
 
 
 def rank() -> int:
@@ -47,8 +47,8 @@ def is_main() -> bool:
 
 def launcher_is_gone() -> bool:
     """Whether the launcher (torchrun, accelerate, DeepSpeed's) ended before this process, as after SIGKILL or a signal
-    that the launcher does not forward. The result is False without a launcher, because a shell may end on purpose after
-    `python train.py &`."""
+    that the launcher does not forward. Without a launcher, the end of the parent process is ignored, because a shell
+    may end on purpose after `python train.py &`."""
     return os.getppid() != PARENT and any(name in os.environ for name in WATCHED)
 
 

@@ -1,8 +1,8 @@
 """Turn signals (SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGQUIT) and the launcher's exit into a status that the training loop
 reads after each step.
 
-A thread reads the signals through Python's wake-up descriptor. So a second signal ends the process even if the main
-thread hangs in a collective.
+A thread reads the signals through Python's wake-up descriptor. Thanks to this thread, a second signal ends the process
+even if the main thread hangs in a collective.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ STATUS = {
     signal.SIGINT: INTERRUPTED,
     **dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT), STOPPED),
 }
-CHECK_EVERY = 1.0  # seconds between two checks that the launcher is alive
-SAME_REQUEST = 5.0  # seconds; a second signal within this time is the launcher's copy of the first
+CHECK_EVERY = 1.0  # Seconds between two checks that the launcher is alive.
+SAME_REQUEST = 5.0  # Seconds; a second signal within this time is the launcher's copy of the first.
 
 
 class Interrupt:

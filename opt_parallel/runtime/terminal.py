@@ -22,8 +22,8 @@ CONTROL = re.compile(r"(?!^)\r(?!\n)|[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202a-\u202e
 COLORS = re.compile(r"\x1b\[[\d;]*m")
 UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # tqdm and wandb write these alone to move the cursor back
 NAMES = {1: "standard output", 2: "standard error"}
-READ_TIMEOUT = 30.0  # seconds that a write to a full pipe waits for its reader; the other ranks wait too
-GONE = (errno.EPIPE, errno.EIO)  # errors after the reader of a pipe ended or the terminal closed
+READ_TIMEOUT = 30.0  # Seconds that a write to a full pipe waits for its reader; the other ranks wait too.
+GONE = (errno.EPIPE, errno.EIO)  # Errors after the reader of a pipe ended or the terminal closed.
 
 gone: dict[int, str] = {}  # maps descriptors whose writes failed to the warning printed for each
 _outliving = False

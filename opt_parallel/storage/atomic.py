@@ -1,8 +1,8 @@
 """Atomic writes. A file or folder is written under a temporary name, fsynced, and renamed to its final path.
 
 Each writer has its own temporary name in the folder of the final path, so two writers never share a file. A writer
-holds a lock (flock) on its temporary file, and the kernel releases this lock when the process ends. So an unlocked
-temporary file was left by a killed process, and the next writer of the same path deletes this file.
+holds a lock (flock) on its temporary file, and the kernel releases this lock when the process ends. An unlocked
+temporary file was therefore left by a killed process, and the next writer of the same path deletes it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import BinaryIO
 from opt_parallel.runtime import process
 from opt_parallel.runtime.log import say
 
-PARTIAL = ".partial"  # suffix of temporary names
-HELD = ".writing"  # the locked file in a temporary folder, since NFS cannot lock a folder
+PARTIAL = ".partial"  # Suffix of temporary names.
+HELD = ".writing"  # The locked file in a temporary folder, since NFS cannot lock a folder.
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
 NOT_OPENED = {errno.EACCES, errno.EPERM, errno.EISDIR}  # errors when opening a folder that is writable but not readable
 _warned: set[str] = set()
@@ -149,8 +149,8 @@ def remove(path: Path) -> bool:
 
 def remove_leftovers(path: Path, any_host: bool = False) -> None:
     """Delete the temporary files and folders of `path` that killed processes of this host left. With `any_host`, also
-    delete those of other hosts. Their locks may not be visible on this host, so only the single writer of `path` may
-    pass `any_host`."""
+    delete the temporary files of other hosts. Locks of other hosts may not be visible on this host, so only the single
+    writer of `path` may pass `any_host`."""
     host = "*" if any_host else glob.escape(process.host())
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.{host}-????????{PARTIAL}"):
         held = leftover / HELD if leftover.is_dir() else leftover
@@ -170,8 +170,8 @@ def remove_leftovers(path: Path, any_host: bool = False) -> None:
 
 @contextmanager
 def _unfinished(path: Path, folder: bool) -> Iterator[tuple[Path, BinaryIO]]:
-    """Yield a temporary file or folder for `path` and its locked file. It is removed at the end unless it was
-    renamed."""
+    """Yield a temporary file or folder for `path` and its locked file. The temporary file or folder is removed at the
+    end unless it was renamed."""
     remove_leftovers(path)
     file, partial = None, path
     try:

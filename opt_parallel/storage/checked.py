@@ -16,9 +16,9 @@ from annotated_types import Ge, Lt
 
 CHECKSUM = "checksum"
 END = re.compile(rb', "checksum": "([0-9a-f]{8})"\}\n?\Z')
-LONGEST_END = 40  # bytes; a match of END is shorter
-DEEPEST = 32  # maximum nesting of lists and objects, so that recursive readers do not overflow the stack
-MOST = 2**16  # default maximum size of a file in bytes
+LONGEST_END = 40  # Bytes; a match of END is shorter.
+DEEPEST = 32  # Maximum nesting of lists and objects, so that recursive readers do not overflow the stack.
+MOST = 2**16  # Default maximum size of a file in bytes.
 
 # types of the fields that readers check
 Integer = Annotated[int, Ge(-(2**63)), Lt(2**63)]

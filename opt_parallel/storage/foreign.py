@@ -50,8 +50,8 @@ def check_fetched(path: Path, where: str) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """The folders that may contain the files of `folder`. These are `folder` itself and, if it is a snapshot in the
-    hub's cache, the repository's `blobs` and the `blobs` that all repositories share."""
+    """The folders that may contain the files of `folder`. A snapshot in the hub's cache may link to files in the
+    repository's `blobs` and in the `blobs` that all repositories share."""
     here = folder.resolve()
     roots = [here]
     for parent in (here, *here.parents):

@@ -1,9 +1,9 @@
 """A lock on a folder, so that one process at a time writes there. A crash leaves no stale lock.
 
 The writing process keeps the file `lock` in the folder open and locked (flock), and the kernel releases this lock when
-the process ends. On some file systems locks are missing or not visible to other hosts. So the file also names the
-process and holds a heartbeat counter, which the process increments every few seconds. A waiting process watches whether
-the counter grows, so hosts' clocks need not agree.
+the process ends. On some file systems locks are missing or not visible to other hosts. The file `lock` therefore also
+names the process and holds a heartbeat counter, which the process increments every few seconds. A waiting process
+watches whether the counter grows, so hosts' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from opt_parallel.storage.atomic import confirm, hold
 LOCK = "lock"
 # Seconds between two heartbeats, and seconds without a heartbeat after which a process counts as dead.
 BEAT, SILENT = 5.0, 60.0
-EXIT_TIMEOUT = 2.0  # seconds that a process may take to exit
-POLL = 0.5  # seconds between two reads of the lock file
-SIZE = 512  # size of the lock file in bytes; each heartbeat overwrites the file
+EXIT_TIMEOUT = 2.0  # Seconds that a process may take to exit.
+POLL = 0.5  # Seconds between two reads of the lock file.
+SIZE = 512  # Size of the lock file in bytes; each heartbeat overwrites the file.
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 

@@ -23,11 +23,11 @@ from opt_parallel.runtime.log import aligned
 from opt_parallel.storage.rows import METRICS, Row, describe_damaged, read_rows
 
 CONFIG, STATE = "config.yaml", "state"
-INNER = {"checkpoints", "export", "logs", "wandb"}  # subfolders of a run's folder that contain no runs
-OWN = {"run.dir", "run.name"}  # keys that always differ between runs
-MOST_COLUMNS = 6  # maximum number of settings in the table of runs; more settings get their own table
-MOST_IN_LABEL = 3  # maximum number of settings in a legend
-LONGEST_CELL = 36  # maximum number of characters
+INNER = {"checkpoints", "export", "logs", "wandb"}  # Subfolders of a run's folder that contain no runs.
+OWN = {"run.dir", "run.name"}  # Keys that always differ between runs.
+MOST_COLUMNS = 6  # Maximum number of settings in the table of runs; more settings get their own table.
+MOST_IN_LABEL = 3  # Maximum number of settings in a legend.
+LONGEST_CELL = 36  # Maximum number of characters.
 NONE = "—"
 AXES = ("step", "samples", "tokens")
 
@@ -57,8 +57,8 @@ class Record:
 
     @property
     def last_training(self) -> float:
-        """The training loss at the end of the plotted curve. This is a mean over the last steps, or the last loss of a
-        short run, or NaN if there is no loss."""
+        """The training loss at the end of the plotted curve. A long run has a mean over its last steps, a short run its
+        last loss, and a run without losses NaN."""
         losses = self.training[1]
         return (smoothed(losses) if len(losses) >= SMOOTH_FROM else losses or [math.nan])[-1]
 
@@ -140,8 +140,8 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The configuration in a file by dotted key. The result is empty if there is no file, as in a folder into which
-    only the metrics were copied."""
+    """The configuration in a file by dotted key. If the file is missing, as in a folder into which only the metrics
+    were copied, the configuration is empty."""
     if not path.exists():
         return {}
     try:

@@ -85,7 +85,7 @@ def _in_precision(run: Run, opened: Opened, topology: Topology) -> Run:
     """`run` with `precision=auto` replaced by the precision of the checkpoint. Raises: UserError on every rank if
     memory does not suffice."""
     asked = None if run.precision.name is Precision.auto else DTYPES[run.precision.name]
-    # This is the approximate number of values per token in a layer.
+    # The approximate number of activation values per token in a layer.
     width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim
     dtype = choose_dtype(opened, topology, asked, RUN, run.micro_batch * run.data.sequence_length * width)
     return dataclasses.replace(run, precision=dataclasses.replace(run.precision, name=PRECISIONS[dtype]))

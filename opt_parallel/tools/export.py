@@ -34,9 +34,9 @@ from opt_parallel.runtime.log import say
 from opt_parallel.storage.foreign import content_of, file_in
 
 CARD, BASE = "README.md", "base"
-SHARD = 5 * 10**9  # maximum number of bytes of a weights file of an adapter's base model
-ORIGIN = "checkpoint.json"  # this file identifies the exported checkpoint
-COPIES = 2  # copies of a tensor in memory besides the exported copy: the tensor as read, and a rearranged copy
+SHARD = 5 * 10**9  # Maximum number of bytes of a weights file of an adapter's base model.
+ORIGIN = "checkpoint.json"  # This file identifies the exported checkpoint.
+COPIES = 2  # Copies of a tensor in memory besides the exported copy: the tensor as read, and a rearranged copy.
 
 
 def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDtype, replace: bool = False) -> None:
@@ -66,8 +66,8 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
 
 
 def is_of(output: Path, checkpoint: Path) -> bool:
-    """Whether `output` is an export of `checkpoint`. The result is False for exports by earlier versions, which do not
-    name their checkpoint."""
+    """Whether `output` is an export of `checkpoint`. Exports by earlier versions of this package do not name their
+    checkpoint, so the answer is False for them."""
     try:
         return json.loads((output / ORIGIN).read_bytes()) == _origin(checkpoint)
     except (OSError, ValueError, RecursionError):

@@ -22,8 +22,8 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.rows import METRICS, Row, rows_of
 
 KINDS = ("weights", *dict.fromkeys(moment for optimizer in OPTIMIZERS.values() for moment in optimizer.moments))
-NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # step-300, step-300.abandoned, step-300.abandoned1
-STATES = {  # the meaning of the suffix of a checkpoint's folder name
+NAME = re.compile(STEP.pattern + r"(?:\.([a-z]+)[0-9]*)?")  # Step-300, step-300.abandoned, step-300.abandoned1.
+STATES = {  # The meaning of the suffix of a checkpoint's folder name.
     "partial": "incomplete: being written, or left by a killed run",
     "damaged": "renamed: damaged",
     "abandoned": "renamed: the run resumed from an earlier checkpoint",

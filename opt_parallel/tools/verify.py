@@ -26,8 +26,8 @@ from opt_parallel.runtime.errors import UserError
 
 TOLERANCE = 1e-5  # relative to the largest output; fp32 has 7 digits, of which different orders of summation lose some
 LENGTH, PADDING = 32, 5
-COPIES = 3  # approximate number of fp32 copies of the largest tensor in memory during the comparison
-KINDS_OF_PADDING = ("unpadded", "left-padded", "right-padded", "inner-padded")  # two input rows of each kind
+COPIES = 3  # Approximate number of fp32 copies of the largest tensor in memory during the comparison.
+KINDS_OF_PADDING = ("unpadded", "left-padded", "right-padded", "inner-padded")  # Two input rows of each kind.
 
 
 class _Base(nn.Module):
@@ -171,8 +171,8 @@ class _Theirs:
         first: dict[nn.Parameter, str] = {}
         prefix, index = f"{self.model.base_model_prefix}.", {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            own = first.setdefault(parameter, name)  # a file stores a tied parameter under its first name
-            spellings = (own, prefix + own, own.removeprefix(prefix))  # names in a model with and without a head
+            own = first.setdefault(parameter, name)  # A file stores a tied parameter under its first name.
+            spellings = (own, prefix + own, own.removeprefix(prefix))  # Names in a model with and without a head.
             index[name] = next(stored[spelling] for spelling in spellings if spelling in stored)
         weights = OffloadedWeightsLoader(index=index)
         attach_align_device_hook(self.model, torch.device("cpu"), offload=True, weights_map=weights)

@@ -1,4 +1,5 @@
-"""Saving and loading a run's state with our format and DeepSpeed's, alternately, in the same engine and processes."""
+"""Measure saving and loading of a run's training state in our checkpoint format and in DeepSpeed's. The two checkpoint
+formats take turns in the same engine and processes."""
 
 from __future__ import annotations
 
@@ -36,11 +37,12 @@ from opt_parallel.zero import Fragment, base_optimizer, held_fragments
 
 Rounds = dict[str, list[float]]
 
-TOKENS = 16  # of the one sample that each data rank trains on, so that moments exist
+TOKENS = 16  # length of the sample on which each data rank trains for one step, so that moments exist
 
 
 def measure(run: Run, processes: int, folder: Path, rounds: int) -> Rounds:
-    """Each quantity's values, one a round: seconds of the slowest process, or most bytes of a process.
+    """The values of each quantity, one for each round. Times are seconds of the slowest process, and sizes are the
+    largest number of bytes of a process.
 
     Raises: UserError if a loaded state differs from the saved one."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -82,7 +84,7 @@ def _work(run: Run, rank: int, world: int, folder: Path, rounds: int) -> Rounds:
 
 @dataclasses.dataclass
 class Bench:
-    """One process of the measurement."""
+    """The part of the measurement that runs in one process."""
 
     run: Run
     topology: Topology
@@ -91,7 +93,8 @@ class Bench:
     folder: Path
 
     def turn(self, turn: int) -> dict[str, float]:
-        """One round: both sides save and load; the order alternates."""
+        """Run one round, in which both formats are saved and loaded. The order of the formats alternates between
+        rounds."""
         sides = [self._ours, self._theirs]
         figures: dict[str, float] = {}
         for side in sides if turn % 2 else reversed(sides):
@@ -155,12 +158,12 @@ class Bench:
         return {"their save": whole, "their load": loaded, "their memory": peak, "their bytes": size / self.parameters}
 
     def _now(self) -> float:
-        """The clock in seconds, after a barrier."""
+        """The host's clock in seconds, read after a barrier."""
         self.topology.barrier()
         return time.perf_counter()
 
     def _state(self) -> list[Tensor]:
-        """This rank's training state: working weights, fp32 weights and moments."""
+        """This rank's training state, which is working weights, fp32 weights and moments."""
         held = [values for fragment in self._held() for values in fragment.tensors.values()]
         return held + [tensor.detach() for _, tensor, _ in marked(self.engine.wrapped.module)]
 
@@ -169,8 +172,8 @@ class Bench:
         return list(held_fragments(self.engine.wrapped, self.run.zero.stage, data_rank, moments))
 
     def _forget(self) -> list[float]:
-        """Zero the weights and delete the moments, as at the start of a run. Returns the sums of the earlier
-        tensors."""
+        """Zero the weights and delete the moments, as at the start of a run. Returns the sum of each tensor before it
+        was zeroed."""
         sums = [float(values.double().sum()) for values in self._state()]
         self.size = sum(values.nbytes for values in self._state())
         self.moments = sum(values.nbytes for fragment in self._held() for values in fragment.moments.values())
@@ -182,18 +185,18 @@ class Bench:
         return sums
 
     def _peak(self, created: int = 0) -> float:
-        """Peak memory of loading, relative to the state's size: 1 means no memory beyond the state. The moments and
-        `created` bytes of weights belong to the state."""
+        """Peak memory of loading, divided by the size of the training state. A value of 1 means no memory beyond the
+        training state, to which the moments and `created` bytes of weights belong."""
         grown = peak_memory(self.topology.device) - self.resident
         return 1 + (grown - self.moments - created) / self.size
 
     def _compare(self, before: list[float], whose: str) -> None:
         if before != [float(values.double().sum()) for values in self._state()]:
-            raise UserError(f"{whose} checkpoint did not restore the state: its times are meaningless")
+            raise UserError(f"{whose} checkpoint did not restore the training state, so its times are meaningless")
 
 
 def table(measured: Rounds) -> list[list[str]]:
-    """Medians and ranges, and the ratios of each round beside their goals."""
+    """The table of medians and ranges of all rounds, with the ratios of each round and their goals."""
     lines = [["", "ours (range)", "DeepSpeed (range)", "ours ÷ it (range)", "goal"]]
 
     for what, ours, theirs, goal in (

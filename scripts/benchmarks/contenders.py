@@ -1,8 +1,8 @@
-"""The trainers that are compared: ours and the alternatives. Each is a function that does one optimizer step.
+"""The trainers that the benchmark compares. Each trainer is a function that does one optimizer step.
 
-All use the run's model, precision, sequence length, batch, dropout, clipping, AdamW (torch's fused kernel) and token
-ids. Each keeps its own defaults otherwise: DeepSpeed's bucket sizes and gradient types, DTensor's fp32 weights under
-autocast.
+All trainers use the run's model, precision, sequence length, batch, dropout, clipping, token ids and AdamW with torch's
+fused kernel. All other settings are each trainer's defaults, such as DeepSpeed's bucket sizes and gradient dtypes, and
+DTensor's fp32 weights under autocast.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from opt_parallel.data.samples.samples import Batch
 from opt_parallel.parallel.topology import DTYPES, local_device
 from opt_parallel.runtime.clock import Clock
 
-Step = Callable[[int], float]  # number of the optimizer step → its loss on this rank
+Step = Callable[[int], float]  # maps a step's number to its loss on this rank
 PRODUCTS, PRODUCT_SIZE = 20, {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A trainer. `tensor`: whether it splits the model over `parallel.tensor`; else all processes are data-parallel.
+    """A trainer to compare. `tensor` is true if the trainer splits the model over `parallel.tensor` processes.
+    If `tensor` is false, all processes are data-parallel.
 
-    `refuses(run, world)`: why it cannot run this setting; empty if it can."""
+    `refuses(run, world)` returns the reason why the trainer cannot train `run`, or an empty text."""
 
     title: str
     tensor: bool
@@ -38,13 +39,13 @@ class Contender:
     refuses: Callable[[Run, int], str] = lambda run, world: ""
 
     def layout(self, run: Run, world: int) -> tuple[int, int]:
-        """Tensor and data degree on `world` processes."""
+        """The tensor-parallel and the data-parallel degree on `world` processes."""
         tensor = run.parallel.tensor if self.tensor else 1
         return tensor, world // tensor
 
 
 def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
-    """This data rank's micro-batches of a step, with random token ids."""
+    """The micro-batches of a step for one data rank, with random token ids."""
     micro, length = run.micro_batch, run.data.sequence_length
     for position in range(run.global_batch // (micro * data_size)):
         first = step * run.global_batch + (position * data_size + data_rank) * micro
@@ -67,7 +68,7 @@ def build_ours(run: Run) -> Step:
         batches = list(micro_batches(run, number, topology.data.rank, topology.data.size))
         return float(engine.step(batches, Clock(number)).loss)
 
-    step.opened = opened  # type: ignore[attr-defined]  # keeps it alive as long as the step
+    step.opened = opened  # type: ignore[attr-defined]  # the topology lives as long as the step
     return step
 
 
@@ -105,7 +106,7 @@ def transformers_model(run: Run) -> Any:
 
 
 def build_with_deepspeed(run: Run, autotp: bool) -> Step:
-    """transformers' model under DeepSpeed, with or without AutoTP."""
+    """The optimizer step of transformers' model under DeepSpeed, with or without AutoTP."""
     import deepspeed
 
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -121,7 +122,7 @@ def build_with_deepspeed(run: Run, autotp: bool) -> Step:
         "zero_optimization": {"stage": run.zero.stage},
         "zero_allow_untested_optimizer": True,
     }
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in ours: gloo on a CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in our engine, use gloo on a CPU
     if autotp:
         settings["tensor_parallel"] = {"autotp_size": tensor}
         deepspeed.tp_model_init(model, tensor, dtype)
@@ -143,7 +144,8 @@ def build_with_deepspeed(run: Run, autotp: bool) -> Step:
 
 
 def build_dtensor(run: Run) -> Step:
-    """transformers' model under torch's DTensor tensor parallelism; embedding and head are split by vocabulary."""
+    """The optimizer step of transformers' model under torch's DTensor tensor parallelism. The embedding and the output
+    projection are split along the vocabulary."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.parallel import (
@@ -191,7 +193,7 @@ def build_dtensor(run: Run) -> Step:
 
 
 def clip_apart(split: Sequence[Tensor], replicated: Sequence[Tensor], most: float) -> None:
-    """Clip DTensors and tensors by their common norm; torch's function cannot mix them."""
+    """Clip the gradients of DTensors and tensors by their common norm. torch's own function cannot mix both types."""
     from torch.distributed.tensor import DTensor
 
     split_norm, replicated_norm = (
@@ -205,7 +207,7 @@ def clip_apart(split: Sequence[Tensor], replicated: Sequence[Tensor], most: floa
 
 
 def build_product(run: Run) -> Step:
-    """Not a trainer: each step is PRODUCTS large matrix products, an upper bound for trainers."""
+    """An upper bound for the trainers, whose step is PRODUCTS large matrix products."""
     device, dtype = local_device(), DTYPES[run.precision.name]
     size = PRODUCT_SIZE[device.type]
     left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))

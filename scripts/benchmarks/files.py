@@ -1,5 +1,5 @@
-"""Memory and time of import and export: a Hugging Face folder with random weights is imported at a tensor degree and
-exported again, each in its own processes; the peaks are those of the complete processes."""
+"""Measure memory and time of import and export. A Hugging Face folder with random weights is imported with tensor
+parallelism and exported again, each in new processes. Peak memory is that of the complete process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Measured:
-    """One process: seconds, its peak memory in bytes, and the bound of that."""
+    """The duration of one process in seconds, its peak memory in bytes, and the bound on its peak memory."""
 
     what: str
     seconds: float
@@ -45,7 +45,8 @@ class Measured:
 
 
 def measure(model: ModelConfig, tensor: int, dtype: torch.dtype, shard_size: int) -> Iterator[Measured]:
-    """Import an fp16 folder with files of `shard_size` in `dtype` at degree `tensor`, then export it."""
+    """Import an fp16 folder with files of `shard_size` bytes in `dtype` at the tensor-parallel degree `tensor`, then
+    export the folder."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, output = Path(temporary) / "theirs", Path(temporary) / "ours"
         with torch.device("meta"):
@@ -65,15 +66,15 @@ def measure(model: ModelConfig, tensor: int, dtype: torch.dtype, shard_size: int
 
 @contextmanager
 def _processes(number: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of spawned processes: a forked process would start at its parent's peak memory."""
+    """A pool of spawned processes. A forked process would start at the peak memory of its parent."""
     with ProcessPoolExecutor(number, multiprocessing.get_context("spawn")) as pool:
         yield pool
 
 
 def _import(folder: Path, dtype: torch.dtype, rank: int, world: int, store: str) -> tuple[float, int, int]:
-    """Seconds, peak memory, and the bytes of this rank's shards."""
+    """The seconds and the peak memory of an import, and the bytes of this rank's shards."""
     quiet_libraries()
-    import opt_parallel.engine  # noqa: F401  a trainer has DeepSpeed in memory too
+    import opt_parallel.engine  # noqa: F401  training also loads DeepSpeed into memory
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", store=FileStore(store, world), rank=rank, world_size=world)
@@ -94,7 +95,7 @@ def _timed(work: Callable[[], Any]) -> tuple[tuple[float, int], Any]:
 
 
 def row(measured: Measured) -> list[str]:
-    """One row of the table."""
+    """The table's row for one process."""
     within = "yes" if measured.peak <= measured.bound else "NO"
     return [
         measured.what, f"{measured.seconds:.1f} s", f"{measured.peak / GB:.2f} GB", f"{measured.bound / GB:.2f} GB",

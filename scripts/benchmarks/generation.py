@@ -1,4 +1,5 @@
-"""Greedy generation by ours and transformers on the same weights in one process, and its matrix products alone."""
+"""Measure greedy generation by our model and by transformers with the same weights in one process, and the time of the
+matrix products alone."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ HEAD = [["batch", "ours (range)", "transformers (range)", "ours ÷ theirs (range
 
 
 def models(config: ModelConfig) -> tuple[CausalLM, Any]:
-    """Our model with random weights, and transformers' model that shares their memory."""
+    """Our model with random weights, and transformers' model, which shares the weights' memory."""
     from transformers import OPTConfig, OPTForCausalLM
 
     device = local_device()
@@ -41,9 +42,9 @@ def models(config: ModelConfig) -> tuple[CausalLM, Any]:
 
 
 def measure(config: ModelConfig, batch: int, prompt: int, new: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, interleaved, for `new` tokens after prompts of `prompt` tokens.
+    """Seconds of each round to generate `new` tokens after prompts of `prompt` tokens. Both models take turns.
 
-    Raises: UserError if the two generate different tokens or end early, so that their work differs.
+    Raises: UserError if the models generate different tokens or end early, so that their work differs.
     """
     ours, theirs = models(config)
     generator = torch.Generator().manual_seed(2)
@@ -63,13 +64,13 @@ def measure(config: ModelConfig, batch: int, prompt: int, new: int, rounds: int)
                 measured[name].append(seconds)
         if not torch.equal(output["ours"], output["transformers"]) or output["ours"].size(1) != prompt + new:
             raise UserError(
-                "ours and transformers generated different texts, or ended early: their times are meaningless"
+                "our model and transformers generated different texts or ended early, so their times are meaningless"
             )
     return measured
 
 
 def _products(model: CausalLM, batch: int, steps: int) -> Tensor:
-    """Only the matrix products of the linear layers and the head, for this many steps."""
+    """Compute only the matrix products of the linear layers and the output projection, for `steps` tokens."""
     products = (Linear, ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
     weights = [
         module.weight.view(-1, module.weight.size(-1)) for module in model.modules() if isinstance(module, products)
@@ -91,7 +92,7 @@ def _timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 def row(batch: int, measured: dict[str, list[float]]) -> list[str]:
-    """A table row for one batch size: medians and ranges of the times, and of the ratios of each round."""
+    """The table row for one batch size, with medians and ranges of the times and of the ratios of each round."""
     cells = {name: _spread(times, 2, " s") for name, times in measured.items()}
     ratios = [ours / theirs for ours, theirs in zip(measured["ours"], measured["transformers"], strict=True)]
     return [str(batch), cells["ours"], cells["transformers"], _spread(ratios, 3), cells["products"]]

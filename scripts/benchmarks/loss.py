@@ -1,4 +1,5 @@
-"""The loss of the head alone, forward and backward: fused, and plain as in transformers."""
+"""Measure forward and backward of the output projection and the loss, fused in our kernel and plain as in
+transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, interleaved; in `… memory`, additional bytes at the peak of each round."""
+    """Seconds of each round, in which both implementations take turns. Keys that end with `memory` hold the additional
+    bytes at the peak of each round."""
     device = local_device()
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
@@ -36,7 +38,7 @@ def measure(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, rounds
     for turn in range(-1, rounds):
         for loss in (fused, plain):
             seconds, memory = _once(loss, hidden, weight, labels)
-            if turn >= 0:  # the first one compiles
+            if turn >= 0:  # the first turn compiles
                 measured.setdefault(loss.__name__, []).append(seconds)
                 measured.setdefault(f"{loss.__name__} memory", []).append(memory)
     return measured
@@ -54,7 +56,8 @@ def _once(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[f
 
 
 def row(tokens: int, vocabulary: int, measured: dict[str, list[float]]) -> list[str]:
-    """A table row for one size: medians and ranges of times and of the ratios of each round, and peak memory."""
+    """The table row for one size, with medians and ranges of the times and of the ratios of each round, and with peak
+    memory."""
     ratios = [slow / fast for slow, fast in zip(measured["plain"], measured["fused"], strict=True)]
     cells = [f"{tokens:,} × {vocabulary:,}"]
     for name in ("fused", "plain"):

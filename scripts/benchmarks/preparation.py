@@ -1,5 +1,5 @@
-"""Preparing a large text with ours and `datasets.map`, with the same tokenizer, alternately and each in its own
-processes; and ours, killed half-way and started again."""
+"""Measure the preparation of a large text by this package and by `datasets.map` with the same tokenizer. The two take
+turns, each in new processes. The benchmark also kills our preparation half-way and starts it again."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from opt_parallel.data.text.python_text import python_documents
 from opt_parallel.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-CHANGED = 0.05  # share of the words that each copy of the text changes
-SAMPLE_EVERY = 0.05  # seconds between two readings of the memory
+CHANGED = 0.05  # Share of the words that are changed in each copy of a document.
+SAMPLE_EVERY = 0.05  # Seconds between two readings of memory use.
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, and peak memory in bytes: `parent`: of the process; `together`: summed over it and its children."""
+    """The seconds of a command and its peak memory in bytes. `parent` is the memory of its first process, and
+    `together` is the sum over this process and its children."""
 
     seconds: float
     parent: int
@@ -38,7 +39,8 @@ class Measured:
 
 
 def write_corpus(path: Path, size: int) -> None:
-    """Write `size` bytes of JSON lines: Python's documentation repeated, with other random words changed each time."""
+    """Write `size` bytes of JSON lines. The lines repeat Python's documentation, and random words are replaced in each
+    copy."""
     documents = list(python_documents())
     words = sorted({word for document in documents for word in document.split(" ") if word.isalpha()})
     draw, written = random.Random(0), 0
@@ -53,7 +55,7 @@ def write_corpus(path: Path, size: int) -> None:
 
 
 def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int) -> list[list[str]]:
-    """Rows of the table. Raises: UserError if the two count different tokens."""
+    """The rows of the table. Raises: UserError if this package and datasets count different numbers of tokens."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         here = Path(temporary)
         write_corpus(here / "text.jsonl", size)
@@ -68,8 +70,10 @@ def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int)
             shutil.rmtree(here / "theirs", ignore_errors=True)
             total = watched([sys.executable, __file__, str(here), str(workers)])
             figures = json.loads((here / "theirs.json").read_text())
-            if figures["tokens"] + store.documents != tokens:  # our stores end each document with a token
-                raise UserError(f"{figures['tokens']} tokens and {store.documents} ends are not ours, {tokens}")
+            if figures["tokens"] + store.documents != tokens:  # our token stores end each document with a token
+                raise UserError(
+                    f"{figures['tokens']} tokens and {store.documents} document ends differ from our {tokens} tokens"
+                )
             theirs.append(Measured(figures["map"], total.parent, total.together))
             loading.append(figures["load"])
             print(
@@ -87,7 +91,7 @@ def measure(folder: Path, size: int, workers: int, vocab_size: int, rounds: int)
 
 
 def watched(command: list[str], until: Callable[[], bool] = lambda: False) -> Measured:
-    """Run a command to its end, or kill it as soon as `until()`. Raises: UserError if it fails."""
+    """Run a command to its end, or kill it as soon as `until()` is true. Raises: UserError if the command fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     started, parent, together = time.perf_counter(), 0, 0
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
@@ -100,7 +104,7 @@ def watched(command: list[str], until: Callable[[], bool] = lambda: False) -> Me
             for each in (watching, *_below(watching)):
                 try:
                     held.append(each.memory_info().rss)
-                except psutil.Error:  # the process has ended meanwhile
+                except psutil.Error:  # the process has just ended
                     continue
             parent, together = max(parent, *held[:1], 0), max(together, sum(held))
             time.sleep(SAMPLE_EVERY)
@@ -131,8 +135,8 @@ def _store(here: Path) -> TokenStore:
 
 
 def _killed(here: Path, workers: int) -> list[list[str]]:
-    """Kill ours half-way and start it again. Raises: UserError unless the bytes are the same as without a kill, and
-    finished parts are kept."""
+    """Kill our preparation half-way and start it again. Raises: UserError unless the result has the same bytes as
+    without the kill, and the finished parts are kept."""
     store = _store(here)
     expected = {path.relative_to(store.folder): path.read_bytes() for path in store.folder.rglob("*.bin")}
     shutil.rmtree(here / "cache")
@@ -145,7 +149,9 @@ def _killed(here: Path, workers: int) -> list[list[str]]:
     untouched = all((store.folder / part / "part.json").stat().st_mtime_ns == when for part, when in kept.items())
     same = all((store.folder / path).read_bytes() == content for path, content in expected.items())
     if not (untouched and same and kept):
-        raise UserError(f"killed and started again: {len(kept)} parts kept, untouched: {untouched}, same: {same}")
+        raise UserError(
+            f"the restarted preparation kept {len(kept)} parts, unchanged: {untouched}, with equal bytes: {same}"
+        )
     return [[f"killed half-way with {len(kept)} of {len(store.parts)} parts, again", f"{again.seconds:.1f}"]]
 
 
@@ -164,7 +170,7 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def theirs(here: Path, workers: int) -> None:
-    """Read the lines with `datasets`, map the tokenizer over them, and write the times to theirs.json."""
+    """Read the text with `datasets`, tokenize it with `datasets.map`, and write the times to theirs.json."""
     import datasets
     from tokenizers import Tokenizer
 

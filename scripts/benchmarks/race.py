@@ -1,7 +1,7 @@
-"""Contenders take turns: each has its own processes, which wait while another contender's processes work.
+"""Measure several trainers in turns. Each trainer has its own processes, which wait while another trainer is measured.
 
-So every round measures all contenders within seconds, on a machine that others may share; start, import and compilation
-are not measured.
+Every round measures all trainers within seconds, which matters on a host that other users share. Start, import and
+compilation are not measured.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from opt_parallel.report.metrics import forget_peak_memory, peak_memory
 from opt_parallel.runtime.errors import one_line
 from opt_parallel.runtime.log import quiet_libraries
 
-WARM_UP = 2  # steps before memory is measured: compilation, first allocations
-ANSWER_TIMEOUT = 1200.0  # seconds
+WARM_UP = 2  # Number of steps for compilation and first allocations, before the measurements.
+ANSWER_TIMEOUT = 1200.0  # Seconds to wait for a process.
 
 
 @dataclass
 class Result:
-    """One contender's result. Rates, one a round: of all processes together. Memory: largest of a process."""
+    """The measurements of a trainer. `tokens_per_second` has one rate of all processes together for each round.
+    `peak_memory_bytes` is the largest peak of a process."""
 
     name: str
     title: str
@@ -51,32 +52,32 @@ class Result:
 
 @dataclass
 class Race:
-    """All results, and the FLOP/s of one process in a large matrix product that all processes run at once, one a
-    round."""
+    """The results of all trainers, and for each round the FLOP/s of one process in a large matrix product that all
+    processes compute at once."""
 
     results: list[Result]
     matmul_flops: list[float]
 
 
 class Team:
-    """The processes of a contender."""
+    """The processes of one trainer."""
 
     def __init__(self, contender: Contender, run: Run, world: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.members = []
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes started here
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that are started below
         for rank in range(world):
             ours, theirs = context.Pipe()
             meeting_point = str(Path(self.folder.name) / "store")
             arguments = (contender.title, run, rank, world, threads, meeting_point, theirs)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
-            theirs.close()  # so that the pipe ends when the process dies
+            theirs.close()  # closed here, so that the pipe ends when the process dies
             self.members.append((process, ours))
 
     def ask(self, *question: Any) -> list[Any]:
-        """Every rank's answer. Raises: RuntimeError if one fails."""
+        """The answers of all ranks to a question. Raises: RuntimeError if a rank fails."""
         try:
             for _, pipe in self.members:
                 pipe.send(question)
@@ -85,7 +86,7 @@ class Team:
         return self.answers()
 
     def answers(self) -> list[Any]:
-        """Wait for all answers or the first failure: after one, the other ranks may hang in a collective."""
+        """Wait for all answers or the first failure. After a failure, the other ranks may hang in a collective."""
         answers: list[Any] = []
         missing = {pipe for _, pipe in self.members}
         while missing:
@@ -105,7 +106,7 @@ class Team:
         return answers
 
     def dismiss(self) -> None:
-        """End the processes; one that hangs in a collective is killed."""
+        """End the processes. A process that hangs in a collective is killed."""
         for _, pipe in self.members:
             pipe.close()
         for process, _ in self.members:
@@ -116,9 +117,10 @@ class Team:
 
 
 def race(names: list[str], run: Run, world: int, threads: int, steps: int, rounds: int) -> Race:
-    """Measure `rounds` times `steps` optimizer steps of each contender; the order rotates each round.
+    """Measure `steps` optimizer steps of each trainer in each of `rounds` rounds. The order of the trainers rotates.
 
-    `run.global_batch` is the batch of one data-parallel process; a contender's batch is that times its data degree."""
+    `run.global_batch` is the batch of one data-parallel process. A trainer's batch is `run.global_batch` times the
+    trainer's data-parallel degree."""
     results, teams = {}, {}
     for name in names:
         contender = CONTENDERS[name]
@@ -169,7 +171,8 @@ def _tell(text: str) -> None:
 
 
 def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_point: str, pipe: Connection) -> None:
-    """A contender's process: build, warm up, then answer until the pipe is closed."""
+    """Run a process of a trainer. The process builds the trainer, warms up, and answers questions until the pipe is
+    closed."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     quiet_libraries()
     torch.set_num_threads(threads)
@@ -188,13 +191,13 @@ def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_poi
             if question == "memory":
                 pipe.send((True, peak_memory(device)))
                 continue
-            step(done)  # not measured: warms caches that the previous contender filled
+            step(done)  # this step refills the caches and is not measured
             start = _now(device)
             for number in range(done + 1, done + 1 + arguments[0]):
                 step(number)
             done += 1 + arguments[0]
             pipe.send((True, _now(device) - start))
-    except EOFError:  # the race is over
+    except EOFError:  # all rounds have ended
         return
     except BaseException as error:
         traceback.print_exc()
@@ -211,7 +214,7 @@ def _join(rank: int, world: int, meeting_point: str) -> torch.device:
 
 
 def _now(device: torch.device) -> float:
-    """The clock in seconds, after synchronising the device and all ranks."""
+    """The host's clock in seconds, read after synchronising the device and all ranks."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.all_reduce(torch.zeros(1))

@@ -1,4 +1,4 @@
-"""A race's table, JSON file and plot."""
+"""Write the results of the compared trainers as a table, a JSON file and a plot."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Row = dict[str, Any]
 
 
 def rows_of(race: Race, run: Run, world: int) -> list[Row]:
-    """One row per contender: median and range of its rounds, MFU, memory, and the ratio ours / contender of each
-    round."""
+    """One row for each trainer, with the median and range of its rounds, its MFU and memory, and the ratio of our rate
+    to the trainer's in each round."""
     rate = statistics.median(race.matmul_flops)
     flops = run.model.flops_per_token(run.data.sequence_length)
     ours = next((result for result in race.results if result.name == "ours" and not result.failure), None)
@@ -61,7 +61,7 @@ def table(rows: list[Row]) -> str:
 
 
 def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) -> list[Path]:
-    """Write `name`.json and `name`.png to `folder`; return their paths."""
+    """Write the files `name`.json and `name`.png to `folder`, and return their paths."""
     data, picture = folder / f"{name}.json", folder / f"{name}.png"
     write_text(data, json.dumps({"setting": setting, "results": rows}, indent=1) + "\n")
     draw(picture, f"{title}\n{setting['machine']}", [row for row in rows if not row["failure"]])
@@ -69,7 +69,7 @@ def write(folder: Path, name: str, title: str, setting: Row, rows: list[Row]) ->
 
 
 def draw(path: Path, title: str, rows: list[Row]) -> None:
-    """Plot bars of tokens/s, with the range of the rounds as a line, and of peak memory."""
+    """Plot tokens/s as bars, with the range of the rounds as lines, and peak memory as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.55 * len(rows)), dpi=150, layout="constrained")
@@ -83,7 +83,7 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     speed.bar_label(bars, [f" {median:,.0f}" for median in medians], label_type="center", color="black")
     peaks = [row["peak_memory_bytes"] / 2**30 for row in rows]
     memory.bar_label(memory.barh(names, peaks, color=colors), [f"{peak:.2f}" for peak in peaks], label_type="center")
-    speed.set_xlabel("tokens/s, all processes; line: slowest to fastest round")
+    speed.set_xlabel("tokens/s of all processes (line: slowest to fastest round)")
     memory.set_xlabel("peak memory of a process, GiB")
     speed.invert_yaxis()
     for axes in (speed, memory):

@@ -86,7 +86,7 @@ def test_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none", "none is not a folder: name one with text files"), ("one", "one has too little text to split")],
+    [("none", "none is not a folder: name a folder with text files"), ("one", "one has too little text to split")],
 )
 def test_a_source_that_does_not_serve(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "one").mkdir()
