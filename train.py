@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
         run = run_from(config)
         run.check_world(world_size())
 
-        from opt_parallel.loop import train  # imported late: torch and DeepSpeed take seconds
+        from opt_parallel.loop import train  # imported late, since importing torch takes seconds
 
         status = train(run)
     if status:

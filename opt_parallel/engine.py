@@ -39,7 +39,7 @@ from opt_parallel.zero import (
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of an optimizer step. Reading one of its 0-d tensors waits for the device.
+    """The result of an optimizer step. Reading a 0-d tensor of the result waits for the device.
 
     `loss` is the mean over the targets of the global batch. `tokens` is the number of tokens in the global batch
     without padding. `skipped` is true if fp16 gradients overflowed, so that the weights did not change.
@@ -107,7 +107,8 @@ class Engine:
 
         The loss is the mean over all N targets of the global batch. N is summed over the data ranks before the first
         forward, and each micro-batch's loss is its sum / N. DeepSpeed averages gradients over the data ranks, so the
-        loss is multiplied by `data.size`. The flat gradients of ZeRO-1 in bf16 are summed without this factor.
+        loss is multiplied by `data.size`. The flat gradients of ZeRO-1 in bf16 are summed, so they need no factor
+        `data.size`.
 
         Raises: UserError if the global batch has no targets; Diverged if the gradients are not finite.
         """
@@ -195,7 +196,7 @@ class Engine:
 
     @property
     def updates(self) -> int:
-        """The number of weight updates so far, which excludes the steps that fp16 skipped."""
+        """The number of weight updates so far. Steps that fp16 skipped are not counted."""
         return updates_made(self.wrapped, self.run.zero.stage)
 
     def restore(self, read: Callable[[Fragment], None], updates: int, loss_scale: dict[str, Any] | None) -> None:
@@ -227,7 +228,7 @@ def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": run.global_batch // (run.micro_batch * topology.data.size),
-        "gradient_clipping": run.optimizer.clip if zero.stage > 0 else 0.0,  # at stage 0 Engine._apply clips
+        "gradient_clipping": run.optimizer.clip if zero.stage > 0 else 0.0,  # else Engine._apply clips
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": run.precision.name is Precision.bf16},

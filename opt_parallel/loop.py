@@ -75,7 +75,7 @@ def _lock(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
 
     Raises: UserError if another process holds the lock or the warm-up is longer than the run; the folder is then
     unchanged."""
-    if resume_point(run, topology) is None:  # checked before a new folder is created
+    if resume_point(run, topology) is None:  # a mistake is reported before a folder is created
         run.check_warmup(Clock())
     topology.together(lambda: folder.enter_context(lock_folder(run)) if topology.is_main else None)
     if topology.is_main:
@@ -186,7 +186,8 @@ def _evaluate(engine: Engine, clock: Clock, inputs: Inputs, metrics: Metrics) ->
 
 
 def _due(every: int, clock: Clock, last: bool) -> bool:
-    """Whether an action is due that happens every `every` steps and at the end. With `every=0` it is never due."""
+    """Whether an action is due that happens every `every` steps and at the end. With `every=0` the action is never
+    due."""
     return every > 0 and (last or clock.step % every == 0)
 
 
@@ -197,7 +198,7 @@ def _is_done(run: Run, resume_from: Path | None) -> bool:
     if resume_from is None or step is None or step < run.stop:
         return False
     if step < run.steps:
-        say(f"{run.name} is at stop_at={run.stop_at}: {resume_from}; a larger stop_at continues the run")
+        say(f"{run.name} has reached stop_at={run.stop_at} at {resume_from}; a larger stop_at continues the run")
     else:
         say(f"{run.name} is finished: {resume_from} is at step {step} of {run.steps}; larger steps continue the run")
         _export_at_end(run, resume_from)

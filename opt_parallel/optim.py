@@ -23,10 +23,10 @@ class Optimizer:
     """A function that builds an optimizer, and the names of the optimizer's state tensors.
 
     `moments` are torch's names of the state tensors, each in fp32 and as large as its parameter. Checkpoints store the
-    moments under these names. Under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the parameters, so
+    moments under torch's names. Under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the parameters, so
     the optimizer must be elementwise. An optimizer that needs full matrices (Adafactor, Muon) would have to gather them
     first. The optimizer's state of a parameter must consist of the moments and the number of updates, `step`. A resumed
-    run creates this state before its first step.
+    run creates the optimizer's state before its first step.
     """
 
     build: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
@@ -65,8 +65,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def learning_rate(run: Run, clock: Clock) -> float:
-    """The learning rate of the optimizer step that ends at the position `clock`. Checkpoints hold no state of the
-    schedule, because this is a pure function.
+    """The learning rate of the optimizer step that ends at the position `clock`. The rate is a pure function of the
+    position, so checkpoints hold no state of the schedule.
 
     After a linear warm-up to the peak, the learning rate decays linearly (Zhang et al. 2022, section 2.2), decays as a
     cosine (Loshchilov & Hutter 2017), or is constant. The linear and cosine schedules reach `final_ratio` of the peak
@@ -87,8 +87,9 @@ def warmup_steps(run: Run, clock: Clock) -> float:
     """Number of warm-up steps, computed from `warmup_tokens` with the run's average number of tokens per step until
     `clock`.
 
-    clock.step / warmup_steps then equals clock.tokens / warmup_tokens, so the learning rate does not jump if the batch
-    size changes. The number is an integer if every step had the number of tokens of the present batch."""
+    The ratio clock.step / warmup_steps then equals clock.tokens / warmup_tokens, so the learning rate does not jump if
+    the batch size changes. The number of warm-up steps is an integer if every step had the number of tokens of the
+    present batch."""
     tokens = run.schedule.warmup_tokens
     if tokens is None or clock.tokens == clock.step * run.batch_tokens:
         return run.warmup_steps

@@ -45,9 +45,9 @@ COMPARED = (
     "torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors", "accelerate", "hydra-core",
     "omegaconf",
 )  # fmt: skip
-PRODUCT = 512  # Rows and columns of the matrices that test a device.
 ALL_REDUCE_BYTES = 8_000_000
-SKEW = 5.0  # maximum difference in seconds between two hosts' clocks without a warning
+PRODUCT = 512  # Rows and columns of the matrices that test a device.
+SKEW = 5.0  # Maximum difference in seconds between two hosts' clocks without a warning.
 
 
 def check_same(run: Run, topology: Topology) -> None:
@@ -74,7 +74,7 @@ def check_same(run: Run, topology: Topology) -> None:
 
 
 def preflight(run: Run, topology: Topology) -> list[str]:
-    """Run the remaining checks, in an order that reports root causes first. Returns lines with the results.
+    """Run the remaining checks, in an order that reports root causes first. Returns lines of text with the results.
 
     Raises: UserError on every rank."""
     started = time.perf_counter()
@@ -91,7 +91,7 @@ def preflight(run: Run, topology: Topology) -> list[str]:
     hosts = len(set(topology.hosts))
     same = f"same code, libraries, settings and data on {topology.world.size} ranks, {hosts} host{'s' * (hosts > 1)}; "
     return [
-        f"preflight: {same if topology.world.size > 1 else ''}{_device_name(topology.device)} multiplies right; "
+        f"preflight: {same if topology.world.size > 1 else ''}{_device_name(topology.device)} multiplies correctly; "
         + (f"all-reduce of {bytes_in_words(ALL_REDUCE_BYTES)}: {', '.join(speeds)}; " if speeds else "")
         + disk
         + (f"; clocks within {skew:.1f} s" if hosts > 1 else "")
@@ -135,7 +135,7 @@ def _check_device(device: torch.device) -> None:
         first = str(error).partition("\n")[0]
         raise UserError(f"{_device_name(device)} does not work ({first}): take it out of service") from error
     if not torch.equal(product, (a.double() @ b.double()).float()):
-        raise UserError(f"{_device_name(device)} multiplies wrongly: take it out of service")
+        raise UserError(f"{_device_name(device)} returned a wrong product: take it out of service")
 
 
 def _device_name(device: torch.device) -> str:
@@ -206,7 +206,7 @@ def _check_shared_folder(run: Run, topology: Topology) -> None:
 
 
 def _in_run_folder(work: Callable[[], Any], run: Run) -> Any:
-    """The result of `work`, which uses the run's folder. Raises: UserError for an OSError."""
+    """Call `work`, which uses the run's folder, and return its result. Raises: UserError instead of an OSError."""
     try:
         return work()
     except OSError as error:
@@ -257,8 +257,8 @@ def _check_data(run: Run, topology: Topology) -> None:
 
 
 def _files(paths: list[Path]) -> dict[str, tuple[int, int]]:
-    """The size of each file and, for some files, a checksum of the first and last bytes. Keys are paths relative to the
-    working directory."""
+    """The size of each file and, for some files, a checksum of the first and last bytes. The keys of the dictionary are
+    paths relative to the working directory."""
     here = Path.cwd()
     names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
     try:

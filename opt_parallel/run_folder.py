@@ -62,8 +62,8 @@ def clean_up(run: Run) -> None:
 
 
 def apply_retention(run: Run) -> None:
-    """Delete the checkpoints that the newest checkpoint replaces. Each save deletes them, but if the process is killed
-    in its last save, no later save does."""
+    """Delete the checkpoints that the newest checkpoint replaces. Each save deletes these checkpoints. This function
+    repeats the deletion for a finished run whose process was killed during its last save."""
     last = newest(run.folder / "checkpoints")
     if last is None:
         return  # the run resumes from a checkpoint in another folder

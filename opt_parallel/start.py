@@ -42,8 +42,8 @@ class Inputs:
 
     @classmethod
     def read(cls, run: Run, resume_from: Path | None) -> Inputs:
-        """Read all inputs on this rank. No collective may be pending meanwhile, since the preparation of text may take
-        hours.
+        """Read all inputs on this rank. No collective may be pending during the call, since the preparation of text may
+        take hours.
 
         Raises: UserError."""
         check_trackers(run)
@@ -57,7 +57,8 @@ class Inputs:
 
 
 def resume_point(run: Run, topology: Topology) -> Path | None:
-    """The checkpoint from which rank 0 finds that the run resumes, or None for a fresh start. Raises: UserError."""
+    """The checkpoint from which the run resumes, as determined on rank 0, or None for a fresh start. Raises:
+    UserError."""
     return topology.exchange(topology.together(lambda: choose(run)))[0]
 
 
@@ -100,7 +101,7 @@ def warn_of_unread_init(run: Run, resume_from: Path | None) -> None:
     try:
         earlier = read_manifest(resume_from)["config"].get("init_from")
     except UserError:
-        return  # damaged: the store will move it out of the way
+        return  # the checkpoint is damaged and will be renamed
     if earlier is None or absolute("", earlier) != absolute("", run.init_from):
         say(
             f"warning: init_from={run.init_from} is not read: the run resumes from {resume_from}, which started from "
@@ -124,8 +125,9 @@ def _open_initial(run: Run, resume_from: Path | None) -> Opened | None:
 
 
 def _wandb_id(run: Run, resume_from: Path | None) -> str | None:
-    """The run's wandb id on rank 0, None on all other ranks. A new id is created for a fresh start, and for a run that
-    resumes from an older checkpoint or from another run's checkpoint, because wandb accepts each step only once."""
+    """The run's wandb id on rank 0, None on all other ranks. A new wandb id is created for a fresh start, and for a run
+    that resumes from an older checkpoint or from another run's checkpoint, because wandb accepts each step only
+    once."""
     if not is_main():
         return None
     if resume_from is None:
@@ -133,6 +135,6 @@ def _wandb_id(run: Run, resume_from: Path | None) -> str | None:
     last = newest(run.folder / "checkpoints")
     try:
         saved = read_manifest(resume_from).get("wandb_id")
-    except UserError:  # damaged: the store will move it out of the way
+    except UserError:  # the checkpoint is damaged and will be renamed
         saved = None
     return wandb_id(run, saved, new=last is None or last.resolve() != resume_from.resolve())

@@ -18,7 +18,7 @@ from opt_parallel.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` to `start` + n of the flattened shard of a parameter, with padding.
+    """Elements `start` to `start` + n of the flattened shard of a parameter, including padding.
 
     `weights` is an fp32 tensor (n,). `moments` maps names to tensors (n,) and is empty before the first optimizer
     step."""

@@ -62,7 +62,7 @@ def main() -> None:
     checkpoint = verbs.add_parser("checkpoint", help="compare saving and loading checkpoints with DeepSpeed")
     checkpoint.add_argument("--processes", type=_positive, default=4, help="number of processes with one thread each")
     checkpoint.add_argument("--rounds", type=_positive, default=5)
-    checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="a folder on the disk to try")
+    checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
     checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor=2 unless given")
     generate = verbs.add_parser("generate", help="compare greedy generation in fp32 with transformers")
     generate.add_argument(
@@ -85,7 +85,7 @@ def main() -> None:
     prepare.add_argument("--workers", type=_positive, default=2)
     prepare.add_argument("--vocab-size", type=_positive, default=16384)
     prepare.add_argument("--rounds", type=_positive, default=3)
-    prepare.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="a folder on the disk to use")
+    prepare.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
     arguments = parsed(parser)
     quiet_libraries()
     runners = {

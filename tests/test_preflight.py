@@ -72,7 +72,7 @@ def test_what_is_said_when_all_is_well(crew: Any, tmp_path: Path) -> None:
     summary, *grid = answers[0][1].split("\n")
     for words in (
         "4 ranks, 2 hosts",
-        "CPU multiplies right",
+        "CPU multiplies correctly",
         "tensor ",
         "data ",
         " GB/s",
@@ -248,7 +248,7 @@ def sick(fault: str) -> str:
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        ("adds", "the CPU multiplies wrongly: take it out of service"),
+        ("adds", "the CPU returned a wrong product: take it out of service"),
         ("raises", "the CPU does not work (CUDA error: uncorrectable ECC error encountered): take it out of service"),
     ],
 )

@@ -57,7 +57,8 @@ class CheckConfig(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with one_line_errors():  # Hydra would turn an exception into a warning
             check_values(OmegaConf.to_container(config))
-            HydraConfig.instance().set_config(copy.deepcopy(config))  # the default of run.name reads this
+            # The default of run.name is read from HydraConfig.
+            HydraConfig.instance().set_config(copy.deepcopy(config))
             for key in PATHS_OF_HYDRA:
                 name = str(OmegaConf.select(config, key))
                 if (path := local(f"{key}=", name)) != name:
@@ -84,7 +85,7 @@ OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
 
 
 def verbatim(value: Any) -> Any:
-    """Plain values with all text escaped, so that OmegaConf does not interpolate it."""
+    """Plain values with all text escaped, so that OmegaConf interpolates no text."""
     if isinstance(value, dict):
         return {key: verbatim(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -98,7 +99,7 @@ def take(config: DictConfig, key: str, value: Any) -> None:
 
     Raises: UserError for the text `???`, which means a missing value to OmegaConf."""
     if MISSING in (value if isinstance(value, (list, tuple)) else [value]):
-        raise UserError(f"{key}: {MISSING!r} means a missing value in a configuration: rename it in the checkpoint")
+        raise UserError(f"{key}: {MISSING!r} means a missing value in a configuration: change it in the checkpoint")
     OmegaConf.update(config, key, verbatim(value))
 
 
@@ -167,11 +168,11 @@ def one_line_errors() -> Iterator[None]:
             ValueError,
             RecursionError,
             YAMLError,
-        ) as error:  # YAML's parser also raises the first two
+        ) as error:  # YAML's parser raises all three
             for frame, _ in traceback.walk_tb(error.__traceback__):
                 if (
                     frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals
-                ):  # Hydra reads a file in this function
+                ):  # Hydra's function that reads YAML files
                     where, why = frame.f_locals["full_path"], masked(one_line(error))
                     raise UserError(f"{where} cannot be read as YAML ({why:.300}): correct it") from error
             raise

@@ -13,8 +13,10 @@ from typing import Any
 from opt_parallel.config.model import Section, require
 from opt_parallel.config.paths import PATH
 
-KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]  # Keys of a data source.
-PYTHON_TEXT = {"path": ("python:train", "python:validation")}  # The documentation in Python's standard library.
+# The configuration keys of a data source.
+KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]
+# The values python:train and python:validation mean the documentation in Python's standard library.
+PYTHON_TEXT = {"path": ("python:train", "python:validation")}
 
 
 class BadRecordsPolicy(Enum):
@@ -27,7 +29,7 @@ class BadRecordsPolicy(Enum):
 
 class SpecialTokens(Enum):
     """Whether a special token's spelling in a text, such as `</s>`, is encoded as ordinary text (`text`) or as this
-    token (`tokens`). The choice applies to documents, examples and prompts, in training, evaluation and generation."""
+    token (`tokens`). The setting applies to documents, examples and prompts, in training, evaluation and generation."""
 
     text = "text"
     tokens = "tokens"
@@ -43,7 +45,7 @@ class SourceConfig:
 
     name: str
     path: tuple[str, ...]
-    weight: str = "1"  # kept as decimal text, so that shares are exact
+    weight: str = "1"  # the weight is a decimal text, so that shares are exact
     text_field: str = "text"
     template: str | None = None
     subset: str | None = None
@@ -56,10 +58,10 @@ class DataConfig(Section):
     """A run's text and its preparation.
 
     `train` and `validation` each take a file, a folder, a glob, a hub id, or `python:train` or `python:validation`
-    (documentation in Python's standard library). A list of these is one source. A list of mappings is several sources,
-    each with a `path` and optionally `weight`, `name`, `text_field`, `template`, `subset`, `split` and `stream`. With
-    `tokenizer=null`, the tokenizer of `init_from` is used; without `init_from`, a tokenizer of `model.vocab_size`
-    tokens is trained on the training text."""
+    (documentation in Python's standard library). A list of files, folders, globs or hub ids is one source. A list of
+    mappings is several sources, each with a `path` and optionally `weight`, `name`, `text_field`, `template`, `subset`,
+    `split` and `stream`. With `tokenizer=null`, the tokenizer of `init_from` is used; without `init_from`, a tokenizer
+    of `model.vocab_size` tokens is trained on the training text."""
 
     # training text: files, folders, globs, hub ids, python:train; or a list of sources (docs/data.md)
     train: Any = field(default=None, metadata=PYTHON_TEXT)

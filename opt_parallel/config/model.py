@@ -11,7 +11,7 @@ from typing import Any
 
 from opt_parallel.runtime.errors import UserError
 
-IGNORED = -100  # Label of a position without loss.
+IGNORED = -100  # Label of a position that the loss ignores.
 POSITION_OFFSET = 2  # Position 0 is row 2 of the position table, as in fairseq.
 # OPT-175B has 96 layers and 1.75 · 10¹¹ parameters.
 MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15
@@ -45,8 +45,8 @@ class ProblemType(Enum):
 
 @dataclass(frozen=True)
 class Labels:
-    """A classifier's label names in the order of its scores, and the kind of the labels. A kind of None is inferred
-    from the first labels."""
+    """A classifier's label names in the order of its scores, and the kind of the labels. If the kind is None, it is
+    inferred from the first labels."""
 
     names: tuple[str, ...]
     problem_type: ProblemType | None = None

@@ -41,10 +41,11 @@ def _checked(parser: OverridesParser, argument: str, texts: Collection[str], sev
         value_read = _value(parser.parse_override(argument))
     except ValueError as error:  # Python refuses to parse numbers of more than 4,300 digits
         raise UserError(f"{key} is a number of {len(value):,} characters: give one below 2⁶³") from error
-    except HydraException:  # left to Hydra's own message: malformed lists and possible sweeps
+    except HydraException:  # Hydra itself handles malformed lists and possible sweeps
         is_text = not re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL) and not (several and "," in value)
     else:
-        is_text = isinstance(value_read, (bool, int, float))  # quoted, so that the text 1e3 does not become a number
+        # The value is quoted below, so that the text 1e3 does not become a number.
+        is_text = isinstance(value_read, (bool, int, float))
         if not (is_text and key in texts):
             check_values(value_read, key)
     return f"{head}={_in_quotes(value)}" if is_text and key in texts else argument

@@ -22,7 +22,7 @@ HUB_PAGE = re.compile(r"\s*https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:data
 # Unicode categories: control characters, surrogates (undecodable bytes), line and paragraph separators
 BREAKS = {"Cc", "Cs", "Zl", "Zp"}
 
-WAY_OUT = "change the permissions of the file and its folders, or choose another"
+WAY_OUT = "change the permissions of the file and its folders, or choose another path"
 
 # Metadata of a configuration field that holds paths, as a text, a list of texts, `{path: …}`, or a list of these. The
 # tuple lists values that are not paths, such as auto.
@@ -91,7 +91,7 @@ def refuse_breaks(key: str, text: str) -> None:
     """Raise UserError if the text holds a line break, another control character, or bytes that are not UTF-8."""
     if any(unicodedata.category(character) in BREAKS for character in text):
         raise UserError(
-            f"{key}{text!r} holds a line break, another control character or bytes that are not UTF-8: choose another"
+            f"{key}{text!r} holds a line break, another control character or bytes that are not UTF-8: remove them"
         )
 
 
@@ -104,7 +104,7 @@ def reach(key: str, name: str | Path) -> Path | None:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             os.scandir(path).close()
-            os.stat(f"{path}/.")  # fails without the permission to open the folder's files
+            os.stat(f"{path}/.")  # this call fails without the permission to open the folder's files
         elif stat.S_ISREG(mode):
             path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):

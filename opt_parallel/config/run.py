@@ -1,7 +1,8 @@
 """The typed configuration of a run, with one section for each group of configs/ and with checks across sections.
 
-Hydra composes YAML files and the command line into these types (`compose.py`), and refuses unknown keys and wrong
-types. A `Run` checks its values when it is created and is immutable afterwards. This module does not import torch.
+Hydra composes YAML files and the command line into the types of this module (`compose.py`), and refuses unknown keys
+and wrong types. A `Run` checks its values when it is created and is immutable afterwards. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -335,7 +336,7 @@ class Run(Section):
 
     @property
     def warmup_steps(self) -> int:
-        """Number of warm-up steps. `warmup_tokens` is divided by the batch's tokens and rounded up."""
+        """Number of warm-up steps. A warm-up in tokens is divided by the tokens of a batch and rounded up."""
         if self.schedule.warmup_tokens is not None:
             return -(-self.schedule.warmup_tokens // self.batch_tokens)
         return self.schedule.warmup_steps or 0

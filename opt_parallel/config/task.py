@@ -8,7 +8,7 @@ from typing import Any
 
 from opt_parallel.config.model import ProblemType, Section, require
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # Hugging Face's names of OPT's linears
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # Hugging Face's names of linear layers
 
 
 class Task(Enum):
@@ -21,8 +21,8 @@ class Task(Enum):
 
     @property
     def plain_text(self) -> bool:
-        """Whether a record is a single text. Only such records can be streamed, built by a template, and used to train
-        a tokenizer."""
+        """Whether a record is a single text. Only records that are a single text can be streamed, built by a template,
+        and used to train a tokenizer."""
         return self is Task.pretrain
 
     @property

@@ -91,7 +91,7 @@ def deepspeed(launch: DeepSpeed, script: Path, overrides: Sequence[str]) -> Comm
     if launch.hostfile is None or launch.most == 1:
         return Command([*argv, str(script), *overrides], network(launch))
     if not reach("launch.hostfile=", launch.hostfile):
-        raise UserError(f"launch.hostfile={launch.hostfile} does not exist: write one `HOST slots=N` a line")
+        raise UserError(f"launch.hostfile={launch.hostfile} does not exist: write a line `HOST slots=N` per node")
     argv += ["--hostfile", launch.hostfile, "--launcher", "pdsh"]
     argv += ["--master_addr", launch.address] if launch.address else []
     argv += [str(script), *map(through_pdsh, overrides)]

@@ -91,7 +91,7 @@ class Torchrun(Elastic):
         super().check()
         require(
             self.nodes == "1" or self.endpoint is not None,
-            f"launch.nodes={self.nodes} needs a rendezvous: set launch.endpoint=HOST:29500, HOST being one node",
+            f"launch.nodes={self.nodes} needs a rendezvous: set launch.endpoint=HOST:29500 to one of the nodes",
         )
         require(
             self.endpoint is None or re.fullmatch(r"[^:\s]+(:\d+)?", self.endpoint) is not None,
@@ -120,8 +120,8 @@ class Slurm(Elastic):
         require(self.gpus_per_node >= 0, f"launch.gpus_per_node={self.gpus_per_node} must not be negative (0: none)")
         require(
             self.gpus_per_node in (0, self.processes),
-            f"launch.processes={self.processes} on launch.gpus_per_node={self.gpus_per_node} GPUs: each process uses "
-            "one GPU: give both the same number, or 0 GPUs to train on CPUs",
+            f"launch.processes={self.processes} differs from launch.gpus_per_node={self.gpus_per_node}, and each "
+            "process uses one GPU: set both to the same number, or 0 GPUs to train on CPUs",
         )
         require(
             self.cpus_per_task is None or self.cpus_per_task >= 1,
@@ -225,14 +225,14 @@ class Kubernetes(Elastic):
             require(value.startswith("/"), f"launch.{key}={value} must be an absolute path, which starts with /")
         require(
             self.gpus in (0, self.processes),
-            f"launch.processes={self.processes} on launch.gpus={self.gpus} GPUs: each process uses one GPU: give both "
-            "the same number, or 0 GPUs to train on CPUs",
+            f"launch.processes={self.processes} differs from launch.gpus={self.gpus}, and each process uses one GPU: "
+            "set both to the same number, or 0 GPUs to train on CPUs",
         )
         require(self.cpus >= 1, f"launch.cpus={self.cpus} must be at least 1")
         bytes_of(self.memory, "launch.memory=")
         require(
             self.grace > self.shutdown_timeout,
-            f"launch.grace={self.grace} kills a pod before launch.shutdown_timeout={self.shutdown_timeout} s to save "
+            f"launch.grace={self.grace} kills a pod before launch.shutdown_timeout={self.shutdown_timeout} s "
             "have passed: set a longer launch.grace",
         )
         require(self.backoff >= 0, f"launch.backoff={self.backoff} must not be negative (0: none)")

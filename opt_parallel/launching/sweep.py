@@ -31,8 +31,8 @@ LONGEST_NAME = 200  # Maximum length of a folder name in bytes; most file system
 
 
 class RememberSweep(Callback):
-    """A Hydra callback that stores the keys that are not swept in Hydra's configuration. Jobs on other hosts need these
-    keys and do not have the command line."""
+    """A Hydra callback that stores the keys that the sweep does not vary, in Hydra's configuration. Jobs on other hosts
+    need these keys, because they do not have the command line."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
@@ -60,7 +60,8 @@ def reported() -> Iterator[None]:
     A job in another process raises its error, and the command reports this error after all jobs have ended. The
     traceback of a crash is in the job's log."""
     if not runs_elsewhere():
-        with one_line_errors():  # inside the job, because Hydra prints its own message about a failed job
+        # Errors are reported inside the job, because Hydra prints its own message about a failed job.
+        with one_line_errors():
             try:
                 yield
             except Diverged as error:

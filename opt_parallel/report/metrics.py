@@ -81,7 +81,8 @@ class Metrics:
         waited: float,
         epochs: dict[str, float],
     ) -> None:
-        """Report the optimizer step that ended at the position `clock`. The 0-d tensors are read at the next call.
+        """Report the optimizer step that ended at the position `clock`. The 0-d tensors are read at the next call of
+        `step`.
 
         `waited` is the number of seconds that the step waited for data. `epochs` is the number of passes over each data
         source so far."""
@@ -123,7 +124,7 @@ class _Recorder(Metrics):
         self._model_flops = run.model.flops_per_token(length, frozen)
         self._hardware_flops = run.model.hardware_flops_per_token(length, recompute, frozen)
         self._unigram_entropy: float | None = None
-        self._pending: Callable[[], None] | None = None  # call to write the latest step's row
+        self._pending: Callable[[], None] | None = None  # writes the row of the latest step
         self._trackers = open_trackers(run, clock, wandb_id)
         self._path = run.folder / METRICS
         samples = run.folder / "samples.jsonl"
@@ -297,7 +298,7 @@ class _Progress:
             )
 
     def note(self, text: str) -> None:
-        with tqdm.external_write_mode(file=sys.stdout):  # hides the progress bar meanwhile
+        with tqdm.external_write_mode(file=sys.stdout):  # hides the progress bar while the line is printed
             say(text)
 
     def close(self) -> None:
@@ -353,7 +354,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Reset the peak of `peak_memory`. Without a GPU this is possible only on Linux."""
+    """Reset the peak of `peak_memory`. Without a GPU, the peak can be reset only on Linux."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)

@@ -36,9 +36,9 @@ def figures(tallied: np.ndarray, problem_type: ProblemType) -> dict[str, float]:
     """The metrics of a tally that is summed over all batches and ranks. An undefined metric is NaN.
 
     A single-label problem has `accuracy`, `matthews` and `f1_macro`, the mean over labels that occur or are predicted.
-    With two labels it also has `f1` of the second label, which is the positive label. A multi-label problem has
-    `f1_micro`, `f1_macro` and `accuracy`, the share of examples with all labels right. A regression has `mse` and
-    `pearson`, which are means over the N targets."""
+    With two labels, a single-label problem also has `f1` of the second label, which is the positive label. A
+    multi-label problem has `f1_micro`, `f1_macro` and `accuracy`, the share of examples with all labels right. A
+    regression has `mse` and `pearson`, which are means over the N targets."""
     if problem_type is ProblemType.regression:
         return _of_sums(tallied)
     if problem_type is ProblemType.multi_label_classification:

@@ -27,7 +27,8 @@ MODES = {
     "online": Wandb.online, "run": Wandb.online, "shared": Wandb.online,
     "offline": Wandb.offline, "dryrun": Wandb.offline, "disabled": Wandb.disabled,
 }  # fmt: skip
-caches = {""}  # Values of CACHE that this process set.
+
+caches = {""}  # values of WANDB_CACHE_DIR that this process set
 
 
 def wandb_mode(run: Run) -> Wandb:

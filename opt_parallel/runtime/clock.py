@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Clock:
-    """Optimizer steps done, samples consumed and tokens seen (without padding) since the run's start.
+    """The numbers of optimizer steps, samples and tokens (without padding) since the run's start.
 
     The other fields are set only if the run's data sources changed on a restart, see `data/resuming.py`. `mixed` is the
-    sample position at which the present sources and weights took effect. `taken` maps each source to its number of
-    samples before that position. `orders` maps a source to the key that seeds its shuffling, if that key is not the
-    source's name."""
+    sample position at which the present sources and weights took effect. `taken` maps each source to the number of its
+    samples before the position `mixed`. `orders` maps a source to the key that seeds its shuffling, if that key is not
+    the source's name."""
 
     step: int = 0
     samples: int = 0
@@ -29,5 +29,5 @@ class Clock:
         return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     def after(self, samples: int, tokens: int) -> Clock:
-        """The clock one optimizer step later."""
+        """The clock after one more optimizer step."""
         return replace(self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens)

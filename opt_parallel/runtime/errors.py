@@ -15,8 +15,8 @@ from opt_parallel.runtime import process, terminal
 from opt_parallel.runtime.machine import is_out_of_memory
 
 # Exit statuses after a signal. During training the process first finishes the step and saves a checkpoint.
-INTERRUPTED = 130  # Ctrl-C, by the shell's convention.
-STOPPED = 75  # SIGTERM or SIGUSR1; EX_TEMPFAIL of sysexits.h asks the batch system to start the job again.
+INTERRUPTED = 130  # Status after Ctrl-C, by the convention of shells.
+STOPPED = 75  # Status after SIGTERM or SIGUSR1. EX_TEMPFAIL of sysexits.h means that the job should be started again.
 
 
 class UserError(Exception):

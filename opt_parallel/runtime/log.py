@@ -19,11 +19,12 @@ from opt_parallel.runtime.errors import Lost, UserError
 
 QUIET = ("deepspeed", "DeepSpeed", "torch.distributed", "accelerate", "datasets", "filelock", "wandb", "matplotlib")
 RETRIES = "huggingface_hub.utils._http"  # This logger reports each retry of a download; we report the final failure.
-OURS = logging.getLogger("opt_parallel")  # Receives a copy of each printed line for the rank's log file.
+OURS = logging.getLogger("opt_parallel")  # This logger receives a copy of each printed line for the log file.
 
 
 def say(text: str, anywhere: bool = False) -> None:
-    """Print one line on rank 0. `anywhere` prints it to standard error if standard output can no longer be written."""
+    """Print one line on rank 0. `anywhere` prints the line to standard error if standard output can no longer be
+    written."""
     if process.is_main():
         print(text, file=sys.stderr if anywhere and 1 in terminal.gone else sys.stdout, flush=True)
         OURS.info(text)
@@ -137,7 +138,7 @@ def _open(path: Path) -> _LogFile:
 
 
 def _warn_unwritable(path: str, error: OSError, terminal: int | None) -> None:
-    """Print the warning without `say`, which would also write it to the failing log."""
+    """Print the warning without `say`, which would also write the warning to the failing log."""
     line = f"warning: {path} cannot be written ({error.strerror}): the run continues without this log"
     if terminal is None:
         print(line, flush=True)
@@ -147,7 +148,7 @@ def _warn_unwritable(path: str, error: OSError, terminal: int | None) -> None:
 
 
 def _redirect(output: int, errors: int) -> tuple[int, int]:
-    """Redirect standard output and error to other descriptors. Returns duplicates of the earlier two."""
+    """Redirect standard output and error to other descriptors. Returns duplicates of the previous two descriptors."""
     sys.stdout.flush()
     sys.stderr.flush()
     before = os.dup(1), os.dup(2)

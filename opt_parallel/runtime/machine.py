@@ -16,8 +16,8 @@ CPUS_GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "PBS_NUM_PPN
 
 
 def cpus() -> int:
-    """Number of CPUs that this process may use. The number is at least 1, and otherwise the minimum of the CPU
-    affinity, the cgroups' quotas (rounded down) and the number of CPUs that the batch system allocated."""
+    """Number of CPUs that this process may use. The number is the minimum of the CPU affinity, the cgroups' quotas
+    (rounded down) and the number of CPUs that the batch system allocated, but at least 1."""
     quotas = [int(quota) for quota in _quotas()]
     return max(1, min([_affinity(), *quotas, *_given()]))
 
@@ -32,13 +32,13 @@ def limit_threads() -> None:
 
 
 def ensure_home() -> str | None:
-    """Set the variables USER and HOME if the user id has no account, as in some containers. Libraries fail without
-    these variables.
+    """Set the variables USER and HOME if the user id has no account, as in some containers. Some libraries fail without
+    USER and HOME.
 
     Returns the temporary home folder, or None if the user has a home folder."""
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # OSError from Python 3.13 on
+    except (KeyError, OSError):  # Python 3.13 and later raise OSError
         os.environ["USER"] = f"user-{os.getuid()}"
     if os.path.expanduser("~") != "~":
         return None
@@ -116,7 +116,7 @@ def _group_memory() -> Iterator[tuple[int, int]]:
 def _page_cache(folder: Path) -> int:
     """Bytes of page cache in a cgroup's memory use. The kernel reclaims the page cache on demand."""
     rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-    names = ("active_file", "inactive_file")  # these count the group alone; names with total_ include its child groups
+    names = ("active_file", "inactive_file")  # these count this cgroup alone; total_… includes child groups
     return sum(int(rows.get(f"total_{name}", rows.get(name, 0))) for name in names)
 
 
@@ -138,7 +138,8 @@ def _status() -> dict[str, int]:
 
 def _groups(controller: str) -> Iterator[Path]:
     """Folders of this process's cgroups (version 1 or 2), from the innermost to the outermost group."""
-    own = dict(line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines())  # maps controllers to a path
+    # The dictionary maps cgroup controllers to paths.
+    own = dict(line.split(":", 2)[1:] for line in _text(PROC / "cgroup").splitlines())
     paths = {name: path for names, path in own.items() for name in names.split(",")}
     for line in _text(PROC / "mountinfo").splitlines():
         fields, _, system = line.partition(" - ")
@@ -159,7 +160,7 @@ def _unescaped(field: str) -> str:
 
 
 def _text(path: Path) -> str:
-    """Content of a kernel file; "" if it does not exist or cannot be read."""
+    """The content of a kernel file, or an empty text if the file cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:

@@ -1,5 +1,5 @@
-"""This process's rank, world size and host, read from the launcher's environment variables. No process group is
-needed."""
+"""This process's rank, world size and host, read from the launcher's environment variables. The functions of this
+module need no process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOC
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LAUNCHERS = (*RANK_VARIABLES, "MASTER_", "OMPI_", "SLURM_")  # Prefixes of launchers' variables.
 SLURM_PORTS = 20_000, 10_000  # First port and number of ports; each Slurm job step uses one port of this range.
-WATCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # Set by torchrun (and accelerate), and by DeepSpeed's launcher.
+WATCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # Variables that torchrun, accelerate and DeepSpeed's launcher set.
 PARENT = os.getppid()  # Parent process at the start; a process whose parent ends gets another parent.
 
 
@@ -34,8 +34,8 @@ def local_world_size() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """The number in an environment variable, or `default` if the variable holds no number. `Topology.open` reports such
-    a variable."""
+    """The number in an environment variable, or `default` if the variable holds no number. `Topology.open` reports a
+    variable that holds no number."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default
 
@@ -53,7 +53,7 @@ def launcher_is_gone() -> bool:
 
 
 def host() -> str:
-    """This host's name. Under Slurm it is the node name that Slurm's commands and logs show."""
+    """This host's name. Under Slurm, the name is the node name that Slurm's commands and logs show."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -31,8 +31,8 @@ class Interrupt:
     """Whether this process was asked to stop. `status` is the exit status for that request, or 0 if there was none.
 
     The process calls `last_words` and exits at once if `can_save` is not set yet, or on a second request more than
-    `SAME_REQUEST` seconds after the first. On SIGTERM with several ranks it exits without calling `last_words`, because
-    launchers also send SIGTERM after another rank crashed."""
+    `SAME_REQUEST` seconds after the first. On SIGTERM with several ranks the process exits without calling
+    `last_words`, because launchers also send SIGTERM after another rank crashed."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -95,8 +95,8 @@ class Interrupt:
 
 
 def ignore_all() -> None:
-    """Ignore all of these signals in a worker process. Terminals and batch systems signal workers too, but the parent
-    process stops them."""
+    """Ignore all of these signals in a worker process. Terminals and batch systems signal workers too, but only the
+    parent process stops its workers."""
     for number in STATUS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -20,12 +20,12 @@ from typing import Any
 # control characters, which would move the cursor, hide text or change the terminal's state
 CONTROL = re.compile(r"(?!^)\r(?!\n)|[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 COLORS = re.compile(r"\x1b\[[\d;]*m")
-UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # tqdm and wandb write these alone to move the cursor back
+UPWARDS = re.compile(r"(\r|\x1b\[(A|Am|K|2K))+")  # tqdm and wandb write such sequences alone
 NAMES = {1: "standard output", 2: "standard error"}
 READ_TIMEOUT = 30.0  # Seconds that a write to a full pipe waits for its reader; the other ranks wait too.
 GONE = (errno.EPIPE, errno.EIO)  # Errors after the reader of a pipe ended or the terminal closed.
 
-gone: dict[int, str] = {}  # maps descriptors whose writes failed to the warning printed for each
+gone: dict[int, str] = {}  # maps each descriptor whose writes failed to the printed warning
 _outliving = False
 
 

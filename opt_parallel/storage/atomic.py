@@ -81,8 +81,8 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     Args:
         replace: whether to replace an existing folder; an empty folder is always replaced.
 
-    Raises: OSError. Without `replace`, its errno is ENOTEMPTY or EEXIST if the folder exists, even if another process
-    created the folder meanwhile.
+    Raises: OSError. Without `replace`, the OSError has the errno ENOTEMPTY or EEXIST if the folder exists, even if
+    another process created the folder meanwhile.
     """
     with _unfinished(path, folder=True) as (partial, held):
         yield partial
@@ -155,14 +155,14 @@ def remove_leftovers(path: Path, any_host: bool = False) -> None:
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.{host}-????????{PARTIAL}"):
         held = leftover / HELD if leftover.is_dir() else leftover
         if any_host and not held.exists():
-            remove(leftover)  # its writer was killed while deleting the folder
+            remove(leftover)  # the writer was killed while it deleted the folder
             continue
         with suppress(OSError):  # after an error the file stays, since it may still be in use
             number = os.open(held, os.O_RDWR)
             try:
                 if hold(number):
                     renamed = beside(path)
-                    os.rename(leftover, renamed)  # fails if the writer has renamed its file meanwhile
+                    os.rename(leftover, renamed)  # this call fails if the writer has renamed its file
                     remove(renamed)
             finally:
                 os.close(number)
@@ -256,8 +256,8 @@ def _confirm_names(folder: Path) -> None:
 
 @contextmanager
 def optional(path: Path, done: str = "written") -> Iterator[None]:
-    """Turn an OSError in the block into one warning. For output that the run does not depend on, such as a log or a
-    plot."""
+    """Turn an OSError in the block into one warning. This context is for output that the run does not depend on, such
+    as a log or a plot."""
     try:
         yield
     except OSError as error:

@@ -16,7 +16,7 @@ from annotated_types import Ge, Lt
 
 CHECKSUM = "checksum"
 END = re.compile(rb', "checksum": "([0-9a-f]{8})"\}\n?\Z')
-LONGEST_END = 40  # Bytes; a match of END is shorter.
+LONGEST_END = 40  # Number of bytes that exceeds every match of END.
 DEEPEST = 32  # Maximum nesting of lists and objects, so that recursive readers do not overflow the stack.
 MOST = 2**16  # Default maximum size of a file in bytes.
 

@@ -16,7 +16,7 @@ from opt_parallel.storage.checked import without_duplicates
 
 # The start and maximum size of Git LFS's placeholder for a file.
 POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
-MOST_BYTES = 100_000_000  # size limit; the weight index of OPT-175B has 0.1 MB, a large tokenizer.json 35 MB
+MOST_BYTES = 100_000_000  # maximum size; the weight index of OPT-175B has 0.1 MB, a large tokenizer.json 35 MB
 
 
 def file_in(folder: Path, name: str) -> Path | None:
@@ -62,7 +62,7 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def read_limited(path: Path) -> bytes:
-    """The content of a file. Raises: OSError; ValueError if it is larger than `MOST_BYTES`."""
+    """The content of a file. Raises: OSError; ValueError if the file is larger than `MOST_BYTES`."""
     with open(path, "rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -87,7 +87,8 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text. Raises: ValueError if it is malformed, nested too deeply or has a key twice."""
+    """The value of a JSON text. Raises: ValueError if the text is malformed or nested too deeply, or if a key occurs
+    twice."""
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=without_duplicates)
     except RecursionError as error:

@@ -147,7 +147,7 @@ def _beats(path: Path, silent: float) -> bool:
 
 def _beat(number: int, path: Path, key: str, this: Writer, ended: threading.Event, beat: float) -> None:
     """Write heartbeats until the context ends."""
-    count, pause = 0, POLL  # a short pause first, since without locks two processes may have found the folder free
+    count, pause = 0, POLL  # the first pause is short, since without locks two processes may have found the folder free
     while not ended.wait(pause):
         count, pause = count + 1, beat
         other = _writer_in(path)

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
     """Each line of a regular file with its parsed row, or None if the line is damaged. An incomplete last line is
-    skipped, because its writer may be writing or killed. Raises: OSError."""
+    skipped, because a run may still be writing the line or may have been killed. Raises: OSError."""
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n") or CHECKSUM.encode() in line:
@@ -27,8 +27,8 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[int]]:
-    """The rows of a file and the numbers of its damaged lines, counted from 1. Two empty lists if the file does not
-    exist. Raises: OSError."""
+    """The rows of a file and the numbers of its damaged lines, counted from 1. Both lists are empty if the file does
+    not exist. Raises: OSError."""
     rows: list[Row] = []
     damaged: list[int] = []
     for number, (_, row) in enumerate(read_lines(path) if path.is_file() else (), start=1):

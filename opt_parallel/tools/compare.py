@@ -140,8 +140,8 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The configuration in a file by dotted key. If the file is missing, as in a folder into which only the metrics
-    were copied, the configuration is empty."""
+    """The configuration in a YAML file as a dictionary with dotted keys. If the file is missing, as in a folder into
+    which only the metrics were copied, the configuration is empty."""
     if not path.exists():
         return {}
     try:

@@ -66,7 +66,7 @@ def _check(run: Run, opened: Opened) -> None:
     require(
         run.model.vocab_size == opened.config.vocab_size,
         f"model.vocab_size={run.model.vocab_size}, but init_from={run.init_from} has {opened.config.vocab_size}: leave "
-        "it out, since only training adds rows to an embedding",
+        "model.vocab_size out, since only training adds rows to an embedding",
     )
     if not run.task.name.classifies:
         opened.check_language_model()
@@ -77,7 +77,7 @@ def _check(run: Run, opened: Opened) -> None:
     names = opened.labels.names
     require(
         run.task.labels is not None or run.task.problem_type is ProblemType.regression,
-        f"init_from={run.init_from} has no names for its {len(names)} labels: set task.labels in their order",
+        f"init_from={run.init_from} has no names for its {len(names)} labels: set task.labels to the names",
     )
 
 

@@ -35,7 +35,7 @@ from opt_parallel.storage.foreign import content_of, file_in
 
 CARD, BASE = "README.md", "base"
 SHARD = 5 * 10**9  # Maximum number of bytes of a weights file of an adapter's base model.
-ORIGIN = "checkpoint.json"  # This file identifies the exported checkpoint.
+ORIGIN = "checkpoint.json"  # Name of the file that identifies the exported checkpoint.
 COPIES = 2  # Copies of a tensor in memory besides the exported copy: the tensor as read, and a rearranged copy.
 
 
@@ -155,7 +155,7 @@ def _other_files(opened: Opened) -> dict[str, bytes]:
     copied if they exist."""
     tokenizer = files_for(opened.tokenizer, opened.config)
     if not tokenizer:
-        say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has none")
+        say(f"warning: {opened.tokenizer} holds no tokenizer, so the export has no tokenizer")
     labels, tokens = opened.labels if opened.is_classifier else None, special_tokens_in(tokenizer)
     files = {} if labels else {GENERATION_CONFIG: generation_config(opened.config)}
     if (opened.folder / MANIFEST).is_file():

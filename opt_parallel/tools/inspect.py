@@ -33,8 +33,8 @@ CHUNK = 2**22  # number of elements compared at a time in float64
 
 @dataclass(frozen=True)
 class Listed:
-    """A folder in a run's `checkpoints` folder. `manifest` is None if it cannot be read. `losses` are the losses at the
-    checkpoint's step."""
+    """A folder in a run's `checkpoints` folder. `manifest` is None if the manifest cannot be read. `losses` are the
+    losses at the checkpoint's step."""
 
     folder: Path
     step: int

@@ -154,7 +154,7 @@ class _Theirs:
             folder, dtype=torch.float32, output_loading_info=True, device_map="meta" if in_modules else None
         )
         self.model.eval()
-        self.names = [name for name, _ in self.model.named_parameters()]  # without the tied output projection
+        self.names = [name for name, _ in self.model.named_parameters()]  # the tied output projection is not listed
         self.report = [f"transformers has {what}: {name}" for what, names in report.items() for name in names]
         if in_modules and not self.report:
             self._read_in_turn(folder)
@@ -193,7 +193,7 @@ def _transformers() -> Any:
     except ImportError as error:
         raise UserError("verification needs transformers: pip install 'opt-parallel[dev]'") from error
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # the verdict holds the loading report
+    transformers.utils.logging.set_verbosity_error()  # the verdict contains transformers' warnings
     return transformers
 
 
@@ -205,7 +205,7 @@ def _other_network(opened: Opened, reference: Opened) -> list[str]:
     there = {name: getattr(reference.config, name) for name in names}
     derived = {"word_embed_proj_dim", "remove_final_layer_norm"}
     return [
-        f"{CONFIG} describes a network with {name}={here[name]}, --against one with {there[name]}"
+        f"{CONFIG} describes a network with {name}={here[name]}, but --against one with {there[name]}"
         for name in names
         if name not in MAY_DIFFER | derived and here[name] != there[name]
     ]

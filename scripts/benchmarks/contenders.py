@@ -230,7 +230,7 @@ def _dtensor_refuses(run: Run, world: int) -> str:
     if run.parallel.tensor == 1:
         return "needs parallel.tensor > 1"
     if run.parallel.tensor != world:
-        return "has no ZeRO: needs data 1"
+        return "has no ZeRO, so it needs data-parallel degree 1"
     return ""
 
 

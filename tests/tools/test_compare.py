@@ -242,7 +242,7 @@ def test_mistakes(tmp_path: Path) -> None:
         "7\n",
     ):
         (a / "metrics.jsonl").write_text("".join([*lines[:2], broken, *lines[2:]]))
-        with pytest.raises(UserError, match=re.escape(f"{a}/metrics.jsonl, line 3: ")):
+        with pytest.raises(UserError, match=re.escape(f"{a}/metrics.jsonl, line 3 is damaged")):
             read_runs([a])
     (a / "metrics.jsonl").write_text("".join(lines))
     for broken in ("a: [", "- 1"):

@@ -131,7 +131,7 @@ def test_another_network_is_found(exported: tuple[Path, Path], tmp_path: Path) -
     assert verdict is not None
     assert not verdict.agrees
     assert [finding.partition(" with ")[2] for finding in verdict.findings] == [
-        "activation_function=Activation.gelu, --against one with Activation.relu"
+        "activation_function=Activation.gelu, but --against one with Activation.relu"
     ]
 
 
