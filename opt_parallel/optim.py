@@ -65,8 +65,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def learning_rate(run: Run, clock: Clock) -> float:
-    """The learning rate of the optimizer step that ends at the position `clock`. The rate is a pure function of the
-    position, so checkpoints hold no state of the schedule.
+    """The learning rate of the optimizer step that ends at the position `clock`. The learning rate is a pure function
+    of the position, so checkpoints hold no state of the schedule.
 
     After a linear warm-up to the peak, the learning rate decays linearly (Zhang et al. 2022, section 2.2), decays as a
     cosine (Loshchilov & Hutter 2017), or is constant. The linear and cosine schedules reach `final_ratio` of the peak

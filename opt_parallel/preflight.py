@@ -46,7 +46,7 @@ COMPARED = (
     "omegaconf",
 )  # fmt: skip
 ALL_REDUCE_BYTES = 8_000_000
-PRODUCT = 512  # Rows and columns of the matrices that test a device.
+PRODUCT = 512  # Number of rows and columns of the matrices that test a device.
 SKEW = 5.0  # Maximum difference in seconds between two hosts' clocks without a warning.
 
 
@@ -277,7 +277,7 @@ def _warn_of_clocks(topology: Topology) -> float:
         if abs(apart) > SKEW and topology.hosts.index(topology.hosts[rank]) == rank:
             say(
                 f"warning: the clock of {topology.where(rank)} is {abs(apart):,.0f} s "
-                f"{'ahead of' if apart > 0 else 'behind'} that of {topology.where(0)}: set it, or log times mislead"
+                f"{'ahead of' if apart > 0 else 'behind'} that of {topology.where(0)}: synchronise the clocks"
             )
     return max(times) - min(times)
 

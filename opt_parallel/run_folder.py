@@ -56,7 +56,7 @@ def clean_up(run: Run) -> None:
     remove_unfinished(run.folder / "checkpoints")
     for name in WRITTEN_FILES:
         remove_leftovers(run.folder / name, any_host=True)
-        remove(run.folder / f"{name}{PARTIAL}")  # temporary name in earlier versions
+        remove(run.folder / f"{name}{PARTIAL}")  # earlier versions used this temporary name
     for probe in run.folder.glob(".preflight-*"):
         remove(probe)
 

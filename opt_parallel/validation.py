@@ -27,7 +27,7 @@ from opt_parallel.parallel.topology import Topology
 from opt_parallel.report.scores import figures, tally
 from opt_parallel.runtime.errors import UserError
 
-TEMPERATURE, TOP_P = 0.8, 0.95  # for varied samples without very unlikely tokens
+TEMPERATURE, TOP_P = 0.8, 0.95  # give varied samples without very unlikely tokens
 
 
 class Evaluated(Protocol):

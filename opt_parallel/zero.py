@@ -124,14 +124,14 @@ def refresh_working_weights(wrapped: Any, stage: int) -> None:
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:
-        optimizer.checkpoint_event_prologue()  # partitions the small parameters that stay gathered
+        optimizer.checkpoint_event_prologue()  # this call partitions the small parameters that stay gathered
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()  # gathers the small parameters again
+        optimizer.checkpoint_event_epilogue()  # this call gathers the small parameters again
 
 
 def updates_made(wrapped: Any, stage: int) -> int:
-    """The number of weight updates so far, which excludes the steps that fp16 skipped."""
+    """The number of weight updates so far. Steps that fp16 skipped are not counted."""
     state = base_optimizer(wrapped).state.get(_flat_weights(wrapped, stage)[0], {})
     return int(state["step"]) if state else 0
 

@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser(
-        "train", help="compare optimizer steps with transformers, DeepSpeed AutoTP and torch DTensor"
+        "train", help="compare the speed of training with transformers, DeepSpeed AutoTP and torch DTensor"
     )
     train.add_argument("--processes", type=_positive, default=1)
     train.add_argument("--threads", type=_positive, help="threads of each process; default: CPU cores / processes")
@@ -59,12 +59,14 @@ def main() -> None:
     io = verbs.add_parser("io", help="measure memory and time of importing and exporting a checkpoint")
     io.add_argument("--max-shard-size", default="1GB")
     io.add_argument("overrides", nargs="*", metavar="key=value")
-    checkpoint = verbs.add_parser("checkpoint", help="compare saving and loading checkpoints with DeepSpeed")
+    checkpoint = verbs.add_parser(
+        "checkpoint", help="compare the speed of saving and loading checkpoints with DeepSpeed"
+    )
     checkpoint.add_argument("--processes", type=_positive, default=4, help="number of processes with one thread each")
     checkpoint.add_argument("--rounds", type=_positive, default=5)
     checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
     checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor=2 unless given")
-    generate = verbs.add_parser("generate", help="compare greedy generation in fp32 with transformers")
+    generate = verbs.add_parser("generate", help="compare the speed of greedy generation in fp32 with transformers")
     generate.add_argument(
         "--batch", type=_positive, action="append", help="number of prompts in a batch; default: 1, then 8"
     )
@@ -231,7 +233,7 @@ def run_io(arguments: argparse.Namespace) -> None:
 def run_checkpoint(arguments: argparse.Namespace) -> None:
     run = settled(compared_run(["parallel.tensor=2", *arguments.overrides], accumulation=1))
     check_setting(arguments, run)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that `measure` starts
+    os.environ["OMP_NUM_THREADS"] = "1"  # number of threads of the processes that `measure` starts
     from benchmarks.checkpoints import measure, table
 
     measured = measure(run, arguments.processes, arguments.output, arguments.rounds)

@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
         from opt_parallel.checkpoint.folders import choose, precision_of
         from opt_parallel.parallel.precision import choose_precision
         from opt_parallel.parallel.topology import Topology
-        from opt_parallel.preflight import check_same, make_run_folder, preflight  # late, as torch is slow
+        from opt_parallel.preflight import check_same, make_run_folder, preflight  # slow import of torch
 
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)

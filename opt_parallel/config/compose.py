@@ -46,7 +46,7 @@ def command(main: Callable[[], None]) -> None:
         quiet_libraries()
         register_schema()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises configuration errors instead of printing them.
-        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # Checked before Hydra writes a multirun's overrides to a file.
+        sys.argv[1:] = checked(sys.argv[1:], TEXTS)  # Overrides are checked before Hydra writes them to a file.
         main()
 
 
@@ -122,7 +122,7 @@ def run_from(config: DictConfig) -> Run:
     refuse_breaks("run.name=", str(values["run"]["name"]))
     change_paths(values, Run, local)
     plain = OmegaConf.create(verbatim(values))
-    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # refuses keys added by `+key=…`
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))  # `merge` refuses new keys (`+key=…`)
     assert isinstance(run, Run)
     return run
 

@@ -28,7 +28,7 @@ WAY_OUT = "change the permissions of the file and its folders, or choose another
 # tuple lists values that are not paths, such as auto.
 PATH: dict[str, tuple[str, ...]] = {"path": ()}
 
-Change = Callable[[str, str], str]  # maps (`key=`, path) to the new path
+Change = Callable[[str, str], str]  # a function from (`key=`, path) to the new path
 
 
 def typed_fields(section: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:

@@ -79,7 +79,8 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
 
-    # 0: nothing is partitioned (fp32 only); 1: optimizer state over the data ranks; 2: gradients too; 3: weights too
+    # 0 partitions nothing (fp32 only); 1 partitions the optimizer state over the data ranks; 2 also gradients; 3 also
+    # weights
     stage: int = 1
     # cpu: keep the optimizer's state in the host's memory and update the weights on the CPU
     offload: Offload = Offload.none
@@ -111,13 +112,13 @@ class PrecisionConfig(Section):
 
     # auto: bf16 if every rank's device supports it natively, else fp32; a resumed run keeps its precision
     name: Precision = Precision.auto
-    # fp16: paper: the window doubles and halves with the scale, as for OPT-175B; standard: fixed window
+    # for fp16, paper doubles and halves the window with the scale, as for OPT-175B; standard keeps the window fixed
     scaler: Scaler = Scaler.paper
-    # fp16: the loss scale at the start
+    # the loss scale of fp16 at the start
     initial_scale: float = 4.0
-    # fp16: number of steps without overflow after which the scale doubles
+    # number of steps without overflow after which the loss scale of fp16 doubles
     window: int = 256
-    # fp16: the lowest loss scale; an overflow at this scale ends the run
+    # the lowest loss scale of fp16; an overflow at this scale ends the run
     floor: float = 2.0**-5
 
     def check(self) -> None:
@@ -217,7 +218,7 @@ class Run(Section):
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     # number of optimizer steps of the run and of its learning-rate schedule
     steps: int = 1000
-    # step at which to save and exit; the same command with a larger stop_at continues the run; null: steps
+    # the run saves and exits at this step, and a larger stop_at continues the run; null: exit at steps
     stop_at: int | None = None
     # seed of the initial weights, the order of samples, and dropout
     seed: int = 1

@@ -12,7 +12,7 @@ from opt_parallel.config.paths import PATH
 from opt_parallel.config.units import bytes_of
 from opt_parallel.runtime.errors import UserError
 
-TIME_FORMATS = {  # from the manual of sbatch
+TIME_FORMATS = {  # time formats from the manual of sbatch
     r"(?P<m>\d+)(:(?P<s>\d+))?": "minutes or minutes:seconds",
     r"(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)": "hours:minutes:seconds",
     r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+))?(:(?P<s>\d+))?": "days-hours, days-hours:minutes, …",

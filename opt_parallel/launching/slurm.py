@@ -18,8 +18,8 @@ TEMPLATE = "launch/slurm/job.sbatch"
 
 
 def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[str]) -> str:
-    """The script for sbatch. `folder` is the run's folder and `root` is this repository's. All nodes must share both
-    folders.
+    """The script for sbatch. `folder` is the run's folder and `root` is this repository's. All nodes must share the
+    run's folder and this repository.
 
     Raises: UserError for a character in `folder` that sbatch would replace."""
     for sign in "%\\":

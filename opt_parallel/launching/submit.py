@@ -74,7 +74,7 @@ def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple
         HydraConfig.instance().set_config(config)  # the default of run.name reads the model's name from HydraConfig
         with open_dict(config):
             del config["hydra"]
-        check_values(OmegaConf.to_container(config))  # checked before a message could repeat a secret
+        check_values(OmegaConf.to_container(config))  # before a message could repeat a secret in a value
         start_from_checkpoint(config, theirs)
         return launch, run_from(config)
 
@@ -107,7 +107,7 @@ def check(launch: Launch, run: Run) -> None:
     tensor, processes = run.parallel.tensor, launch.processes
     require(
         launch.most == 1 or processes % tensor == 0 or run.parallel.allow_cross_node,
-        f"parallel.tensor={tensor} on launch.processes={processes} a node: a tensor group would span nodes; "
+        f"parallel.tensor={tensor} on launch.processes={processes} per node: a tensor group would span nodes; "
         f"start a multiple of {tensor} processes on each node, or set parallel.allow_cross_node=true",
     )
 

@@ -86,7 +86,7 @@ def reported() -> Iterator[None]:
         traceback.print_exc()
         sys.stderr.flush()
         if world_size() > 1:
-            os._exit(1)  # exits at once, as `reporting` does, because other ranks are waiting
+            os._exit(1)  # the process exits at once, as in `reporting`, because other ranks are waiting
         raise
 
 

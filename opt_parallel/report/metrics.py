@@ -124,7 +124,7 @@ class _Recorder(Metrics):
         self._model_flops = run.model.flops_per_token(length, frozen)
         self._hardware_flops = run.model.hardware_flops_per_token(length, recompute, frozen)
         self._unigram_entropy: float | None = None
-        self._pending: Callable[[], None] | None = None  # writes the row of the latest step
+        self._pending: Callable[[], None] | None = None  # function that writes the row of the latest step
         self._trackers = open_trackers(run, clock, wandb_id)
         self._path = run.folder / METRICS
         samples = run.folder / "samples.jsonl"
@@ -132,7 +132,7 @@ class _Recorder(Metrics):
             with optional(path, f"taken back to step {clock.step}"):
                 keep_rows(path, clock.step)
         self._lines, self._samples = Lines(self._path), Lines(samples)
-        self._lines.flush()  # creates the file, so that `tail -f` can follow it
+        self._lines.flush()  # this creates the file, so that `tail -f` can follow it
         self._progress = _Progress(run, clock)
         self._opened_at, self._since = time.perf_counter(), _mark(device)
 
@@ -239,7 +239,7 @@ class _Recorder(Metrics):
 
     def _write(self, kind: str, row: Row) -> None:
         not_finite = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        row = {"kind": kind} | row | dict.fromkeys(not_finite)  # null, since JSON has no NaN and infinity
+        row = {"kind": kind} | row | dict.fromkeys(not_finite)  # become null, since JSON has no NaN
         self._lines.write(dump_checked(row))
         values = {f"{kind}/{key}": row[key] for key in row.keys() - {"kind", "step", "epochs"} if row[key] is not None}
         values |= {f"epochs/{source}": passed for source, passed in row.get("epochs", {}).items()}
@@ -298,7 +298,7 @@ class _Progress:
             )
 
     def note(self, text: str) -> None:
-        with tqdm.external_write_mode(file=sys.stdout):  # hides the progress bar while the line is printed
+        with tqdm.external_write_mode(file=sys.stdout):  # the bar is hidden while the line is printed
             say(text)
 
     def close(self) -> None:

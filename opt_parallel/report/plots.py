@@ -64,8 +64,8 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
 
 
 def draw_curves(path: Path, title: str, curves: Sequence[Curve], axis: str, unit: str | None) -> None:
-    """Write a plot of several runs' losses over `axis` (steps, tokens). `unit` is as for `draw`, or None if the runs'
-    units differ."""
+    """Write a plot of several runs' losses over `axis` (steps, tokens). `unit` names what a loss is averaged over, or
+    is None if this differs between the runs."""
     save_figure(figure_of(title, curves, axis, unit), path)
 
 
@@ -99,7 +99,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
     for axes, name in zip(both, ("training, smoothed" if long else "training", "validation"), strict=False):
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_xlabel(axis)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # formats numbers as 200k, 1.5G
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the axis shows 200k, 1.5G
         axes.margins(x=0.02)
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -179,7 +179,8 @@ def perplexity_of(loss: float) -> float:
 
 
 def losses_of(rows: list[Row], kind: str) -> tuple[list[int], list[float]]:
-    """Steps and losses of all rows of a kind. A loss that is not finite becomes NaN, which plots show as a gap."""
+    """The steps and losses of all metric rows of a kind, which is train or validation. A loss that is not finite
+    becomes NaN, which plots show as a gap."""
     chosen = [row for row in rows if row["kind"] == kind]
     return [row["step"] for row in chosen], [math.nan if row["loss"] is None else row["loss"] for row in chosen]
 

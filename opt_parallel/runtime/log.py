@@ -102,7 +102,10 @@ def log_to_file(folder: Path) -> Iterator[None]:
                 _redirect(*earlier)  # this rank prints the message if rank 0 does not
             raise
         finally:
-            _remove_handlers(handlers)  # after an error too, because the next run of a sweep has its own log file
+            # The handlers are removed after an error too, since the next run of a sweep has its own log file.
+            _remove_handlers(
+                handlers
+            )  # handlers are removed after an error too, since a sweep's next run has its own log
         if earlier is not None:
             for old in _redirect(*earlier) + earlier:
                 os.close(old)

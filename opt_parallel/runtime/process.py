@@ -65,7 +65,10 @@ def set_ranks() -> None:
         del os.environ[name]
     if "RANK" in os.environ:
         return
-    if OPEN_MPI[0] in os.environ:  # tested before Slurm: in a Slurm job, mpirun's processes have Slurm's variables too
+    # Open MPI is tested before Slurm, because mpirun's processes in a Slurm job have Slurm's variables too.
+    if (
+        OPEN_MPI[0] in os.environ
+    ):  # Open MPI is tested before Slurm, because mpirun's processes in a Slurm job have Slurm's variables too
         _set(*(os.environ[name] for name in OPEN_MPI))
         os.environ.setdefault("MASTER_PORT", "29500")  # the user gives the address by mpirun -x MASTER_ADDR=…
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:

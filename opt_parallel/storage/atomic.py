@@ -137,7 +137,7 @@ def remove(path: Path) -> bool:
     is_folder = path.is_dir() and not path.is_symlink()
     try:
         if is_folder:
-            shutil.rmtree(path, ignore_errors=True)  # deletes as many files as possible
+            shutil.rmtree(path, ignore_errors=True)  # this deletes as many files as possible
         if os.path.lexists(path):
             shutil.rmtree(path) if is_folder else path.unlink()
     except FileNotFoundError:

@@ -271,7 +271,7 @@ def draw(path: Path, records: Sequence[Record], axis: str) -> None:
     title = root_of(records).name if len(records) > 1 else records[0].folder.name
     try:
         draw_curves(path, title, curves, axis, unit)
-    except (OSError, ValueError) as error:  # ValueError: unknown suffix of the file
+    except (OSError, ValueError) as error:  # ValueError means an unknown suffix
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(
             f"--output {path} cannot be written: {reason}; name another file, such as compare.png"

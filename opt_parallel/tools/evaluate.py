@@ -28,7 +28,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     """Evaluate the checkpoint `run.init_from` on `run.data.validation` in the run's precision, and write the result to
     evaluation.json in `run.dir`.
 
-    Returns the result, which holds the loss with perplexity and tokens, or with a classifier's metrics. Raises:
+    Returns the loss, with the perplexity and the number of tokens, or with a classifier's metrics. Raises:
     UserError."""
     require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
     opened = open_checkpoint(str(run.init_from), "init_from=", checksums=True)

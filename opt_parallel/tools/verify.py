@@ -193,7 +193,7 @@ def _transformers() -> Any:
     except ImportError as error:
         raise UserError("verification needs transformers: pip install 'opt-parallel[dev]'") from error
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # the verdict contains transformers' warnings
+    transformers.utils.logging.set_verbosity_error()  # transformers' warnings are part of the verdict
     return transformers
 
 

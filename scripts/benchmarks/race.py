@@ -66,14 +66,14 @@ class Team:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.members = []
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that are started below
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # the started processes read this
         for rank in range(world):
             ours, theirs = context.Pipe()
             meeting_point = str(Path(self.folder.name) / "store")
             arguments = (contender.title, run, rank, world, threads, meeting_point, theirs)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
-            theirs.close()  # closed here, so that the pipe ends when the process dies
+            theirs.close()  # this end is closed here, so that the pipe ends when the process dies
             self.members.append((process, ours))
 
     def ask(self, *question: Any) -> list[Any]:
