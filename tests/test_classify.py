@@ -185,14 +185,14 @@ def test_from_a_language_model_to_an_export_in_two_layouts(trained: tuple[Path, 
 
 
 def test_ours_and_the_export_open_alike_and_verify(trained: tuple[Path, list[str], str]) -> None:
+    from opt_parallel import OPTForSequenceClassification
     from opt_parallel.checkpoint.sources import open_checkpoint
-    from opt_parallel.pretrained import OPTForSequenceClassification
     from opt_parallel.tools.verify import verify
 
     checkpoint, exported = trained[0] / "run" / "checkpoints" / "step-6", trained[0] / "run" / "export"
     ours, theirs = (OPTForSequenceClassification.from_pretrained(each) for each in (checkpoint, exported))
-    assert ours.labels == theirs.labels == open_checkpoint(checkpoint).labels
-    assert ours.labels.names == ("bad", "good")
+    assert ours.config.labels() == theirs.config.labels() == open_checkpoint(checkpoint).labels
+    assert ours.config.id2label == {0: "bad", 1: "good"}
     ids = torch.randint(4, 300, (3, 9), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=0)

@@ -27,6 +27,7 @@ FLOORS = [
     ["run_folder", "start"],
     ["loop"],
     ["train"],
+    [""],  # opt_parallel/__init__.py, which names the classes of `pretrained`
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted([*(ROOT / "opt_parallel").rglob("*.py"), ROOT / "train.py"])

@@ -19,6 +19,7 @@ from opt_parallel.config.data import SpecialTokens
 from opt_parallel.config.model import Labels, ModelConfig
 from opt_parallel.huggingface.config import read_labels
 from opt_parallel.huggingface.folder import CHECKSUMS, wrong_tensors
+from opt_parallel.huggingface.hub import WEIGHTS as FORMATS
 from opt_parallel.huggingface.hub import find_checkpoint
 from opt_parallel.huggingface.names import HuggingFaceWeights
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
@@ -128,7 +129,7 @@ class Opened:
         self.check_language_model()
         with torch.device("meta"):
             model = CausalLM(self.config, group)
-        self._fill(model, self.weights, group, device, dtype)
+        self.fill(model, self.weights, group, device, dtype)
         return model.eval()
 
     def classifier(
@@ -145,15 +146,28 @@ class Opened:
         self.config.check_splits(group.size, "tensor degree ")
         with torch.device("meta"):
             model = SequenceClassifier(self.config, num_labels, group)
-        source: Source = self.weights
-        wanted = logical_shapes(model)
-        if new_head and not self.stored.holds(SCORE):
-            say(f"{self.folder} has no classification head: a head for {num_labels} labels is drawn from seed {seed}")
-            source = with_new_head(self.weights, seed)
-            del wanted[SCORE]
-        self.stored.check(wanted)
-        self._fill(model, source, group, device, dtype)
+        source = self.with_head(logical_shapes(model), seed) if new_head else self.weights
+        if not new_head:
+            self.stored.check(logical_shapes(model))
+        self.fill(model, source, group, device, dtype)
         return model.eval()
+
+    def with_head(self, wanted: dict[str, tuple[int, ...]], seed: int, replaced: bool = False) -> Source:
+        """A source of the tensors `wanted` of a classifier; its head is drawn from `seed` if the checkpoint has none,
+        or has another number of labels and `replaced`. Prints a note. Raises: UserError for any other tensors."""
+        wanted = dict(wanted)
+        rows = len(self.labels.names) if self.is_classifier else 0
+        if rows == wanted[SCORE][0] or (rows and not replaced):
+            self.stored.check(wanted)
+            return self.weights
+        if rows:
+            why, number = f"has a head for {rows} labels", wanted[SCORE][0]
+            wanted[SCORE] = (rows, *wanted[SCORE][1:])
+        else:
+            why, number = "has no classification head", wanted.pop(SCORE)[0]
+        self.stored.check(wanted)
+        say(f"{self.folder} {why}: a head for {number} labels is drawn from seed {seed}")
+        return with_new_head(self.weights, seed)
 
     def warn_of_not_finite(self, group: Group) -> None:
         """Warn of NaN and infinity in the tensors that the ranks of `group` have read. All of its ranks call this."""
@@ -166,7 +180,8 @@ class Opened:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             say(f"warning: {self.folder} has values that are not finite, in {', '.join(names[:5])}{more}")
 
-    def _fill(self, model: nn.Module, source: Source, group: Group, device: torch.device, dtype: torch.dtype) -> None:
+    def fill(self, model: nn.Module, source: Source, group: Group, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill a model on the meta device from `source`, which reads `weights`; warn of values that are not finite."""
         self.not_finite.clear()
         fill(model, source, device, dtype)
         self.warn_of_not_finite(group)
@@ -194,9 +209,20 @@ def open_checkpoint(
     Raises: UserError, which starts with `key`, if `checkpoint` is none of these, is not an OPT model, lacks a file or
     is damaged; or if the base of a LoRA run is missing or has changed."""
     folder = find_checkpoint(checkpoint, key)
-    config = model_at(folder, key)
+    return open_folder(folder, model_at(folder, key), checksums, above)
+
+
+def open_folder(
+    folder: Path,
+    config: ModelConfig,
+    checksums: bool = False,
+    above: tuple[Path, ...] = (),
+    formats: tuple[str, ...] = FORMATS,
+) -> Opened:
+    """`open_checkpoint` for a local folder, whose network is `config`. `formats`: the formats of a Hugging Face
+    folder's weights to look for."""
     if not (folder / MANIFEST).is_file():
-        weights = HuggingFaceWeights(folder)
+        weights = HuggingFaceWeights(folder, formats)
         weights.check_layers(config.num_hidden_layers)
         if checksums and process.is_main() and (wrong := wrong_tensors(folder)):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""

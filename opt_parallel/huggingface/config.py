@@ -1,12 +1,14 @@
-"""Reads the network's shape from Hugging Face's config.json of an OPT model, without torch.
+"""Hugging Face's config.json of an OPT model: the only code that reads and writes it, without torch.
 
-Every key is either used, allowed at its only supported value, known to be irrelevant, or refused.
+`network_of` and `config_for_hf` convert between its keys and `ModelConfig`. For training, every key is either used,
+allowed at its only supported value, known to be irrelevant, or refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,24 +67,32 @@ OWN = {"_remove_final_layer_norm", "activation_function", "init_std", "word_embe
 def read_config(folder: Path) -> ModelConfig:
     """The network that a Hugging Face folder describes.
 
-    Raises: UserError if it is not an OPT model, or has a feature that we do not implement."""
-    values, path = _read(folder), folder / CONFIG
-    for name, published in FIXED.items():
-        if values.get(name, published) != published:
-            raise UserError(f"{path}: {name}={values[name]!r:.200} is not supported, only {published}")
+    Raises: UserError if it is not an OPT model, or has a key that we do not know or a feature that we do not implement.
+    """
+    values, path = read_values(folder), folder / CONFIG
     unknown = sorted(values.keys() - {*SHARED, *FIXED, *OWN, *LEFT_BEHIND} - BOOKKEEPING)
     if unknown:
         raise UserError(
             f"{path}: {', '.join(map(_printed, unknown)):.500} may change the network, and OPT has no such key: "
             "remove it from the file if it changes nothing"
         )
+    network = network_of(values, f"{path}: ")
+    _note_left_behind(path, tuple(sorted(values.keys() & LEFT_BEHIND)))
+    return network
+
+
+def network_of(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The network that the content of a config.json describes; unknown keys are ignored. Raises: UserError, which
+    starts with `where`."""
+    for name, published in FIXED.items():
+        if values.get(name, published) != published:
+            raise UserError(f"{where}{name}={values[name]!r:.200} is not supported, only {published}")
     activation = values.get("activation_function", "relu")
     if activation not in list(Activation.__members__):
         raise UserError(
-            f"{path}: activation_function={activation!r:.200} is not one of {', '.join(Activation.__members__)}"
+            f"{where}activation_function={activation!r:.200} is not one of {', '.join(Activation.__members__)}"
         )
-    _check_types(path, values)
-    _note_left_behind(path, tuple(sorted(values.keys() & LEFT_BEHIND)))
+    _check_types(where, values)
     shared = DEFAULTS | {name: values[name] for name in SHARED if name in values}
     try:
         return ModelConfig(
@@ -93,38 +103,75 @@ def read_config(folder: Path) -> ModelConfig:
             init_std=values.get("init_std", INIT_STD),
         )
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{where}{error}") from error
+
+
+def config_for_hf(model: ModelConfig, dtype: object) -> dict[str, Any]:
+    """The content of config.json for a language model. `dtype`: of the weights, torch's or its name."""
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        **{name: getattr(model, name) for name in SHARED},
+        "_remove_final_layer_norm": model.remove_final_layer_norm,
+        "activation_function": model.activation_function.value,
+        "word_embed_proj_dim": model.embedding_size,
+        "init_std": model.std,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def labels_for_hf(labels: Labels) -> dict[str, Any]:
+    """A classifier's part of config.json."""
+    return {
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+        "problem_type": None if labels.problem_type is None else labels.problem_type.value,
+    }
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON file in a Hugging Face folder."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def is_classifier(folder: Path) -> bool:
     """Whether config.json in `folder` names a classifier."""
-    architectures = _read(folder).get("architectures")
+    architectures = read_values(folder).get("architectures")
     return isinstance(architectures, list) and CLASSIFIER in architectures
 
 
 def read_labels(folder: Path) -> Labels:
-    """The labels of a Hugging Face folder; OPTConfig's default of two if it names none.
+    """The labels of a Hugging Face folder. Raises: UserError, as `labels_of`."""
+    return labels_of(read_values(folder), f"{folder / CONFIG}: ")
 
-    Raises: UserError if the labels are not numbered from 0 without a gap, or if the problem type is unknown."""
-    values, path = _read(folder), folder / CONFIG
+
+def labels_of(values: Mapping[str, Any], where: str) -> Labels:
+    """The labels in the content of a config.json; OPTConfig's default of two if it names none.
+
+    Raises: UserError, which starts with `where`, if the labels are not numbered from 0 without a gap, or if the problem
+    type is unknown."""
     number = values.get("num_labels", 2)
     if type(number) is not int or not 1 <= number <= MOST_LABELS:
-        raise UserError(f"{path}: num_labels={json.dumps(number):.200} must be a whole number, 1 to {MOST_LABELS:,}")
-    named = values.get("id2label") or {str(label): name for label, name in enumerate(Labels.numbered(number).names)}
+        raise UserError(f"{where}num_labels={json.dumps(number):.200} must be a whole number, 1 to {MOST_LABELS:,}")
+    named = values.get("id2label") or dict(enumerate(Labels.numbered(number).names))
     problem = values.get("problem_type")
     if problem not in [None, *ProblemType.__members__]:
-        raise UserError(f"{path}: problem_type={problem!r:.200} is not one of {', '.join(ProblemType.__members__)}")
-    if not isinstance(named, dict) or set(named) != {str(label) for label in range(len(named))}:
-        raise UserError(f"{path}: id2label={named!s:.200} must name the labels 0, 1, … without a gap")
-    names = tuple(str(named[str(label)]) for label in range(len(named)))
-    return Labels(names, None if problem is None else ProblemType[problem])
+        raise UserError(f"{where}problem_type={problem!r:.200} is not one of {', '.join(ProblemType.__members__)}")
+    if not isinstance(named, dict) or {str(label) for label in named} != {str(label) for label in range(len(named))}:
+        raise UserError(f"{where}id2label={named!s:.200} must name the labels 0, 1, … without a gap")
+    names = {str(label): str(name) for label, name in named.items()}
+    in_order = tuple(names[str(label)] for label in range(len(names)))
+    return Labels(in_order, None if problem is None else ProblemType[problem])
 
 
 def _printed(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_values(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json. Raises: UserError if there is none, or none of an OPT."""
     path = file_in(folder, CONFIG)
     if path is None:
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
@@ -139,7 +186,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _check_types(path: Path, values: dict[str, Any]) -> None:
+def _check_types(where: str, values: Mapping[str, Any]) -> None:
     """Raise UserError for a value of the wrong type: Python would accept JSON's true as 1, and 64.0 as a size."""
     kinds = [
         ("a whole number", (int,), INTEGERS),
@@ -154,7 +201,7 @@ def _check_types(path: Path, values: dict[str, Any]) -> None:
                 continue
             value = values[name]
             if type(value) not in types or (type(value) is float and not math.isfinite(value)):
-                raise UserError(f"{path}: {name}={json.dumps(value):.200} must be {kind}")
+                raise UserError(f"{where}{name}={json.dumps(value, default=str):.200} must be {kind}")
 
 
 @cache

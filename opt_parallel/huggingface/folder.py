@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from opt_parallel.config.model import ModelConfig
-from opt_parallel.huggingface.config import CONFIG
+from opt_parallel.huggingface.config import CONFIG, as_json
 from opt_parallel.huggingface.names import INDEX, WEIGHTS, to_hf
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import Shard, Source
@@ -98,10 +98,6 @@ def generation_config(model: ModelConfig) -> bytes:
 def checksum(values: Tensor) -> str:
     """CRC-32 of a tensor's stored bytes, in hexadecimal."""
     return f"{zlib.crc32(_bytes(values)):08x}"
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _explained(output: Path, failure: Exception | None) -> UserError:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
 from opt_parallel.config.paths import reach
-from opt_parallel.config.secrets import refuse_secret_value
+from opt_parallel.config.secrets import masked, refuse_secret_value
 from opt_parallel.runtime.errors import UserError, one_line
 
 # files of weights, in the order of preference; weights may instead be split, with an index of that name + INDEX_SUFFIX
@@ -18,7 +22,19 @@ TOKENIZER = ("*.json", "merges.txt", "*.jinja")  # and config.json
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def find_checkpoint(name: str | Path, key: str) -> Path:
+@dataclass(frozen=True)
+class Download:
+    """Which version of a repository to download, and how: Hugging Face's names. `weights`: the format of the weights
+    (a name in WEIGHTS); None: the best. The token is not printed."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    local_files_only: bool = False
+    weights: str | None = None
+
+
+def find_checkpoint(name: str | Path, key: str, download: Download | None = None) -> Path:
     """The folder `name`, or a snapshot of the hub id `name` with config, tokenizer and one format of weights.
 
     With HF_HUB_OFFLINE=1 uses earlier downloads only. Raises: UserError, which starts with `key` (such as
@@ -32,16 +48,26 @@ def find_checkpoint(name: str | Path, key: str) -> Path:
     if not HUB_ID.fullmatch(str(name)):
         raise UserError(f"{key}{name} does not exist: name a checkpoint's folder, or a hub id")
     try:
-        if constants.HF_HUB_OFFLINE:
-            # with more patterns it would require all matching files of the hub; the reader reports what is missing
-            return Path(snapshot_download(str(name), local_files_only=True, allow_patterns=["config.json"]))
-        wanted = [*TOKENIZER, *weights_of(HfApi().list_repo_files(str(name)))]
-        return Path(snapshot_download(str(name), allow_patterns=wanted))
+        return _snapshot(str(name), download or Download())
     except Exception as error:  # of requests, huggingface_hub or the file system: they have no common base class
         raise UserError(
-            f"{key}{name} is not a local folder and could not be downloaded from the hub ({one_line(error)}): name a "
-            "checkpoint's folder or another hub id; HF_HUB_OFFLINE=1 uses an earlier download"
+            f"{key}{name} is not a local folder and could not be downloaded from the hub ({masked(one_line(error))}): "
+            "name a checkpoint's folder or another hub id; HF_HUB_OFFLINE=1 uses an earlier download"
         ) from error
+
+
+def _snapshot(name: str, download: Download) -> Path:
+    """The snapshot of a repository in the hub's cache, downloaded if it is not complete."""
+    fetch = partial(
+        snapshot_download, name, revision=download.revision, cache_dir=download.cache_dir, token=download.token
+    )
+    if constants.HF_HUB_OFFLINE or download.local_files_only:
+        # with more patterns it would require all matching files of the hub; the reader reports what is missing
+        return Path(str(fetch(local_files_only=True, allow_patterns=["config.json"])))
+    files = HfApi(token=download.token).list_repo_files(name, revision=download.revision)
+    if download.weights is not None:
+        files = [file for file in files if file.startswith(Path(download.weights).stem)]
+    return Path(str(fetch(allow_patterns=[*TOKENIZER, *weights_of(files)])))
 
 
 def weights_of(files: list[str]) -> list[str]:
@@ -51,3 +77,35 @@ def weights_of(files: list[str]) -> list[str]:
             stem, _, ending = single.rpartition(".")
             return [single] if single in files else [f"{stem}-*.{ending}"]
     return []
+
+
+def upload(
+    save: Callable[[Path], None],
+    repo_id: str,
+    private: bool | None,
+    token: str | bool | None,
+    message: str,
+    writes: bool,
+) -> str:
+    """Call `save(folder)`, and upload that folder to a repository of the hub, which is created if it does not exist.
+    Returns the repository's address. With several ranks all call this, and the one that `writes` uploads.
+
+    Raises: UserError; its message never holds the token."""
+    if not HUB_ID.fullmatch(repo_id):
+        raise UserError(f"push_to_hub: {masked(repo_id)} is not a repository's name: give OWNER/NAME")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        save(folder)
+        if not writes:
+            return repo_id
+        try:
+            api = HfApi(token=token)
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        except Exception as error:  # of requests, huggingface_hub or the file system: they have no common base class
+            why = one_line(error).replace(str(token), "…") if isinstance(token, str) and token else one_line(error)
+            raise UserError(
+                f"push_to_hub: the model could not be uploaded to {repo_id} ({masked(why)}): check its name, the token "
+                "(token=, or HF_TOKEN in the environment) and the network"
+            ) from None
+    return str(address)

@@ -7,14 +7,12 @@ parameters correspond one to one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from opt_parallel.config.model import Labels, ModelConfig
 from opt_parallel.huggingface.arrays import Ranges
-from opt_parallel.huggingface.config import CONFIG, SHARED
+from opt_parallel.huggingface.config import CONFIG
 from opt_parallel.huggingface.hub import INDEX_SUFFIX
 from opt_parallel.huggingface.hub import WEIGHTS as FORMATS
 from opt_parallel.huggingface.weights import WeightFiles
@@ -24,6 +22,7 @@ from opt_parallel.runtime.errors import UserError
 WEIGHTS = FORMATS[0]
 INDEX = WEIGHTS + INDEX_SUFFIX
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+QKV, PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")  # our module of the three, and Hugging Face's
 CHUNK = 1 << 22  # values compared at a time
 HARMLESS = {"model.decoder.version"}  # a version counter of fairseq that early conversions kept
 
@@ -31,9 +30,9 @@ HARMLESS = {"model.decoder.version"}  # a version counter of fairseq that early 
 def hf_names(name: str) -> list[str]:
     """Hugging Face's names for our parameter `name`: one, or three that ours stacks along dim 0."""
     theirs = f"model.{name}" if name.startswith("decoder.") else name
-    if ".qkv_proj." not in name:
+    if f".{QKV}." not in name:
         return [theirs]
-    return [theirs.replace("qkv_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+    return [theirs.replace(QKV, part) for part in PARTS]
 
 
 def to_hf(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -41,31 +40,6 @@ def to_hf(name: str, values: Tensor) -> dict[str, Tensor]:
     names = hf_names(name)
     parts = [values] if len(names) == 1 else list(values.unbind(0))
     return dict(zip(names, parts, strict=True))
-
-
-def config_for_hf(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of config.json for a language model."""
-    return {
-        "architectures": ["OPTForCausalLM"],
-        "model_type": "opt",
-        **{name: getattr(model, name) for name in SHARED},
-        "_remove_final_layer_norm": model.remove_final_layer_norm,
-        "activation_function": model.activation_function.value,
-        "word_embed_proj_dim": model.embedding_size,
-        "init_std": model.std,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def labels_for_hf(labels: Labels) -> dict[str, Any]:
-    """A classifier's part of config.json."""
-    return {
-        "id2label": dict(enumerate(labels.names)),
-        "label2id": {name: number for number, name in enumerate(labels.names)},
-        "problem_type": None if labels.problem_type is None else labels.problem_type.value,
-    }
 
 
 def compare_values(one: Tensor, other: Tensor) -> tuple[int, float]:
@@ -86,9 +60,9 @@ class HuggingFaceWeights:
     In files of the bare decoder (OPTModel) the names lack the prefix `model.`; it is added here.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: UserError if a file is missing or damaged."""
-        self.files = WeightFiles(folder)
+    def __init__(self, folder: Path, formats: tuple[str, ...] = FORMATS) -> None:
+        """`formats`: the formats of weights to look for. Raises: UserError if a file is missing or damaged."""
+        self.files = WeightFiles(folder, formats)
         self.dtype = self.files.dtype
         self.folder = folder
         self.stored: dict[str, str] = {}

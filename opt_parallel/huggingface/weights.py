@@ -46,10 +46,11 @@ class WeightFile(Protocol):
 class WeightFiles:
     """All tensors of a folder, in the first format of `WEIGHTS` that it has, in one file or in several."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: UserError if there are no weights, or a file is missing, damaged or not in the folder."""
+    def __init__(self, folder: Path, formats: tuple[str, ...] = WEIGHTS) -> None:
+        """`formats`: the formats of `WEIGHTS` to look for. Raises: UserError if there are no weights, or a file is
+        missing, damaged or not in the folder."""
         self._files: dict[str, WeightFile] = {}
-        for path, open_file in _files_of(folder):
+        for path, open_file in _files_of(folder, formats):
             with reading(path):
                 file = open_file(path)
                 _check_names(file.shapes)
@@ -78,8 +79,9 @@ def _check_names(shapes: dict[str, tuple[int, ...]]) -> None:
             raise ValueError(f"{name!r:.80} of {len(shape)} dimensions is not a tensor's name")
 
 
-def _files_of(folder: Path) -> Iterator[tuple[Path, type[WeightFile]]]:
-    for single, open_file in FORMATS.items():
+def _files_of(folder: Path, formats: tuple[str, ...]) -> Iterator[tuple[Path, type[WeightFile]]]:
+    for single in formats:
+        open_file = FORMATS[single]
         if path := file_in(folder, single):
             yield path, open_file
             return
@@ -90,7 +92,7 @@ def _files_of(folder: Path) -> Iterator[tuple[Path, type[WeightFile]]]:
                     raise UserError(f"{folder / name} is missing, and {index.name} names it: use a complete copy")
                 yield path, open_file
             return
-    raise UserError(f"{folder} holds no weights: it has none of {', '.join(WEIGHTS)}, nor an index of split weights")
+    raise UserError(f"{folder} holds no weights: it has none of {', '.join(formats)}, nor an index of split weights")
 
 
 def _named_in(index: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,45 @@ class Cache:
 
     With sufficient `room` nothing is ever copied; a cache that is too short doubles its room. Keys and values with
     gradients are concatenated into new tensors, since autograd does not allow writing into a tensor that it has saved.
+
+    It reads as Hugging Face documents `past_key_values`: L pairs of keys and values, each (B, A/t, positions, D).
     """
 
     def __init__(self, layers: int, batch: int, heads: int, room: int, head_dim: int, like: Tensor) -> None:
         self.buffers = [like.new_empty(2, batch, heads, room, head_dim) for _ in range(layers)]
         self.length = 0  # positions held; the decoder increases it after the last layer
 
+    @classmethod
+    def holding(cls, layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
+        """A cache of each layer's keys and values (B, A/t, positions, D), which are copied."""
+        batch, heads, length, head_dim = layers[0][0].shape
+        cache = cls(0, batch, heads, length, head_dim, layers[0][0])
+        cache.buffers = [torch.stack(pair) for pair in layers]
+        cache.length = length
+        return cache
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self.buffers)
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, each (B, A/t, positions, D) with this rank's heads."""
+        key, value = self.buffers[layer][:, :, :, : self.length].unbind(0)
+        return key, value
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[layer] for layer in range(len(self)))
+
+    def get_seq_length(self) -> int:
+        """The number of positions held."""
+        return self.length
+
     def extend(self, layer: int, new: Tensor) -> Tensor:
         """Append keys and values (2, B, A/t, S, D) to a layer, and return a view of all of them so far."""
         end = self.length + new.size(3)
         if new.requires_grad:
-            self.buffers[layer] = torch.cat([self.buffers[layer][:, :, :, : self.length], new], dim=3)
+            held = self.buffers[layer][:, :, :, : self.length]
+            self.buffers[layer] = torch.cat([held, new], dim=3) if self.length else new
         else:
             if self.buffers[layer].size(3) < end:
                 self._make_room(layer, end)

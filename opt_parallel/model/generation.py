@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from opt_parallel.model.beams import beam_search
-from opt_parallel.model.decoding import Continuation, Decoding, check_fits, next_tokens
-from opt_parallel.model.heads import CausalLM
+from opt_parallel.model.decoding import Continuation, Decoding, LanguageModel, check_fits, next_tokens, ruled
 from opt_parallel.parallel.collectives import broadcast
 from opt_parallel.parallel.topology import Group
 
 
 @torch.no_grad()
 def generate(
-    model: CausalLM,
+    model: LanguageModel,
     ids: Tensor,
     mask: Tensor | None = None,
     decoding: Decoding | None = None,
@@ -28,7 +27,8 @@ def generate(
     first_row: int = 0,
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> Tensor:
-    """Prompts `ids` (B, P) with generated text, (B, P + n), n ≤ `max_new_tokens`.
+    """Prompts `ids` (B, P) with generated text, (B · texts, P + n), n ≤ `max_new_tokens`; a prompt's texts follow each
+    other.
 
     A row ends with the end-of-text token, and padding follows; the batch ends when its last row does.
 
@@ -40,22 +40,28 @@ def generate(
 
     Raises: UserError if the model has too few positions or tokens, or its logits are not finite.
     """
-    decoding, group = decoding or Decoding(), group or model.lm_head.group
-    config, batch = model.decoder.config, ids.size(0)
-    check_fits(config, decoding, ids.size(1))
+    decoding, group = (decoding or Decoding()).of(model.decoder.config), group or model.lm_head.group
+    check_fits(model.decoder.config, decoding, ids.size(1))
+    if decoding.beams == 1 and decoding.texts > 1:
+        ids = ids.repeat_interleave(decoding.texts, dim=0)
+        mask = None if mask is None else mask.repeat_interleave(decoding.texts, dim=0)
+        first_row *= decoding.texts
+    batch = ids.size(0)
     texts = Continuation(model, batch, mask, room=ids.size(1) + decoding.max_new_tokens)
     if decoding.beams > 1:
         assert on_tokens is None
         return beam_search(texts, ids, decoding, group)
     rows, ended = range(first_row, first_row + batch), torch.zeros(batch, dtype=torch.bool, device=ids.device)
+    ends = torch.tensor(decoding.ends, device=ids.device)
     output = [ids]
     for index in range(decoding.max_new_tokens):
-        tokens = next_tokens(texts.logits(output[-1]), decoding, rows, index)
-        tokens = broadcast(tokens.masked_fill(ended, config.pad_token_id), group)
+        logits = ruled(texts.logits(output[-1]), decoding, output, index, texts.padding)
+        tokens = next_tokens(logits, decoding, rows, index)
+        tokens = broadcast(tokens.masked_fill(ended, decoding.pad or 0), group)
         output.append(tokens.unsqueeze(1))
         if on_tokens is not None:
             on_tokens(tokens.tolist())
-        ended |= tokens == config.eos_token_id
+        ended |= torch.isin(tokens, ends)
         if bool(ended.all()):
             break
     return torch.cat(output, dim=1)

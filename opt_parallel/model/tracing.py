@@ -1,4 +1,5 @@
-"""Features of Hugging Face's OPT that training does not need: hidden states, attention weights, head masks.
+"""Features of Hugging Face's OPT that training does not need: hidden states, attention weights, head masks, and its
+attention mask, which differs from training's at padding.
 
 They are not part of the training forward: `traced` replaces two methods of a decoder within a `with` block. Shapes as
 in `model.opt`; K keys, L layers.
@@ -22,10 +23,13 @@ from opt_parallel.parallel.collectives import gather, scatter
 @dataclass
 class Trace:
     """Tensors collected in a forward: hidden states (B, S, H) before each layer, and attention weights (B, A, S, K) of
-    each layer that ran, with the heads of all ranks. A field that is None is not collected."""
+    each layer that ran, with the heads of all ranks. A field that is None is not collected.
+
+    `mask` (B, 1, S, K), true where a query may attend to a key, replaces that of `Context`."""
 
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
+    mask: Tensor | None = None
 
 
 @contextmanager
@@ -35,7 +39,7 @@ def traced(decoder: Decoder, trace: Trace, head_mask: Tensor | None) -> Iterator
     Attention weights are not available from the fused attention, so a layer computes them without it.
     """
     attentions = []
-    if trace.attentions is not None or head_mask is not None:
+    if trace.attentions is not None or trace.mask is not None or head_mask is not None:
         attentions = [block.self_attn for block in decoder.layers if isinstance(block, Block)]
     for layer, attention in enumerate(attentions):
         factors = None if head_mask is None else head_mask[layer]
@@ -69,6 +73,7 @@ def _attend(
     dropout: float,
 ) -> Tensor:
     """`Attention.attend`, which also collects the attention weights. `factors` (A,) scale the heads."""
+    mask = mask if trace.mask is None else trace.mask
     if trace.attentions is None:
         mixed = Attention.attend(attention, query, key, value, mask, dropout)
     else:
@@ -83,11 +88,12 @@ def _attend(
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Attention weights (B, A, S, K): softmax of the scaled products of `query` (B, A, S, D) and `key` (B, A, K, D).
 
-    Computed in float32 or wider (Vaswani et al. 2017, section 3.2.1). `mask` None: causal.
+    Computed in float32 or wider (Vaswani et al. 2017, section 3.2.1). `mask` None: causal. A query without keys, which
+    is padding, attends to all keys equally, as in transformers' eager attention.
     """
     scores = (query * query.size(-1) ** -0.5) @ key.mT
     if mask is None and query.size(2) > 1:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)

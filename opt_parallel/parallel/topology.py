@@ -39,6 +39,10 @@ class Group:
     rank: int
     size: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """The group itself: copies of a model communicate through it too."""
+        return self
+
 
 ALONE = Group(None, 0, 1)
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}

@@ -28,6 +28,10 @@ class UserError(Exception):
         self.shared = shared
 
 
+class WrongArgument(UserError, ValueError):
+    """A wrong argument in a call of the Python classes. Hugging Face's raise ValueError."""
+
+
 class Diverged(UserError):
     """Gradients or the loss scale left the finite range. Divergence ends a single run, but a sweep continues with its
     next run."""
@@ -44,6 +48,16 @@ class Lost(Exception):
     def __init__(self, message: str, speaks: bool = True) -> None:
         super().__init__(message)
         self.speaks = speaks
+
+
+@contextmanager
+def refusing(where: str) -> Iterator[None]:
+    """Turn a UserError within the context into a WrongArgument that starts with `where`, the class or method. Names of
+    configuration keys become names of arguments."""
+    try:
+        yield
+    except UserError as error:
+        raise WrongArgument(f"{where}: {error}".replace("model.", "")) from None
 
 
 def one_line(error: BaseException) -> str:

@@ -19,11 +19,17 @@ from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.model import Labels
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.huggingface.card import metrics_of, model_card
-from opt_parallel.huggingface.config import ADAPTER_CONFIG, CLASSIFIER, read_labels
-from opt_parallel.huggingface.folder import GENERATION_CONFIG, as_json, generation_config, write_folder
+from opt_parallel.huggingface.config import (
+    ADAPTER_CONFIG,
+    CLASSIFIER,
+    as_json,
+    config_for_hf,
+    labels_for_hf,
+    read_labels,
+)
+from opt_parallel.huggingface.folder import GENERATION_CONFIG, generation_config, write_folder
 from opt_parallel.huggingface.hub import INDEX_SUFFIX
 from opt_parallel.huggingface.hub import WEIGHTS as FORMATS
-from opt_parallel.huggingface.names import config_for_hf, labels_for_hf
 from opt_parallel.huggingface.tokenizer import files_for, special_tokens_in
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.model.lora import ADAPTER_WEIGHTS, config_for_peft, to_peft

@@ -21,8 +21,8 @@ from torch._C._distributed_c10d import FileStore
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.config.output import ExportDtype
+from opt_parallel.huggingface.config import config_for_hf
 from opt_parallel.huggingface.folder import write_folder
-from opt_parallel.huggingface.names import config_for_hf
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import marked, random_source
 from opt_parallel.parallel.topology import ALONE, DTYPES, Topology

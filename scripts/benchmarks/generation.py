@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opt_parallel.config.model import ModelConfig
-from opt_parallel.huggingface.names import config_for_hf, to_hf
+from opt_parallel.huggingface.config import config_for_hf
+from opt_parallel.huggingface.names import to_hf
 from opt_parallel.model.decoding import Decoding
 from opt_parallel.model.generation import generate
 from opt_parallel.model.heads import CausalLM

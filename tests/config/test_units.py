@@ -56,7 +56,7 @@ def test_kubernetes_gets_it_in_its_own_words() -> None:
 
 
 def test_a_plain_number_limits_an_export_s_files(tmp_path: Path) -> None:
-    from opt_parallel.pretrained import OPTForCausalLM
+    from opt_parallel import OPTForCausalLM
 
     OPTForCausalLM.from_pretrained(ROOT / "tests" / "saved_before" / "export").save_pretrained(
         tmp_path / "out", max_shard_size=20_000

@@ -55,18 +55,18 @@ def their_model(style: str, problem: str, named: bool, folder: Path) -> Any:
 
 def ours(folder: str, problem: str, padding: str, tensor: int) -> tuple[Any, float, dict[str, Any]]:
     """On the crew: scores, loss and this rank's part of every gradient, in float64."""
+    from opt_parallel import OPTForSequenceClassification
     from opt_parallel.parallel.shard import marked
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.pretrained import OPTForSequenceClassification
 
     ids, mask = ids_and_mask(padding)
     with Topology.open(tensor) as topology:
-        model = OPTForSequenceClassification.from_pretrained(folder, topology.tensor, dtype=torch.float64)
+        model = OPTForSequenceClassification.from_pretrained(folder, tensor=topology.tensor, dtype=torch.float64)
         output = model(ids, mask, labels=PROBLEMS[problem][2])
         output.loss.backward()
         gradients = {
-            name: (shard.shape, shard.range, parameter.grad[shard.real].numpy())
-            for name, parameter, shard in marked(model.model)
+            name.removeprefix("model."): (shard.shape, shard.range, parameter.grad[shard.real].numpy())
+            for name, parameter, shard in marked(model)
         }
     return output.logits.detach().numpy(), output.loss.item(), gradients
 
@@ -102,16 +102,16 @@ def test_scores_losses_and_gradients(
 
 def from_a_language_model(folder: str, tensor: int, output: str) -> tuple[Any, list[str], str]:
     """On the crew: a classifier on a language model's weights, saved; its scores and labels, and what was said."""
+    from opt_parallel import OPTForSequenceClassification
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.pretrained import OPTForSequenceClassification
 
     ids, mask = ids_and_mask("left")
     with Topology.open(tensor) as topology, contextlib.redirect_stdout(io.StringIO()) as said:
-        model = OPTForSequenceClassification.from_pretrained(folder, topology.tensor, num_labels=5, seed=7)
+        model = OPTForSequenceClassification.from_pretrained(folder, tensor=topology.tensor, num_labels=5, seed=7)
         model.save_pretrained(output)
         with torch.no_grad():
             scores = model(ids, mask).logits.numpy()
-    return scores, list(model.labels.names), said.getvalue()
+    return scores, list(model.config.id2label.values()), said.getvalue()
 
 
 def test_a_new_head_is_the_same_at_every_degree_and_loads_in_transformers(crew: Any, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_new_head_is_the_same_at_every_degree_and_loads_in_transformers(crew: 
 
 def last_position(folder: str) -> list[Any]:
     """On the crew: scores from embeddings, which have no padding id, and from the ids' last position."""
-    from opt_parallel.pretrained import OPTForSequenceClassification
+    from opt_parallel import OPTForSequenceClassification
 
     ids, mask = ids_and_mask("left")
     model = OPTForSequenceClassification.from_pretrained(folder)
@@ -149,11 +149,11 @@ def test_embeddings_are_read_at_the_last_position(crew: Any, tmp_path: Path) -> 
 
 
 def test_the_checkpoints_own_number_of_labels_keeps_their_names(tmp_path: Path) -> None:
-    from opt_parallel.pretrained import OPTForSequenceClassification
+    from opt_parallel import OPTForSequenceClassification
 
     model = their_model("pre-norm", "one label", True, tmp_path)
     model.config.id2label = {0: "no", 1: "perhaps", 2: "yes"}
     model.config.save_pretrained(tmp_path)
     for number in (None, 3):
         ours = OPTForSequenceClassification.from_pretrained(tmp_path, num_labels=number)
-        assert ours.labels.names == ("no", "perhaps", "yes")
+        assert ours.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from opt_parallel.checkpoint.sources import open_checkpoint
-from opt_parallel.model.decoding import Decoding, narrowed, next_tokens
+from opt_parallel.model.decoding import Decoding, next_tokens
 from opt_parallel.model.generation import generate, left_padded
 from opt_parallel.model.heads import CausalLM
+from opt_parallel.model.rules import narrowed
 from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.errors import UserError
 

@@ -50,11 +50,11 @@ def mask_of(batch: int, length: int, seed: int = 6) -> Tensor:
 
 def opened(function: Callable[..., Any], folder: Path, tensor: int, *arguments: Any) -> Any:
     """On the crew: `function(model, …)` with our language model at a tensor degree."""
+    from opt_parallel import OPTForCausalLM
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.pretrained import OPTForCausalLM
 
     with Topology.open(tensor) as topology:
-        result = function(OPTForCausalLM.from_pretrained(folder, topology.tensor), *arguments)
+        result = function(OPTForCausalLM.from_pretrained(folder, tensor=topology.tensor), *arguments)
     return result.detach().numpy() if isinstance(result, Tensor) else result
 
 
@@ -290,9 +290,9 @@ def in_training(model: Any, ids: Tensor) -> list[Any]:
     for block in model.model.decoder.layers:
         block.dropout = 0.3
     losses = [model(ids, labels=ids).loss.item() for _ in range(2)]
-    model.samples = model.forwards = 0
+    model.model.samples = model.model.forwards = 0
     again = model(ids, labels=ids).loss.item()
-    return [*losses, again, model(ids).past_key_values, model.eval()(ids, labels=ids).loss.item()]
+    return [*losses, again, model(ids, use_cache=False).past_key_values, model.eval()(ids, labels=ids).loss.item()]
 
 
 def test_dropout_in_training_mode(crew: Any, folder: Path) -> None:
@@ -306,7 +306,7 @@ def test_dropout_in_training_mode(crew: Any, folder: Path) -> None:
 
 
 def generated(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> list[Any]:
-    return model.generate(ids, mask, **settings).tolist()
+    return model.generate(ids, attention_mask=mask, **settings).tolist()
 
 
 SETTINGS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "drawn": {"do_sample": True}}
@@ -332,22 +332,15 @@ def test_generate(crew: Any, folder: Path, how: str, tensor: int) -> None:
 
 def overfit(tensor: int) -> tuple[list[float], list[int]]:
     """On the crew: 300 steps on 1 … 19, over and over; the losses, and what greedy decoding makes of the beginning."""
-    from opt_parallel.config.model import Init, ModelConfig
-    from opt_parallel.model.heads import CausalLM
-    from opt_parallel.parallel.shard import fill, random_source
-    from opt_parallel.parallel.topology import Topology
-    from opt_parallel.pretrained import OPTForCausalLM
+    from opt_parallel import OPTConfig, OPTForCausalLM, Topology
 
-    config = ModelConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, init=Init.huggingface,
+    config = OPTConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
         max_position_embeddings=64, dropout=0.1, attention_dropout=0.1, pad_token_id=0, eos_token_id=98,
     )  # fmt: skip
     ids = (torch.arange(57) % 19 + 1)[None].expand(4, 57)
     with Topology.open(tensor) as topology:
-        with torch.device("meta"):
-            inner = CausalLM(config, topology.tensor)
-        fill(inner, random_source(1), torch.device("cpu"), torch.float32)
-        model = OPTForCausalLM(inner, topology.tensor).train()
+        model = OPTForCausalLM(config, tensor=topology.tensor, seed=1).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         losses = []
         for _ in range(300):
@@ -371,11 +364,11 @@ def test_overfitting(crew: Any, tensor: int) -> None:
 
 def saved(folder: str, tensor: int, output: str, name: str, dtype: str) -> None:
     """On the crew: read at a tensor degree, written again."""
-    from opt_parallel import pretrained
+    import opt_parallel
     from opt_parallel.parallel.topology import Topology
 
     with Topology.open(tensor) as topology:
-        model = getattr(pretrained, name).from_pretrained(folder, topology.tensor, dtype=getattr(torch, dtype))
+        model = getattr(opt_parallel, name).from_pretrained(folder, tensor=topology.tensor, dtype=getattr(torch, dtype))
         model.save_pretrained(output, max_shard_size="20KB")
 
 

@@ -1,0 +1,1 @@
+"""OPT's classes as Hugging Face documents them. Import them from `opt_parallel`."""
