@@ -39,7 +39,7 @@ CANARY = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00"  # as wandb's keys look
 def test_a_key_that_looks_like_a_secret_is_refused(argument: str) -> None:
     with pytest.raises(UserError, match="looks like a secret") as caught:
         checked(["model=opt-tiny", argument], TEXTS)
-    assert "set it in the environment" in str(caught.value)
+    assert "set an environment variable" in str(caught.value)
     assert CANARY not in str(caught.value)
 
 

@@ -198,7 +198,7 @@ def test_a_tokenizer_that_is_not_the_models(checkpoint: Path, tmp_path: Path, mo
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     arguments = ["--checkpoint", str(copy), "--prompt", "x", "--max-new-tokens", "5"]
     save_tokenizer(train_tokenizer([f"Many numbers, such as {i * i}." for i in range(99)], 310), copy)
-    with pytest.raises(UserError, match="has 310 tokens, the model 300"):
+    with pytest.raises(UserError, match="has 310 tokens, but the model has 300"):
         run_script(monkeypatch, *arguments)
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
