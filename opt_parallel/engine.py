@@ -76,9 +76,11 @@ class Engine:
         """The run's model with weights from `source`, wrapped by DeepSpeed. `labels` are the labels of a classifier."""
         model = network(run, labels, topology.tensor)
         settings = deepspeed_settings(run, topology)
-        # Otherwise DeepSpeed compiles a CPU collective that only its inference uses, and fails without a compiler.
+        # Without this line, DeepSpeed compiles a CPU collective that only its inference uses, and fails without a
+        # compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Otherwise DeepSpeed refuses fp16 on CPUs without fp16 instructions, although torch emulates fp16 there.
+        # Without this line, DeepSpeed refuses fp16 on CPUs without fp16 instructions, although torch emulates fp16
+        # there.
         get_accelerator().is_fp16_supported = lambda: True
 
         def partition(module: nn.Module) -> None:

@@ -153,7 +153,7 @@ def _slowest(topology: Topology, group: Group) -> str:
 
 
 def _all_reduce_seconds(group: Group, device: torch.device) -> float:
-    """Duration in seconds of the fastest of three all-reduces. Raises: UserError."""
+    """The duration in seconds of the fastest of three all-reduces. Raises: UserError."""
     seconds = []
     for _ in range(3):
         tensor = torch.full((ALL_REDUCE_BYTES // 4,), float(group.rank + 1), device=device)

@@ -72,8 +72,8 @@ def owned_fragments(wrapped: Any, stage: int, topology: Topology, moments: tuple
 
 @dataclass(frozen=True)
 class Replica:
-    """Values of which other ranks hold copies. The ranks with copies are in the data group (`in_data`), the tensor
-    group (`in_tensor`), or both groups."""
+    """Values of a rank of which other ranks hold copies. The ranks with copies are in the data group (`in_data`), the
+    tensor group (`in_tensor`), or both groups."""
 
     name: str
     values: Tensor

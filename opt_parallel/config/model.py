@@ -210,8 +210,7 @@ class ModelConfig(Section):
         return 0.006 if self.init is Init.paper else 0.02
 
     def parameters(self) -> int:
-        """Number of parameters. The output projection is not counted, because it shares the token embedding's
-        weights."""
+        """Number of parameters. The LM head adds none, because it shares the token embedding's weights."""
         hidden, ffn, embedding = self.hidden_size, self.ffn_dim, self.embedding_size
         biases = 4 * hidden + ffn + hidden if self.enable_bias else 0
         layer_norm = 2 * hidden if self.layer_norm_elementwise_affine else 0

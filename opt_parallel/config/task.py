@@ -86,19 +86,19 @@ class TaskConfig(Section):
 
     # pretrain: loss on all tokens; finetune: loss on completions; classify: a label for a text
     name: Task = Task.pretrain
-    # finetune: the field of the prompt
+    # finetune: the record's field with the prompt
     prompt_field: str = "prompt"
-    # finetune: the field of the completion
+    # finetune: the record's field with the completion
     completion_field: str = "completion"
-    # finetune: the field with the messages of a chat, in records without a prompt
+    # finetune: the record's field with the messages of a chat, in records without a prompt
     messages_field: str = "messages"
     # finetune: pack several examples into a row, without attention between them; false: one padded example per row
     packing: bool = True
     # which end of a prompt or text is kept if it is too long
     truncation: Truncation = Truncation.keep_end
-    # classify: the field of a second text; null: no second text
+    # classify: the record's field with a second text; null: no second text
     pair_field: str | None = None
-    # classify: the field of the label, which is a name, a list of names, or a number
+    # classify: the record's field with the label, which is a name, a list of names, or a number
     label_field: str = "label"
     # classify: names of the labels in the order of the scores; null: the sorted labels of the training data
     labels: list[Any] | None = None

@@ -80,7 +80,7 @@ def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple
 
 
 def launch_from(config: DictConfig) -> Launch:
-    """The checked section of the system that `launch.system` names."""
+    """The checked settings of the launch system that `launch.system` names."""
     names = [system.name for system in System]
     if config.launch.system not in names:
         raise UserError(f"launch.system={config.launch.system} does not exist: choose {', '.join(names)}")

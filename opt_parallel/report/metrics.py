@@ -112,7 +112,7 @@ class Metrics:
 
 
 class _Recorder(Metrics):
-    """The `Metrics` of rank 0."""
+    """The `Metrics` of rank 0, which record all reported values."""
 
     def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock, wandb_id: str | None) -> None:
         self._run, self._device = run, device

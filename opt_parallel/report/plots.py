@@ -154,7 +154,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure in the format of the path's suffix, or as png if the path has no suffix. Raises: OSError;
     ValueError for an unknown suffix."""
     with warnings.catch_warnings(), new_file(path) as file:
-        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")  # matplotlib draws boxes for characters that the font lacks
         figure.savefig(file, format=path.suffix[1:] or "png")
 
 

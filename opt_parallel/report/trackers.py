@@ -171,7 +171,8 @@ def _open_wandb(run: Run, name: str) -> Tracker:
 
 
 def _wanted(run: Run, mode: str | None = None) -> str:
-    """The variable or key that sets the wandb mode, with its present value or `mode`, for messages."""
+    """The setting of the wandb mode for messages, such as `WANDB_MODE=online` or `logging.wandb=online`, with its
+    present value or with `mode`."""
     if os.environ.get(MODE):
         return f"{MODE}={mode or os.environ[MODE]}"
     return f"logging.wandb={mode or run.logging.wandb.value}"

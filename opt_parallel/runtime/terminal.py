@@ -34,8 +34,8 @@ class Closed(BrokenPipeError):
 
 
 def open_streams() -> None:
-    """Replace Python's own `sys.stdout` and `sys.stderr`. A closed descriptor becomes /dev/null. A character that the
-    encoding lacks is written as an escape."""
+    """Replace Python's own `sys.stdout` and `sys.stderr`. A closed descriptor is opened on /dev/null. A character that
+    the encoding lacks is written as an escape."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

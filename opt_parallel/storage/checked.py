@@ -20,7 +20,7 @@ LONGEST_END = 40  # Number of bytes that exceeds every match of END.
 DEEPEST = 32  # Maximum nesting of lists and objects, so that recursive readers do not overflow the stack.
 MOST = 2**16  # Default maximum size of a file in bytes.
 
-# types of the fields that readers check
+# integer types of the JSON fields that readers check
 Integer = Annotated[int, Ge(-(2**63)), Lt(2**63)]
 Count = Annotated[Integer, Ge(0)]
 Size = Annotated[Integer, Ge(1)]

@@ -108,7 +108,7 @@ def _take(number: int, path: Path, key: str, this: Writer, silent: float) -> Non
     locked, deadline = hold(number), time.monotonic() + EXIT_TIMEOUT
     while (
         locked is False and time.monotonic() < deadline
-    ):  # the other process may be exiting, or may be about to write its name
+    ):  # the process that holds the lock may be exiting, or about to write its name
         time.sleep(POLL)
         locked = hold(number)
     other = _writer_in(path)

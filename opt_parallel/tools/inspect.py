@@ -123,7 +123,7 @@ class Difference:
 
     @property
     def rank(self) -> float:
-        """The largest relative difference of all kinds. NaN counts as infinite."""
+        """The largest relative difference among the weights and moments. NaN counts as infinite."""
         ratios = [measured[1] for measured in self.kinds.values() if measured is not None]
         return max((math.inf if math.isnan(ratio) else ratio for ratio in ratios), default=0.0)
 

@@ -229,7 +229,7 @@ def _inputs(opened: Opened) -> list[tuple[Tensor, Tensor | None]]:
     """Random token ids (2, S) without a mask, and (6, S) with a mask that hides the start, the end or an inner part of
     every other row.
 
-    There are only two batches, because each forward reads all weights again."""
+    The inputs are only two batches, because each forward reads all weights again."""
     length = min(LENGTH, opened.config.max_position_embeddings)
     ids = torch.randint(opened.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     padding = min(PADDING, length // 3)

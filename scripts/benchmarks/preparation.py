@@ -1,5 +1,6 @@
-"""Measure the preparation of a large text by this package and by `datasets.map` with the same tokenizer. The two take
-turns, each in new processes. The benchmark also kills our preparation half-way and starts it again."""
+"""Measure the preparation of a large text by this package and by `datasets.map` with the same tokenizer. This package
+and datasets take turns, each in new processes. The benchmark also kills our preparation half-way and starts it
+again."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ SAMPLE_EVERY = 0.05  # Seconds between two readings of memory use.
 
 @dataclass(frozen=True)
 class Measured:
-    """The seconds of a command and its peak memory in bytes. `parent` is the memory of its first process, and
-    `together` is the sum over this process and its children."""
+    """The seconds of a command and its peak memory in bytes. `parent` is the peak memory of the command's first
+    process, and `together` is that of this process and its children."""
 
     seconds: float
     parent: int
