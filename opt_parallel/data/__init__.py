@@ -1,1 +1,1 @@
-"""From text to micro-batches: records, token ids, token stores, the order of samples, batches."""
+"""Reads text, encodes it to token ids, stores the ids on disk, and cuts them into training samples and batches."""

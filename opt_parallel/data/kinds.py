@@ -1,7 +1,7 @@
-"""The tasks: how each one encodes records to token ids, and cuts token ids into samples.
+"""Defines how each task encodes text records to token ids, and how it cuts token ids into samples.
 
-To add a task: a class here, an entry in `KINDS`, its properties in `config/task.py`. `model/build.py` builds a
-classifier for a run that has labels."""
+A new task needs a class in this module, an entry in `KINDS`, and its properties in `config/task.py`. `model/build.py`
+builds a classifier for a run that has labels."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from opt_parallel.runtime.log import say
 
 
 class Kind(Protocol):
-    """`labels`: a classifier's; None for a language model."""
+    """The methods of a task. `labels` are the labels of a classifier, and None for a language model."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         """The encoder from the task's records to token ids. Raises: UserError."""
         ...
 
     def samples(self, run: Run, store: TokenStore, key: str, labels: Labels | None) -> Samples:
-        """The samples of a store; `key` names the store in messages. Raises: UserError if there are none."""
+        """The samples of a token store, which `key` names in messages. Raises: UserError if there are no samples."""
         ...
 
 
 class Pretraining:
-    """Concatenated documents, cut into rows."""
+    """Pretraining on documents, which are concatenated and cut into rows of equal length."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         return TextEncoder(tokenizer, run.model.eos_token_id, text, run.data.special_tokens)
@@ -53,7 +53,7 @@ class Pretraining:
 
 
 class Finetuning:
-    """Prompts and completions, packed into rows or one per row; only completions are targets."""
+    """Fine-tuning on prompts and completions. Only the tokens of completions are targets."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         length, spelled = run.data.sequence_length, run.data.special_tokens
@@ -66,7 +66,7 @@ class Finetuning:
 
 
 class Classification:
-    """Texts with labels, one per row."""
+    """Classification of texts with labels. Each row is one text."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         assert labels is not None

@@ -1,4 +1,4 @@
-"""From text to tokens on disk: builds the stores, the tokenizer and the labels of a run, unless the cache has them."""
+"""Builds the token stores, the tokenizer and the labels of a run, unless they are in `data.cache` already."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 
 LABELS = "labels.json"
-TOKENIZER_BYTES = 10**9  # bytes of text that a tokenizer is trained on, at most
+TOKENIZER_BYTES = 10**9  # maximum bytes of text that a tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """A source of the training data and its store. `known_as`: the identifiers of its text in checkpoints: by content,
-    and by files as in earlier versions. `stream`: a stream's recipe, else None."""
+    """A source of the training data and its token store.
+
+    Checkpoints refer to the source's text by one of the identifiers `known_as`. The first identifier depends on the
+    content of the text, and the second depends on its files, as in earlier versions. `stream` describes how a streamed
+    source is encoded, and is None for other sources."""
 
     name: str
     weight: Fraction
@@ -50,7 +53,9 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stores of a run, the folder of its tokenizer, which transformers can load too, and a classifier's labels."""
+    """The token stores of a run, the folder of its tokenizer, and the labels of a classifier.
+
+    transformers can load the tokenizer from its folder."""
 
     train: list[PreparedSource]
     validation: Path | None
@@ -59,22 +64,22 @@ class Prepared:
 
     @property
     def text(self) -> dict[str, str]:
-        """The identifier of each source's text, by the source's name. It changes with the text and with its tokens."""
+        """An identifier of each source's text and of its encoding to tokens, by the source's name."""
         return {source.name: source.known_as[0] for source in self.train}
 
 
 def corpora(run: Run) -> list[Corpus]:
-    """The corpora of training, then of validation. Raises: `UserError`."""
+    """The corpora for training, followed by the corpora for validation. Raises: `UserError`."""
     sources = [("data.train", source) for source in run.data.train_sources]
     sources += [("data.validation", source) for source in run.data.validation_sources]
     return [_corpus(run, key, source) for key, source in sources]
 
 
 def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
-    """Build the missing token stores of `run`. Stores of streams are filled later, during training.
+    """Build the missing token stores of `run`. The token stores of streams are filled later, during training.
 
-    `tokenizer_before`: the tokenizer of the checkpoint that the run resumes from; used if the run names none.
-    Raises: `UserError`, the same on every rank."""
+    `tokenizer_before` is the tokenizer of the checkpoint that the run resumes from. It is used if the run does not
+    name a tokenizer. Raises: `UserError`, the same on every rank."""
     require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
     train = [_known(run, "data.train", source) for source in run.data.train_sources]
     validation = [_known(run, "data.validation", source) for source in run.data.validation_sources]
@@ -107,7 +112,7 @@ def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
 
 
 def prepare_validation(run: Run) -> Prepared:
-    """Only the store of `data.validation`, for evaluation without training.
+    """Build only the token store of `data.validation`, for evaluation without training.
 
     Raises: `UserError`, the same on every rank."""
     require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
@@ -120,7 +125,7 @@ def prepare_validation(run: Run) -> Prepared:
 
 
 def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Recipe:
-    """How a corpus is processed. `chosen`: take its part for validation."""
+    """How to encode a corpus. If `chosen`, only the documents held out for validation are encoded."""
     held_out = HeldOut(run.seed, run.data.held_out, chosen) if run.holds_out else None
     same = corpus.text if run.task.name.plain_text else None
     return Recipe(
@@ -129,7 +134,7 @@ def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | Non
 
 
 def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
-    """A classifier's labels. What the task leaves open is read from `corpora`. None for other tasks."""
+    """The labels of a classifier, or None for other tasks. Without `task.labels`, names are read from `corpora`."""
     task = run.task
     if not task.name.classifies:
         return None
@@ -160,16 +165,16 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
     try:
         found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         return Labels(tuple(map(str, found["names"])), ProblemType(found["problem_type"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # earlier versions wrote no checksum
+    except (OSError, ValueError, KeyError, TypeError) as error:  # files of earlier versions have no checksum
         raise UserError(
-            f"{folder / LABELS} cannot be read ({error}): remove {folder}, and it is built again"
+            f"{folder / LABELS} cannot be read ({error}): remove {folder}, and the next start builds it again"
         ) from error
 
 
 def _report_left_out(corpora: list[Corpus]) -> None:
     for corpus in corpora:
         if corpus.left_out:
-            say(f"note: {corpus.key}: files that were found but not read: {corpus.left_out}")
+            say(f"note: {corpus.key}: some files were found but not read: {corpus.left_out}")
 
 
 def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
@@ -179,13 +184,13 @@ def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
 
 
 def _known(run: Run, key: str, source: SourceConfig) -> Corpus:
-    """A corpus with checksums of its content."""
+    """The corpus of a source, with checksums of its content."""
     corpus = _corpus(run, key, source)
     return replace(corpus, content=content_of(run, corpus, source.stream))
 
 
 def _with_python_text(run: Run, entries: list[str]) -> list[str]:
-    """Replace `python:train` and `python:validation` by files with text from this Python's own documentation."""
+    """Replace the entries `python:train` and `python:validation` by files with the documentation of this Python."""
     if not {"python:train", "python:validation"} & set(entries):
         return entries
 
@@ -198,10 +203,11 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
 
 
 def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None) -> Path:
-    """The folder of the run's tokenizer: a copy of the one that `run` names, else of `before`, the resumed
-    checkpoint's, else a tokenizer trained on `train`.
+    """The folder with the run's tokenizer.
 
-    If the training data starts with a chat, the tokenizer gets this package's chat template."""
+    It contains a copy of the tokenizer that `run` names, or else of the resumed checkpoint's tokenizer `before`, or
+    else a tokenizer trained on `train`. If the training data starts with a chat, the tokenizer gets this package's chat
+    template."""
     name = run.data.tokenizer or (str(before) if before else None)
     if name is not None:
         brought = read_tokenizer(name)
@@ -252,7 +258,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
 
 
 def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction(1),)) -> Iterator[str]:
-    """Text of all corpora in proportion to their weights, as much as possible up to `TOKENIZER_BYTES`."""
+    """Text of all corpora in proportion to their weights, at most `TOKENIZER_BYTES` in total."""
     sizes = [sum(unit.size for unit in corpus.units()) for corpus in corpora]
     for corpus, size in zip(corpora, sizes, strict=True):
         require(size > 0, f"{corpus.key}: there is no text in {corpus.names}: name files that contain text")
@@ -264,7 +270,9 @@ def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction
 
 
 def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenizer | None) -> Path:
-    """Build the store of `recipes`, in their order, unless the cache has it. Returns its folder. Raises: UserError."""
+    """Build the token store of the corpora in `recipes`, unless the cache has it, and return the folder of the store.
+
+    Raises: UserError."""
 
     def fill_in(folder: Path) -> None:
         metas = fill(folder, recipes, run.data.workers)
@@ -282,7 +290,7 @@ def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenize
             say(f"left out: {line}")
 
     cache_key, former_key = [each.cache_key() for each in recipes], [each.identity() for each in recipes]
-    # not checked here, because a store checks its own blocks
+    # The folder is not checked now, because a token store checks each block when it is read.
     folder = build_once(cached(run, "store", cache_key, former_key), fill_in, checked=False)
     say(line_of(key, TokenStore(folder)))
     return folder

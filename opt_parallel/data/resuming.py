@@ -1,8 +1,8 @@
 """Resumes the training data after a change of sources, weights, sequence length or seed.
 
-Each source resumes after its samples that were used, in its own order. Its position is one number and does not depend
-on the other sources. The mixture with the new weights starts at the sample of the run where the change was made. The
-rules are in docs/resuming.md.
+Each source of training text resumes after the samples that were used, and its samples keep their order. The position of
+a source is one number, which does not depend on other sources. The mixture with the new weights starts at the sample of
+the run at which the weights were changed. docs/resuming.md describes the rules.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from opt_parallel.runtime.log import say
 
 
 def resumed_clock(run: Run, sources: Sequence[PreparedSource], manifest: dict[str, Any]) -> Clock:
-    """The clock with which `run`, with its present `sources`, resumes from a checkpoint's manifest. Prints what
-    changed; warns where the data cannot resume exactly."""
+    """The position in the data at which `run`, with its present `sources`, resumes from the checkpoint of `manifest`.
+
+    The function prints which sources changed, and warns if the data cannot resume exactly."""
     clock = Clock.saved(manifest["clock"])
     then = {each.name: Fraction(each.weight) for each in _config(manifest).train_sources}
     former = _former(sources, clock, list(then), manifest.get("text") or {})
@@ -33,7 +34,7 @@ def resumed_clock(run: Run, sources: Sequence[PreparedSource], manifest: dict[st
     same = [*former.values()] == [*then] and turns_of([*then.values()]) == turns_of(weights)
     if same and samples == 1 and [*former] == [*then]:
         return clock
-    used = dict(clock.taken)  # samples of all sources, removed ones too
+    used = dict(clock.taken)  # number of used samples of all sources, including removed sources
     if not same or samples != 1:
         turns = Cycle(tuple(then.values())).taken(clock.samples - clock.mixed)
         used |= {name: clock.taken.get(name, 0) + own for name, own in zip(then, turns, strict=True)}
@@ -45,7 +46,7 @@ def resumed_clock(run: Run, sources: Sequence[PreparedSource], manifest: dict[st
         starts = [
             f"{name} after {taken[name]:,} samples" if taken[name] else f"{name} from its start" for name in former
         ]
-        say(f"data.train changed; new mixture from sample {clock.samples:,} of the run on: {', '.join(starts)}")
+        say(f"data.train changed: the new mixture starts at sample {clock.samples:,} of the run: {', '.join(starts)}")
     return replace(
         clock,
         mixed=clock.mixed if same and samples == 1 else clock.samples,
@@ -55,20 +56,24 @@ def resumed_clock(run: Run, sources: Sequence[PreparedSource], manifest: dict[st
 
 
 def order_of(clock: Clock, name: str, alone: bool) -> str:
-    """The name that seeds a source's order, with the run's seed. "" for a source with which the run started `alone`."""
+    """The text that, together with the run's seed, seeds the order of a source's samples.
+
+    The text is empty for a source that was the only source when the run started (`alone`)."""
     return clock.orders.get(name, "" if alone and not clock.taken else name)
 
 
 def _config(manifest: dict[str, Any]) -> DataConfig:
-    """The checkpoint's data section, with its sources."""
+    """The `data` section of the checkpoint's configuration, with its training sources."""
     return DataConfig(train=manifest["config"]["data"]["train"])
 
 
 def _former(
     sources: Sequence[PreparedSource], clock: Clock, then: list[str], texts: dict[str, str]
 ) -> dict[str, str | None]:
-    """Each source's name in the checkpoint: that of the source with the same text, else its own name, also if the last
-    mixture did not contain it; None for a new source."""
+    """The name of each source in the checkpoint, or None for a new source.
+
+    A source with the same text in the checkpoint determines the name. If there is none, a source with the same name
+    does, even if the checkpoint's last mixture did not contain this source."""
     found = {each.name: each.name for each in sources if each.name in then and _is_text(each, texts.get(each.name))}
     for each in sources:
         twins = (name for name in then if name not in found.values() and name in texts and _is_text(each, texts[name]))
@@ -79,7 +84,9 @@ def _former(
 
 
 def _is_text(source: PreparedSource, text: str | None) -> bool:
-    """Whether `text`, a checkpoint's identifier of a text, is that of `source`. None, in old checkpoints, matches."""
+    """Whether `text`, an identifier of a text in a checkpoint, identifies the text of `source`.
+
+    Old checkpoints have None in place of the identifier, and None matches every source."""
     return text is None or text in source.known_as
 
 
@@ -93,16 +100,19 @@ def _warn(run: Run, sources: Sequence[PreparedSource], former: dict[str, str | N
             )
     seed = manifest["config"]["seed"]
     if seed != run.seed:
-        say(f"warning: seed was {seed}, is {run.seed}: the order of samples changes, so some of this epoch may repeat")
+        say(
+            f"warning: seed={run.seed}, but the checkpoint has seed={seed}: the order of samples changes, so some "
+            "samples of this epoch may repeat"
+        )
 
 
 def _samples_per_saved_sample(run: Run, manifest: dict[str, Any]) -> Fraction:
-    """Ratio of the checkpoint's sequence length to the present one; 1 if the task does not cut rows to that length."""
+    """The checkpoint's sequence length divided by the run's, or 1 if the task does not cut text into such rows."""
     then, now = manifest["config"]["data"]["sequence_length"], run.data.sequence_length
     if then == now or not run.task.cuts_rows:
         return Fraction(1)
     say(
-        f"warning: data.sequence_length was {then}, is {now}: rows change. Each source resumes at the same token, but "
-        "some text of this epoch may repeat"
+        f"warning: data.sequence_length={now}, but the checkpoint has {then}: each source resumes at the same token, "
+        "but some text of this epoch may repeat"
     )
     return Fraction(then, now)

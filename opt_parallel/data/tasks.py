@@ -1,4 +1,4 @@
-"""Opens a run's stores: samples, and the mixture of the training sources."""
+"""Opens the token stores of a run, and returns their samples and the mixture of the training sources."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ from opt_parallel.runtime.log import say
 
 
 def open_samples(run: Run, folder: Path, key: str, labels: Labels | None) -> Samples:
-    """The samples of a store for the run's task. `labels`: a classifier's. Raises: UserError if there are none."""
+    """The samples of the token store in `folder` for the run's task. Raises: UserError if there are no samples.
+
+    `key` names the token store in messages. `labels` are the labels of a classifier."""
     return KINDS[run.task.name].samples(run, TokenStore(folder, run.model.vocab_size), key, labels)
 
 
 def open_mixture(run: Run, prepared: Prepared, clock: Clock) -> Mixture:
-    """The mixture of the training sources for a run at `clock`. Starts to fill the streams and waits for their first
-    samples. Raises: UserError."""
+    """The mixture of the training sources for a run at the position `clock`. Raises: UserError.
+
+    The function starts to fill the token stores of streams, and waits for their first samples."""
     mixture, fillings = _mixture(run, prepared, clock)
     for filling in fillings:
         filling.start()
     for source in mixture.sources:
-        source.order.sample_at(0)  # an empty stream fails here, before other ranks wait for this one
+        source.order.sample_at(0)  # an empty stream raises an error now, before other ranks wait for this rank
     return mixture
 
 
 def fill_streams(run: Run, prepared: Prepared, clock: Clock) -> dict[str, TokenStore]:
-    """Fill the stores of streams as far as a run at `clock` reads them. Raises: UserError."""
+    """Fill the token stores of streams with the text that a run at the position `clock` reads. Raises: UserError."""
     stores: dict[str, TokenStore] = {}
     for filling in _mixture(run, prepared, clock)[1]:
         filling.complete()
@@ -75,6 +78,6 @@ def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[
 
 
 def open_validation(run: Run, prepared: Prepared) -> Samples | None:
-    """The validation samples; None if the run has none. Raises: UserError."""
+    """The validation samples, or None if the run has no validation text. Raises: UserError."""
     key = "data.held_out" if run.holds_out else "data.validation"
     return open_samples(run, prepared.validation, key, prepared.labels) if prepared.validation else None

@@ -316,7 +316,7 @@ def test_a_failure_that_is_no_exception_is_one_line() -> None:
     """A panic of the library's while a text is encoded, past the trial."""
     tokenizer = trained()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")
-    with pytest.raises(UserError, match=r"data.tokenizer fails at the text \(Onig: Regex search error"):
+    with pytest.raises(UserError, match=r"data.tokenizer .*\(Onig: Regex search error"):
         encode_documents(tokenizer, ["a" * 40 + "b"])
     assert not tokenizer.encode_special_tokens
 

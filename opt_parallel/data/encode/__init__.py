@@ -1,1 +1,1 @@
-"""From records to arrays of token ids."""
+"""Encodes text records into arrays of token ids."""

@@ -1,4 +1,4 @@
-"""Chats as text. OPT has no role tokens, so each message is a line that starts with the name of its role:
+"""Writes chats as text. OPT has no role tokens, so each message is a line that starts with the name of its role:
 
     </s>System: You are brief.
     User: What is a synset?
@@ -21,7 +21,7 @@ from opt_parallel.data.text.records import require_good
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
-# Jinja for transformers' `apply_chat_template`. It renders the same text, so a byte-level tokenizer gives the same ids.
+# A Jinja template for `apply_chat_template` of transformers, which renders a chat as the same text as this module.
 TEMPLATE = """\
 {{ END }}{% for message in messages %}\
 {% if message.role == 'assistant' %}{{ 'Assistant: ' + message.content + END }}\
@@ -33,15 +33,15 @@ TEMPLATE = """\
 
 
 def chat_template(tokenizer: Tokenizer, end: int) -> str:
-    """The template for a tokenizer whose end-of-text token has the id `end`."""
+    """The Jinja chat template for a tokenizer whose end-of-text token has the id `end`."""
     return TEMPLATE.replace("END", json.dumps(tokenizer.id_to_token(end)))
 
 
 def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
-    """(prompt, answer) for each answer among the (role, content) messages, and the number of messages after the last
-    answer.
+    """A pair (prompt, answer) for each answer of the assistant, and the number of messages after the last answer.
 
-    The boundary is before the white space after the colon, where a byte-level tokenizer splits too."""
+    `messages` are pairs (role, content). An answer starts with the white space after the colon, because a byte-level
+    tokenizer splits text before white space."""
     turns, before, waiting = [], "", 0
     for role, content in messages:
         if role == "assistant":
@@ -53,7 +53,7 @@ def turns_of(messages: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]]
 
 
 def read_messages(value: Any, where: str) -> list[tuple[str, Any]]:
-    """Role and content of each message. Raises: BadRecord, with a message that starts with `where`."""
+    """The role and the content of each message. Raises: BadRecord, with an error message that starts with `where`."""
     require_good(isinstance(value, list) and bool(value), f"{where} is {value!r:.40}: it must be a list of messages")
     messages = []
     for number, message in enumerate(value, start=1):
@@ -65,7 +65,7 @@ def read_messages(value: Any, where: str) -> list[tuple[str, Any]]:
         role = message["role"]
         require_good(
             isinstance(role, str) and role in ROLES,
-            f"{where}: message {number} is of role {role!r:.40}: roles are {', '.join(ROLES)}",
+            f"{where}: message {number} has the role {role!r:.40}: the roles are {', '.join(ROLES)}",
         )
         messages.append((role, message["content"]))
     require_good(

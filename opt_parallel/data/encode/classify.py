@@ -1,7 +1,7 @@
-"""Encodes a classifier's examples: a text or a pair of texts, with a label.
+"""Encodes the examples of a classifier. An example is a text or a pair of texts, with a label.
 
-The encoding is that of OPT's tokenizer: `</s>` text, or `</s>` first `</s>` second. A label is a name, a list of names,
-or numbers.
+A text is encoded as `</s>` text, and a pair of texts as `</s>` first `</s>` second, as in OPT's tokenizer. A label is a
+name, a list of names, or numbers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from opt_parallel.data.text.records import BadRecord, Record, require_characters
 from opt_parallel.huggingface.tokenizer import count_tokens
 from opt_parallel.runtime.errors import UserError
 
-MOST_LABELS = 10_000  # different labels; more are probably texts, and could exceed memory
-MOST_DIGITS = 100  # longer labels are not sorted as numbers; Python refuses to parse thousands of digits
+MOST_LABELS = 10_000  # maximum number of different labels; more labels are probably texts, and could exceed the memory
+MOST_DIGITS = 100  # maximum length of labels that are sorted as numbers; Python does not parse thousands of digits
 SINGLE, MULTI = ProblemType.single_label_classification, ProblemType.multi_label_classification
 
 
 class LabelledEncoder:
-    """The encoder of classification: at most `length` token ids, and a `label`, for each example."""
+    """Encodes each example of a classifier into at most `length` token ids and a label."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class LabelledEncoder:
         length: int,
         spelled: SpecialTokens = SpecialTokens.text,
     ) -> None:
-        """`end`: the id of `</s>`."""
+        """`end` is the token id of `</s>`."""
         self.tokenizer, self.end, self.length, self.spelled = tokenizer, end, length, spelled
         self.text_field, self.task, self.labels = text_field, task, labels
         self.numbers = {name: number for number, name in enumerate(labels.names)}
@@ -80,7 +80,7 @@ class LabelledEncoder:
         return Encoded({**columns_of(documents), "label": labels}, counts)
 
     def _cut(self, parts: list[list[int]]) -> list[list[int]]:
-        """Cut one or two texts to the length. Of two, the longer is cut first, until both are equally long."""
+        """Cut one or two texts to the length. Of two texts, the longer is cut first, until both are equally long."""
         room = self.length - len(parts)
         lengths = [room]
         if len(parts) == 2:
@@ -118,7 +118,7 @@ class LabelledEncoder:
         values, number = value if isinstance(value, list) else [value], len(self.labels.names)
         try:
             measures = [float(each) for each in values if not isinstance(each, bool)]
-        except (TypeError, ValueError, OverflowError):  # an integer of hundreds of digits does not fit a float
+        except (TypeError, ValueError, OverflowError):  # an integer of hundreds of digits is too large for a float
             measures = []
         if len(measures) != number or len(values) != number or not all(map(math.isfinite, measures)):
             expected = "a number" if number == 1 else f"{number} numbers"
@@ -127,11 +127,13 @@ class LabelledEncoder:
 
 
 def find_labels(task: TaskConfig, records: Iterable[Record], declared: Sequence[str] = ()) -> Labels:
-    """Infer from `records` what the task leaves open: the problem type, the names of the labels, or the number of
-    regression targets. Declared names come first, in their order, then the other names, sorted.
+    """Infer the labels from `records`, unless the task's configuration gives them.
 
-    Raises: UserError for inconsistent kinds of labels, for a single label, or for too many; BadRecord."""
-    kinds: dict[tuple[bool, str], str] = {}  # (is a list, kind) → location of the first
+    The labels are a problem type, and the names of the labels or the number of regression targets. Declared names come
+    first, in their order. The other names follow in sorted order.
+
+    Raises: UserError if labels are of different kinds, or if there is only one label or too many. BadRecord."""
+    kinds: dict[tuple[bool, str], str] = {}  # (whether a label is a list, its kind) → location of the first such label
     names: set[str] = set()
     width = 1
     for record in records:
@@ -161,7 +163,7 @@ def find_labels(task: TaskConfig, records: Iterable[Record], declared: Sequence[
 
 
 def check_label(record: Record, label_field: str) -> tuple[Any, bool]:
-    """The label of a record, and whether it is a list. Raises: BadRecord for an invalid label."""
+    """The label of a record, and whether the label is a list. Raises: BadRecord if the label is invalid."""
     value = label_of(record, label_field)
     several = isinstance(value, list)
     for each in value if several else [value]:
@@ -170,7 +172,7 @@ def check_label(record: Record, label_field: str) -> tuple[Any, bool]:
 
 
 def label_of(record: Record, label_field: str) -> Any:
-    """The value of the label field. Raises: BadRecord if there is none."""
+    """The value of a record's label field. Raises: BadRecord if the record has no such field."""
     if record.fields.get(label_field) in (None, ""):
         has = "an empty" if label_field in record.fields else "no"
         raise BadRecord(f"{record.where} has {has} field {label_field!r} among {record.names}: set task.label_field")
@@ -191,7 +193,7 @@ def _kind(value: Any, where: str) -> str:
 
 
 def _problem_type(kinds: dict[tuple[bool, str], str]) -> ProblemType:
-    """The problem type for labels of these kinds: regression if one has a fraction, else classification."""
+    """The problem type for labels of these kinds, which is regression if a label is a fraction, else classification."""
     named = [key for key in kinds if key[1] == "a name"]
     numbers = [key for key in kinds if key[1] in ("a whole number", "a number")]
     several, single = [key for key in kinds if key[0]], [key for key in kinds if not key[0]]
@@ -208,7 +210,7 @@ def _problem_type(kinds: dict[tuple[bool, str], str]) -> ProblemType:
 
 
 def _sorted(names: set[str]) -> list[str]:
-    """Numeric labels in numerical order, others alphabetically."""
+    """The names of labels in numerical order if they are numbers, else in alphabetical order."""
     numbers = all(name.isdecimal() and len(name) <= MOST_DIGITS for name in names)
     return sorted(names, key=int) if numbers else sorted(names)
 

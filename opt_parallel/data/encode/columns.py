@@ -1,4 +1,4 @@
-"""The arrays of encoded documents: encoders return them, token stores hold them."""
+"""The arrays of encoded documents (columns), which encoders return and token stores hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Column:
-    """The type of an array: `dtype` as NumPy names it, `width` numbers per token or per document."""
+    """The type of an array, which has `width` numbers of NumPy's `dtype` for each token or each document."""
 
     dtype: str
     per_token: bool = False
@@ -18,22 +18,24 @@ class Column:
 
     @property
     def itemsize(self) -> int:
-        """Bytes per entry."""
+        """Number of bytes for each token or each document."""
         return np.dtype(self.dtype).itemsize * self.width
 
 
-LENGTHS = Column("uint32")  # number of tokens of each document
+LENGTHS = Column("uint32")  # the number of tokens of each document
 
 
 def ids_column(tokens: int) -> Column:
-    """The column of ids below `tokens`, in the smallest integer type that holds them."""
+    """The type of an array of token ids below `tokens`, in the smallest sufficient integer type."""
     return Column(str(np.min_scalar_type(tokens - 1)), per_token=True)
 
 
 @dataclass
 class Encoded:
-    """A batch of documents: `ids` (tokens,), `lengths` (documents,) and the encoder's own columns. `counts`: documents
-    that were left out or cut, by reason. `text_bytes`: their size in UTF-8, if the encoder counts it, else 0."""
+    """A batch of encoded documents: the arrays `ids` (tokens,), `lengths` (documents,) and those of the encoder.
+
+    `counts` has the numbers of documents that were left out or cut, by reason. `text_bytes` is the size of the batch in
+    UTF-8, or 0 if the encoder does not count it."""
 
     columns: dict[str, np.ndarray]
     counts: Counter[str] = field(default_factory=Counter)
@@ -41,7 +43,7 @@ class Encoded:
 
 
 def columns_of(documents: list[list[int]]) -> dict[str, np.ndarray]:
-    """The columns `ids` and `lengths` of documents."""
+    """The arrays `ids` and `lengths` of documents, which are given as lists of token ids."""
     lengths = np.array([len(ids) for ids in documents], np.int64)
     ids = np.fromiter((token for ids in documents for token in ids), np.int64, int(lengths.sum()))
     return {"ids": ids, "lengths": lengths}

@@ -1,10 +1,10 @@
-"""Encodes fine-tuning examples, prompts with completions and chats, and marks the tokens that are targets.
+"""Encodes fine-tuning examples (prompts with completions, or chats), and marks the tokens that are targets.
 
-    </s> prompt completion </s>     targets: the completion and the </s> after it
-    </s> … answer </s> … answer </s>    targets in a chat: every answer and the </s> after it, see `chat`
+    </s> prompt completion </s>         The targets are the completion and the </s> after it.
+    </s> … answer </s> … answer </s>    The targets of a chat are each answer and the </s> after it, see `chat`.
 
-The prompt and the completion are encoded separately, because generation encodes the prompt alone. No token may cross
-their boundary.
+The prompt and the completion are encoded separately, because generation encodes the prompt alone. So no token crosses
+the boundary between the two texts.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from opt_parallel.huggingface.tokenizer import count_tokens
 PROMPT_CUT, COMPLETION_CUT = "examples with their prompt cut", "examples with their completion cut"
 UNANSWERED = "messages after a chat's last answer left out"
 
-Turn = tuple[list[int], list[int]]  # a prompt and its answer
+Turn = tuple[list[int], list[int]]  # the token ids of a prompt and of its answer
 
 
 class ExampleEncoder:
-    """Encodes records with `task`'s fields into at most `length` + 1 tokens; the last one is only a target."""
+    """Encodes each record into at most `length` + 1 tokens, of which the last token is only a target.
+
+    `task` names the fields of a record that hold the prompt, the completion and the chat."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class ExampleEncoder:
         self.tokenizer, self.end, self.task, self.length, self.spelled = tokenizer, end, task, length, spelled
         self.columns = {
             "ids": ids_column(count_tokens(tokenizer)),
-            "targets": Column("uint8", per_token=True),  # 1 where the token is a target
+            "targets": Column("uint8", per_token=True),  # 1 if the token is a target, else 0
             "lengths": LENGTHS,
         }
 
@@ -67,7 +69,7 @@ class ExampleEncoder:
         return Encoded({**columns_of([tokens for tokens, _ in made]), "targets": targets}, counts)
 
     def _turns(self, record: Record, counts: Counter[str]) -> list[tuple[str, str]]:
-        """The (prompt, answer) pairs of a record: one, or all of a chat. Raises: BadRecord."""
+        """The pairs (prompt, answer) of a record. Only a chat has several pairs. Raises: BadRecord."""
         task, where = self.task, record.where
         pair, chat = [task.prompt_field, task.completion_field], task.messages_field
         given = [name for name in (*pair, chat) if record.fields.get(name) is not None]
@@ -80,7 +82,7 @@ class ExampleEncoder:
             return self._chat(record.fields[chat], f"{where}: {chat!r}", counts)
         require_good(
             chat not in given,
-            f"{where} has both {given[0]!r} and {chat!r}: an example has only one of them, remove the other",
+            f"{where} has both {given[0]!r} and {chat!r}: an example has only one of these fields, remove the other",
         )
         for name in pair:
             require_good(name in given, f"{where} has no {name!r} beside its {given[0]!r}: an example needs both")
@@ -98,8 +100,9 @@ class ExampleEncoder:
         return turns
 
     def _example(self, turns: list[Turn], counts: Counter[str]) -> tuple[list[int], list[int]]:
-        """The tokens of an example and their target marks, cut to the length. In a chat, the last answer counts as the
-        completion, and all text before it as the prompt."""
+        """The tokens of an example and their target marks (0 or 1), cut to the maximum length.
+
+        In a chat, the last answer counts as the completion, and all text before it counts as the prompt."""
         before, learnt = [*turns[0][0]], [0] * len(turns[0][0])
         for (_, answer), (prompt, _) in pairwise(turns):
             before += [*answer, self.end, *prompt]
@@ -113,7 +116,7 @@ class ExampleEncoder:
             before, learnt = before[kept], learnt[kept]
         if len(completion) > self.length:
             counts[COMPLETION_CUT] += 1
-            completion = completion[: self.length]  # without its </s>: the completion does not end here
+            completion = completion[: self.length]  # without </s>, because the completion does not end at the cut
         return [self.end, *before, *completion], [0, *learnt, *[1] * len(completion)]
 
 

@@ -1,4 +1,4 @@
-"""Encoders from records to token ids, in batches. The result does not depend on the process that encodes."""
+"""Encodes records into token ids, in batches. The result does not depend on the process that encodes a record."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from opt_parallel.data.encode.tokenizer import encode_documents
 from opt_parallel.data.text.records import Item, Record, Text
 from opt_parallel.huggingface.tokenizer import count_tokens
 
-PART_CHARACTERS = 1 << 18  # a longer document is encoded in parts
-BATCH_CHARACTERS = 1 << 20  # characters encoded at a time; the tokenizer needs many times their size
+PART_CHARACTERS = 1 << 18  # a document with more characters is encoded in several parts
+BATCH_CHARACTERS = 1 << 20  # characters that are encoded at a time; the tokenizer needs many times their size in memory
 EMPTY = "empty documents left out"
 
 
 class Encoder(Protocol):
-    """Encodes a task's records into columns. It is sent to other processes, so it must pickle. `identity` is part
-    of the store's fingerprint."""
+    """Encodes a task's records into arrays. An encoder must be picklable, because it is sent to other processes.
+
+    `identity` describes the encoding, and is part of the name of a token store's folder."""
 
     columns: dict[str, Column]
 
     def identity(self) -> list[Any]: ...
 
     def check(self, record: Record) -> Any:
-        """Raise BadRecord, with a message that starts with the record's `where`, if the task cannot use the record."""
+        """Raise BadRecord if the task cannot use the record. The error message starts with the record's location."""
         ...
 
     def encode(self, records: list[Record]) -> Encoded:
-        """Encode records into columns. Raises: BadRecord."""
+        """Encode records into arrays. Raises: BadRecord."""
         ...
 
 
 class TextEncoder:
-    """The encoder of pretraining: documents without trailing white space, each followed by the token `end`."""
+    """Encodes documents for pretraining. Trailing white space is removed, and the token `end` follows each document."""
 
     def __init__(
         self,
@@ -76,12 +77,12 @@ class TextEncoder:
 
 
 def special_tokens_key(spelled: SpecialTokens) -> list[str]:
-    """The part of an encoder's identity for `data.special_tokens`; empty for the default, as in earlier versions."""
+    """The part of an encoder's identity that describes `data.special_tokens`. It is empty for the default value."""
     return [] if spelled is SpecialTokens.text else ["special tokens"]
 
 
 def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str, spelled: SpecialTokens) -> Iterator[np.ndarray]:
-    """The ids of each text, in batches, because the tokenizer's output is many times larger than the arrays."""
+    """The ids of each text. Texts are encoded in batches, because the tokenizer's output needs much memory."""
     start = 0
     while start < len(texts):
         stop, characters = start, 0
@@ -94,8 +95,9 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, dtype: str, spelled: Specia
 
 
 def _parts(document: str) -> Iterator[str]:
-    """Split a long document before white space after a word. No byte-level token crosses such a point, so the tokens
-    stay the same and less memory is needed."""
+    """Split a long document into parts at white space after a word, so that encoding needs less memory.
+
+    No token of a byte-level tokenizer crosses such a point, so the tokens do not change."""
     start, gap = 0, re.compile(r"(?<=\S)[ \n]")
     while cut := gap.search(document, start + PART_CHARACTERS):
         yield document[start : cut.start()]
@@ -104,7 +106,7 @@ def _parts(document: str) -> Iterator[str]:
 
 
 def batches_of(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Batches of about `BATCH_CHARACTERS` for the encoder, bad records included."""
+    """Batches of about `BATCH_CHARACTERS` characters for the encoder. Bad records are included."""
     batch: list[Item] = []
     characters = 0
     for item in items:

@@ -1,8 +1,8 @@
 """Trains tokenizers, checks them against a network, and encodes documents and prompts.
 
-Documents are encoded without special tokens; the encoder appends the model's end-of-text token. A prompt starts with
-the same token, as in OPT. If a text contains the spelling of a special token, it is encoded as text, or with
-`data.special_tokens=tokens` as that token. This holds for documents and prompts.
+Documents are encoded without special tokens, and the encoder appends the model's end-of-text token. A prompt starts
+with the end-of-text token, as in OPT. If a document or prompt contains the spelling of a special token, such as `</s>`,
+this spelling is encoded as text. With `data.special_tokens=tokens`, it is encoded as the special token.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from opt_parallel.huggingface.tokenizer import (
 )
 from opt_parallel.runtime.errors import UserError, one_line
 
-SPECIALS = [START, PAD, END, UNKNOWN]  # OPT's order, so that their ids are OPT's
+SPECIALS = [START, PAD, END, UNKNOWN]  # in OPT's order, so that these tokens have the same ids as in OPT
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a file, a folder or a hub id, see `huggingface.tokenizer.read_tokenizer`. Raises: UserError."""
+    """The tokenizer in a file, in a folder or on the Hugging Face hub. Raises: UserError."""
     return read_tokenizer(name).tokenizer
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, key: str = "model.vocab_size=") -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` tokens (fewer if the text is short), `SPECIALS` first. `key`: the
-    setting of the size, for messages.
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens. The first tokens are `SPECIALS`.
+
+    A short text yields fewer tokens. Messages name the setting of the vocabulary's size by `key`.
 
     Raises: `UserError` if `vocab_size` is smaller than the number of bytes and special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -59,7 +60,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, key: str = "model
 
 
 def of_opt(tokenizer: Tokenizer) -> LoadedTokenizer:
-    """The tokenizer with OPT's special tokens in their roles, as far as it has them."""
+    """The tokenizer with the roles (such as padding) of those special tokens of OPT that its vocabulary contains."""
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     roles = {"bos_token": END, "eos_token": END, "unk_token": UNKNOWN if UNKNOWN in special else END, "pad_token": PAD}
     return LoadedTokenizer(tokenizer, {role: token for role, token in roles.items() if token in special})
@@ -71,10 +72,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig, end: int | None = None) -> None:
-    """Raise `UserError` if a token has no row in the embedding, or if tokenizer and model have different end-of-text
-    tokens.
+    """Raise `UserError` if the tokenizer does not fit the model.
 
-    `end`: the id of the end-of-text token by the tokenizer's files; None: that of `</s>`, if there is one."""
+    Each token must have a row in the embedding, and tokenizer and model must have the same end-of-text token. `end` is
+    the id of this token in the tokenizer's files. By default, it is the id of `</s>`, if the vocabulary contains it."""
     check_size(tokenizer, name, model.vocab_size)
     end = tokenizer.token_to_id(END) if end is None else end
     require(
@@ -92,8 +93,9 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig, end: in
 
 
 def check_padding(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Raise `UserError` if the padding token can occur in a text. The end of the text would not be found, and the
-    token's embedding would not be trained."""
+    """Raise `UserError` if the padding token can occur in a text.
+
+    Otherwise the end of such a text would not be found, and the token's embedding would not be trained."""
     pad, added = model.pad_token_id, tokenizer.get_added_tokens_decoder()
     word = tokenizer.id_to_token(pad)
     require(
@@ -106,7 +108,9 @@ def check_padding(tokenizer: Tokenizer, model: ModelConfig) -> None:
 def encode_documents(
     tokenizer: Tokenizer, documents: list[str], spelled: SpecialTokens = SpecialTokens.text
 ) -> list[list[int]]:
-    """The token ids of each document; none are added. `spelled`: how to encode the spelling of a special token."""
+    """The token ids of each document, without added tokens.
+
+    `spelled` decides whether the spelling of a special token is encoded as text or as the token."""
     with _spelled(tokenizer, spelled):
         encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
@@ -117,7 +121,7 @@ def encode_prompt(
 ) -> list[int]:
     """The token ids of a prompt, which start with the end-of-text token, as in OPT.
 
-    Raises: UserError for invalid Unicode from a command line or a JSON text; for an id outside the vocabulary."""
+    Raises: UserError if the prompt contains invalid Unicode, or if a token id is outside the vocabulary."""
     require(
         prompt.encode(errors="ignore").decode() == prompt, f"the prompt {prompt!r} is not valid text: write it in UTF-8"
     )
@@ -125,27 +129,31 @@ def encode_prompt(
     require(
         max(ids) < model.vocab_size,
         f"the prompt {prompt!r} has the token {max(ids)} ({tokenizer.id_to_token(max(ids))!r}), outside the network's "
-        f"vocabulary of {model.vocab_size}: use the tokenizer that it was trained with",
+        f"vocabulary of {model.vocab_size}: use the tokenizer that the network was trained with",
     )
     return ids
 
 
 @contextmanager
 def _spelled(tokenizer: Tokenizer, spelled: SpecialTokens) -> Iterator[None]:
-    """Set the tokenizer's handling of special tokens to `spelled`. Raises: UserError for a failure in the library, such
-    as a regular expression that fails on a text; the library raises a BaseException there."""
+    """A context that sets the tokenizer's handling of special tokens, and turns an error of the library into UserError.
+
+    For example, the library raises a BaseException if its regular expression fails on a text."""
     tokenizer.encode_special_tokens = spelled is SpecialTokens.text
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise UserError(f"data.tokenizer fails at the text ({one_line(error):.300}): use another tokenizer") from error
+        raise UserError(
+            f"data.tokenizer cannot encode the text ({one_line(error):.300}): use another tokenizer"
+        ) from error
     finally:
         tokenizer.encode_special_tokens = False
 
 
 def decode_continuation(tokenizer: Tokenizer, ids: list[int], prompt: int) -> str:
-    """The text of `ids` after the first `prompt` ids. Decodes from the start, because some tokenizers drop a leading
-    space."""
+    """The text of `ids` after the first `prompt` ids.
+
+    All ids are decoded, because some tokenizers drop the leading space of the text that they decode."""
     return tokenizer.decode(ids).removeprefix(tokenizer.decode(ids[:prompt]))

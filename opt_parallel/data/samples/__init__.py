@@ -1,1 +1,1 @@
-"""From token stores to samples and batches."""
+"""Cuts token stores into training samples, orders the samples, and collates them into batches."""

@@ -1,4 +1,4 @@
-"""Micro-batches: from the mixture for training, from one store in order for validation."""
+"""Collates samples into micro-batches for training (from a mixture of sources) and for validation."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import Unread, UserError
 
 T = TypeVar("T")
-STEPS_AHEAD = 2  # steps whose batches are prepared in advance
+STEPS_AHEAD = 2  # number of optimizer steps whose batches are prepared in advance
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The training samples of one data-parallel rank, from any position of the run.
+    """The training batches of one data-parallel rank, for any position of the run.
 
-    `global_batch`: samples of an optimizer step, a multiple of `micro_batch` · `data_size`."""
+    `global_batch` is the number of samples of an optimizer step, a multiple of `micro_batch` · `data_size`."""
 
     mixture: Mixture
     global_batch: int
@@ -38,7 +38,7 @@ class Feed:
     pad_token_id: int = 1
 
     def at(self, samples: int) -> list[Batch]:
-        """The micro-batches of the optimizer step that starts at sample `samples` of the run."""
+        """This rank's micro-batches of the optimizer step that starts at sample number `samples` of the run."""
         first = samples + self.data_rank * self.micro_batch
         starts = range(first, samples + self.global_batch, self.micro_batch * self.data_size)
         return [self._batch(range(start, start + self.micro_batch)) for start in starts]
@@ -48,21 +48,21 @@ class Feed:
 
 
 class Loader:
-    """Prepares a feed's batches in a background thread; on CUDA in pinned memory."""
+    """Prepares the batches of a `Feed` in a background thread. With a GPU, the batches are in pinned memory."""
 
     def __init__(self, feed: Feed, clock: Clock, stop: int, device: torch.device) -> None:
-        """Batches from the position of `clock` to step `stop`."""
+        """Start to prepare the batches from the position `clock` to step `stop`."""
         self.feed, self.pin = feed, device.type == "cuda"
-        self.waited = 0.0  # seconds that the last `next` waited
+        self.waited = 0.0  # seconds that the last call of `next` waited for data
         self._wanted = True
-        self._ready: Queue[list[Batch] | Exception] = Queue(STEPS_AHEAD - 1)  # the thread holds one more
+        self._ready: Queue[list[Batch] | Exception] = Queue(STEPS_AHEAD - 1)  # the thread holds another step's batches
         last = clock.samples + (stop - clock.step) * feed.global_batch
         positions = range(clock.samples, last, feed.global_batch)
-        # daemon: a failing process must not wait for a thread that waits for data
+        # The thread is a daemon, so that a failing process does not wait until this thread gets its data.
         Thread(target=self._load, args=(positions,), name="loader", daemon=True).start()
 
     def next(self) -> list[Batch]:
-        """The next step's micro-batches. Raises: the error of the background thread, if it failed."""
+        """The micro-batches of the next optimizer step. Raises: the error of the background thread, if it failed."""
         started = time.perf_counter()
         ready = self._ready.get()
         self.waited = time.perf_counter() - started
@@ -71,7 +71,7 @@ class Loader:
         return ready
 
     def close(self) -> None:
-        """End the thread. It may hold a batch that is not needed."""
+        """End the background thread, and discard its batches."""
         self._wanted = False
         with suppress(Empty):
             self._ready.get_nowait()
@@ -88,10 +88,11 @@ class Loader:
 
 
 def read_together(read: Callable[[], T], topology: Topology) -> T:
-    """Call `read` on every rank; return this rank's result. If it fails on one rank, all ranks stop together, so they
-    can save first.
+    """Call `read` on every rank, and return this rank's result.
 
-    Raises: Unread on every rank, if `read` raises UserError on any."""
+    If `read` fails on one rank, all ranks raise an error at the same step, so that they can save a checkpoint.
+
+    Raises: Unread on every rank, if `read` raises UserError on any rank."""
     result, mistake = None, None
     try:
         result = read()
@@ -106,10 +107,10 @@ def read_together(read: Callable[[], T], topology: Topology) -> T:
 def validation_batches(
     samples: Samples, micro_batch: int, data_rank: int, data_size: int, pad_token_id: int = 1
 ) -> Iterator[Batch]:
-    """This rank's batches of every sample once, in order. All data ranks get equal numbers of batches and samples.
+    """This data-parallel rank's validation batches. Over all ranks, the batches contain each sample once, in order.
 
-    ZeRO-3 gathers weights in every forward, so no rank may run an extra one. The last batches are filled up with
-    samples whose labels are ignored."""
+    All data ranks get the same number of batches and samples, because ZeRO-3 gathers weights in every forward pass. So
+    the last batches are filled up with samples whose labels are ignored."""
     stride = micro_batch * data_size
     for start in range(data_rank * micro_batch, -(-len(samples) // stride) * stride, stride):
         ordinals = range(start, start + micro_batch)

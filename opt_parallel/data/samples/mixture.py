@@ -1,8 +1,8 @@
-"""Maps a position of the run to a source and one of its samples: a pure function.
+"""Maps each position of the run to a source of training text and to a sample of this source, as a pure function.
 
-Sources take turns in a fixed cycle, each as often as its weight says. The cycle is Tijdeman's solution
-of the chairman assignment problem (1980, Discrete Mathematics 32): for every n, the number of a source's samples among
-the first n differs from its share of n by less than one.
+Sources take turns in a fixed cycle, in proportion to their weights. The cycle is Tijdeman's solution of the chairman
+assignment problem (1980, Discrete Mathematics 32). For every n, the number of a source's samples among the first n
+samples differs from n times the source's share by less than one.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class Order(Protocol):
     """The order of a source's samples over all epochs."""
 
     def sample_at(self, position: int) -> int:
-        """The index of the sample at a position of this source's own sequence."""
+        """The index of the sample at `position` in the sequence of this source's samples."""
         ...
 
     def epoch_at(self, position: int) -> float:
-        """The number of epochs of this source before `position`."""
+        """The number of epochs (with a fraction) of this source before `position`."""
         ...
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """The repeating sequence of turns of sources with these weights."""
+    """The repeating sequence in which sources with these weights take turns."""
 
     weights: tuple[Fraction, ...]
 
     def locate(self, turn: int) -> tuple[int, int]:
-        """The index of the source of a turn, and the number of its earlier turns."""
+        """The index of the source that has this turn, and the number of earlier turns of the source."""
         turns, before, counts = self._laid_out
         cycle, offset = divmod(turn, len(turns))
         number = int(turns[offset])
@@ -57,8 +57,10 @@ class Cycle:
 
     @cached_property
     def _laid_out(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """For each turn of the cycle: its source, and the number of that source's earlier turns. For each source: its
-        number of turns in a cycle."""
+        """The turns of a cycle as three arrays.
+
+        The first array is the source of each turn, the second is the number of earlier turns of this source, and the
+        third is the number of turns of each source."""
         counts = turns_of(self.weights)
         turns = np.array(cycle_of(counts), np.int32)
         before = np.empty(len(turns), np.int64)
@@ -69,8 +71,10 @@ class Cycle:
 
 @dataclass(frozen=True)
 class Source:
-    """A source of training data. `weight`: its share, relative to the other sources'. `taken`: the number of its
-    samples that were used before the mixture starts."""
+    """A source of training data in a mixture.
+
+    `weight` is the source's share of the samples, relative to the weights of the other sources. `taken` is the number
+    of samples of the source that were used before the mixture starts."""
 
     name: str
     weight: Fraction
@@ -81,13 +85,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Mixture:
-    """An endless sequence of samples from all sources. `start`: the position of the run at which it starts."""
+    """An endless sequence of samples from all sources, which starts at the position `start` of the run."""
 
     sources: Sequence[Source]
     start: int = 0
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The index of the source at `position` of the run, and the number of its earlier samples."""
+        """The index of the source of the sample at `position` of the run, and the number of its earlier samples."""
         number, own = self._cycle.locate(position - self.start)
         return number, self.sources[number].taken + own
 
@@ -98,7 +102,7 @@ class Mixture:
         return source.samples.sample(source.order.sample_at(own))
 
     def taken(self, position: int) -> dict[str, int]:
-        """The number of samples of each source among the first `position` of the run."""
+        """The number of samples of each source among the first `position` samples of the run."""
         turns = self._cycle.taken(position - self.start)
         return {source.name: source.taken + own for source, own in zip(self.sources, turns, strict=True)}
 
@@ -108,7 +112,7 @@ class Mixture:
         return {source.name: source.order.epoch_at(taken[source.name]) for source in self.sources}
 
     def summary(self, position: int) -> str:
-        """A table of the first `position` samples of the run: share, samples and epochs of each source."""
+        """A table with the share, samples and epochs of each source among the first `position` samples of the run."""
         total = sum((source.weight for source in self.sources), Fraction(0))
         taken, epochs = self.taken(position), self.epochs(position)
         rows = [["source", "share", "samples", "epochs"]]
@@ -132,17 +136,17 @@ def turns_of(weights: Sequence[Fraction]) -> list[int]:
     if length > LONGEST_CYCLE:
         listed = ", ".join(str(float(weight)) for weight in weights)
         raise UserError(
-            f"data.train: the weights {listed} need a cycle of {length:,} samples, over {LONGEST_CYCLE:,}: write them "
-            "with fewer digits"
+            f"data.train: the weights {listed} need a cycle of {length:,} samples, over {LONGEST_CYCLE:,}: write the "
+            "weights with fewer digits"
         )
     return [int(share * length) for share in shares]
 
 
 def cycle_of(counts: Sequence[int]) -> list[int]:
-    """The sources of a cycle's turns: source k has `counts`[k] turns, spread as evenly as possible.
+    """The source of each turn of a cycle. Source k has `counts`[k] turns, which are spread as evenly as possible.
 
     At turn n (from 1), source k lags by n·counts[k] − length·(its turns so far), in units of 1/length turns. Among the
-    sources that lag by at least length / (2·sources − 2), the turn goes to the source with the earliest deadline."""
+    sources that lag by at least length / (2·sources − 2), the source with the earliest deadline gets the turn."""
     length, doubled = sum(counts), max(1, 2 * len(counts) - 2)
     had, turns = [0] * len(counts), []
     for turn in range(1, length + 1):

@@ -1,4 +1,6 @@
-"""Fine-tuning's samples: one example per row, padded, or several packed into a row without attending to each other."""
+"""Cuts a token store into samples for fine-tuning.
+
+A sample is a row with one padded example, or with several packed examples that do not attend to each other."""
 
 from __future__ import annotations
 
@@ -10,14 +12,13 @@ from opt_parallel.config.model import IGNORED
 from opt_parallel.data.samples.samples import Sample
 from opt_parallel.data.store.store import TokenStore
 
-OPEN_ROWS = 256  # rows that can take further examples; the fullest is closed when there would be more
+OPEN_ROWS = 256  # maximum number of rows with space for further examples; a further row closes the fullest row
 
 
 class Examples:
-    """The examples of a store in rows of at most `length` tokens. The assignment to rows is deterministic and equal
-    in all epochs.
+    """The examples of a token store, in rows of at most `length` tokens.
 
-    An example's last token is a target and never an input."""
+    An example is in the same row in all epochs. The last token of an example is a target and never an input."""
 
     def __init__(self, store: TokenStore, length: int, packing: bool) -> None:
         self.store, self.length = store, length
@@ -25,7 +26,7 @@ class Examples:
         lengths = np.diff(self.ends, prepend=0)
         self.firsts = self.ends - lengths
         rows = pack(lengths - 1, length) if packing else np.arange(len(lengths))
-        self.examples = np.argsort(rows, kind="stable")  # sorted by row
+        self.examples = np.argsort(rows, kind="stable")  # the indices of the examples, sorted by row
         self.cuts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class Examples:
         return ids[:-1], np.where(learnt, ids[1:], IGNORED)
 
     def summary(self) -> str:
-        """Number of examples, their mean length, and how full the rows are."""
+        """The number of examples, their mean length, and the share of the rows' positions that are not padding."""
         tokens = int((self.ends - self.firsts - 1).sum())
         rows, mean = len(self), tokens / len(self.ends)
         about = f"{len(self.ends):,} examples of {mean:.1f} tokens on average"
@@ -58,12 +59,13 @@ class Examples:
 
 
 def pack(sizes: np.ndarray, length: int) -> np.ndarray:
-    """The row of each example: (examples,). `sizes`: the examples' numbers of tokens, each at most `length`.
+    """The row (examples,) of each example, given its number of tokens in `sizes`, which is at most `length`.
 
-    Best fit (Johnson et al. 1974, SIAM Journal on Computing 3) with a bounded number of open rows: an example goes
-    into the fullest row that has room for it, else into a new row. Time and memory are linear in the examples."""
+    The algorithm is best fit (Johnson et al. 1974, SIAM Journal on Computing 3) with a bounded number of open rows. An
+    example is assigned to the fullest open row with enough space, or else to a new row. Time and memory are linear in
+    the number of examples."""
     rows = np.empty(len(sizes), np.int64)
-    open_rows: list[tuple[int, int]] = []  # (room left, row), the fullest first
+    open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted so that the fullest row is first
     rows_used = 0
     for number, size in enumerate(sizes.tolist()):
         index = bisect_left(open_rows, (size, 0))

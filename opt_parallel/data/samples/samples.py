@@ -1,4 +1,4 @@
-"""Samples of a token store by index, one class for each task, and their collation into batches."""
+"""Reads the samples of a token store by index, and collates samples into batches."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from opt_parallel.config.model import IGNORED
 from opt_parallel.data.store.statistics import entropy
 from opt_parallel.data.store.store import Damaged, TokenStore
 
-TOKENS_READ = 1 << 20  # tokens read at a time while counting
+TOKENS_READ = 1 << 20  # number of tokens that `unigram_entropy` reads at a time
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`ids`: (S,). `labels`: (S,) int64, each the next token or `IGNORED`; a classifier's: () int64 or (N,) float32.
+    """A training sample with token `ids` (S,) and `labels`.
 
-    Where several texts share the sample, `segments` (S,) numbers them from 1, and `positions` (S,) count within each
-    segment; else both are None."""
+    The labels of a language model are (S,) int64, and each label is the next token or `IGNORED`. The label of a
+    classifier is () int64 or (N,) float32. If the sample contains several texts, `segments` (S,) is the number of each
+    token's text (from 1), and `positions` (S,) are counted within each text. Otherwise both fields are None."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -33,7 +34,7 @@ class Sample:
 
 
 class Samples(Protocol):
-    """The samples of one store, as a task cuts them."""
+    """The samples that a task cuts from one token store."""
 
     def __len__(self) -> int: ...
 
@@ -41,10 +42,10 @@ class Samples(Protocol):
 
 
 class Rows:
-    """Pretraining's samples: the store as one sequence, cut into rows of `length` inputs.
+    """The samples of pretraining. All tokens of the token store form one sequence, which is cut into rows.
 
-    Row i reads the tokens i·length to (i + 1)·length, both included. The last token is only a target, and the first
-    input of the next row, so every token but the first is a target exactly once."""
+    Row i has the tokens i·length to (i + 1)·length (inclusive). The last token of a row is a target of this row, and
+    the first input of the next row. So every token except the first is a target exactly once."""
 
     def __init__(self, store: TokenStore, length: int) -> None:
         self.store, self.length = store, length
@@ -59,7 +60,7 @@ class Rows:
 
     @cached_property
     def unigram_entropy(self) -> float:
-        """Entropy (nats) of the targets' unigram distribution."""
+        """The entropy (in nats) of the distribution of target tokens."""
         counts = np.zeros(0, np.int64)
         last = len(self) * self.length + 1
         for start in range(1, last, TOKENS_READ):
@@ -71,10 +72,10 @@ class Rows:
 
 
 class Labelled:
-    """A classifier's samples: each example of a store is a sample."""
+    """The samples of a classifier. Each document of the token store is one sample."""
 
     def __init__(self, store: TokenStore, labels: int | None = None) -> None:
-        """`labels`: number of classes."""
+        """`labels` is the number of classes."""
         self.store, self.labels = store, labels
 
     def __len__(self) -> int:
@@ -96,12 +97,16 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of a data-parallel rank, identical on all its tensor ranks.
+    """A micro-batch of a data-parallel rank, which is identical on all ranks of a tensor group.
 
-    `ids`: (batch, sequence) int64. `labels`: (batch, sequence) int64, each the next token or `IGNORED`; a classifier's:
-    (batch,) int64, or (batch, N) float32 with NaN where a label does not count. `positions`: (batch, sequence) int64;
-    None: derived from the segments. `segments`: (batch, sequence) int64, tokens attend only within their segment, 0 is
-    padding; None: one segment without padding. `samples`: (batch,) int64, the index of each sample in the run."""
+    Attributes:
+        ids: token ids (batch, sequence) int64.
+        labels: the next token or `IGNORED`, (batch, sequence) int64. The labels of a classifier are (batch,) int64, or
+            (batch, N) float32 with NaN for an ignored label.
+        positions: (batch, sequence) int64, or None if the model derives the positions from the segments.
+        segments: (batch, sequence) int64, the number of each token's text, and 0 for padding. Tokens attend only within
+            their text. None means one text per row without padding.
+        samples: the index of each sample in the run, (batch,) int64."""
 
     ids: Tensor
     labels: Tensor
@@ -110,11 +115,11 @@ class Batch:
     samples: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; copies are asynchronous."""
+        """A copy of the batch on `device`. The copy is asynchronous."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """The same batch in pinned memory, for asynchronous copies to a GPU."""
+        """A copy of the batch in pinned memory, from which a GPU can copy asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -128,22 +133,22 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Number of labels that count."""
+        """The number of labels that are not ignored."""
         return int(self.counting.sum())
 
     @property
     def counting(self) -> Tensor:
-        """Mask of the labels that count: (batch, sequence); a classifier's: (batch,)."""
+        """A mask that is true for labels that are not ignored: (batch, sequence), or (batch,) for a classifier."""
         return ~self.labels.isnan().any(dim=-1) if self.labels.is_floating_point() else self.labels != IGNORED
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that are not padding."""
+        """The number of tokens that are not padding."""
         return self.ids.numel() if self.segments is None else int((self.segments > 0).sum())
 
 
 def collate(samples: list[Sample], ordinals: range, pad_token_id: int) -> Batch:
-    """A batch of samples, right-padded to the longest."""
+    """A batch of samples, which are padded on the right to the length of the longest sample."""
     longest = max(len(sample.ids) for sample in samples)
     padded = any(len(sample.ids) < longest for sample in samples)
     of_tokens = samples[0].labels.ndim == 1 and samples[0].labels.dtype.kind == "i"

@@ -1,4 +1,4 @@
-"""Checksums of a file's blocks, so that a reader can check some blocks without reading the whole file."""
+"""Computes a checksum for each block of a file, so that a reader can check the blocks that it reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from itertools import count
 from pathlib import Path
 from zlib import crc32
 
-BLOCK = 2**14  # bytes
-DIGITS = 8  # hexadecimal digits of a CRC-32
+BLOCK = 2**14  # bytes of a block
+DIGITS = 8  # number of hexadecimal digits of a block's checksum, a CRC-32
 
 
 def checksums_of(path: Path) -> str:
@@ -17,8 +17,9 @@ def checksums_of(path: Path) -> str:
 
 
 def first_wrong(read: bytes, checksums: str, first: int = 0) -> int | None:
-    """The index of the first block in `read` that differs from its checksum, or None. `first`: the index of the block
-    that `read` starts with."""
+    """The index of the first block in the bytes `read` that differs from its checksum, or None.
+
+    The bytes start with block number `first` of the file."""
     for number in count(first):
         block = read[(number - first) * BLOCK : (number - first + 1) * BLOCK]
         if not block:

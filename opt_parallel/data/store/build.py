@@ -1,4 +1,4 @@
-"""Builds a token store with several processes: one part for each unit of the text.
+"""Builds a token store with several processes. Each part of the store holds the tokens of one piece of the text.
 
 A part is written under a temporary name and renamed when it is complete. After an interruption, the next start builds
 only the missing parts.
@@ -38,14 +38,16 @@ from opt_parallel.runtime.machine import cpus
 from opt_parallel.storage.atomic import PARTIAL, beside, publish, remove
 from opt_parallel.storage.checked import dump_checked
 
-TOKEN_COUNTS = "words.npy"  # how often each token id occurs in a part
-WORTH_A_PROCESS = 1 << 22  # bytes of text that take as long to encode as a process takes to start
+TOKEN_COUNTS = "words.npy"  # the file with the number of occurrences of each token id in a part
+WORTH_A_PROCESS = 1 << 22  # encoding this many bytes of text takes as long as the start of a process
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A corpus and how it is processed. `same`: the text that decides whether two documents are duplicates; None: all
-    of their fields."""
+    """Describes how to turn a corpus into a token store: its encoder and its selection of documents.
+
+    Two documents are duplicates if they have the same text `same`. If `same` is None, all of their fields are compared.
+    """
 
     corpus: Corpus
     encoder: Encoder
@@ -54,11 +56,11 @@ class Recipe:
     deduplicate: bool = False
 
     def cache_key(self) -> list[Any]:
-        """The key of the parts in the cache. It depends on the content of the text and not on its path."""
+        """The key of the token store in the cache, which depends on the content of the text and not on its path."""
         return [self.corpus.cache_key(), *self._processing_key()]
 
     def identity(self) -> list[Any]:
-        """The key by paths, sizes and times of the files. Earlier versions named stores by it."""
+        """The key of the token store in earlier versions, which depends on paths, sizes and times of the files."""
         return [self.corpus.identity(), *self._processing_key()]
 
     def _processing_key(self) -> list[Any]:
@@ -70,26 +72,28 @@ class Recipe:
         return self.corpus.skip_bad
 
     def good(self, items: list[Item], bad: BadRecords) -> list[Record]:
-        """The items that the encoder accepts. With `skip_bad`, bad records are added to `bad`; otherwise this method or
-        the encoder raises the first one."""
+        """The records that the encoder accepts.
+
+        With `skip_bad`, the other records are added to `bad`. Otherwise this method or the encoder raises an error for
+        the first bad record."""
         return list(sift(items, self.encoder.check, bad if self.skip_bad else None))
 
 
 @dataclass(frozen=True)
 class PartMeta:
-    """A summary of a part. `lengths`: number of documents by length in tokens."""
+    """A summary of a part of a token store. `lengths` maps a length in tokens to the number of such documents."""
 
     part: Part
     counts: dict[str, int]
     lengths: dict[int, int]
     text_bytes: int
-    position: list[int]  # in a stream: the unit, and the number of its records read so far
+    position: list[int]  # the position after this part in a stream: the number of a file, and of a record in the file
     bad: list[str] = field(default_factory=list)  # messages of the first bad records that were left out
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A part to build: its number, and the unit of text it is built from. `owner`: index of the recipe."""
+    """A part to build from a piece (`unit`) of the text. `owner` is the index of the part's recipe."""
 
     number: int
     owner: int
@@ -97,10 +101,11 @@ class PartPlan:
 
 
 def fill(folder: Path, recipes: list[Recipe], workers: int) -> list[PartMeta]:
-    """Build the missing parts of all recipes in `folder`; return the summaries of all parts. `workers` 0: one process
-    per CPU.
+    """Build the missing parts of the token store in `folder`, and return the summaries of all parts.
 
-    Raises: UserError, also if the text changes during the build; Unfinished."""
+    `workers` is the number of processes, and 0 means one process per CPU.
+
+    Raises: UserError, also if the text changes during the build. Unfinished, if the build was interrupted."""
     before = [recipe.corpus.identity() for recipe in recipes]
     for leftover in folder.glob(f"*{PARTIAL}"):
         remove(leftover)
@@ -127,13 +132,14 @@ def fill(folder: Path, recipes: list[Recipe], workers: int) -> list[PartMeta]:
     for recipe, was in zip(recipes, before, strict=True):
         require(
             recipe.corpus.identity() == was,
-            f"{recipe.corpus.key}: {recipe.corpus.names} changed while it was read: start again when it is complete",
+            f"{recipe.corpus.key}: {recipe.corpus.names} changed while it was read: wait until it is complete, then "
+            "start again",
         )
     return _with_lines([read_meta(folder / part_name(plan.number)) for plan in plans], recipes, plans)
 
 
 def read_meta(part: Path) -> PartMeta:
-    """The summary of the part in a folder. Raises: Damaged."""
+    """The summary of the part in the folder `part`. Raises: Damaged."""
     content, checksum = read_part(part.parent, part.name)
     try:
         lengths = {int(length): count for length, count in content["lengths"].items()}
@@ -145,7 +151,7 @@ def read_meta(part: Path) -> PartMeta:
 
 
 class PartMaker:
-    """Writes a part under a temporary name. `finish` renames it."""
+    """Writes a part of a token store under a temporary name. `finish` renames the part."""
 
     def __init__(self, folder: Path, name: str, encoder: Encoder) -> None:
         self.target = folder / name
@@ -165,7 +171,7 @@ class PartMaker:
     def finish(
         self, position: tuple[int, int] = (0, 0), counts: Counter[str] | None = None, bad: BadRecords | None = None
     ) -> PartMeta:
-        """Complete and rename the part. `counts`, `bad`: documents that were left out before encoding."""
+        """Complete and rename the part. `counts` and `bad` count the documents that were left out before encoding."""
         bad = bad or BadRecords()
         part = replace(self.writer.close(), name=self.target.name)
         left_out = self.writer.counts + (counts or Counter()) + Counter({LEFT_OUT: bad.count})
@@ -177,7 +183,7 @@ class PartMaker:
 
 
 def write_meta(part: Path, columns: Iterable[str], meta: PartMeta) -> None:
-    """Write part.json, with the checksums of the part's other files, which must exist."""
+    """Write the part's summary to part.json, with checksums of the part's other files, which must exist."""
     blocks = {name: checksums_of(part / f"{name}.bin") for name in columns}
     content = {**asdict(meta), "blocks": blocks, TOKEN_COUNTS: checksums_of(part / TOKEN_COUNTS)}
     del content["part"]["checksum"]
@@ -194,7 +200,7 @@ def add_counts(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _is_complete(part: Path) -> bool:
-    """Whether a part is complete. Deletes a damaged part."""
+    """Whether the part in the folder `part` is complete. The function deletes a damaged part."""
     try:
         if (part / META).exists():
             read_meta(part)
@@ -209,7 +215,7 @@ def _duplicates(folder: Path, plan: PartPlan) -> Path:
 
 
 def _hash(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report) -> None:
-    """Write the hashes of a unit's documents."""
+    """Write the hashes of the documents in one piece of the text."""
     recipe, target = recipes[plan.owner], folder / f"digests-{plan.number:05d}"
     temporary = beside(target)
 
@@ -225,7 +231,7 @@ def _hash(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report) -
 
 
 def _encode(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report) -> None:
-    """Encode a unit into its part."""
+    """Encode one piece of the text into a part of the token store."""
     recipe = recipes[plan.owner]
     duplicates: set[int] = set()
     if recipe.deduplicate:
@@ -241,7 +247,7 @@ def _encode(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report)
             encoded = recipe.encoder.encode(kept)
             maker.write(encoded)
             report(encoded.text_bytes)
-        # held-out text was already read with the training text, which reported its bad records
+        # Bad records of held-out text were reported before, because the training store was built from the same files.
         maker.finish(counts=counts, bad=None if recipe.held_out and recipe.held_out.chosen else bad)
         report(plan.unit.size - maker.text_bytes)
 
@@ -249,7 +255,7 @@ def _encode(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report)
 
 
 def _count(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report) -> None:
-    """Write the number of bad records of a unit."""
+    """Write the number of bad records in one piece of the text."""
     bad = _bad_of(recipes[plan.owner], plan.unit)
     _bad_file(folder, plan).write_text(json.dumps(asdict(bad)), encoding="utf-8")
     report(plan.unit.size)
@@ -266,8 +272,9 @@ def _bad_of(recipe: Recipe, unit: Unit, count_lines: bool = False) -> BadRecords
 
 
 def _refusal(folder: Path, recipes: list[Recipe], plans: list[PartPlan]) -> UserError | None:
-    """The error that names the first bad record and the number of all bad records; None if the text has changed and has
-    no bad record now."""
+    """An error with the first bad record and the number of all bad records.
+
+    The result is None if the text has changed and contains no bad record any more."""
     each = [BadRecords(**json.loads(_bad_file(folder, plan).read_text(encoding="utf-8"))) for plan in plans]
     first = next((plan for plan, bad in zip(plans, each, strict=True) if bad.count), None)
     listed = _bad_of(recipes[first.owner], first.unit, count_lines=True).first if first else []
@@ -276,8 +283,9 @@ def _refusal(folder: Path, recipes: list[Recipe], plans: list[PartPlan]) -> User
 
 
 def _with_lines(metas: list[PartMeta], recipes: list[Recipe], plans: list[PartPlan]) -> list[PartMeta]:
-    """`metas` with correct line numbers for the first bad records; units that start inside a file are read again for
-    them."""
+    """The summaries `metas`, with line numbers in the messages about the first bad records.
+
+    A piece of text that starts inside a file is read again to find the line numbers."""
     listed = 0
     for number, (meta, plan) in enumerate(zip(metas, plans, strict=True)):
         if listed < LISTED and meta.bad and _is_cut(plan.unit):
@@ -289,8 +297,9 @@ def _with_lines(metas: list[PartMeta], recipes: list[Recipe], plans: list[PartPl
 def _selected(
     records: list[Record], recipe: Recipe, duplicates: set[int], first: int, counts: Counter[str]
 ) -> list[Record]:
-    """The records that belong into the store; `counts` receives the others. `first`: index of the first of `records` in
-    its unit."""
+    """The records that belong into the token store. The numbers of other records are added to `counts`.
+
+    `first` is the index of the first of the `records` in its piece of the text."""
     if recipe.held_out is not None:
         taken = [recipe.held_out.takes(content_of(record, recipe.same)) for record in records]
     else:
@@ -304,12 +313,13 @@ def _selected(
 
 
 def _naming_lines(work: Callable[[bool], None], unit: Unit) -> None:
-    """Call `work(False)`. If it fails in a unit that starts inside a file, call `work(True)`, whose error has the line
-    number."""
+    """Call `work(False)`, and after an error call `work(True)`, whose error message has the line number.
+
+    The second call is made only if the piece of text starts inside a file."""
     try:
         work(False)
     except BadRecord:
-        raise  # `fill` counts all bad records and names the first
+        raise  # `fill` counts all bad records, and its error message names the first bad record
     except UserError:
         if _is_cut(unit):
             work(True)
@@ -317,5 +327,5 @@ def _naming_lines(work: Callable[[bool], None], unit: Unit) -> None:
 
 
 def _is_cut(unit: Unit) -> bool:
-    """Whether one of its pieces starts inside a file."""
+    """Whether the unit contains a piece that starts inside a file."""
     return any(piece.start for piece in unit.pieces)

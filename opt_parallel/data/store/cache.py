@@ -1,7 +1,7 @@
-"""Folders of `data.cache`, each built by one process while the others wait. A folder is complete or absent.
+"""Builds each folder of the cache (`data.cache`) in one process, while other processes wait for the folder.
 
-Ranks prepare data before any process group exists. The first rank that gets the file lock builds the folder;
-the others wait for the lock and then find the folder complete.
+A folder has its final name only after it is complete. Ranks prepare data before any process group exists. The first
+rank that gets the file lock builds the folder. The other ranks wait for the lock, and then use the complete folder.
 """
 
 from __future__ import annotations
@@ -23,30 +23,33 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.atomic import PARTIAL, publish, remove, write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
-FORMAT = 4  # part of every fingerprint: raise it when the content changes, so that older folders are not found
+FORMAT = 4  # part of every fingerprint. When the content of folders changes, a new number makes all folders invalid.
 
 
 def cached(run: Run, kind: str, key: list[Any], former_key: list[Any] | None = None) -> Path:
-    """The folder of `kind` named by the fingerprint of `key`. If only the folder of `former_key` exists, which earlier
-    versions used, that folder. Raises: UserError if `data.cache` cannot be read."""
+    """The path of a cached folder, whose name consists of its `kind` and of the fingerprint of `key`.
+
+    Earlier versions used `former_key`. The result is the folder of that key if only that folder exists. Raises:
+    UserError if `data.cache` cannot be read."""
     reach("data.cache=", run.data.cache)
     folder, former = (Path(run.data.cache) / f"{kind}-{fingerprint(each)}" for each in (key, former_key or []))
     return former if former_key and former.exists() and not folder.exists() else folder
 
 
 def fingerprint(key: list[Any]) -> str:
-    """16 hexadecimal digits for a folder's name."""
+    """A hash of `key` with 16 hexadecimal digits, as a part of a folder's name."""
     return hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()[:16]
 
 
 def build_once(folder: Path, fill: Callable[[Path], None], checked: bool = True) -> Path:
-    """Return `folder`; if it is absent, first call `fill(temporary folder)` and rename the result.
+    """Return `folder`. If it does not exist, call `fill` with a temporary folder, and rename this folder to `folder`.
 
-    After a kill or a full disk, the temporary folder stays, and the next `fill` continues in it. Another UserError
-    removes it. `checked`: keep checksums beside the folder and compare them at each call.
+    If the process is killed or the disk is full, the temporary folder remains, and the next call of `fill` continues in
+    it. After any other UserError, the temporary folder is removed. If `checked`, a file beside the folder holds
+    checksums, which are compared in each call.
 
-    Raises: `UserError`. A rank that waited while another rank failed raises that rank's error at once."""
-    if folder.exists():  # without the lock: a filled cache may be read-only
+    Raises: `UserError`. A rank that waited while another rank failed raises the same error as the other rank."""
+    if folder.exists():  # does not need the lock, because a complete cache may be read-only
         if checked:
             _compare(folder)
         return folder
@@ -72,7 +75,7 @@ def build_once(folder: Path, fill: Callable[[Path], None], checked: bool = True)
                 if not isinstance(error, Unfinished):
                     remove(partial)
                 raise
-    except OSError as error:  # an unreadable source is a UserError already
+    except OSError as error:  # the cache has failed, because a text file that cannot be read raises a UserError
         raise UserError(f"data.cache={folder.parent} cannot be written ({error}): choose another data.cache") from error
     return folder
 
@@ -86,13 +89,17 @@ def _checksums_in(folder: Path) -> dict[str, str]:
 
 
 def _compare(folder: Path) -> None:
-    """Raise UserError if a file of the folder differs from its checksum, where checksums exist."""
+    """Raise UserError if a file in `folder` differs from its checksum. Old folders may have no checksums."""
     try:
         written = read_checked(_checksums(folder))
         wrong = [name for name, checksum in _checksums_in(folder).items() if written.pop(name, checksum) != checksum]
     except FileNotFoundError:
-        return  # earlier versions wrote no checksums
+        return
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be checked ({error}): remove it, and it is built again") from error
+        raise UserError(
+            f"{folder} cannot be checked ({error}): remove this folder, and the next start builds it again"
+        ) from error
     if wrong := [*wrong, *written]:
-        raise UserError(f"{folder / wrong[0]} differs from its checksum: remove {folder}, and it is built again")
+        raise UserError(
+            f"{folder / wrong[0]} differs from its checksum: remove {folder}, and the next start builds it again"
+        )

@@ -1,4 +1,4 @@
-"""Records why a folder of `data.cache` could not be filled, for the processes that wait for it."""
+"""Records why a folder of `data.cache` could not be filled, for the processes that wait for this folder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from opt_parallel.storage.atomic import write_text
 
 @dataclass(frozen=True)
 class Failure:
-    """`mark`: a random id that distinguishes failures with equal messages. A time would not: hosts' clocks differ."""
+    """The message of a failure, and a random `mark` that distinguishes failures with equal messages.
+
+    The mark is not a time, because the clocks of hosts differ."""
 
     message: str
     mark: str
 
 
 def record_failure(folder: Path, message: str) -> None:
-    """Write a failure beside the folder. Raises: OSError."""
+    """Write a failure with this message to a file beside `folder`. Raises: OSError."""
     write_text(_file_of(folder), f"{message}\n{secrets.token_hex(8)}\n")
 
 
 def failure_of(folder: Path) -> Failure | None:
-    """The last failure; None if there is none since the folder was filled."""
+    """The last failure to fill `folder`, or None if the folder was filled since."""
     try:
         message, _, mark = _file_of(folder).read_text(encoding="utf-8").removesuffix("\n").rpartition("\n")
     except FileNotFoundError:

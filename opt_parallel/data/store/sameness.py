@@ -1,8 +1,9 @@
-"""Identifies a text by the content of its files, independent of their paths and times.
+"""Identifies a text by the content of its files, independently of the paths and times of the files.
 
-Computing the checksums reads the whole text once. `data.cache` keeps them by path, size, time and the first and last
-bytes of the files. A text that was moved or touched is read again and recognised. A stream is identified by sizes and
-first and last bytes only, because training starts before all of it is read.
+The checksums are computed by reading the whole text once. `data.cache` stores the checksums by the path, size, time and
+first and last bytes of each file. If files were moved or touched, they are read again, and the text is recognised by
+its checksums. A stream is identified only by the sizes and the first and last bytes of its files, because training
+starts before the whole stream is read.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from opt_parallel.runtime.machine import cpus
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
-LOOKED_INTO, ENDS = 200, 2**16  # files whose first and last bytes are compared, and how many bytes
-BLOCK, CHUNK = 2**26, 2**20  # bytes of a thread's task, and of one read
-AT_ONCE = 4096  # blocks in the queue of the threads
-LARGEST = 2**30  # bytes of a file of checksums
+LOOKED_INTO, ENDS = 200, 2**16  # number of files whose first and last bytes are compared, and the number of these bytes
+BLOCK, CHUNK = 2**26, 2**20  # number of bytes that one task of a thread reads in total and at a time
+AT_ONCE = 4096  # maximum number of blocks in the queue of the threads
+LARGEST = 2**30  # maximum bytes of a file with checksums
 
 
 def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:
-    """A checksum and the ending of each file, in order. For a data set in a folder, the path within the folder replaces
-    the ending.
+    """A checksum and the file name extension of each file, in order.
 
-    Raises: UserError if a file cannot be read."""
+    For a data set in a folder, the path within the folder replaces the extension. Raises: UserError if a file cannot be
+    read."""
     files = [(path, "".join(ending_of(path))) for path in corpus.files]
     for folder in corpus.folders:
         files += [(path, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -55,7 +56,9 @@ def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:
 
 
 def ends_of(paths: list[Path]) -> Iterator[tuple[int, int]]:
-    """Each file's size, and a checksum of its first and last bytes (0 if the file is not sampled). Raises: OSError."""
+    """The size of each file, and a checksum of its first and last bytes. Raises: OSError.
+
+    The checksum is 0 for files that do not belong to the compared sample of the files."""
     step = max(1, len(paths) // LOOKED_INTO)
     for number, path in enumerate(paths):
         size = path.stat().st_size
@@ -69,7 +72,7 @@ def ends_of(paths: list[Path]) -> Iterator[tuple[int, int]]:
 
 
 def _checksums(run: Run, corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
-    """The checksum of each file, from the cache, or computed by one process while the others wait."""
+    """The checksum of each file, from the cache, or computed by one process while other processes wait."""
     times = [path.stat().st_mtime_ns for path in paths]
     known_by = [[str(path), time, *end] for path, time, end in zip(paths, times, ends, strict=True)]
     remembered = cached(run, "checksums", known_by).with_suffix(".json")
@@ -79,7 +82,7 @@ def _checksums(run: Run, corpus: Corpus, paths: list[Path], ends: list[tuple[int
         remembered.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{remembered}.lock")
         lock.acquire()
-    except OSError:  # a filled cache may be read-only
+    except OSError:  # a complete cache may be read-only
         return _read(corpus, paths, ends)
     with lock:
         if (known := _remembered(remembered, len(paths))) is None:
@@ -97,7 +100,9 @@ def _remembered(path: Path, number: int) -> list[str] | None:
 
 
 def _read(corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
-    """For each file, the SHA-256 of the SHA-256 digests of its blocks, so that several threads can read one file."""
+    """The checksum of each file, which is the SHA-256 hash of the SHA-256 hashes of its blocks.
+
+    Several threads can read the blocks of one file."""
     sizes = [size for size, _ in ends]
     blocks = [(path, start) for path, size in zip(paths, sizes, strict=True) for start in range(0, size, BLOCK)]
     digests = _digests(blocks, f"{corpus.key}: reading", sum(sizes))

@@ -1,4 +1,4 @@
-"""Statistics of a store, counted while it is built, printed, and kept in store.json."""
+"""Computes and prints the statistics of a token store, which are written to store.json when the store is built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLES, EXAMPLE_TOKENS = 3, 32
 def finish_store(
     folder: Path, columns: Mapping[str, Column], metas: list[PartMeta], tokenizer: Tokenizer | None
 ) -> None:
-    """Write store.json, with statistics. All parts must be complete."""
+    """Write store.json with the statistics of the token store, whose parts must be complete."""
     counts, lengths, token_counts = Counter[str](), Counter[int](), np.zeros(0, np.int64)
     for meta in metas:
         counts.update(meta.counts)
@@ -42,8 +42,9 @@ def finish_store(
 
 
 def lengths_in_short(lengths: Mapping[int, int]) -> dict[str, float]:
-    """Minimum, median, mean, 95th percentile and maximum of document lengths in tokens. `lengths[n]`: documents of n
-    tokens."""
+    """The minimum, median, mean, 95th percentile and maximum of the documents' lengths in tokens.
+
+    `lengths[n]` is the number of documents with n tokens."""
     if not lengths:
         return {}
     values = sorted(lengths)
@@ -57,13 +58,13 @@ def lengths_in_short(lengths: Mapping[int, int]) -> dict[str, float]:
 
 
 def entropy(token_counts: np.ndarray) -> float:
-    """Entropy (nats) of the unigram distribution with these counts."""
+    """The entropy (in nats) of the distribution of tokens with these counts."""
     share = token_counts[token_counts > 0] / max(token_counts.sum(), 1)
     return float(-(share * np.log(share)).sum())
 
 
 def examples(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
-    """The first tokens of some documents, decoded."""
+    """The text of the first tokens of some documents."""
     lengths = store.of_documents("lengths", 0, min(store.documents, EXAMPLES))
     starts = np.cumsum([0, *lengths.tolist()])
     pairs = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
@@ -72,7 +73,7 @@ def examples(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
 
 
 def line_of(key: str, store: TokenStore) -> str:
-    """One line about a store, printed at every start."""
+    """A line about a token store, which is printed at every start."""
     left_out = "".join(f", {count:,} {what}" for what, count in store.counts.items())
     size = store.statistics.get("text_bytes", 0)
     rate = f" ({size / 1e6:,.1f} MB, {store.tokens / size:.3f} tokens a byte)" if size else ""
@@ -80,7 +81,7 @@ def line_of(key: str, store: TokenStore) -> str:
 
 
 def table_of(store: TokenStore) -> list[list[str]]:
-    """The statistics as rows of name and value; empty for a store without statistics."""
+    """The statistics of a token store as rows of name and value, or an empty list if the store has no statistics."""
     if not (known := store.statistics):
         return []
     lengths = ", ".join(f"{name} {value:,.0f}" for name, value in known["lengths"].items())

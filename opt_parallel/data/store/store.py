@@ -1,15 +1,15 @@
 """The token store: a folder of flat binary arrays in parts, written by preparation and read by training.
 
-    store.json            the columns, the parts in order, the counts
-    part-00000/ids.bin    token ids of the part's documents, concatenated, in the smallest type that holds them
-    part-00000/lengths.bin, …   one entry per document; other columns have one entry per token or per document
-    part-00000/part.json  a summary of the part, with checksums of each block of its files
+    store.json                  the columns, the parts in order, the counts
+    part-00000/ids.bin          the token ids of the part's documents, concatenated, in the smallest sufficient type
+    part-00000/lengths.bin, …   the length of each document; other columns have one entry per token or per document
+    part-00000/part.json        a summary of the part, with a checksum of each block of its files
 
-Parts are in the order of the text. Rows of tokens may cross parts, so a store does not depend on the sequence length.
-Readers seek to the bytes they need and never map or read a complete file, so memory does not grow with the text.
+Parts are in the order of the text. A row of a batch may cross the boundary of two parts, so a token store does not
+depend on the sequence length. Readers read only the bytes they need, so their memory does not grow with the text.
 
-store.json has its own checksum and the checksum of each part.json. Each block is checked when it is read, so a changed
-block is never trained on. Stores of earlier versions have no checksums and are read without them.
+store.json has its own checksum and the checksum of each part.json. Each block is checked when it is read, so training
+never uses a changed block. Token stores of earlier versions have no checksums and are read without a check.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import Count, Size, dump_checked, parse_checked, read_checked
 
 MANIFEST, META = "store.json", "part.json"
-FORMAT = 2  # 1 had no checksums
-LARGEST = 2**30  # bytes of a store.json
-LOOKED_INTO = 200  # parts that are checked when a store is opened
+FORMAT = 2  # format 1 had no checksums
+LARGEST = 2**30  # maximum bytes of store.json
+LOOKED_INTO = 200  # number of parts that are checked when a token store is opened
 PART = re.compile(r"part-[0-9]+")
-PARTS_KNOWN = 1024  # parts whose checksums are cached in memory
+PARTS_KNOWN = 1024  # number of parts whose checksums are cached in memory
 
 
 class Damaged(UserError):
-    """A damaged store. `what`: the damage, for the message."""
+    """The error for a damaged token store. `what` describes the damage in the message."""
 
     def __init__(self, folder: Path, what: str) -> None:
         super().__init__(f"{folder} is not a complete token store: {what}; remove it, and it is built again")
@@ -52,7 +52,9 @@ class Damaged(UserError):
 
 @dataclass(frozen=True)
 class Part:
-    """A range of complete documents. `checksum`: of its part.json; None if an earlier version wrote it."""
+    """A part of a token store, which holds complete documents.
+
+    `checksum` is the checksum of its part.json, or None if an earlier version wrote the part."""
 
     name: str
     documents: int
@@ -61,7 +63,7 @@ class Part:
 
 
 class PartWriter:
-    """Writes one part, a batch of documents at a time."""
+    """Writes one part of a token store, one batch of documents at a time."""
 
     def __init__(self, folder: Path, columns: Mapping[str, Column]) -> None:
         self.folder, self.columns = folder, columns
@@ -71,7 +73,7 @@ class PartWriter:
         self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in columns}
 
     def write(self, encoded: Encoded) -> None:
-        """Append a batch of documents."""
+        """Append a batch of documents to the part."""
         lengths = encoded.columns["lengths"]
         for name, column in self.columns.items():
             values = encoded.columns[name].astype(column.dtype)
@@ -82,7 +84,7 @@ class PartWriter:
         self.counts += encoded.counts
 
     def close(self) -> Part:
-        """Close the files."""
+        """Close the files of the part, and return its description."""
         for file in self.files.values():
             file.close()
         return Part(self.folder.name, self.documents, self.tokens)
@@ -91,7 +93,7 @@ class PartWriter:
 def write_manifest(
     folder: Path, columns: Mapping[str, Column], parts: Iterable[Part], counts: Mapping[str, int], **more: Any
 ) -> None:
-    """Write store.json, which completes a store. `more`: further top-level entries."""
+    """Write store.json, which completes a token store. `more` are further top-level entries of the file."""
     content = {
         "format": FORMAT,
         "columns": {name: asdict(column) for name, column in columns.items()},
@@ -133,14 +135,14 @@ class _Manifest(TypedDict):
 
 @functools.cache
 def _types() -> Any:
-    """Imported late: pydantic imports slowly, and writers do not need it."""
+    """The type adapters for store.json. pydantic is imported in this function, because its import is slow."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(_Manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of store.json. Raises: Damaged."""
+    """The content of store.json in `folder`. Raises: Damaged."""
     try:
         manifest = read_checked(folder / MANIFEST, LARGEST)
     except OSError as error:
@@ -166,7 +168,7 @@ def part_name(number: int) -> str:
 
 
 def read_part(folder: Path, name: str, checksum: str | None = None) -> tuple[dict[str, Any], str]:
-    """The content of a part's part.json, and its checksum. Raises: Damaged, also if it differs from `checksum`."""
+    """The content of a part's part.json, and the file's checksum. Raises: Damaged, also if `checksum` differs."""
     try:
         text = (folder / name / META).read_bytes()
         found = f"{crc32(text):08x}"
@@ -180,12 +182,12 @@ def read_part(folder: Path, name: str, checksum: str | None = None) -> tuple[dic
 
 
 class TokenStore:
-    """A store's documents and tokens by index. Each block is compared with its checksum when it is read."""
+    """Reads the documents and tokens of a token store by index. Each block is compared with its checksum when read."""
 
     def __init__(self, folder: Path | str, vocab_size: int | None = None) -> None:
-        """`vocab_size`: token ids must be below it. Checks the files of a sample of the parts.
+        """Open the token store in `folder`, and check the files of a sample of its parts. Raises: Damaged.
 
-        Raises: Damaged."""
+        If `vocab_size` is given, a token id that is not below it raises an error when it is read."""
         self.folder, self.vocab_size = Path(folder), vocab_size
         self.manifest = read_manifest(self.folder)
         self.columns = {name: Column(**column) for name, column in self.manifest["columns"].items()}
@@ -197,7 +199,7 @@ class TokenStore:
             self._known(number)
 
     def remember(self) -> None:
-        """Start a cache of the checksums of recently read parts."""
+        """Start to cache the checksums of recently read parts."""
         self._known = functools.lru_cache(PARTS_KNOWN)(self._look_at)
 
     @property
@@ -210,18 +212,18 @@ class TokenStore:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Numbers of documents that were left out or cut, by reason."""
+        """The numbers of documents that were left out or cut, by reason."""
         return self.manifest["counts"]
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Counted while the store was built; empty for a store that was built by other means."""
+        """The statistics in store.json. A token store that another program wrote may have none."""
         return self.manifest.get("statistics", {})
 
     def of_tokens(self, name: str, start: int, stop: int) -> np.ndarray:
-        """A per-token column's entries for tokens `start` to `stop` of the store: (stop − start,).
+        """The entries (stop − start,) of a per-token column for the tokens `start` to `stop` of the token store.
 
-        Raises: Damaged, also if an id is outside the vocabulary."""
+        Raises: Damaged, also if a token id is outside the vocabulary."""
         values = self._read(name, self._first_token, start, stop)
         if (
             name == "ids"
@@ -237,29 +239,28 @@ class TokenStore:
         return values
 
     def of_documents(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """A per-document column's entries for documents `start` to `stop`: (documents,), or (documents, width) for
-        width > 1.
+        """The entries of a per-document column for the documents `start` to `stop`. Raises: Damaged.
 
-        Raises: Damaged."""
+        The shape is (documents,), or (documents, width) if the column has more than one number per document."""
         return self._read(name, self._first_document, start, self.documents if stop is None else stop)
 
     @property
     def ends(self) -> np.ndarray:
-        """The end of each document as a token offset: (documents,) int64. Raises: Damaged."""
+        """The index of the token after each document, (documents,) int64. Raises: Damaged."""
         ends = np.cumsum(self.of_documents("lengths"), dtype=np.int64)
         if self.documents and ends[-1] != self.tokens:
             raise Damaged(self.folder, f"its documents have {ends[-1]:,} tokens, its parts {self.tokens:,}")
         return ends
 
     def size_of(self, number: int, name: str) -> int:
-        """Size of a part's column in bytes."""
+        """The size in bytes of the column `name` of a part."""
         part, column = self.parts[number], self.columns[name]
         return column.itemsize * (part.tokens if column.per_token else part.documents)
 
     def _look_at(self, number: int) -> dict[str, str]:
-        """Check the sizes of a part's files; return the checksums of its blocks by column, {} if it has none.
+        """Check the sizes of a part's files, and return the checksums of its blocks by column. Raises: Damaged.
 
-        Raises: Damaged."""
+        The result is empty if the part has no checksums."""
         part = self.parts[number]
         for name, column in self.columns.items():
             size, path = (
@@ -293,9 +294,7 @@ class TokenStore:
         return values if column.width == 1 else values.reshape(-1, column.width)
 
     def bytes_of(self, number: int, name: str, first: int, last: int) -> bytes:
-        """Bytes `first` to `last` of a part's column, after a check of the blocks that hold them.
-
-        Raises: Damaged."""
+        """The bytes `first` to `last` of the column `name` of a part. Raises: Damaged, if their checksums differ."""
         checksums, path = self._known(number).get(name), f"{self.parts[number].name}/{name}.bin"
         start, stop = (first, last) if checksums is None else (first // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK)
         try:

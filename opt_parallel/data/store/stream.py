@@ -1,7 +1,8 @@
-"""Streams: on each machine one process, the filler, fills a store in the order of the text while training reads it.
+"""Fills the token store of a stream while training reads it. On each host, one process (the filler) fills the store.
 
-The order of samples depends only on the order of the text. How far the store is filled decides only how long training
-waits. After a stop, the filler resumes behind the last complete part. It fills no more than the run will read.
+The order of samples depends only on the order of the text, and not on the progress of the filler. If the filler is too
+slow, training waits. After a stop, the filler resumes after the last complete part. It stops when the store has all
+tokens that the run will read.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from opt_parallel.runtime.signals import ignore_all
 from opt_parallel.runtime.terminal import open_streams, outlive
 from opt_parallel.storage.atomic import PARTIAL, remove
 
-PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends when it reaches either
-BLOCK = 4096  # samples that are shuffled together
+PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends after this number of tokens or seconds
+BLOCK = 4096  # number of samples that are shuffled together
 LOOK = 0.2  # seconds between two checks for new parts
-LOST = 30.0  # seconds without a filler before waiting fails
+LOST = 30.0  # seconds without a filler after which a waiting process raises an error
 
 
 @dataclass(frozen=True)
 class Filling:
-    """The filler's work: encode `recipe` into the store at `folder`, up to `enough` tokens or the end of the text."""
+    """Encodes the corpus of `recipe` into the token store at `folder`, until the store has `enough` tokens."""
 
     folder: Path
     recipe: Recipe
@@ -58,7 +59,7 @@ class Filling:
     part_tokens: int = PART_TOKENS
 
     def start(self) -> BaseProcess | None:
-        """Start a filler on local rank 0. The filler ends when this process ends."""
+        """Start a process that fills the token store, on local rank 0. This process ends when its parent ends."""
         if local_rank() != 0:
             return None
         filler = multiprocessing.get_context("spawn").Process(target=_fill_beside, args=(self,), daemon=True)
@@ -67,24 +68,24 @@ class Filling:
         return filler
 
     def _watch(self, filler: BaseProcess) -> None:
-        """Record a failure for the waiting processes if the filler makes no progress."""
+        """Kill the filler and record a failure for the waiting processes, if the filler makes no progress."""
         pulse = Pulse(filler.pid)
         while not wait([filler.sentinel], workers.LOOK):
             try:
                 pulse.look(f"which fills {self.folder}")
             except Unfinished as error:
-                with suppress(OSError):  # the waiting processes then notice that the filler is gone
+                with suppress(OSError):  # without the record, waiting processes still notice the end of the filler
                     record_failure(self.folder, str(error))
                 filler.kill()
                 return
 
     @property
     def threads(self) -> int:
-        """Number of encoding threads; by default half of the CPUs, the others train."""
+        """The number of encoding threads. By default it is half of the CPUs, because training uses the other half."""
         return self.workers or max(1, cpus() // 2)
 
     def complete(self) -> None:
-        """Fill the store in this process; if another process fills it, wait for that. Raises: UserError."""
+        """Fill the token store in this process, or wait until another process has filled it. Raises: UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(lock_of(self.folder)):
@@ -95,20 +96,20 @@ class Filling:
                 except UserError as error:
                     record_failure(self.folder, str(error))
                     raise
-        except OSError as error:  # an unreadable source is a UserError already
+        except OSError as error:  # the cache has failed, because a text file that cannot be read raises a UserError
             line = f"data.cache={self.folder.parent} cannot be written ({error}): choose another data.cache"
             with suppress(OSError):
                 record_failure(self.folder, line)
             raise UserError(line) from error
 
     def _fill(self) -> None:
-        """Resume behind the last complete part."""
+        """Fill the token store, starting after its last complete part."""
         corpus, encoder = self.recipe.corpus, self.recipe.encoder
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             remove(leftover)
         metas, before = complete_parts(self.folder), corpus.identity()
         for part in sorted(self.folder.glob("part-*"))[len(metas) :]:
-            remove(part)  # the first is damaged
+            remove(part)  # the first of these parts is damaged
         done = sum(meta.part.tokens for meta in metas)
         position = (metas[-1].position[0], metas[-1].position[1]) if metas else (0, 0)
         if done >= self.enough:
@@ -128,20 +129,22 @@ class Filling:
                     started = time.monotonic()
         except UserError as error:
             if maker.writer.documents:
-                maker.finish(position, bad=bad)  # keep the records before the error
-            if isinstance(error, BadRecord):  # the total number of bad records is not known yet
+                maker.finish(position, bad=bad)  # keeps the records before the error
+            if isinstance(error, BadRecord):
                 raise UserError(f"{error}; data.bad_records=skip leaves such records out") from error
             raise
         metas.append(maker.finish(position, bad=bad))
         require(
             corpus.identity() == before,
-            f"{corpus.key}: {corpus.names} changed while it was read: start again when it is complete",
+            f"{corpus.key}: {corpus.names} changed while it was read: wait until it is complete, then start again",
         )
         finish_store(self.folder, encoder.columns, metas, None)
 
 
 def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int, int], list[Item]]]:
-    """Batches of records after the first `taken` of a unit, each with the position after it: (unit, records)."""
+    """Batches of the records of a corpus, each with the position (unit, number of its records) after the batch.
+
+    The first batch starts after the first `taken` records of `unit`."""
     for number, group in groupby(corpus.streamed(unit, taken), key=itemgetter(0)):
         taken = taken if number == unit else 0
         for batch in batches_of(item for _, item in group):
@@ -150,7 +153,7 @@ def _batches(corpus: Corpus, unit: int, taken: int) -> Iterator[tuple[tuple[int,
 
 
 def complete_parts(folder: Path) -> list[PartMeta]:
-    """The parts before the first missing or damaged one."""
+    """The summaries of the parts before the first missing or damaged part."""
     metas: list[PartMeta] = []
     with suppress(UserError):
         while (part := folder / part_name(len(metas)) / META).exists():
@@ -163,28 +166,28 @@ def lock_of(folder: Path) -> str:
 
 
 class GrowingStore(TokenStore):
-    """A store that a filler extends. Thread-safe."""
+    """A token store to which another process (the filler) appends parts. Several threads may use the object."""
 
     def __init__(self, folder: Path, columns: Mapping[str, Column], length: int, vocab_size: int | None = None) -> None:
-        """`length`: tokens of a row; `vocab_size`: token ids must be below it."""
+        """`length` is the number of tokens of a row. Token ids must be below `vocab_size`."""
         self.folder, self.columns, self.length, self.vocab_size = folder, dict(columns), length, vocab_size
         self.parts: list[Part] = []
-        self.bad = 0  # bad records left out so far
+        self.bad = 0  # number of bad records that were left out so far
         self.remember()
         self._first_token, self._first_document = [0], [0]
         self.ended, self.looking = False, threading.Lock()
         self.old_failure = failure_of(folder)
 
     def arrived(self, rows: int) -> int | None:
-        """Wait until `rows` rows have arrived, or the store has ended. Returns the total number of rows if it is known,
-        else None.
+        """Wait until the token store has `rows` rows or is complete.
 
-        Raises: UserError if the filler fails or is gone."""
+        The method returns the total number of rows, or None if it is not yet known. Raises: UserError if the filler
+        fails or has ended."""
         try:
             return self._arrived(rows)
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be read any more ({error.strerror}): start again, the run resumes from there"
+                f"{self.folder} cannot be read any more ({error.strerror}): repeat the command, which resumes the run"
             ) from error
 
     def _arrived(self, rows: int) -> int | None:
@@ -196,7 +199,7 @@ class GrowingStore(TokenStore):
             lost = time.monotonic() - seen > LOST
             if failed and (lost or failed != self.old_failure):
                 raise UserError(failed.message)
-            require(not lost, f"no process fills {self.folder} any more: start again, the run resumes from there")
+            require(not lost, f"no process fills {self.folder} any more: repeat the command, which resumes the run")
             time.sleep(LOOK)
         if not self.ended:
             return None
@@ -209,11 +212,13 @@ class GrowingStore(TokenStore):
         return size
 
     def look(self, tokens: int) -> bool:
-        """Add the parts that have arrived. Whether the store now has `tokens` tokens or has ended."""
+        """Add the parts that were completed since the last call.
+
+        The method returns whether the token store now has `tokens` tokens or is complete."""
         with self.looking:
             if self.ended or self.tokens >= tokens > 1:
                 return True
-            ended = (self.folder / MANIFEST).exists()  # checked before the parts: if it exists, all parts exist
+            ended = (self.folder / MANIFEST).exists()  # checked before the parts, because it is written after all parts
             while (meta := self.folder / part_name(len(self.parts)) / META).exists():
                 known = read_meta(meta.parent)
                 part = known.part
@@ -238,11 +243,11 @@ class GrowingStore(TokenStore):
 
 
 def _fill_beside(filling: Filling) -> None:
-    """The filler's main function. It ends when the store is filled or the trainer is gone."""
+    """The main function of the filler. It ends when the token store is filled or when the training process ends."""
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(filling.threads))
     open_streams()
     outlive()
-    ignore_all()  # the trainer handles signals: it saves first
+    ignore_all()  # the training process handles signals, because it saves a checkpoint first
     trainer = multiprocessing.parent_process()
     assert trainer is not None
 
@@ -255,5 +260,5 @@ def _fill_beside(filling: Filling) -> None:
         filling.complete()
     except UserError as error:
         recorded = failure_of(filling.folder)
-        if recorded is None or recorded.message != str(error):  # else the trainer prints it
+        if recorded is None or recorded.message != str(error):  # otherwise the training process prints the error
             print(f"warning: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Compares a complete store with its checksums."""
+"""Compares all bytes of a token store with their checksums."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from opt_parallel.data.store.build import TOKEN_COUNTS
 from opt_parallel.data.store.store import META, Damaged, TokenStore, read_part
 from opt_parallel.data.store.workers import progress
 
-NAMED = 10  # damaged parts named in the message
-CHUNK = 1024 * BLOCK  # bytes read at a time
+NAMED = 10  # maximum number of damaged parts that the message names
+CHUNK = 1024 * BLOCK  # number of bytes that are read at a time
 
 
 def verify(key: str, store: TokenStore) -> str:
-    """Check every byte of a store; return a one-line summary. `key`: the configuration key of its text, for messages.
+    """Check every byte of a token store, and return a summary in one line.
 
-    Raises: Damaged, which names the damaged parts."""
+    `key` is the configuration key of the store's text, for messages. Raises: Damaged, which names the damaged parts."""
     wrong: list[str] = []
     size = sum(store.size_of(number, name) for number in range(len(store.parts)) for name in store.columns)
     with progress(f"{key}: comparing", size) as report:
@@ -37,7 +37,7 @@ def verify(key: str, store: TokenStore) -> str:
 
 
 def _compare(store: TokenStore, number: int) -> Iterator[int]:
-    """Yields the number of bytes compared, chunk by chunk. Raises: Damaged."""
+    """Compare a part with its checksums, and yield the number of compared bytes after each chunk. Raises: Damaged."""
     part = store.parts[number]
     lengths = most = 0
     for name, column in store.columns.items():

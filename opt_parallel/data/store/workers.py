@@ -1,4 +1,4 @@
-"""Runs jobs in several processes, which end when this process ends, for any reason."""
+"""Runs jobs in several child processes, which always end when this process ends."""
 
 from __future__ import annotations
 
@@ -25,35 +25,39 @@ from opt_parallel.runtime.terminal import open_streams, outlive
 Report = Callable[[int], None]
 Job = Callable[[Any, Report], None]
 INTERVAL = 30.0  # seconds between two progress lines if there is no terminal
-LOOK = 5.0  # seconds between two checks of busy processes
-WARNED, GIVEN_UP = 4, 12  # checks without progress before a warning, and before an error
+LOOK = 5.0  # seconds between two checks of the progress of child processes
+WARNED, GIVEN_UP = 4, 12  # number of checks without progress before a warning, and before an error
 
 
 class Unfinished(UserError):
-    """The work was interrupted, not by bad data: the next start continues it."""
+    """The error for interrupted work, which the next start continues. The data are not the cause."""
 
 
 class Pulse:
-    """Detects a process that makes no progress: one that uses no CPU time between two checks, because it is stopped or
-    waits for a disk. Counts checks, not seconds: this process may have been stopped itself."""
+    """Detects a process that makes no progress, because it is stopped or waits for a disk.
+
+    A process makes no progress if it uses no CPU time between two checks. Checks are counted instead of seconds,
+    because the checking process may have been stopped too."""
 
     def __init__(self, number: int | None) -> None:
         self._process = psutil.Process(number)
         self._used, self._idle = -1.0, 0
 
     def look(self, doing: str) -> None:
-        """Check the process; `doing` describes its work in messages. Raises: Unfinished, after a warning."""
+        """Check the process, print a warning if it makes no progress, and later raise Unfinished.
+
+        `doing` describes the work of the process in messages."""
         try:
             times, status = self._process.cpu_times(), self._process.status()
         except psutil.NoSuchProcess:
-            return  # the caller, which waits for the process, notices its end
+            return  # the caller waits for the process, and will notice its end
         used = times.user + times.system
         self._idle = 0 if used > self._used else self._idle + 1
         self._used = max(used, self._used)
         how = "is stopped" if status == psutil.STATUS_STOPPED else "does nothing"
         line = f"process {self._process.pid} on {host()}, {doing}, {how}"
         if self._idle == WARNED:
-            say(f"warning: {line}: the run ends if this lasts {LOOK * GIVEN_UP:g} s")
+            say(f"warning: {line}: the run ends if the process makes no progress for {LOOK * GIVEN_UP:g} s")
         if self._idle == GIVEN_UP:
             raise Unfinished(
                 f"{line} for {LOOK * GIVEN_UP:g} s: check its disk, or continue a stopped process with "
@@ -62,10 +66,12 @@ class Pulse:
 
 
 def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report: Report) -> None:
-    """Call `job(shared, report)` for each (name, job) in `workers` processes; with `workers` 1, in this process. Jobs
-    pass `report` the number of bytes they have processed.
+    """Call `job(shared, report)` for each pair (name, job), in `workers` processes.
 
-    Raises: the first error of a job; Unfinished if a process dies or makes no progress."""
+    One worker means that this process calls the jobs. A job passes the number of bytes that it has processed to
+    `report`.
+
+    Raises: the first error of a job. Unfinished, if a process dies or makes no progress."""
     if workers == 1:
         for _, job in jobs:
             job(shared, report)
@@ -93,8 +99,8 @@ def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report:
 
 @contextmanager
 def _processes(number: int, shared: Any) -> Iterator[dict[Connection, Pulse]]:
-    """Start `number` processes; yield a Pulse for the pipe to each; kill them at the end."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy locked locks and this process's memory
+    """A context that starts `number` child processes, yields a pipe and a `Pulse` for each, and then kills them."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy this process's memory and its locked locks
     processes, pulses = [], {}
     try:
         for _ in range(number):
@@ -109,11 +115,13 @@ def _processes(number: int, shared: Any) -> Iterator[dict[Connection, Pulse]]:
         for process in processes:
             process.kill()
         for process in processes:
-            process.join(LOOK)  # a process that waits for a disk ends when the disk answers
+            process.join(LOOK)  # a process that waits for a disk ends only when the disk answers
 
 
 def _answer(pipe: Connection, workers: int) -> int | None:
-    """The bytes that a process reports, or None when its job is done. Raises: the job's error; Unfinished."""
+    """The number of bytes that a child process reports, or None when its job is done.
+
+    Raises: the error of the job. Unfinished, if the process has died."""
     try:
         answer = pipe.recv()
     except (EOFError, ConnectionResetError) as error:
@@ -127,7 +135,7 @@ def _answer(pipe: Connection, workers: int) -> int | None:
 
 
 def _give(pipe: Connection, pending: Iterator[tuple[str, Job]]) -> str | None:
-    """Send the next job through a pipe; return its name, or None if no job is left."""
+    """Send the next job through a pipe, and return the job's name, or None if no job is left."""
     name, job = next(pending, (None, None))
     if name is not None:
         pipe.send(job)
@@ -135,7 +143,7 @@ def _give(pipe: Connection, pending: Iterator[tuple[str, Job]]) -> str | None:
 
 
 def _work(pipe: Connection, shared: Any) -> None:
-    """Run jobs from the pipe until it ends, when the parent ends."""
+    """The main function of a child process, which runs the jobs from `pipe` until the parent process closes it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     open_streams()
     outlive()
@@ -150,17 +158,17 @@ def _work(pipe: Connection, shared: Any) -> None:
             answer = None
         except (BrokenPipeError, ConnectionResetError):
             return
-        except BaseException as error:  # a Rust panic is not an Exception
+        except BaseException as error:  # a panic in a Rust library is not an Exception
             answer = _portable(error)
         pipe.send(answer)
 
 
 def _portable(error: BaseException) -> BaseException:
-    """An error with its traceback as a note. One that cannot be pickled becomes a RuntimeError with the same text."""
+    """An error with its traceback as a note. An error that cannot be pickled becomes a RuntimeError with its text."""
     portable = error
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # a library's error may hold an object that cannot be pickled
+    except Exception:  # a library's error may contain an object that cannot be pickled
         portable = RuntimeError(f"{type(error).__name__}: {error}")
     portable.add_note(traceback.format_exc())
     return portable
@@ -168,7 +176,9 @@ def _portable(error: BaseException) -> BaseException:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Report]:
-    """Report processed bytes by a progress bar on a terminal, else by a line every `INTERVAL` seconds."""
+    """A context that shows the number of processed bytes, which its callers report.
+
+    It shows a progress bar on a terminal. Otherwise it prints a line every `INTERVAL` seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

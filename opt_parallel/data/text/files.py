@@ -1,8 +1,9 @@
-"""Reads records from files. The ending of a file tells its format and compression.
+"""Reads records from files. The ending of a file's name determines its format and compression.
 
-Large files are read in pieces, by several processes, which hold one record or page at a time. A piece of a file of
-lines owns the lines that start in it; a piece of a parquet file has some of its row groups; any other file is one
-piece. Readers yield a BadRecord for an unreadable record and continue; they raise an error for a damaged file.
+Several processes can read different pieces of a large file, and each process needs memory for one record or page at a
+time. A piece of a file with lines contains the lines that start in the piece. A piece of a parquet file contains some
+of its row groups. Any other file is one piece. If a record cannot be read, a reader yields a BadRecord and continues.
+If a file is damaged, the reader raises an error.
 """
 
 from __future__ import annotations
@@ -24,25 +25,27 @@ from opt_parallel.data.text.unpacking import DAMAGES, PACKED, UNPACKED_SIZE, dam
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.foreign import check_fetched
 
-DOCUMENTS = (".md", ".py", ".rst", ".txt")  # each file is one document
-JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")  # one object a line, or one array
+DOCUMENTS = (".md", ".py", ".rst", ".txt")  # each file with these endings is one document
+JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")  # such a file has one object per line, or is one array
 TABLES = {".csv": csv_records, ".tsv": tsv_records}
 PARQUET = ".parquet"
 ENDINGS = (*DOCUMENTS, *JSON, *TABLES, PARQUET)
 READ = f"{', '.join(ENDINGS)}, and packed {', '.join(PACKED)}"
 PIECE_BYTES = 1 << 25
-CHUNK = 1 << 20  # bytes or characters read at a time
-LONGEST_LINE = 1 << 28  # bytes of a line or of an array's item; longer ones could exceed memory
-LONGEST_DOCUMENT = 1 << 31  # bytes of a file that is one document, at most
-DEEPEST = 100  # nested brackets; thousands exceed the recursion limit
+CHUNK = 1 << 20  # number of bytes or characters that are read at a time
+LONGEST_LINE = 1 << 28  # maximum bytes of a line or of an array's item, so that it fits the memory
+LONGEST_DOCUMENT = 1 << 31  # maximum bytes of a file that is one document
+DEEPEST = 100  # maximum number of nested brackets; thousands would exceed Python's recursion limit
 SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a file: bytes `start` to `stop` of a file of lines, row groups of a parquet file, else the whole file.
+    """A piece of a file.
 
-    `size`: approximate bytes. `first_line`: number of the first line that starts in the piece."""
+    `start` and `stop` are byte positions in a file of lines, and numbers of row groups in a parquet file. Any other
+    file is one piece. `size` is the approximate number of bytes. `first_line` is the number of the first line that
+    starts in the piece."""
 
     path: Path
     start: int
@@ -52,12 +55,12 @@ class Piece:
 
 
 def shown(path: Path) -> str:
-    """A path for messages: line breaks and invalid UTF-8 are escaped."""
+    """A path as text for messages, in which line breaks and invalid UTF-8 are escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
 def pieces_of(path: Path, key: str, cut: bool) -> list[Piece]:
-    """The pieces of a file, in order. Without `cut`, one piece, except for parquet. Raises: UserError."""
+    """The pieces of a file, in order. Without `cut`, the file is one piece unless it is parquet. Raises: UserError."""
     ending, packed = ending_of(path)
     where, size = f"{key}: {shown(path)}", path.stat().st_size
     check_fetched(path, where)
@@ -82,10 +85,10 @@ def check_document(size: int, where: str) -> None:
 
 
 def numbered(piece: Piece) -> Piece:
-    """The same piece with the number of its first line, for messages. Reads the file up to the piece."""
+    """The same piece with the number of its first line, for messages. The file is read up to the piece."""
     if ending_of(piece.path)[0] not in JSON or piece.start == 0:
         return piece
-    lines, left = 0, piece.start - 1  # the piece starts after the first line end at or after this byte
+    lines, left = 0, piece.start - 1  # the piece starts after the first line break at or after this byte
     with piece.path.open("rb") as file:
         while left > 0:
             block = file.read(min(left, CHUNK))
@@ -94,9 +97,9 @@ def numbered(piece: Piece) -> Piece:
 
 
 def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
-    """The records of a piece; a file that is one document becomes `{text_field: …}`.
+    """The records of a piece. A file that is one document becomes the record `{text_field: …}`.
 
-    Raises: UserError that names file and line."""
+    Raises: UserError with the file and the line."""
     ending, _ = ending_of(piece.path)
     where = f"{key}: {shown(piece.path)}"
     try:
@@ -120,11 +123,11 @@ def has_text(path: Path) -> bool:
         with opened(path) as file:
             return any(block.strip() for block in iter(lambda: file.read(CHUNK), b""))
     except DAMAGES:
-        return True  # reading the records will report the damage
+        return True  # the damage is reported when the records are read
 
 
 def _document(piece: Piece, where: str, text_field: str) -> Item:
-    """A file as one record. Line ends become \\n."""
+    """The record of a file that is one document. Its line breaks become \\n."""
     blocks, size = [], 0
     with opened(piece.path) as file:
         while block := file.read(CHUNK):
@@ -138,7 +141,7 @@ def _document(piece: Piece, where: str, text_field: str) -> Item:
 
 
 def _lines(file: BinaryIO, where: str, first: int = 1) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers. Raises: UserError for a line over `LONGEST_LINE`."""
+    """The lines of a file with their numbers. Raises: UserError if a line is longer than `LONGEST_LINE`."""
     number = first
     while line := file.readline(LONGEST_LINE + 1):
         require(
@@ -150,21 +153,23 @@ def _lines(file: BinaryIO, where: str, first: int = 1) -> Iterator[tuple[int, by
 
 
 def _decoded_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, BadRecord | None]]:
-    """Lines of a table, each with its decoding error, if any. A line with an error is yielded too: it may end a row."""
+    """The lines of a table, each with its decoding error or None.
+
+    A line with an error is yielded too, because it may be the end of a row."""
     for number, line in _lines(file, where):
         text = _decoded(line, f"{where}, line {number}")
         yield (line.decode(errors="replace"), text) if isinstance(text, BadRecord) else (text, None)
 
 
 def _json_lines(piece: Piece, where: str) -> Iterator[Item]:
-    """One record per line. Blank lines are allowed only at the end."""
+    """The records of a file with one JSON object per line. Blank lines are allowed only at the end."""
     with opened(piece.path) as file:
         position = piece.start
         if position:
             file.seek(position - 1)
             position += len(file.readline(LONGEST_LINE)) - 1
         packed = ending_of(piece.path)[1] != ""
-        if not packed and position >= piece.stop:  # no line starts in this piece
+        if not packed and position >= piece.stop:  # no line of the file starts in this piece
             return
         blank = None
         for number, line in _lines(file, where, piece.first_line):
@@ -191,14 +196,14 @@ def _row(line: bytes, where: str) -> Item:
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
         return BadRecord(f"{where} is not JSON ({reason}): each line must be an object, {{…}}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested brackets
+    except (ValueError, RecursionError) as error:  # the line has a number of thousands of digits, or nested brackets
         return BadRecord(f"{where} cannot be read ({one_line(error)}): leave it out")
     brackets = text.count("{") + text.count("[")
     return _object(row, where, "each line must be an object, {…}", brackets)
 
 
 def _object(row: Any, where: str, rule: str, brackets: int) -> Item:
-    """The record of a parsed value. `brackets`: upper bound of its depth."""
+    """The record of a JSON value `row`. Its depth is at most the number of `brackets`."""
     if not isinstance(row, dict):
         return BadRecord(f"{where} is a {type(row).__name__}: {rule}")
     if brackets <= DEEPEST:
@@ -212,18 +217,18 @@ def _object(row: Any, where: str, rule: str, brackets: int) -> Item:
 
 
 def _inside(value: Any) -> list[Any]:
-    """The lists and objects directly inside a list or object."""
+    """The lists and objects that are elements of a list or object."""
     return [each for each in (value.values() if isinstance(value, dict) else value) if isinstance(each, (list, dict))]
 
 
 def _is_array(path: Path) -> bool:
-    """Whether a file starts with the bracket of a json array."""
+    """Whether a file starts with the bracket of a JSON array."""
     with opened(path) as file:
         return file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def _array(piece: Piece, where: str) -> Iterator[Item]:
-    """The objects of a json array, parsed one by one."""
+    """The records of a file that is a JSON array. The objects are parsed one by one."""
     decoder, number, buffer, position = json.JSONDecoder(), 0, "", 0
     with io.TextIOWrapper(opened(piece.path), encoding="utf-8-sig", newline="") as file:
 
@@ -234,7 +239,7 @@ def _array(piece: Piece, where: str) -> Iterator[Item]:
                 size <= LONGEST_LINE,
                 f"{where}, item {number + 1} is longer than {LONGEST_LINE >> 20} MiB: leave it out",
             )
-            try:  # doubles the buffer, so that a long object is parsed only a few times
+            try:  # the buffer doubles, so that a long object is parsed only a few times
                 chunk = file.read(max(CHUNK, size))
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 after item {number}: convert it or leave it out") from error
@@ -242,7 +247,9 @@ def _array(piece: Piece, where: str) -> Iterator[Item]:
             return bool(chunk)
 
         def mark() -> str:
-            """Move `position` to the next character that is not white space, and return it; "" at the end."""
+            """Move `position` to the next character that is not white space, and return this character.
+
+            At the end of the file, the result is an empty string."""
             nonlocal position
             position = _after_space(buffer, position)
             while position == len(buffer) and more():
@@ -250,7 +257,7 @@ def _array(piece: Piece, where: str) -> Iterator[Item]:
             return buffer[position : position + 1]
 
         mark()
-        position += 1  # the bracket
+        position += 1  # skips the bracket
         while mark() != "]":
             here = f"{where}, item {number + 1}"
             try:
@@ -265,10 +272,10 @@ def _array(piece: Piece, where: str) -> Iterator[Item]:
                 continue
             number += 1
             brackets = buffer.count("{", position, end) + buffer.count("[", position, end)
-            yield _object(row, here, "each must be an object, {…}", brackets)
+            yield _object(row, here, "each item must be an object, {…}", brackets)
             position = end + (buffer[end] == ",")
         position += 1
-        require(mark() == "", f"{where}: something follows the array: remove it")
+        require(mark() == "", f"{where}: the file contains more text after the array: remove this text")
 
 
 def _after_space(text: str, position: int) -> int:
@@ -278,11 +285,11 @@ def _after_space(text: str, position: int) -> int:
 
 
 def _decoded(text: bytes, where: str) -> str | BadRecord:
-    """The decoded text without a byte-order mark."""
+    """The text decoded from UTF-8 without its byte-order mark, or a BadRecord."""
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         return BadRecord(f"{where} is not UTF-8 but UTF-16: convert it or leave it out")
-    if b"\0" in text:  # in UTF-16 without a mark, in binary files, after a crash
-        return BadRecord(f"{where} holds a NUL byte, so it is not UTF-8 text: convert it or leave it out")
+    if b"\0" in text:  # a binary file, UTF-16 without a byte-order mark, or a file damaged by a crash
+        return BadRecord(f"{where} contains a NUL byte, so it is not UTF-8 text: convert it or leave it out")
     try:
         return text.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
-"""Resolves an entry of `data.train` to files, datasets in local folders, or a hub id.
+"""Finds the files, the datasets in local folders, or the hub id that an entry of `data.train` names.
 
-Nothing is skipped silently: files that a search leaves out are counted, a linked folder is followed once, and an
-unreadable file or folder is an error.
+Files that are found but not read are counted. A linked folder is followed once. A file or folder that cannot be read is
+an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opt_parallel.data.text.unpacking import ending_of
 from opt_parallel.runtime.errors import UserError
 
 ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar")
-SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # by `datasets.save_to_disk`
+SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # files that `datasets.save_to_disk` writes
 CARD = "README.md"
 CARD_BYTES = 1 << 16
 CARD_KEYS = {
@@ -42,14 +42,16 @@ SPLITS = {
 
 @dataclass
 class Found:
-    """`files`: names by real path. `datasets`: folders and hub ids. `left_out`: files left out, counted by reason."""
+    """The text that an entry names: `files` (paths by their real paths), and `datasets` (folders and hub ids).
+
+    `left_out` has the numbers of files that are not read, by reason."""
 
     files: dict[str, Path] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, path: Path, real: str) -> None:
-        """Add a file. Of several names, the alphabetically first is kept, so the order of entries does not matter."""
+        """Add a file. If it has several paths, the alphabetically first path is kept, in any order of entries."""
         path = path.absolute()
         self.files[real] = min(path, self.files.get(real, path))
 
@@ -61,17 +63,17 @@ class Found:
 
 
 def find(key: str, entry: str) -> Found:
-    """The files and datasets of `entry`. Raises: UserError."""
+    """The files and datasets that `entry` of the setting `key` names. Raises: UserError."""
     path, where, found = Path(local(f"{key}=", entry)), f"{key}={entry}", Found()
     reach(f"{key}=", entry)
     if path.is_dir():
         _search(key, path, found)
         _check_splits(where, path.absolute(), found)
-        missing = f"{where} holds no text: a folder is searched for {READ}"
+        missing = f"{where} contains no text: a folder is searched for {READ}"
     elif os.path.lexists(path):
         _check_ending(where, path)
         _check_file(key, path)
-        require(has_text(path), f"{where} holds no text: name a file with text")
+        require(has_text(path), f"{where} contains no text: name a file with text")
         found.add(path, os.path.realpath(path))
         return found
     elif glob.has_magic(entry):
@@ -93,7 +95,7 @@ def find(key: str, entry: str) -> Found:
 
 
 def describe(left_out: Counter[str]) -> str:
-    """The counts as text, such as `2 .png, 1 hidden`."""
+    """The numbers of files that are not read as a text, such as `2 .png, 1 hidden`."""
     return ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items(), key=lambda each: (-each[1], each)))
 
 
@@ -121,8 +123,10 @@ Entries = list[os.DirEntry[str]]
 def _folders(
     key: str, top: Path, closed: Callable[[Path, Entries], bool] = lambda *_: False
 ) -> Iterator[tuple[Path, str, Entries, bool]]:
-    """Walk `top` and the folders below, linked ones too, each once: (folder, real path, entries, whether `closed`).
-    Hidden folders are skipped, and closed ones are not entered. Raises: UserError for an unreadable folder."""
+    """Walk `top` and the folders below it, and yield (folder, real path, entries, result of `closed`) for each folder.
+
+    Linked folders are followed, and each folder occurs once. Hidden folders are skipped. Subfolders of a folder are
+    skipped if `closed` is true for the folder. Raises: UserError if a folder cannot be read."""
     seen: set[str] = set()
     pending = [top]
     while pending:
@@ -140,8 +144,9 @@ def _folders(
 
 
 def _matches(key: str, folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    """The paths that match a pattern, as in `glob`, but linked folders are followed once and an unreadable folder is an
-    error."""
+    """The paths in `folder` that match a pattern with these `parts`, as in `glob`.
+
+    Unlike in `glob`, linked folders are followed once, and a folder that cannot be read is an error."""
     part, rest = parts[0], parts[1:]
     if part == "**":
         for below, _, _, _ in _folders(key, folder):
@@ -171,7 +176,7 @@ def _reading(key: str, folder: Path) -> Iterator[None]:
 
 
 def _take(key: str, path: Path, real: str, found: Found) -> None:
-    """Add a file that a search or a pattern found, or count it as left out."""
+    """Add a file that a search or a pattern found, or count the file as not read."""
     ending, packed = ending_of(path)
     if ending not in ENDINGS:
         found.left_out[f"{ending}{packed}" or "without an ending"] += 1
@@ -206,13 +211,13 @@ def _check_file(key: str, path: Path) -> int:
 
 
 def _is_dataset(folder: Path, entries: Entries) -> bool:
-    """Whether a folder is a dataset saved by `datasets`, or a copy of a hub dataset."""
+    """Whether a folder is a dataset that the library `datasets` saved, or a copy of a hub dataset."""
     names = {entry.name for entry in entries}
     return any(saved <= names for saved in SAVED) or (CARD in names and _is_card(folder / CARD))
 
 
 def _is_card(path: Path) -> bool:
-    """Whether a README is the card of a hub dataset: it starts with yaml that has a key of such cards."""
+    """Whether a README is the card of a hub dataset, which starts with YAML that contains a key of such cards."""
     try:
         if not path.is_file():
             return False
@@ -225,7 +230,7 @@ def _is_card(path: Path) -> bool:
 
 
 def _check_splits(where: str, folder: Path, found: Found) -> None:
-    """Raise UserError if a folder holds a training split together with a test or validation split."""
+    """Raise UserError if a folder contains a training split together with a test or validation split."""
     splits: dict[str, Path] = {}
     for path in sorted(found.files.values()):
         if path.is_relative_to(folder) and ending_of(path)[0] not in DOCUMENTS:
@@ -235,6 +240,6 @@ def _check_splits(where: str, folder: Path, found: Found) -> None:
     if {"train", "test"} <= set(splits) or {"train", "validation"} <= set(splits):
         names = " and ".join(shown(path) for split, path in splits.items() if split)
         raise UserError(
-            f"{where} holds files of several splits, {names}: name those to read, or a split, "
+            f"{where} contains files of several splits, {names}: name the files to read, or name a split by "
             f"{{path: {shown(folder)}, split: train}}"
         )

@@ -1,6 +1,7 @@
-"""Reads datasets with the `datasets` library: from the hub, from folders in the hub's form, and as saved to disk.
+"""Reads datasets with the library `datasets`, from the Hugging Face hub or from a local folder.
 
-The library's errors become UserErrors that name the shard, the cause, and whether to try again.
+A folder may be a copy of a hub dataset, or written by `datasets.save_to_disk`. The library's errors become UserErrors
+that name the file and the cause.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from opt_parallel.data.text.unpacking import check_complete
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.foreign import check_fetched
 
-# packages whose errors count as network errors
+# Errors that these packages raise are treated as network errors.
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "ssl", "socket", "http")
-LONGEST_CAUSE = 300  # characters of the library's message that are shown
+LONGEST_CAUSE = 300  # maximum number of characters of the library's message that are shown
 GENERATORS = (
     "_generate_tables",
     "_generate_examples",
-)  # the library's readers, whose local variable `file` is the shard
+)  # functions of the library whose local variable `file` is the file that they read
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A split of a dataset. `name`: a hub id or a folder."""
+    """A split of the dataset `name`, which is a hub id or a folder."""
 
     key: str
     name: str
@@ -50,37 +51,37 @@ class Dataset:
         return Path(self.name).exists()
 
     def load(self) -> Any:
-        """The complete split, on disk. Raises: UserError."""
+        """The complete split, which is downloaded if necessary and read from disk. Raises: UserError."""
         if self.is_local and is_saved(Path(self.name)):
             return self._load_saved()
         builder = self._builder()
         for path in self._files(builder):
-            check_complete(path, f"{self.key}: {shown(path)}")  # the library accepts some truncated files
+            check_complete(path, f"{self.key}: {shown(path)}")  # the library does not detect all truncated files
         import datasets
 
         try:
             builder.download_and_prepare()
             splits, features = builder.info.splits, builder.info.features
-            if self.split in splits and splits[self.split].num_examples == 0:  # `as_dataset` fails for an empty split
+            if self.split in splits and splits[self.split].num_examples == 0:  # `as_dataset` fails on an empty split
                 return datasets.Dataset.from_dict({name: [] for name in features}, features)
             return builder.as_dataset(split=self.split)
-        except Exception as error:  # the library and the network raise many types
+        except Exception as error:  # the library and the network raise errors of many types
             raise self._failure(error, "") from error
 
     def rows(self, dataset: Any, start: int, stop: int) -> Iterator[Record]:
-        """Rows `start` to `stop` of a loaded dataset. Raises: UserError."""
+        """The rows `start` to `stop` of a loaded `dataset`. Raises: UserError."""
         names = class_names(dataset.features.to_dict())
         for first in range(start, stop, ROWS_READ):
             try:
                 columns = dataset[first : min(first + ROWS_READ, stop)]
-            except Exception as error:  # decoders and file systems raise many types
+            except Exception as error:  # decoders and file systems raise errors of many types
                 raise self._failure(error, f" after {first:,} rows") from error
             for number, values in enumerate(zip(*columns.values(), strict=True), start=first):
                 row = dict(zip(columns, values, strict=True))
                 yield Record(f"{self.where}, row {number}", readable(row, names))
 
     def stream(self, skip: int) -> Iterator[Record]:
-        """The rows after the first `skip`, as they arrive. Raises: UserError, also if the stream ends early."""
+        """The rows after the first `skip` rows, read as a stream. Raises: UserError, also if the stream ends early."""
         if self.is_local and is_saved(Path(self.name)):
             dataset = self.load()
             yield from self.rows(dataset, skip, len(dataset))
@@ -104,7 +105,7 @@ class Dataset:
         self._check_end(builder, number)
 
     def class_names(self, column: str) -> list[str]:
-        """The class names of a column; empty if it is not a class column. Raises: UserError."""
+        """The names of the classes in a column, or an empty list if the column has no classes. Raises: UserError."""
         return class_names(self.load().features.to_dict()).get(column, [])
 
     def _check_end(self, builder: Any, number: int) -> None:
@@ -113,13 +114,13 @@ class Dataset:
         require(
             not expected or number >= expected,
             f"{self.where} ended after {number:,} rows, but its split {self.split!r} has {expected or 0:,}: "
-            "nothing is lost; repeat the command when the rest is available, and it resumes from there",
+            "repeat the command when the other rows are available, and it resumes after these rows",
         )
-        for path in self._files(builder):  # checked at the end: the files may arrive during reading
+        for path in self._files(builder):  # checked after reading, because files may be completed during reading
             check_complete(path, f"{self.key}: {shown(path)}")
 
     def _load_saved(self) -> Any:
-        import datasets  # imported late: takes a second, and plain files do not need it
+        import datasets  # the import takes a second, and other sources do not need the library
 
         try:
             saved = datasets.load_from_disk(self.name)
@@ -128,17 +129,17 @@ class Dataset:
         if isinstance(saved, datasets.DatasetDict):
             require(self.split in saved, f"{self.where} has no split {self.split!r}, only {', '.join(saved)}")
             saved = saved[self.split]
-        return saved.with_format(None)  # rows as Python objects, whatever format was saved
+        return saved.with_format(None)  # the rows become Python objects, independently of the saved format
 
     def _builder(self) -> Any:
-        """The library's builder, which has found the files but read none. Raises: UserError."""
+        """The library's dataset builder, which has found the files but not yet read them. Raises: UserError."""
         import datasets
 
         datasets.disable_progress_bars()
         logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # its messages become UserErrors here
         require(
             not Path(self.name).is_file(),
-            f"{self.where} is a file, which has neither subset nor split: remove both",
+            f"{self.where} is a file, which has neither subset nor split: remove these two keys",
         )
         try:
             builder = datasets.load_dataset_builder(self.name, self.subset)
@@ -149,7 +150,7 @@ class Dataset:
                 f"{self.where}: not a local file, folder or glob, and its split {self.split!r} could not be read from "
                 f"the hub ({_cause(error)}): check the path or the hub id"
             ) from error
-        # By default the library reads as many rows at a time as the first row group has, and fails if that is empty.
+        # By default, the library reads as many rows at a time as the first row group has, and fails if it has no rows.
         if getattr(builder.config, "batch_size", 0) is None:
             builder.config.batch_size = ROWS_READ
         for path in self._files(builder):
@@ -157,32 +158,32 @@ class Dataset:
         return builder
 
     def _files(self, builder: Any) -> list[Path]:
-        """The local files of the split. Raises: UserError if the split is missing or leaves the folder."""
+        """The local files of the split. Raises: UserError if the split is missing or has a file outside the folder."""
         every = builder.config.data_files or {}
-        split = re.match(r"[\w.-]*", self.split)[0]  # type: ignore[index]  # the name in train[:10%]
+        split = re.match(r"[\w.-]*", self.split)[0]  # type: ignore[index]  # such as train in train[:10%]
         require(not every or split in every, f"{self.where} has no split {split!r}, only {', '.join(map(str, every))}")
         paths = [Path(name) for name in every.get(split, []) if "://" not in name]
         inside = Path(os.path.abspath(self.name))
         for path in paths:
             inner = Path(os.path.abspath(path)).is_relative_to(inside)
-            require(inner, f"{self.where}: its card names {shown(path)}, which is not in the folder: correct the card")
+            require(inner, f"{self.where}: README.md names {shown(path)}, which is not in the folder: correct it")
         return [path for path in paths if path.is_file()]
 
     def _failure(self, error: Exception, after: str) -> UserError:
-        """The UserError for an error of the library or the network. `after`: how far reading came, for the message."""
+        """The UserError for an error of the library or the network. `after` is the position of the error as text."""
         if not self.is_local and _is_network(error):
-            again = "nothing is lost; repeat the command, and it resumes from there"
-            return UserError(f"{self.where} broke off{after} ({_cause(error)}): {again}")
+            again = "repeat the command, which continues from this point"
+            return UserError(f"{self.where}: the connection failed{after} ({_cause(error)}): {again}")
         shard = _shard(error)
         named = f", {shard}," if shard else ""
         return UserError(
             f"{self.where}, split {self.split!r}{named} cannot be read{after} ({_cause(error)}): correct "
-            f"{'that file' if shard else 'its files'}, or name the good ones"
+            f"{'this file' if shard else 'its files'}, or name the intact files"
         )
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error followed by its causes, outermost first."""
+    """An error, its cause, the cause of its cause, and so on."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
@@ -191,7 +192,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _cause(error: BaseException) -> str:
-    """The message of the first error that is not a generic DatasetGenerationError."""
+    """The message of an error, or of its first cause if the error is a generic DatasetGenerationError."""
     specific = next((each for each in _chain(error) if type(each).__name__ != "DatasetGenerationError"), error)
     line = one_line(specific)
     return line if len(line) <= LONGEST_CAUSE else f"{line[:LONGEST_CAUSE]}…"
@@ -206,7 +207,7 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _shard(error: BaseException) -> str:
-    """The file that the library was reading, from the frame of its innermost reader; "" if there is none."""
+    """The name of the file that the library was reading, or an empty string if the traceback does not contain it."""
     for each in reversed(_chain(error)):
         for frame, _ in reversed(list(traceback.walk_tb(each.__traceback__))):
             if frame.f_code.co_name in GENERATORS and "file" in frame.f_locals:

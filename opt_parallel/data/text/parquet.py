@@ -13,20 +13,20 @@ from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.data.text.unpacking import Unbelievable, believe, unbelievable
 from opt_parallel.runtime.errors import UserError, one_line
 
-ROWS_READ = 256  # rows read at a time
-ClassNames = Mapping[str, list[str]]  # by column: its class names, in the order of their numbers
+ROWS_READ = 256  # number of rows that are read at a time
+ClassNames = Mapping[str, list[str]]  # the names of the classes in each column, in the order of their numbers
 
 
 def row_groups(path: Path, where: str, size: int) -> list[tuple[int, int, int]]:
-    """Ranges of row groups of about `size` bytes each: (first, last + 1, bytes). Raises: UserError."""
+    """Ranges of row groups of about `size` bytes, each as (first, last + 1, number of bytes). Raises: UserError."""
     with _opened(path, where) as file:
         metadata = file.metadata
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         sizes = [group.total_byte_size for group in groups]
-        rows = sum(group.num_rows for group in groups)  # stored twice in the file, without a checksum
+        rows = sum(group.num_rows for group in groups)  # the file states this number twice, without a checksum
         require(
             rows == metadata.num_rows,
-            f"{where} states {rows:,} and {metadata.num_rows:,} rows: replace it by a good copy",
+            f"{where} is damaged, because it states {rows:,} and {metadata.num_rows:,} rows: replace it by a good copy",
         )
         for group in groups:
             believe(group.total_byte_size, _packed_size(group))
@@ -40,7 +40,7 @@ def row_groups(path: Path, where: str, size: int) -> list[tuple[int, int, int]]:
 
 
 def parquet_records(path: Path, start: int, stop: int, where: str) -> Iterator[Item]:
-    """The rows of row groups `start` to `stop`. Raises: UserError."""
+    """The records in the row groups `start` to `stop` of a parquet file. Raises: UserError."""
     with _opened(path, where) as file:
         groups = [file.metadata.row_group(number) for number in range(stop)]
         number, last = sum(group.num_rows for group in groups[:start]), sum(group.num_rows for group in groups)
@@ -60,8 +60,10 @@ def parquet_records(path: Path, start: int, stop: int, where: str) -> Iterator[I
 
 
 def class_names(features: Any) -> dict[str, list[str]]:
-    """The class names of each column of class numbers, or of lists of them. `features`: as `datasets` writes them, such
-    as {"label": {"names": ["negative", "positive"], "_type": "ClassLabel"}}."""
+    """The names of the classes in each column that contains numbers of classes, or lists of such numbers.
+
+    `features` describe the columns as `datasets` writes them, such as {"label": {"names": ["negative", "positive"],
+    "_type": "ClassLabel"}}."""
     found = {}
     for column, feature in features.items() if isinstance(features, dict) else ():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else None
@@ -72,13 +74,13 @@ def class_names(features: Any) -> dict[str, list[str]]:
 
 
 def class_names_in(path: Path, where: str) -> dict[str, list[str]]:
-    """The class names in a file, by column. Raises: UserError."""
+    """The names of the classes in each column of a parquet file. Raises: UserError."""
     with _opened(path, where) as file:
         return class_names(_features(file.schema_arrow))
 
 
 def readable(row: Mapping[str, Any], names: ClassNames) -> dict[str, Any]:
-    """The row with UTF-8 bytes decoded to text, and class numbers replaced by class names."""
+    """The row, in which UTF-8 bytes are decoded to text, and numbers of classes are replaced by names."""
     return {name: _named(value, names[name]) if name in names else _text(value) for name, value in row.items()}
 
 
@@ -91,12 +93,14 @@ def _text(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            pass  # an image, perhaps; the encoder rejects it if it needs text
+            pass  # the value may be an image, which the encoder rejects if the task needs text
     return value
 
 
 def _named(value: Any, names: list[str]) -> Any:
-    """The class name of a number; None for -1, which means no label; a number without a name unchanged."""
+    """The name of the class with number `value`. The result is None for -1, which means that there is no label.
+
+    A number without a name is returned unchanged."""
     if isinstance(value, list):
         return [_named(each, names) for each in value]
     if isinstance(value, int) and -1 <= value < len(names):
@@ -105,7 +109,7 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def _features(schema: Any) -> Any:
-    """The features that `datasets` stores in a schema; None if there are none."""
+    """The description of columns that `datasets` stores in a parquet schema, or None if the schema has none."""
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -113,7 +117,7 @@ def _features(schema: Any) -> Any:
 
 
 def _rows(batch: Any) -> list[Any]:
-    """The rows of a batch; for an unreadable row an error message."""
+    """The rows of a batch, with an error message in place of each row that cannot be read."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -123,7 +127,7 @@ def _rows(batch: Any) -> list[Any]:
 
 
 def _text_size(row: Any) -> int:
-    """Size of a row's text. A batch may store repeated values only once."""
+    """The size of a row's text, which may be larger than the size in memory, because equal values are stored once."""
     return sum(len(value) for value in row.values() if isinstance(value, (str, bytes))) if isinstance(row, dict) else 0
 
 
@@ -133,8 +137,8 @@ def _packed_size(group: Any) -> int:
 
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[Any]:
-    """An open parquet file. Raises: UserError for any damage, also while the file is read."""
-    import pyarrow.parquet  # imported late: takes half a second
+    """A context with an open parquet file. Raises: UserError if the file is damaged, also while the file is read."""
+    import pyarrow.parquet  # the import takes half a second, and other formats do not need it
 
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""English text for first runs from Python itself: the language reference and the standard library's docstrings."""
+"""Collects English text for first runs from Python's language reference and the standard library's docstrings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 
 from opt_parallel.storage.atomic import new_file
 
-LEAST_CHARACTERS = 2000  # per document, if a module has enough: its docstrings are joined up to this length
+LEAST_CHARACTERS = 2000  # docstrings of a module are joined to documents of at least this many characters
 VALIDATION_PERCENT = 5
 SHINGLE_WORDS = 8
-NEAR_DUPLICATE = 0.3  # share of a document's shingles that occur in the training text
+NEAR_DUPLICATE = 0.3  # a document is a near-duplicate if this share of its shingles occurs in the training text
 NOT_LIBRARY = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "pydoc_data"}
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def python_documents() -> Iterator[str]:
-    """The topics of the language reference, and the docstrings of the standard library, joined module by module.
+    """The topics of Python's language reference, and the docstrings of the standard library.
 
-    Modules are parsed, not imported, in a fixed order."""
+    The docstrings of a module are joined to longer documents. Modules are parsed in a fixed order, and not imported."""
     from pydoc_data.topics import topics
 
     yield from (topics[name].rstrip() for name in sorted(topics))
@@ -37,10 +37,10 @@ def python_documents() -> Iterator[str]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a module and of its classes and functions, the latter with their names."""
+    """The docstrings of a module, and the names and docstrings of its classes and functions."""
     try:
         tree = ast.parse(path.read_bytes())
-    except SyntaxError:  # templates for code generators
+    except SyntaxError:  # a template for a code generator
         return
     pending: list[Documented] = [tree]
     while pending:
@@ -63,9 +63,10 @@ def _gather(texts: Iterable[str]) -> Iterator[str]:
 
 
 def split(documents: Iterable[str]) -> tuple[list[str], list[str], int]:
-    """Training documents, validation documents, and the number of near-duplicates of training text in neither.
+    """The training documents, the validation documents, and the number of documents in neither split.
 
-    A hash of the text selects the split, so all exact copies of a document are in the same split."""
+    A hash of the text selects the split, so all exact copies of a document are in the same split. Validation documents
+    that nearly equal training documents are left out."""
     train: list[str] = []
     candidates: list[str] = []
     for document in documents:
@@ -77,20 +78,20 @@ def split(documents: Iterable[str]) -> tuple[list[str], list[str], int]:
 
 
 def _overlap(document: str, seen: set[int]) -> float:
-    """Share of the document's shingles that are in `seen`."""
+    """The share of the document's shingles (runs of words) that are in `seen`."""
     shingles = _shingles(document)
     return len(shingles & seen) / len(shingles)
 
 
 def _shingles(document: str) -> set[int]:
-    """Hashes (to save memory) of all runs of `SHINGLE_WORDS` words, without case and punctuation; at least one."""
+    """The hashes of all runs of `SHINGLE_WORDS` words in a document, without case and punctuation."""
     words = re.findall(r"\w+", document.lower())
     starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
     return {hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts}
 
 
 def write_split(folder: Path, train: list[str], validation: list[str]) -> None:
-    """Write train.jsonl and validation.jsonl, each complete or absent."""
+    """Write train.jsonl and validation.jsonl into `folder`. Each file is written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, documents in (("train", train), ("validation", validation)):
         with new_file(folder / f"{name}.jsonl") as file:

@@ -1,4 +1,4 @@
-"""Records of the user's data and their text. A bad record is an error, or is left out and counted."""
+"""Defines the records of the user's data and their text. A bad record is an error, or is left out and counted."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import Any
 
 from opt_parallel.runtime.errors import UserError, one_line
 
-LISTED = 10  # bad records that are printed individually
-LONGEST_NAMES = 200  # characters of a record's field names in a message
+LISTED = 10  # maximum number of bad records whose messages are printed
+LONGEST_NAMES = 200  # maximum number of characters for the names of a record's fields in a message
 LEFT_OUT = "bad records left out"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row of the user's data, or a text file as `{"text": …}`. `where`: its location, for messages."""
+    """A row of the user's data. A text file is a record `{"text": …}`. `where` is the record's location in messages."""
 
     where: str
     fields: Mapping[str, Any]
 
     @property
     def names(self) -> str:
-        """The names of its fields, for messages."""
+        """The names of the record's fields, for messages."""
         names = str(list(self.fields))
         return names if len(names) <= LONGEST_NAMES else f"{names[:LONGEST_NAMES]}…"
 
 
 class BadRecord(UserError):
-    """A record that cannot be used; reading continues after it. The message starts with its location."""
+    """The error for a record that cannot be used. Its message starts with the location of the record.
+
+    Reading can continue after the record."""
 
 
 def require_good(condition: bool, message: str) -> None:
@@ -38,12 +40,12 @@ def require_good(condition: bool, message: str) -> None:
         raise BadRecord(message)
 
 
-Item = Record | BadRecord  # what readers yield; they continue after a bad record
+Item = Record | BadRecord  # readers yield a BadRecord for an invalid record, and continue after it
 
 
 @dataclass(frozen=True)
 class Text:
-    """How to get the text of a record: from `field`, or from several fields by a format string `template`."""
+    """Extracts the text of a record from `field`, or from several fields by the format string `template`."""
 
     field: str = "text"
     template: str | None = None
@@ -63,7 +65,7 @@ class Text:
                     raise BadRecord(f"{record.where}: {name!r} is {values[name]!r:.40}: {self._wanted}")
             try:
                 text = self.template.format(**values)
-            except (ValueError, KeyError, OverflowError) as error:  # {score:.2f} for a string
+            except (ValueError, KeyError, OverflowError) as error:  # for example, the field of {score:.2f} is a string
                 fix = f"{self._wanted}, in a format that suits it"
                 raise BadRecord(f"{record.where}: {one_line(error)}: {fix}") from error
         if not text.isascii():
@@ -87,16 +89,18 @@ class Text:
 
 
 def require_characters(text: str, where: str) -> None:
-    """Raise BadRecord, with a message that starts with `where`, if `text` has a lone surrogate, which JSON allows."""
+    """Raise BadRecord if `text` has a lone surrogate, which JSON allows. The message starts with `where`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(f"{where}: {error.object[error.start]!r} is half a character: remove it") from error
+        raise BadRecord(
+            f"{where}: {error.object[error.start]!r} is half of a surrogate pair, so it is no character: remove it"
+        ) from error
 
 
 @dataclass
 class BadRecords:
-    """The number of bad records among `seen`, and the messages of the `first` ones."""
+    """The number of bad records among `seen` records, and the messages of the `first` bad records."""
 
     seen: int = 0
     count: int = 0
@@ -108,12 +112,12 @@ class BadRecords:
             self.first.append(str(error))
 
     def seek(self, items: Iterable[Item], check: Callable[[Record], Any]) -> None:
-        """Add the items that are bad or for which `check` raises BadRecord."""
+        """Count the items that are bad records or for which `check` raises BadRecord."""
         for _ in sift(items, check, self):
             pass
 
     def refusal(self) -> UserError:
-        """The error with the first message and the total number."""
+        """An error with the message of the first bad record and the total number of bad records."""
         are = "is" if self.count == 1 else "are"
         return UserError(
             f"{self.first[0]}; {self.count:,} of {self.seen:,} records {are} bad: data.bad_records=skip leaves them out"
@@ -121,9 +125,9 @@ class BadRecords:
 
 
 def sift(items: Iterable[Item], check: Callable[[Record], Any], bad: BadRecords | None) -> Iterator[Record]:
-    """The readable records that pass `check`; the others are added to `bad`.
+    """The records among `items` for which `check` raises no BadRecord. The other items are added to `bad`.
 
-    If `bad` is None, the first unreadable record is raised, and `check` is not called."""
+    If `bad` is None, the first item that is a BadRecord is raised as an error, and `check` is not called."""
     for item in items:
         if bad is None:
             if isinstance(item, BadRecord):

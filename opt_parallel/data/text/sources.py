@@ -1,4 +1,6 @@
-"""The text of a setting: files, folders, globs and hub datasets, read as units by several processes or in order."""
+"""Reads the text that a setting such as `data.train` names: files, folders, globs and hub datasets.
+
+Several processes can read different pieces of the text, or one process can read the whole text in order."""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ from opt_parallel.data.text.records import BadRecords, Item, Record, Text, sift
 from opt_parallel.data.text.unpacking import ending_of
 from opt_parallel.runtime.errors import UserError
 
-ROWS_APART = 4096  # a piece of a dataset is a multiple of this many rows
+ROWS_APART = 4096  # the number of rows in a piece of a dataset is a multiple of this number
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of a loaded dataset. `size`: approximate bytes."""
+    """The rows `start` to `stop` of a loaded dataset, which have approximately `size` bytes."""
 
     dataset: Dataset
     opened: Any
@@ -35,7 +37,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Unit:
-    """The work of one process: several small files, or a piece of a large one."""
+    """A piece of the text that one process reads: several small files, or a piece of a large file."""
 
     pieces: tuple[Piece | Slice, ...]
 
@@ -45,7 +47,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The first file or dataset, for messages."""
+        """The name of the first file or dataset, and the number of other pieces, for messages."""
         first = self.pieces[0]
         more = f" and {len(self.pieces) - 1} more" if len(self.pieces) > 1 else ""
         return f"{first.path if isinstance(first, Piece) else first.dataset.name}{more}"
@@ -53,10 +55,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of a setting `key` (data.train): files in alphabetical order, then the datasets `hub` (ids or folders)
-    with their `subset` and `split`. A file that several entries name is read once.
+    """The text that a setting `key`, such as data.train, names.
 
-    `left_out`: files that a search left out, for messages. `skip_bad`: leave bad records out instead of raising."""
+    The text consists of `files` in alphabetical order, followed by the datasets `hub` (ids or folders) with their
+    `subset` and `split`. A file that several entries name is read once. `left_out` describes the files that were found
+    but are not read. If `skip_bad` is true, bad records are left out, and raise no error."""
 
     key: str
     files: tuple[Path, ...]
@@ -66,7 +69,7 @@ class Corpus:
     split: str = "train"
     left_out: str = field(default="", compare=False)
     skip_bad: bool = False
-    content: tuple[str, ...] = ()  # checksums of its files, once computed by data/store/sameness.py
+    content: tuple[str, ...] = ()  # checksums of the files, which data/store/sameness.py computes
 
     @classmethod
     def find(
@@ -79,7 +82,9 @@ class Corpus:
         split: str | None = None,
         skip_bad: bool = False,
     ) -> Corpus:
-        """The files and datasets that `entries` name; with `subset` or `split` all are datasets. Raises: UserError."""
+        """The corpus of the files and datasets that `entries` name. Raises: UserError.
+
+        If `subset` or `split` is given, every entry is a dataset."""
         require(bool(entries), f"{key} is not set: name a file, a folder, a glob or a hub id, or a list of them")
         found = Found()
         for entry in entries:
@@ -98,17 +103,17 @@ class Corpus:
         )
 
     def cache_key(self) -> list[Any]:
-        """A key that depends on the content of the text and not on its path."""
+        """An identifier of the text, which depends on its content and not on its paths."""
         hub = [[None if Path(name).is_dir() else name, self.subset, self.split] for name in self.hub]
         return [list(self.content), hub, self.text.field, *self._reading]
 
     @property
     def folders(self) -> list[Path]:
-        """The local folders among the datasets."""
+        """The datasets that are local folders."""
         return [Path(name) for name in self.hub if Path(name).is_dir()]
 
     def identity(self) -> list[Any]:
-        """A key of paths, sizes and times, without reading files. Raises: UserError if a file is missing."""
+        """An identifier made of the paths, sizes and times of the files. Raises: UserError if a file is missing."""
         below = [path for folder in self.folders for path in sorted(folder.rglob("*")) if path.is_file()]
         try:
             status = [(path, path.stat()) for path in (*self.files, *below)]
@@ -119,17 +124,17 @@ class Corpus:
 
     @property
     def _reading(self) -> list[str]:
-        """Marks a change of the reader, where the same files gave different text in earlier versions."""
+        """A part of the identifier for files from which earlier versions of the reader read a different text."""
         return ["quotation marks are text"] if any(ending_of(path)[0] == ".tsv" for path in self.files) else []
 
     @property
     def names(self) -> str:
-        """The first file or dataset and the number of others, for messages."""
+        """The name of the first file or dataset, and the number of other files and datasets, for messages."""
         every = [*map(str, self.files), *self.hub]
         return every[0] + (f" and {len(every) - 1} more" if len(every) > 1 else "")
 
     def units(self, cut: bool = True) -> list[Unit]:
-        """All units, in order. `cut`: split large files into pieces, whose line numbers are unknown."""
+        """The text as units, in order. With `cut`, large files are split into pieces without line numbers."""
         pieces: list[Piece | Slice] = [piece for path in self.files for piece in pieces_of(path, self.key, cut)]
         for name in self.hub:
             pieces += self._slices(name)
@@ -145,7 +150,9 @@ class Corpus:
         return [*units, Unit(tuple(gathered))] if gathered else units
 
     def read(self, unit: Unit, count_lines: bool = False) -> Iterator[Item]:
-        """The records of a unit, bad ones too. `count_lines`: find the line numbers for messages. Raises: UserError."""
+        """The records of a unit, including bad records. Raises: UserError.
+
+        With `count_lines`, error messages have the correct line numbers, for which the file is read up to the unit."""
         for piece in unit.pieces:
             if isinstance(piece, Slice):
                 yield from piece.dataset.rows(piece.opened, piece.start, piece.stop)
@@ -153,20 +160,20 @@ class Corpus:
                 yield from records_of(numbered(piece) if count_lines else piece, self.key, self.text.field)
 
     def items(self) -> Iterator[Item]:
-        """All records, bad ones too, in order. Raises: UserError."""
+        """All records in order, including bad records. Raises: UserError."""
         for unit in self.units(cut=False):
             yield from self.read(unit)
 
     def records(self) -> Iterator[Record]:
-        """All records, in order. Raises: UserError that names file and line."""
+        """All records in order. Raises: UserError with the file and the line."""
         return sift(self.items(), lambda record: None, self._bad())
 
     def documents(self) -> Iterator[str]:
-        """The text of every record without trailing white space. Raises: UserError."""
+        """The text of each record, without trailing white space. Raises: UserError."""
         return (self.text.of(record).rstrip() for record in sift(self.items(), self.text.of, self._bad()))
 
     def sampled(self, share: float) -> Iterator[str]:
-        """About `share` of the text, from the start of each unit."""
+        """The text of some documents, which are about `share` of the corpus and are from the start of each unit."""
         for unit in self.units():
             left = share * unit.size
             for record in sift(self.read(unit), self.text.of, self._bad()):
@@ -176,8 +183,10 @@ class Corpus:
                 yield self.text.of(record).rstrip()
 
     def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Item]]:
-        """(unit, record) for all records after the first `taken` of a unit, bad ones too. Units are complete files,
-        then datasets, which are streamed. Raises: UserError, also if a stream ends early."""
+        """The records after the first `taken` records of a unit, each as a pair (number of its unit, record).
+
+        A unit is a complete file, or a dataset that is streamed. Bad records are included. Raises: UserError, also if a
+        stream ends early."""
         files = replace(self, hub=()).units(cut=False)
         for number in range(unit, len(files) + len(self.hub)):
             skip = taken if number == unit else 0
@@ -189,11 +198,11 @@ class Corpus:
 
     @property
     def has_class_columns(self) -> bool:
-        """Whether the data can have class columns, numbers with names."""
+        """Whether the data may have class columns, whose numbers stand for names of classes."""
         return bool(self.hub) or any(ending_of(path)[0] == PARQUET for path in self.files)
 
     def class_names(self, column: str) -> list[str]:
-        """The class names of a column, in the order of their numbers. Raises: UserError."""
+        """The names of the classes in a column, in the order of their numbers. Raises: UserError."""
         files = [path for path in self.files if ending_of(path)[0] == PARQUET]
         names_by_file = [class_names_in(path, f"{self.key}: {shown(path)}").get(column, []) for path in files]
         names_by_file += [self._dataset(name).class_names(column) for name in self.hub]

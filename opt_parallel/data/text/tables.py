@@ -1,4 +1,4 @@
-"""Reads records from .csv (RFC 4180) and .tsv, in which quotation marks may also be text."""
+"""Reads records from .csv files (RFC 4180) and from .tsv files, in which quotation marks may also be text."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from opt_parallel.config.model import require
 from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.runtime.errors import UserError
 
-LONGEST_FIELD = 1 << 28  # characters; an unclosed quotation mark would include the rest of the file
-Lines = Iterable[tuple[str, BadRecord | None]]  # a line, decoded as far as possible, and its error if it has one
+LONGEST_FIELD = 1 << 28  # maximum characters of a field, because an unclosed quotation mark includes the following rows
+Lines = Iterable[tuple[str, BadRecord | None]]  # each line, and the error if the line could not be decoded completely
 
 
 def csv_records(lines: Lines, where: str) -> Iterator[Item]:
-    """One record per row; the first row has the names."""
+    """The records of a .csv file. Each row is a record, except for the first row, which has the names of the fields."""
     yield from _records(_Rows(lines, ","), where)
 
 
 def tsv_records(lines: Lines, where: str) -> Iterator[Item]:
-    """One record per line; the first line has the names. A line with too few columns starts a row with a multi-line
-    quoted field. In other lines, a quotation mark that does not enclose its field is text."""
+    """The records of a .tsv file. Each line is a record, except for the first line, which has the names of the fields.
+
+    A line with too few columns starts a row whose quoted field continues in the next lines. In other lines, a quotation
+    mark that does not enclose a field is text."""
     yield from _records(_TabRows(lines, "\t"), where)
 
 
 class _Rows:
-    """Rows of fields. `first`, `last`: line numbers of the latest row. `fault`: the error of one of its lines."""
+    """The rows of a table. The latest row has the lines `first` to `last`, and `fault` is an error in these lines."""
 
     def __init__(self, lines: Lines, delimiter: str) -> None:
         csv.field_size_limit(LONGEST_FIELD)
@@ -41,7 +43,7 @@ class _Rows:
         return self._split(self._line())
 
     def _split(self, line: str) -> list[str]:
-        """The row that starts with `line`; quoted fields may continue in the next lines."""
+        """The row that starts with `line`. A quoted field of the row may continue in the next lines."""
         rest = iter(self._line, None)
         return next(csv.reader(chain([line], rest), delimiter=self.delimiter, strict=True))
 
@@ -66,7 +68,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _unquoted(cell: str) -> str:
-    """The cell without enclosing quotation marks; inner ones are doubled."""
+    """The cell without enclosing quotation marks. A doubled quotation mark in such a cell becomes a single mark."""
     enclosed = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
     return cell[1:-1].replace('""', '"') if enclosed else cell
 
@@ -81,7 +83,7 @@ def _records(rows: _Rows, where: str) -> Iterator[Item]:
         except csv.Error as error:
             bad = BadRecord(f"{where}, line {rows.first} is malformed ({error}): correct it")
             if names is None or rows.last > rows.first or "end of data" in str(error):
-                raise UserError(str(bad)) from error  # an unclosed quotation mark includes other rows
+                raise UserError(str(bad)) from error  # an unclosed quotation mark may have included other rows
             yield bad
             continue
         here = f"{where}, line {rows.first}"
@@ -89,11 +91,11 @@ def _records(rows: _Rows, where: str) -> Iterator[Item]:
             names, rows.width = row, len(row)
             require(rows.fault is None, str(rows.fault))
             twice = next((name for name, count in Counter(names).items() if count > 1), None)
-            require(twice is None, f"{here}: the column name {twice!r:.60} occurs twice: rename one")
+            require(twice is None, f"{here}: the column name {twice!r:.60} occurs twice: rename one of the columns")
         elif row and rows.fault is not None:
             yield rows.fault
         elif row and names is not None:
             if len(row) == len(names):
                 yield Record(here, dict(zip(names, row, strict=True)))
             else:
-                yield BadRecord(f"{here} has {len(row)} columns, the first line {len(names)}: correct it")
+                yield BadRecord(f"{here} has {len(row)} columns, but the first line has {len(names)}: correct it")

@@ -1,4 +1,4 @@
-"""Reads compressed files. Damage and truncation are errors wherever the format reveals them."""
+"""Reads compressed files. A damaged or truncated file is an error, as far as its format allows to detect the damage."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ STREAMS: dict[str, Callable[[], Any]] = {
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY),
 }
-AT_ONCE = 1 << 16  # bytes per read
+AT_ONCE = 1 << 16  # number of bytes that are read at a time
 PACKED = (*ARROW, *STREAMS)
-UNPACKED_SIZE = 4  # estimated ratio to the packed size, for units and progress
-MOST_TIMES = 200  # allowed ratio to the packed size; text has 3 to 15, copies of one row perhaps 100
-ALWAYS_ALLOWED = 1 << 24  # bytes, for any packed size
-DAMAGES = (OSError, EOFError, lzma.LZMAError)  # errors of reading a damaged file; Arrow raises OSErrors
-# Marks the last block of a bgzip file. Its blocks are separate gzip members, so only this mark reveals a cut between
-# two blocks.
+UNPACKED_SIZE = 4  # the estimated ratio of unpacked to packed size, for pieces of text and for progress bars
+MOST_TIMES = 200  # the maximum ratio of unpacked to packed size. Text has ratios of 3 to 15, and copies of a row 100.
+ALWAYS_ALLOWED = 1 << 24  # an unpacked size in bytes that is allowed for any packed size
+DAMAGES = (OSError, EOFError, lzma.LZMAError)  # errors when a damaged file is read; Arrow raises OSErrors
+# The last block of a bgzip file has these bytes. All blocks are separate gzip members, so a missing last block is the
+# only sign of a file that was cut between two blocks.
 BGZF_MARK, BGZF_END = b"BC\x02\x00", bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
 
 def ending_of(path: Path) -> tuple[str, str]:
-    """The ending of the format and that of the compression, or "", in lower case."""
+    """The file name's endings for the format and for the compression, in lower case, or an empty text if missing."""
     name = path.name.lower()
     packed = next((ending for ending in PACKED if name.endswith(ending)), "")
     return Path(name.removesuffix(packed)).suffix, packed
 
 
 class Unbelievable(OSError):
-    """A file unpacks to far more than text would, like a decompression bomb."""
+    """The error for a file whose unpacked size is much larger than that of text, such as a decompression bomb."""
 
 
 def opened(path: Path) -> BinaryIO:
-    """Open a file for reading, unpacked. Reading raises one of `DAMAGES` for a damaged file or a bomb."""
+    """Open a file to read its unpacked content. Reading raises one of `DAMAGES` if the file is damaged or a bomb."""
     packed = ending_of(path)[1]
     return io.BufferedReader(_Unpacked(path, packed), AT_ONCE) if packed else path.open("rb")
 
 
 def check_complete(path: Path, where: str) -> None:
-    """Unpack all of a compressed file; raise UserError, with a message that starts with `where`, if it is damaged."""
+    """Unpack a whole compressed file, and raise UserError if it is damaged. The message starts with `where`."""
     try:
         with opened(path) as file:
             while file.read(1 << 20):
@@ -56,12 +56,12 @@ def check_complete(path: Path, where: str) -> None:
 
 
 def damaged(path: Path, where: str, error: Exception) -> UserError:
-    """The UserError for a file that cannot be read."""
+    """The UserError for a file that cannot be read. Its message starts with `where`."""
     if isinstance(error, Unbelievable):
         return unbelievable(where)
     packed = ending_of(path)[1]
     reason = f"is not a complete {packed} file" if packed else "cannot be read"
-    return UserError(f"{where} {reason} ({one_line(error)}): replace it by a good copy or leave it out")
+    return UserError(f"{where} {reason} ({one_line(error)}): replace it by a good copy, or leave the file out")
 
 
 def believe(unpacked: int, packed: int) -> None:
@@ -72,24 +72,24 @@ def believe(unpacked: int, packed: int) -> None:
 
 def unbelievable(where: str) -> UserError:
     return UserError(
-        f"{where} unpacks to over {MOST_TIMES} times its size, unlike text: leave it out, or unpack it yourself if "
-        "that is correct"
+        f"{where} unpacks to over {MOST_TIMES} times its size, unlike text: leave the file out, or unpack it yourself "
+        "if this size is correct"
     )
 
 
 class _Unpacked(io.RawIOBase):
-    """The concatenated members, frames or streams of a compressed file."""
+    """The unpacked content of a compressed file, which may consist of several members, frames or streams."""
 
     def __init__(self, path: Path, packed: str) -> None:
         if path.stat().st_size == 0:
-            raise EOFError("it is empty")
+            raise EOFError("the file is empty")
         if packed == ".gz":
             _check_last_block(path)
         self.size, self.file = 0, path.open("rb")
         if packed in STREAMS:
             self.stream: Any = _Streams(self.file, STREAMS[packed])
         else:
-            import pyarrow  # Python's gzip accepts more damage, and Python has no zstd
+            import pyarrow  # because Python's gzip does not detect all damage, and Python has no zstd
 
             self.stream = pyarrow.input_stream(self.file, compression=ARROW[packed])
 
@@ -109,7 +109,7 @@ class _Unpacked(io.RawIOBase):
 
 
 class _Streams(io.RawIOBase):
-    """A file of any number of streams. Python's own readers ignore a damaged stream and all data after it."""
+    """A file of any number of compressed streams. Python's own readers ignore the data after a damaged stream."""
 
     def __init__(self, file: BinaryIO, decompressor: Callable[[], Any]) -> None:
         self.file, self.decompressor = file, decompressor
@@ -128,7 +128,7 @@ class _Streams(io.RawIOBase):
             stream = self.decompressor()
             while not stream.eof:
                 if stream.needs_input and not packed and not (packed := self.file.read(AT_ONCE)):
-                    raise EOFError("it ends early")
+                    raise EOFError("the file ends early")
                 block, packed = stream.decompress(packed, AT_ONCE), b""
                 if block:
                     yield block
@@ -141,4 +141,4 @@ def _check_last_block(path: Path) -> None:
             return
         file.seek(-min(len(BGZF_END), path.stat().st_size), io.SEEK_END)
         if file.read() != BGZF_END:
-            raise EOFError("its last block is missing")
+            raise EOFError("the last block is missing")

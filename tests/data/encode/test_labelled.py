@@ -237,5 +237,5 @@ def test_numbers_beyond_any_float(tokenizer: Tokenizer) -> None:
     assert find_labels(task(), records([digits, 1])).names == ("1", str(digits))
     names = ["9" * 5000, "8"]  # more digits than Python reads
     assert find_labels(task(), records(names)).names == ("8", names[0])
-    with pytest.raises(UserError, match="is half a character"):
+    with pytest.raises(UserError, match="is half of a surrogate pair"):
         find_labels(task(), records(["a", "\ud800"]))

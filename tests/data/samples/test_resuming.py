@@ -158,7 +158,7 @@ def test_what_cannot_go_on_exactly_is_said(tmp_path: Path, capsys: pytest.Captur
     run = Trained(tmp_path, web="1", books="1").go(60)
     manifest_text = run.prepared.train[0].store
     run.change(seed=4, web="1", books="1")
-    assert "warning: seed was 3, is 4: " in capsys.readouterr().out
+    assert "warning: seed=4, but the checkpoint has seed=3: " in capsys.readouterr().out
     assert run.clock == Trained(tmp_path, web="1", books="1").go(60).clock
     manifest_text.rename(tmp_path / "store-gone")
     counting_rows(tmp_path / "store-other", 90, LENGTH)
@@ -177,7 +177,7 @@ def test_longer_rows_go_on_after_as_many_tokens(tmp_path: Path, capsys: pytest.C
     run = Trained(tmp_path, web="3", books="1").go(84)
     epochs = run.mixture.epochs(84)
     run.change(length=8, web="3", books="1")
-    assert "warning: data.sequence_length was 4, is 8" in capsys.readouterr().out
+    assert "warning: data.sequence_length=8, but the checkpoint has 4" in capsys.readouterr().out
     assert run.mixture.taken(84) == {"web": 32, "books": 11}
     assert run.mixture.epochs(84) == {name: pytest.approx(epochs[name], abs=0.02) for name in epochs}
     assert run.change(length=8, web="3", books="1").clock.mixed == 84
@@ -215,7 +215,7 @@ def test_train_py_with_other_sources(tmp_path: Path) -> None:
     os.utime(paths[0].rename(tmp_path / "elsewhere.jsonl"))  # the same text
     paths[0] = tmp_path / "elsewhere.jsonl"
     said = go(40, 1, 3)
-    assert "new mixture from sample 80 of the run on: a after 80 samples, b from its start" in said
+    assert "sample 80 of the run: a after 80 samples, b from its start" in said
     assert "warning" not in said
     go(60, 1, 3)
     epochs = [row["epochs"] for row in train_rows(tmp_path / "run")]

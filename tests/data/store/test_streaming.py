@@ -198,7 +198,7 @@ def test_a_filler_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(streaming, "LOST", 0.5)
     corpus = corpus_of(tmp_path / "text", TEXTS[:3])
     store = growing(Filling(tmp_path / "stream", Recipe(corpus, Slow(TOKENIZER, 2)), EVERYTHING, 1, part_tokens=1))
-    with pytest.raises(UserError, match=r"no process fills .*stream any more: start again, the run resumes from there"):
+    with pytest.raises(UserError, match=r"no process fills .*stream any more: repeat the command"):
         store.arrived(1)
 
 
@@ -285,7 +285,7 @@ def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
     assert broken.returncode == 2, broken.stdout + broken.stderr
     errors = [line for line in broken.stderr.splitlines() if line]
     assert len(errors) == 1, broken.stderr
-    assert "ended after 40 rows, but its split 'train' has 50: nothing is lost" in errors[0]
+    assert "ended after 40 rows, but its split 'train' has 50: repeat the command" in errors[0]
     (folder / "README.md").write_text(card.replace("50", "40"))
     whole = python("scripts/prepare.py", *arguments)
     assert whole.returncode == 0, whole.stderr

@@ -78,15 +78,15 @@ def test_an_array_is_read_as_it_comes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "array item": ("a.json", b'[{"text": "a"}, 3]', "a.json, item 2 is a int: each must be an object"),
+    "array item": ("a.json", b'[{"text": "a"}, 3]', "a.json, item 2 is a int: each item must be an object"),
     "array cut": ("a.json", b'[{"text": "a"}, {"te', "a.json, item 2 is not JSON, or the array does not end"),
     "array no comma": ("a.json", b'[{"text": "a"} {"text": "b"}]', "a.json, item 1 is not JSON"),
-    "array and more": ("a.json", b'[{"text": "a"}] x', "a.json: something follows the array"),
+    "array and more": ("a.json", b'[{"text": "a"}] x', "a.json: .*after the array"),
     "array bytes": ("a.json", b'[{"text": "\xff"}]', "a.json is not UTF-8 after item 0"),
     "array number": ("a.json", b'[{"n": ' + b"1" * 5000 + b"}]", "a.json, item 1 cannot be read .*: leave it out"),
     "array brackets": ("a.json", b"[" * 100_000, "a.json, item 1 cannot be read .*: leave it out"),
     "number": ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n", "a.jsonl, line 1 cannot be read .*: leave it out"),
-    "columns": ("a.csv", b"text,n\na,1\nb\n", "a.csv, line 3 has 1 columns, the first line 2"),
+    "columns": ("a.csv", b"text,n\na,1\nb\n", "a.csv, line 3 has 1 columns, but the first line has 2"),
     "names": ("a.csv", b"text,text\na,1\n", "a.csv, line 1: the column name 'text' occurs twice"),
     "quotes": ("a.csv", b'text,n\n"a"b,1\n', "a.csv, line 2 is malformed"),
     "csv bytes": ("a.csv", b"text,n\na,\xff\n", "a.csv, line 2 is not UTF-8"),
@@ -110,17 +110,17 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, mistake: str) -> N
 UTF16 = "a row of text".encode("utf-16")
 BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
     "utf-16": ("a.txt", UTF16, "a.txt is not UTF-8 but UTF-16: convert it"),
-    "big endian": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a.jsonl, line 1 holds a NUL byte"),
-    "no mark": ("a.txt", "text".encode("utf-16-le"), "a.txt holds a NUL byte, so it is not UTF-8 text: convert it"),
-    "zeros after a crash": ("a.txt", b"a text" + bytes(99), "a.txt holds a NUL byte"),
+    "big endian": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a.jsonl, line 1 contains a NUL byte"),
+    "no mark": ("a.txt", "text".encode("utf-16-le"), "a.txt contains a NUL byte, so it is not UTF-8 text: convert it"),
+    "zeros after a crash": ("a.txt", b"a text" + bytes(99), "a.txt contains a NUL byte"),
     "utf-16 table": ("a.csv", "text,n\na,1\n".encode("utf-16"), "a.csv, line 1 is not UTF-8 but UTF-16"),
     "latin-1": ("a.txt", "déjà".encode("latin-1"), r"a.txt is not UTF-8 at byte 1 \(0xe9\)"),
     "deep": ("a.jsonl", b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}\n", "line 1 has more than 100 nested"),
     "deep item": ("a.json", b'[{"a": ' + b'{"a": ' * 150 + b"1" + b"}" * 151 + b"]", "item 1 has more than 100"),
     "deeper": ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1 cannot be read .*: leave it out"),
     "digits": ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "a.jsonl, line 1 cannot be read .*: leave it out"),
-    "empty .gz": ("a.txt.gz", b"", r"a.txt.gz is not a complete .gz file \(it is empty\)"),
-    "empty .zst": ("a.jsonl.zst", b"", r"a.jsonl.zst is not a complete .zst file \(it is empty\)"),
+    "empty .gz": ("a.txt.gz", b"", r"a.txt.gz is not a complete .gz file \(the file is empty\)"),
+    "empty .zst": ("a.jsonl.zst", b"", r"a.jsonl.zst is not a complete .zst file \(the file is empty\)"),
     "a pointer": ("a.md", b"version https://git-lfs.github.com/spec/v1\noid", "a.md is a pointer of Git LFS"),
 }
 

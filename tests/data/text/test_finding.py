@@ -75,7 +75,7 @@ def test_a_folder_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert names(found, tmp_path) == ["B.JSONL", "a.jsonl", "empty.jsonl"]
     said = "3 hidden, 2 .png, 1 .bak, 1 .crc, 1 .jsonl~, 1 .tar.gz, 1 empty, 1 without an ending"
     assert found.left_out == said
-    fails("holds no text: a folder is searched for .md", "left out: 1 .tar.gz, 1 hidden", entry=tmp_path / "sub")
+    fails("contains no text: a folder is searched for .md", "left out: 1 .tar.gz, 1 hidden", entry=tmp_path / "sub")
     assert (
         find(f"{tmp_path}/*").left_out == "2 .png, 1 .bak, 1 .crc, 1 .jsonl~, 1 empty, 1 folders, 1 without an ending"
     )
@@ -191,7 +191,7 @@ def test_names_that_would_break_the_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_test_split_is_not_trained_on_by_mistake(tmp_path: Path, files: list[str], told: str) -> None:
-    fails("holds files of several splits", told, "split: train", entry=fill(tmp_path, *files))
+    fails("contains files of several splits", told, "split: train", entry=fill(tmp_path, *files))
 
 
 @pytest.mark.parametrize("files", [["train.jsonl", "more.jsonl"], ["train.py", "test.py"], ["test.jsonl", "dev.jsonl"]])

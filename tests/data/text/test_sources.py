@@ -97,7 +97,7 @@ def test_a_stream_that_ends_early(tmp_path: Path) -> None:
     )
     (tmp_path / "README.md").write_text(card)
     corpus = Corpus.find("data.train", [str(tmp_path)], split="train")
-    with pytest.raises(UserError, match=r"ended after 3 rows, but its split 'train' has 4: nothing is lost"):
+    with pytest.raises(UserError, match=r"ended after 3 rows, but its split 'train' has 4: repeat the command"):
         list(corpus.streamed())
     (tmp_path / "train.jsonl").write_text(GOOD * 3 + '{"text": ')
     with pytest.raises(UserError, match=r"train.jsonl, cannot be read after \d rows \(JSON parse error"):
@@ -147,7 +147,7 @@ def test_identity_changes_with_the_text(tmp_path: Path) -> None:
         ("[1]\n", "train.jsonl, line 2 is a list: each line must be an object"),
         ('{"body": 1}\n', r"train.jsonl, line 2 has no field 'text', only \['body'\]: set data.text_field"),
         ('{"text": null}\n', "train.jsonl, line 2: 'text' is None, not a string"),
-        ('{"text": "\\ud800"}\n', "train.jsonl, line 2: .* is half a character"),
+        ('{"text": "\\ud800"}\n', "train.jsonl, line 2: .* is half of a surrogate pair"),
         ("\n" + GOOD, "train.jsonl, line 2 is blank"),
         ('{"text": "\udcff"}\n', r"train.jsonl, line 2 is not UTF-8 at byte 10 \(0xff\)"),
     ],
@@ -165,9 +165,9 @@ def test_blank_lines_at_the_end_are_fine(tmp_path: Path) -> None:
 
 def test_files_without_text(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    fails("empty holds no text: a folder is searched for .md, .py, .rst, .txt, .jsonl, .*.csv", tmp_path / "empty")
+    fails("empty contains no text: a folder is searched for .md, .py, .rst, .txt, .jsonl, .*.csv", tmp_path / "empty")
     (tmp_path / "blank.txt").write_text(" \n\n")
-    fails("blank.txt holds no text: name a file with text", tmp_path / "blank.txt")
+    fails("blank.txt contains no text: name a file with text", tmp_path / "blank.txt")
     (tmp_path / "bytes.txt").write_bytes(b"abc \xff")
     fails(r"bytes.txt is not UTF-8 at byte 4 \(0xff\)", tmp_path / "bytes.txt")
 

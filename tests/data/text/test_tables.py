@@ -50,10 +50,10 @@ def test_a_bad_row_hides_no_other(tmp_path: Path) -> None:
     assert [row for row in found if isinstance(row, dict)] == [{"text": "a", "n": "1"}, {"text": "f", "n": "6"}]
     bad = [row for row in found if isinstance(row, str)]
     assert [line.partition(" ")[2].partition(" (")[0] for line in bad] == [
-        "3 has 1 columns, the first line 2: correct it",
+        "3 has 1 columns, but the first line has 2: correct it",
         "4 is malformed",
         "5 is not UTF-8 at byte 2",
-        "7 holds a NUL byte, so it is not UTF-8 text: convert it or leave it out",
+        "7 contains a NUL byte, so it is not UTF-8 text: convert it or leave it out",
     ]
 
 

@@ -73,7 +73,7 @@ def test_damage_anywhere_is_an_error(tmp_path: Path, ending: str) -> None:
 def test_what_is_said_of_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.bz2"
     path.write_bytes(bz2.compress(TEXT)[:-5])
-    with pytest.raises(UserError, match=r"^key: it is not a complete .bz2 file \(it ends early\): replace it"):
+    with pytest.raises(UserError, match=r"^key: it is not a complete .bz2 file \(the file ends early\): replace it"):
         check_complete(path, "key: it")
 
 
@@ -103,7 +103,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, ending: str, mo
     monkeypatch.setattr(unpacking, "ALWAYS_ALLOWED", 1 << 20)
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(PACKERS[ending](bytes(1 << 24)))
-    with pytest.raises(UserError, match=r"^key: it unpacks to over 200 times its size, .*: leave it out"):
+    with pytest.raises(UserError, match=r"^key: it unpacks to over 200 times its size, .*: leave the file out"):
         check_complete(path, "key: it")
     path.write_bytes(PACKERS[ending](bytes(1 << 19)))  # small ones may be anything
     assert read(path) == bytes(1 << 19)
