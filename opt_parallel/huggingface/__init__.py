@@ -1,1 +1,1 @@
-"""Hugging Face's formats: configurations, names, weights, tokenizers, folders."""
+"""Reads and writes Hugging Face's formats of configurations, weights, tokenizers and model folders."""

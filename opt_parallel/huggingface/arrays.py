@@ -1,9 +1,8 @@
-"""Weight files of TensorFlow and Flax: the arrays' offsets are found without reading the values, then slices are
-mapped.
+"""Reads slices of the arrays in TensorFlow's and Flax's weight files, without reading whole files.
 
-Both store a linear layer's matrix as (in, out), PyTorch as (out, in): names and ranges are transposed, so nothing more
-is read. An HDF5 array that is not stored contiguously in the file itself is refused: HDF5 can take values from any file
-of the machine, and expand a compressed byte to gigabytes.
+TensorFlow and Flax store the matrix of a linear layer as (in, out), and PyTorch as (out, in). So a slice is transposed
+before and after it is read. An HDF5 array is refused unless it is stored contiguously in the file, because HDF5 can
+also read values from any other file of the host, and can expand a compressed byte to gigabytes.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from torch import Tensor
 from opt_parallel.runtime.errors import UserError
 
 Ranges = tuple[slice, ...]
-MOST_OBJECTS = 1_000_000  # in a tree of arrays; OPT-175B has 1,600
-# the last part of a TensorFlow or Flax name: PyTorch's name for it, and whether PyTorch stores the transposed matrix
+MOST_OBJECTS = 1_000_000  # maximum number of objects in a Flax file; OPT-175B has 1,600
+# For the last part of a TensorFlow or Flax name: the name in PyTorch, and whether PyTorch stores the transposed matrix.
 LEAVES = {
     "kernel": ("weight", True), "embedding": ("weight", False), "embeddings": ("weight", False),
     "scale": ("weight", False), "gamma": ("weight", False), "beta": ("bias", False),
@@ -33,7 +32,7 @@ LEAVES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """An array in a file: its elements, in order, are stored in `pieces` (first byte, number of elements)."""
+    """The location of an array in a file. The `pieces` (first byte, number of elements) contain its elements in order."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,23 +41,23 @@ class _Stored:
 
 
 class _ArrayFile:
-    """A file whose arrays are memory-mapped."""
+    """A weight file whose arrays are memory-mapped."""
 
     def __init__(self, path: Path, arrays: Iterator[tuple[list[str], _Stored]]) -> None:
-        """`arrays`: each array's name, in parts, and its location."""
+        """`arrays` are the name of each array, as a list of parts, and its location in the file."""
         self.path = path
         self._stored: dict[str, _Stored] = {}
         for parts, stored in arrays:
             name, transposed = torch_name(parts)
             if name in self._stored:
-                raise ValueError(f"two of its arrays are {name}")
+                raise ValueError(f"two arrays of the file have the name {name}")
             self._stored[name] = _Stored(stored.shape, stored.dtype, stored.pieces, transposed)
         self.shapes = {name: _transposed(stored.shape, stored.transposed) for name, stored in self._stored.items()}
         self.dtypes = {_torch_dtype(stored.dtype) for stored in self._stored.values()}
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         stored = self._stored[name]
-        # numpy has no bfloat16, so its bits are read as integers
+        # NumPy has no bfloat16, so the bits of such values are read as integers.
         dtype = np.dtype("int16" if stored.dtype == "bfloat16" else stored.dtype)
         pieces = [np.memmap(self.path, dtype, "r", start, (count,)) for start, count in stored.pieces]
         flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -89,41 +88,42 @@ class Hdf5File(_ArrayFile):
 
 
 def _contiguous(name: str, dataset: Any) -> _Stored:
-    """The location of an HDF5 dataset. Raises: ValueError unless the file stores all of it contiguously."""
+    """The location of an HDF5 dataset. Raises: ValueError unless the file stores the dataset contiguously."""
     start, dtype = dataset.id.get_offset(), dataset.dtype
     if dtype.kind not in "fiu" or not dtype.isnative:
-        raise ValueError(f"{name} holds {dtype}, not numbers in this machine's format")
+        raise ValueError(f"{name} contains {dtype}, not numbers in the format of this CPU")
     if start is None or dataset.id.get_storage_size() != math.prod(dataset.shape) * dtype.itemsize:
         raise ValueError(f"the values of {name} are compressed, in another file, or incomplete")
     return _Stored(tuple(dataset.shape), dtype.str, [(start, math.prod(dataset.shape))])
 
 
 class MsgpackFile(_ArrayFile):
-    """Flax's format: a tree of maps whose leaves are extensions of type 1, which hold (shape, dtype name, bytes).
+    """A weight file of Flax, in MessagePack's format.
 
-    An array above 1 GiB is instead a map of its shape and of flat chunks. Unpacking would read everything; here the
-    tree is parsed without reading the arrays (MessagePack's specification; `flax.serialization`)."""
+    The file is a tree of maps. Its leaves are arrays, stored as extensions of type 1 with (shape, dtype name, bytes).
+    An array above 1 GiB is a map of its shape and of flat chunks (see `flax.serialization`). This class parses the tree
+    without reading the arrays."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             unpacker = _Unpacker(content)
             tree, end = unpacker.unpack(0)
             if end != len(content) or not isinstance(tree, dict):
-                raise ValueError("it is not one map")
+                raise ValueError("the file is not one map")
         super().__init__(path, _leaves(tree))
 
 
 def torch_name(parts: list[str]) -> tuple[str, bool]:
-    """PyTorch's name for a TensorFlow or Flax name, and whether PyTorch stores the transposed matrix.
+    """The name in PyTorch of a TensorFlow or Flax array, and whether PyTorch stores the transposed matrix.
 
-    The parts before `decoder` name the class that saved the file, and are dropped."""
+    The parts of the name before `decoder` are dropped, because they name the class that saved the file."""
     leaf, transposed = LEAVES.get(parts[-1], (parts[-1], False))
     start = parts.index("decoder") if "decoder" in parts else 0
     return ".".join([*parts[start:-1], leaf]), transposed
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype for NumPy's or Flax's name; None if torch has none."""
+    """The torch dtype with the name that NumPy or Flax uses, or None if torch has no such dtype."""
     return torch.bfloat16 if name == "bfloat16" else getattr(torch, np.dtype(name).name, None)
 
 
@@ -146,32 +146,33 @@ def _leaves(tree: dict[str, Any], parts: tuple[str, ...] = ()) -> Iterator[tuple
             yield from _leaves(value, (*parts, key))
 
 
-# MessagePack's type bytes that a length follows: the kind of object, and the number of bytes of the length
+# For the type bytes of MessagePack that precede a length: the kind of object, and the number of bytes of the length.
 LENGTHS = {
     0xC4: ("bytes", 1), 0xC5: ("bytes", 2), 0xC6: ("bytes", 4), 0xC7: ("array", 1), 0xC8: ("array", 2),
     0xC9: ("array", 4), 0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xDC: ("list", 2), 0xDD: ("list", 4),
     0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
-# type bytes whose low bits are the length, by the lowest byte of each kind
+# The lowest type byte of each kind of object whose length is in the low bits of the type byte.
 SHORT = {0x80: "map", 0x90: "list", 0xA0: "text"}
 NUMBERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
 SIMPLE = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class _Unpacker:
-    """Parses MessagePack without reading arrays."""
+    """Parses MessagePack without reading the values of arrays."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.objects = content, 0
 
     def unpack(self, at: int) -> tuple[Any, int]:
-        """The object that starts at byte `at`, and the offset of its end. Bytes are returned as the range of their
-        offsets, an array as a `_Stored`.
+        """The object that starts at byte `at`, and the offset of its end.
 
-        Raises: ValueError or IndexError if there is no object, RecursionError if it is nested too deeply."""
+        An array is returned as a `_Stored`, and other bytes as the range of their offsets.
+
+        Raises: ValueError or IndexError if there is no object. RecursionError if the object is nested too deeply."""
         self.objects += 1
         if self.objects > MOST_OBJECTS:
-            raise ValueError(f"more than {MOST_OBJECTS:,} objects")
+            raise ValueError(f"the file has more than {MOST_OBJECTS:,} objects")
         kind, value, at = self._head(at)
         match kind:
             case "value":
@@ -189,7 +190,7 @@ class _Unpacker:
         return (dict(zip(items[::2], items[1::2], strict=True)) if kind == "map" else items), at
 
     def _head(self, at: int) -> tuple[str, Any, int]:
-        """The object at byte `at`: its kind, its value or length, and the offset of what follows."""
+        """The kind of the object at byte `at`, its value or length, and the offset of the following byte."""
         content = self.content
         first, at = content[at], at + 1
         if first < 0x80:
@@ -210,7 +211,7 @@ class _Unpacker:
         return SHORT[low], first - low, at
 
     def _array(self, at: int) -> _Stored:
-        """The array in the extension whose type is byte `at`."""
+        """The location of the array in the extension whose type is stored in byte `at`."""
         if self.content[at] != 1:
             raise ValueError(f"extension {self.content[at]} is not an array")
         (shape, dtype, values), _ = self.unpack(at + 1)

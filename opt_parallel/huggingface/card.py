@@ -1,4 +1,4 @@
-"""The model card of an exported folder: facts about the network and its training."""
+"""Writes the model card (README.md) of an exported folder, with facts about the network and its training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opt_parallel.config.model import Labels, ModelConfig
 from opt_parallel.huggingface.hub import HUB_ID
 from opt_parallel.storage.rows import METRICS, rows_of
 
-# what it is, transformers' class, the hub's pipeline tag
+# The description of the model, its class in transformers, and its pipeline tag on the hub.
 LANGUAGE_MODEL = ("An OPT language model", "OPTForCausalLM", "text-generation")
 SEQUENCE_CLASSIFIER = ("An OPT classifier", "OPTForSequenceClassification", "text-classification")
 
@@ -28,11 +28,11 @@ def model_card(
     """The content of README.md.
 
     Args:
-        manifest: of a training checkpoint; None for weights whose training is unknown.
-        rows: its run's metrics up to the checkpoint.
-        labels: of a classifier.
+        manifest: the manifest of a training checkpoint, or None for weights whose training is unknown.
+        rows: the run's metrics up to the checkpoint.
+        labels: the labels of a classifier.
         tokens: the tokenizer's special tokens by id.
-        base: of an adapter, the checkpoint that peft applies it to."""
+        base: the checkpoint to which peft applies a LoRA adapter, or None if the export is not an adapter."""
     name = "OPT" if manifest is None else manifest["config"]["run"]["name"]
     network = {
         "parameters": f"{model.parameters():,}",
@@ -70,7 +70,7 @@ def model_card(
 
 
 def _head(pipeline: str, base: str | None) -> str:
-    """The hub's metadata. A base in a local folder is left out, since the hub cannot find it."""
+    """The metadata of the card for the hub. A base in a local folder is left out, because the hub cannot find it."""
     facts: dict[str, Any] = {
         "library_name": "transformers" if base is None else "peft",
         "pipeline_tag": pipeline,
@@ -82,8 +82,10 @@ def _head(pipeline: str, base: str | None) -> str:
 
 
 def metrics_of(checkpoint: Path, step: int) -> list[dict[str, Any]]:
-    """The metrics up to `step` of the run whose folder holds `checkpoint`. None if it is elsewhere, or was renamed: the
-    run then resumed from an earlier checkpoint, and later rows belong to the new branch."""
+    """The metrics up to `step` of the run whose folder contains `checkpoint`.
+
+    The list is empty if the checkpoint was moved or renamed. A renamed checkpoint means that the run resumed from an
+    earlier checkpoint, so the metrics at these steps belong to the later training."""
     path = checkpoint.absolute().parent.parent / METRICS
     if checkpoint.name != f"step-{step}" or not path.is_file():
         return []
@@ -109,7 +111,7 @@ def _training(manifest: dict[str, Any], rows: list[dict[str, Any]], unit: str) -
 
 
 def code(text: str) -> str:
-    """Text as inline code in Markdown, safe in a table: no line breaks, and nothing that ends the code or the cell."""
+    """Text as inline code in a Markdown table. Characters that would end the code or the table's cell are escaped."""
     plain = text if text.isprintable() else repr(text)
     quotes = "``" if "`" in plain else "`"
     return f"{quotes}{plain}{quotes}".replace("|", "\\|") if text else ""

@@ -1,7 +1,8 @@
-"""Hugging Face's config.json of an OPT model: the only code that reads and writes it, without torch.
+"""Reads and writes Hugging Face's config.json of an OPT model, without importing torch.
 
-`network_of` and `config_for_hf` convert between its keys and `ModelConfig`. For training, every key is either used,
-allowed at its only supported value, known to be irrelevant, or refused.
+No other module reads or writes this file. `network_of` and `config_for_hf` convert between its keys and `ModelConfig`.
+For training, a key is used, or must have its only supported value, or is known to be irrelevant. Any other key is an
+error.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from opt_parallel.storage.foreign import file_in, read_json
 
 CONFIG = "config.json"
 CLASSIFIER = "OPTForSequenceClassification"
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+ADAPTER_CONFIG = "adapter_config.json"  # the configuration file of a PEFT adapter
 
-# OPTConfig's fields that ModelConfig has under the same name
+# Fields that OPTConfig and ModelConfig have under the same name.
 INTEGERS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings",
     "bos_token_id", "pad_token_id", "eos_token_id",
@@ -30,17 +31,18 @@ INTEGERS = (
 SWITCHES = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine")
 RATES = ("dropout", "attention_dropout", "layerdrop")
 SHARED = (*INTEGERS, *SWITCHES, *RATES)
-# OPTConfig's defaults that differ from ModelConfig's
+# Defaults of OPTConfig that differ from those of ModelConfig.
 DEFAULTS: dict[str, Any] = {"attention_dropout": 0.0}
 INIT_STD = 0.02
-# what we do not implement, with the value that means "as published"; also in files of older releases and of Galactica
+# Keys of features that are not implemented, and the value with which such a key has no effect. Some of the keys occur
+# only in files of older releases or of Galactica.
 FIXED: dict[str, Any] = {
     "tie_word_embeddings": True, "activation_dropout": 0.0, "add_bias_logits": False, "add_cross_attention": False,
     "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "is_encoder_decoder": False,
     "learned_embeddings": True, "pruned_heads": {}, "quantization_config": None, "scale_embedding": False,
     "scale_embeddings": False, "tie_encoder_decoder": False,
 }  # fmt: skip
-# names, dtypes, defaults of generation and of libraries: irrelevant for the network
+# Keys that do not affect the network, such as names, dtypes, and defaults of generation and of libraries.
 BOOKKEEPING = {
     "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation",
     "auto_map", "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
@@ -53,7 +55,7 @@ BOOKKEEPING = {
     "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
     "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
 }  # fmt: skip
-# keys that fine-tuning tools (DeepSpeed-Chat, Unsloth, scripts for other networks) leave in the file; OPT ignores them
+# Keys that fine-tuning tools (DeepSpeed-Chat, Unsloth, scripts for other networks) add to the file, and OPT ignores.
 LEFT_BEHIND = {
     "_flash_attn_2_enabled", "end_token_id", "gradient_checkpointing", "keys_to_ignore_at_inference", "loss_type",
     "max_seq_length", "max_sequence_length", "model_max_length", "neftune_noise_alpha", "pretraining_tp",
@@ -65,16 +67,15 @@ OWN = {"_remove_final_layer_norm", "activation_function", "init_std", "word_embe
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The network that a Hugging Face folder describes.
+    """The network that the config.json in a Hugging Face folder describes.
 
-    Raises: UserError if it is not an OPT model, or has a key that we do not know or a feature that we do not implement.
-    """
+    Raises: UserError if the network is not an OPT model, or has an unknown key or a feature that is not implemented."""
     values, path = read_values(folder), folder / CONFIG
     unknown = sorted(values.keys() - {*SHARED, *FIXED, *OWN, *LEFT_BEHIND} - BOOKKEEPING)
     if unknown:
         raise UserError(
             f"{path}: {', '.join(map(_printed, unknown)):.500} may change the network, and OPT has no such key: "
-            "remove it from the file if it changes nothing"
+            "remove the key from the file if it changes nothing"
         )
     network = network_of(values, f"{path}: ")
     _note_left_behind(path, tuple(sorted(values.keys() & LEFT_BEHIND)))
@@ -82,11 +83,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def network_of(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """The network that the content of a config.json describes; unknown keys are ignored. Raises: UserError, which
-    starts with `where`."""
+    """The network that the content of a config.json describes. Unknown keys are ignored.
+
+    Raises: UserError, whose message starts with `where`."""
     for name, published in FIXED.items():
         if values.get(name, published) != published:
-            raise UserError(f"{where}{name}={values[name]!r:.200} is not supported, only {published}")
+            raise UserError(f"{where}{name}={values[name]!r:.200} is not supported, only {published} is")
     activation = values.get("activation_function", "relu")
     if activation not in list(Activation.__members__):
         raise UserError(
@@ -143,15 +145,15 @@ def is_classifier(folder: Path) -> bool:
 
 
 def read_labels(folder: Path) -> Labels:
-    """The labels of a Hugging Face folder. Raises: UserError, as `labels_of`."""
+    """The labels that config.json in a Hugging Face folder names. Raises: UserError, see `labels_of`."""
     return labels_of(read_values(folder), f"{folder / CONFIG}: ")
 
 
 def labels_of(values: Mapping[str, Any], where: str) -> Labels:
-    """The labels in the content of a config.json; OPTConfig's default of two if it names none.
+    """The labels that the content of a config.json names, or OPTConfig's default of two labels.
 
-    Raises: UserError, which starts with `where`, if the labels are not numbered from 0 without a gap, or if the problem
-    type is unknown."""
+    Raises: UserError if the labels are not numbered from 0 without a gap, or if the problem type is unknown. The error
+    message starts with `where`."""
     number = values.get("num_labels", 2)
     if type(number) is not int or not 1 <= number <= MOST_LABELS:
         raise UserError(f"{where}num_labels={json.dumps(number):.200} must be a whole number, 1 to {MOST_LABELS:,}")
@@ -187,7 +189,7 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 def _check_types(where: str, values: Mapping[str, Any]) -> None:
-    """Raise UserError for a value of the wrong type: Python would accept JSON's true as 1, and 64.0 as a size."""
+    """Raise UserError if a value has the wrong type, because Python would accept `true` as 1, and 64.0 as a size."""
     kinds = [
         ("a whole number", (int,), INTEGERS),
         ("true or false", (bool,), (*SWITCHES, "_remove_final_layer_norm")),
@@ -206,6 +208,6 @@ def _check_types(where: str, values: Mapping[str, Any]) -> None:
 
 @cache
 def _note_left_behind(path: Path, names: tuple[str, ...]) -> None:
-    """Print, once for each file, which of its keys are ignored."""
+    """Print which keys of a file are ignored, once for each file."""
     if names:
-        say(f"note: {path}: {', '.join(names)}: ignored, since OPT does not use it")
+        say(f"note: {path}: OPT does not use the keys {', '.join(names)}, so their values are ignored")

@@ -1,7 +1,7 @@
-"""Writes a Hugging Face folder, complete or not at all, with one tensor in memory at a time.
+"""Writes a Hugging Face model folder atomically, with one tensor in memory at a time.
 
-safetensors' own writer needs all tensors of a file at once. The format is the length of a JSON header, the header, and
-the tensors' bytes end to end (huggingface.co/docs/safetensors), so here each tensor is written and freed in turn.
+The writer of the library safetensors needs all tensors of a file at once. So this module writes the format itself: the
+length of a JSON header, the header, and the bytes of all tensors in order (huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from opt_parallel.storage.atomic import new_folder
 from opt_parallel.storage.foreign import file_in, read_json
 
 CHECKSUMS, GENERATION_CONFIG = "checksums.json", "generation_config.json"
-STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names of dtypes
+STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # the names of dtypes in safetensors
 
-Shapes = dict[str, tuple[int, ...]]  # the tensors of one file, in the file's order
+Shapes = dict[str, tuple[int, ...]]  # the names and shapes of the tensors in one file, in order
 
 
 def write_folder(
@@ -51,21 +51,21 @@ def write_folder(
     names: tuple[str, str] = (WEIGHTS, CONFIG),
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write the folder `output` under a temporary name, the configuration last, and rename it at the end.
+    """Write a model folder under a temporary name, with the configuration last, and rename the folder to `output`.
 
     Args:
-        content: of the configuration.
-        parameters: our names, with marks of unsplit tensors, in the order of the files.
-        source: gives each full logical tensor once, in that order. In a `group` every rank calls its own source, which
-            may gather; only rank 0 writes.
-        max_shard_size: bytes of tensors in one file; a larger tensor gets a file of its own.
-        files: other files, by name.
-        to_theirs: maps a logical tensor to the tensors, by name, in the files.
-        replace: replace an earlier export at `output` when the new one is complete; any other folder is an error.
-        names: of the weights' file, if there is only one, and of the configuration.
-        beside: writes further folders into the new one, on rank 0, before it is renamed.
+        content: the content of the configuration.
+        parameters: the names of the full tensors in this package, with their marks, in the order of the files.
+        source: returns each full tensor once, in the order of `parameters`. Every rank of the `group` calls its own
+            source, which may gather a tensor from all ranks. Only rank 0 writes.
+        max_shard_size: maximum bytes of the tensors in one file. A larger tensor gets its own file.
+        files: other files to write, by name.
+        to_theirs: maps a full tensor to the tensors in the files, by name.
+        replace: whether to replace an earlier export at `output`. Any other folder at `output` is an error.
+        names: the file names of the weights (if they are in one file) and of the configuration.
+        beside: writes subfolders into the temporary folder, on rank 0.
 
-    Raises: UserError, on every rank: the disk is full or not writable, or a value is too large for `dtype`.
+    Raises: UserError on every rank, if the disk is full or not writable, or if a value is too large for `dtype`.
     """
     parameters = list(parameters)
     tensors = _tensors(parameters, source, to_theirs)
@@ -73,7 +73,9 @@ def write_folder(
     if group.rank == 0:
         try:
             if os.path.lexists(output) and replace and not (output / CHECKSUMS).is_file():
-                raise UserError(f"{output} exists and is not our export: move it away, or choose another run.dir")
+                raise UserError(
+                    f"{output} exists and was not written by an export: move it away, or choose another run.dir"
+                )
             with new_folder(output, replace) as partial:
                 shards = _plan(parameters, to_theirs, dtype, max_shard_size)
                 _write_weights(partial, shards, tensors, dtype, names[0])
@@ -84,19 +86,19 @@ def write_folder(
         except (OSError, UserError) as error:
             failure = error
     if group.size > 1:
-        for _ in tensors:  # the tensors that this rank has not written: every rank must join every gather
+        for _ in tensors:  # reads the tensors that this rank has not written, because every rank must join each gather
             pass
     if int(all_reduce(torch.tensor(int(failure is not None)), group)):  # every rank calls this
         raise _explained(output, failure)
 
 
 def generation_config(model: ModelConfig) -> bytes:
-    """Content of generation_config.json."""
+    """The content of generation_config.json."""
     return as_json({name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
 
 def checksum(values: Tensor) -> str:
-    """CRC-32 of a tensor's stored bytes, in hexadecimal."""
+    """The CRC-32 checksum of a tensor's bytes, in hexadecimal."""
     return f"{zlib.crc32(_bytes(values)):08x}"
 
 
@@ -106,18 +108,18 @@ def _explained(output: Path, failure: Exception | None) -> UserError:
     if isinstance(failure, OSError):
         why = failure.strerror or str(failure)
         if failure.errno in (errno.EEXIST, errno.ENOTEMPTY) and output.exists():
-            return UserError(f"{output} has been created meanwhile: remove it or choose another folder")
+            return UserError(f"{output} was created by another program: remove it or choose another folder")
         return UserError(
-            f"{output} cannot be written ({why}), and its partial files were removed: make room, or choose another "
-            "folder"
+            f"{output} cannot be written ({why}), and its partial files were removed: free disk space, or choose "
+            "another folder"
         )
-    return UserError(f"{output} was not written: rank 0 could not")
+    return UserError(f"{output} was not written, because rank 0 failed: see its error message")
 
 
 def _tensors(
     parameters: list[tuple[str, Shard]], source: Source, to_theirs: Callable[[str, Tensor], dict[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the tensors in the files. Keeps no reference to a tensor that was yielded."""
+    """The names and values of the tensors in the files. The generator keeps no reference to a yielded tensor."""
     for name, shard in parameters:
         yield from to_theirs(name, source(name, shard)).items()
 
@@ -128,7 +130,7 @@ def _plan(
     dtype: torch.dtype,
     max_shard_size: int,
 ) -> list[Shapes]:
-    """The tensors of each file: in order, each file filled up to the limit."""
+    """The names and shapes of the tensors of each file. Tensors keep their order and fill each file up to the limit."""
     shards: list[Shapes] = []
     room = -math.inf
     for ours, shard in parameters:
@@ -145,7 +147,7 @@ def _plan(
 def _write_weights(
     folder: Path, shards: list[Shapes], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype, single: str
 ) -> None:
-    """Write the files of weights, their index if there are several, and the checksums of all tensors."""
+    """Write the weight files, the checksums of all tensors, and an index if there are several weight files."""
     weight_map: dict[str, str] = {}
     checksums: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
@@ -162,8 +164,9 @@ def _write_weights(
 
 
 def safetensors_header(shapes: Shapes, dtype: torch.dtype) -> bytes:
-    """The start of a safetensors file: the length of the header, and the names, shapes and offsets of tensors of one
-    dtype that are stored end to end."""
+    """The first bytes of a safetensors file: the length of the header, and the header.
+
+    The header has the names, shapes and offsets of the tensors, which have the same dtype and no gaps between them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -179,15 +182,15 @@ def _write_tensor(file: BinaryIO, name: str, tensor: tuple[str, Tensor], dtype: 
     assert tensor[0] == name
     values = tensor[1].detach().cpu()
     stored = values.to(dtype)
-    if not all(math.isfinite(extreme) for extreme in stored.aminmax()):  # unlike isfinite, allocates nothing
+    if not all(math.isfinite(extreme) for extreme in stored.aminmax()):  # unlike isfinite, aminmax allocates no mask
         too_large = values[values.isfinite() & ~stored.isfinite()]
         if too_large.numel():
             kind, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
             raise UserError(
-                f"{name} has values up to {float(too_large.abs().max()):.4g}, and {kind} ends at {largest:.4g}: "
-                "choose dtype float32"
+                f"{name} has values up to {float(too_large.abs().max()):.4g}, but the largest value of {kind} is "
+                f"{largest:.4g}: choose dtype float32"
             )
-        say(f"warning: {name} has values that are not finite (NaN or infinite), written unchanged")
+        say(f"warning: {name} has values that are not finite (NaN or infinite), and they are written unchanged")
     file.write(_bytes(stored))
     return checksum(stored)
 
@@ -197,8 +200,9 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def wrong_tensors(folder: Path) -> list[str]:
-    """The tensors of an export whose bytes differ from their checksums, a line each. Empty if the folder has no
-    checksums. Raises: UserError for a link that leads out of the folder."""
+    """A message for each tensor of an exported folder whose bytes differ from their checksum.
+
+    The list is empty if the folder has no checksums. Raises: UserError if a file is a link to outside the folder."""
     path = file_in(folder, CHECKSUMS)
     if path is None:
         return []
@@ -208,7 +212,8 @@ def wrong_tensors(folder: Path) -> list[str]:
         return [f"{CHECKSUMS} cannot be read ({one_line(error)})"]
     found: dict[str, str] = {}
     for name, file_name in _tensors_in(folder):
-        # opened for each tensor: pages that were read count as this process's memory until the file is closed
+        # The file is opened for each tensor, because pages that were read count as this process's memory until the
+        # file is closed.
         with safe_open(folder / file_name, framework="pt") as file:
             found[name] = checksum(file.get_tensor(name))
     names = {total: name for name, total in written.items()}
@@ -217,7 +222,7 @@ def wrong_tensors(folder: Path) -> list[str]:
 
 
 def _tensors_in(folder: Path) -> Iterator[tuple[str, str]]:
-    """The names of a folder's tensors, each with its file's name."""
+    """The name of each tensor in the folder, and the name of its file."""
     for path in sorted(folder.glob("*.safetensors")):
         file_in(folder, path.name)
         with safe_open(path, framework="pt") as file:
@@ -226,5 +231,5 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def belonging_to(name: str | None) -> str:
-    """For messages: the name of the tensor whose bytes were found."""
-    return "" if name is None else f", and holds the bytes of {name}"
+    """A part of a message that names the tensor whose bytes were found, or an empty string if `name` is None."""
+    return "" if name is None else f", and contains the bytes of {name}"

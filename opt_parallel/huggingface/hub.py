@@ -15,17 +15,20 @@ from opt_parallel.config.paths import reach
 from opt_parallel.config.secrets import masked, refuse_secret_value
 from opt_parallel.runtime.errors import UserError, one_line
 
-# files of weights, in the order of preference; weights may instead be split, with an index of that name + INDEX_SUFFIX
+# Names of weight files, in the order of preference. If weights are split over several files, an index lists the files.
+# The name of the index is the name of the weight file with INDEX_SUFFIX.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")
 INDEX_SUFFIX = ".index.json"
-TOKENIZER = ("*.json", "merges.txt", "*.jinja")  # and config.json
+TOKENIZER = ("*.json", "merges.txt", "*.jinja")  # the files of a tokenizer, and config.json
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Download:
-    """Which version of a repository to download, and how: Hugging Face's names. `weights`: the format of the weights
-    (a name in WEIGHTS); None: the best. The token is not printed."""
+    """The version of a repository to download, and settings of the download with Hugging Face's names.
+
+    `weights` is the format of the weights (a name in WEIGHTS), or None for the preferred format. The token is not
+    printed."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -35,21 +38,21 @@ class Download:
 
 
 def find_checkpoint(name: str | Path, key: str, download: Download | None = None) -> Path:
-    """The folder `name`, or a snapshot of the hub id `name` with config, tokenizer and one format of weights.
+    """The folder `name`, or a folder with a download of the hub id `name`.
 
-    With HF_HUB_OFFLINE=1 uses earlier downloads only. Raises: UserError, which starts with `key` (such as
-    `init_from=`)."""
+    The download contains the configuration, the tokenizer, and the weights in one format. With HF_HUB_OFFLINE=1, only
+    earlier downloads are used. Raises: UserError, whose message starts with `key` (such as `init_from=`)."""
     refuse_secret_value(key.rstrip("= "), str(name))
     if folder := reach(key, name):
         for path in folder.iterdir() if folder.is_dir() else []:
-            if not path.name.startswith("rank-"):  # there may be thousands of them, and every rank runs this
+            if not path.name.startswith("rank-"):  # a checkpoint may have thousands of these files
                 reach(key, path)
         return folder
     if not HUB_ID.fullmatch(str(name)):
         raise UserError(f"{key}{name} does not exist: name a checkpoint's folder, or a hub id")
     try:
         return _snapshot(str(name), download or Download())
-    except Exception as error:  # of requests, huggingface_hub or the file system: they have no common base class
+    except Exception as error:  # errors of requests, huggingface_hub and the file system have no common base class
         raise UserError(
             f"{key}{name} is not a local folder and could not be downloaded from the hub ({masked(one_line(error))}): "
             "name a checkpoint's folder or another hub id; HF_HUB_OFFLINE=1 uses an earlier download"
@@ -57,12 +60,13 @@ def find_checkpoint(name: str | Path, key: str, download: Download | None = None
 
 
 def _snapshot(name: str, download: Download) -> Path:
-    """The snapshot of a repository in the hub's cache, downloaded if it is not complete."""
+    """The folder of a repository in the hub's cache, which is downloaded if it is not complete."""
     fetch = partial(
         snapshot_download, name, revision=download.revision, cache_dir=download.cache_dir, token=download.token
     )
     if constants.HF_HUB_OFFLINE or download.local_files_only:
-        # with more patterns it would require all matching files of the hub; the reader reports what is missing
+        # With more patterns, this call would require all matching files of the hub. Missing files are reported when
+        # they are read.
         return Path(str(fetch(local_files_only=True, allow_patterns=["config.json"])))
     files = HfApi(token=download.token).list_repo_files(name, revision=download.revision)
     if download.weights is not None:
@@ -71,7 +75,7 @@ def _snapshot(name: str, download: Download) -> Path:
 
 
 def weights_of(files: list[str]) -> list[str]:
-    """Patterns for the preferred format among `files`; empty if there is none, which the reader reports."""
+    """The file patterns of the preferred format of weights among `files`, or an empty list if there are no weights."""
     for single in WEIGHTS:
         if single in files or single + INDEX_SUFFIX in files:
             stem, _, ending = single.rpartition(".")

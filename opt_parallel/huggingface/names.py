@@ -1,7 +1,7 @@
-"""Maps our parameters to Hugging Face's names for OPT and back, one tensor or slice at a time.
+"""Translates between the parameters of this package and those of Hugging Face's OPT, one tensor or slice at a time.
 
-Hugging Face has separate parameters for query, key and value; ours are the three blocks of one parameter. All other
-parameters correspond one to one.
+Hugging Face has separate parameters for query, key and value. In this package they are the three blocks of one
+parameter. All other parameters correspond one to one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from opt_parallel.runtime.errors import UserError
 WEIGHTS = FORMATS[0]
 INDEX = WEIGHTS + INDEX_SUFFIX
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
-QKV, PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")  # our module of the three, and Hugging Face's
-CHUNK = 1 << 22  # values compared at a time
+QKV, PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")  # The module in this package, and its parts in Hugging Face.
+CHUNK = 1 << 22  # number of values that are compared at a time
 HARMLESS = {"model.decoder.version"}  # a version counter of fairseq that early conversions kept
 
 
 def hf_names(name: str) -> list[str]:
-    """Hugging Face's names for our parameter `name`: one, or three that ours stacks along dim 0."""
+    """Hugging Face's names for the parameter `name` of this package.
+
+    There is one name, or three names for the parameter that stacks query, key and value along dim 0."""
     theirs = f"model.{name}" if name.startswith("decoder.") else name
     if f".{QKV}." not in name:
         return [theirs]
@@ -36,15 +38,17 @@ def hf_names(name: str) -> list[str]:
 
 
 def to_hf(name: str, values: Tensor) -> dict[str, Tensor]:
-    """Our logical tensor under Hugging Face's names."""
+    """The full tensor `name` of this package as tensors with Hugging Face's names."""
     names = hf_names(name)
     parts = [values] if len(names) == 1 else list(values.unbind(0))
     return dict(zip(names, parts, strict=True))
 
 
 def compare_values(one: Tensor, other: Tensor) -> tuple[int, float]:
-    """The number of values that differ between two tensors of equal shape, and the largest difference. A NaN equals a
-    NaN; different dtypes are compared in the wider one. Compares in chunks, so memory does not grow with the tensors.
+    """The number of values that differ between two tensors of equal shape, and the largest difference.
+
+    A NaN equals a NaN. Tensors of different dtypes are compared in the wider dtype. The comparison is in chunks, so its
+    memory does not grow with the tensors.
     """
     count, largest = 0, []
     for a, b in zip(one.flatten().split(CHUNK), other.flatten().split(CHUNK), strict=True):
@@ -55,13 +59,13 @@ def compare_values(one: Tensor, other: Tensor) -> tuple[int, float]:
 
 
 class HuggingFaceWeights:
-    """A source for `fill` that reads only the slices of a shard from a folder's files, in any format.
+    """Reads the weights of a Hugging Face folder, in any of its formats. Only the requested slices are read.
 
-    In files of the bare decoder (OPTModel) the names lack the prefix `model.`; it is added here.
+    In files of the bare decoder (OPTModel), the names lack the prefix `model.`, which this class adds.
     """
 
     def __init__(self, folder: Path, formats: tuple[str, ...] = FORMATS) -> None:
-        """`formats`: the formats of weights to look for. Raises: UserError if a file is missing or damaged."""
+        """Open the weight files in one of the `formats`. Raises: UserError if a file is missing or damaged."""
         self.files = WeightFiles(folder, formats)
         self.dtype = self.files.dtype
         self.folder = folder
@@ -69,20 +73,21 @@ class HuggingFaceWeights:
         for name in self.files.shapes:
             theirs = f"model.{name}" if name.startswith("decoder.") else name
             if theirs in self.stored:
-                raise UserError(f"{folder} holds {name} twice, also as {self.stored[theirs]}: use a complete copy")
+                raise UserError(f"{folder} contains {name} twice, also as {self.stored[theirs]}: use a complete copy")
             self.stored[theirs] = name
 
     def check_layers(self, layers: int) -> None:
-        """Raise UserError if the files have too few tensors for so many layers; called before anything is allocated."""
+        """Raise UserError if the files have too few tensors for this number of layers, before memory is allocated."""
         if layers > len(self.stored):
             raise UserError(
-                f"{self.folder}: {CONFIG} says num_hidden_layers={layers}, and its files hold {len(self.stored)} "
-                "tensors: use a complete copy"
+                f"{self.folder}: {CONFIG} says num_hidden_layers={layers}, but the files contain only "
+                f"{len(self.stored)} tensors: use a complete copy"
             )
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the files hold exactly the logical tensors `wanted`, and optionally a head of the
-        embedding's shape."""
+        """Raise UserError unless the files contain exactly the full tensors `wanted`.
+
+        The files may also contain an output projection (`lm_head`) with the shape of the embedding."""
         theirs: dict[str, tuple[int, ...]] = {}
         for name, shape in wanted.items():
             names = hf_names(name)
@@ -93,13 +98,13 @@ class HuggingFaceWeights:
         require_same_tensors(str(self.folder), theirs, held)
 
     def holds(self, name: str) -> bool:
-        """Whether there is a logical tensor of that name."""
+        """Whether the files contain the full tensor `name`."""
         return all(part in self.stored for part in hf_names(name))
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
-        """The values of `shard.range` of our logical tensor `name`.
+        """The elements `shard.range` of the full tensor `name` of this package.
 
-        Raises: UserError if a file is damaged, or the head is not tied to the embedding."""
+        Raises: UserError if a file is damaged, or if the output projection is not tied to the embedding."""
         names = hf_names(name)
         if len(names) > 1:
             return torch.stack([self._read(part, shard.range[1:]) for part in names])
@@ -112,9 +117,11 @@ class HuggingFaceWeights:
         return self.files.read(self.stored[name], ranges)
 
     def _require_tied(self, embedding: Tensor, head: Tensor) -> None:
-        """Raise UserError unless head and embedding have equal values. Their dtypes may differ; a NaN equals a NaN."""
+        """Raise UserError unless output projection and embedding have equal values.
+
+        Their dtypes may differ, and a NaN equals a NaN."""
         if compare_values(embedding, head)[0]:
             raise UserError(
-                f"{self.folder}: {HEAD} differs from {EMBEDDING}, and a separate output projection is not supported: "
-                "OPT ties the two"
+                f"{self.folder}: {HEAD} differs from {EMBEDDING}, but OPT uses the same weights for both: a separate "
+                "output projection is not supported"
             )

@@ -1,8 +1,8 @@
-"""Checks a PyTorch `.bin` before torch opens it: it may hold only named tensors, not larger than the file.
+"""Checks a PyTorch `.bin` file before torch opens it. The file may contain only named tensors of plausible sizes.
 
-`torch.load(weights_only=True)` runs no code of the file, but builds any object that the file describes: a key of nested
-tuples takes forever to hash, a tensor with one stored value may claim 10¹⁸ elements, a compressed record may expand to
-any size.
+`torch.load(weights_only=True)` runs no code of the file, but it builds any object that the file describes. For example,
+a key of nested tuples takes forever to hash, a tensor with one stored value may claim to have 10¹⁸ elements, and a
+compressed record may expand to any size.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-ZIP = b"PK\x03\x04"  # the bytes by which torch tells its two formats apart
-MOST_PICKLED = 1 << 20  # bytes of names, shapes and offsets; OPT-175B has 0.3 MB
+ZIP = b"PK\x03\x04"  # torch distinguishes its two formats by these first bytes of a file
+MOST_PICKLED = 1 << 20  # maximum bytes of all names, shapes and offsets; OPT-175B has 0.3 MB
 ITEM_BYTES = {
     "DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
 }  # fmt: skip
-# the opcodes that `torch.save` writes for a dict of tensors, in its present format and in that before torch 1.6
+# The opcodes that `torch.save` writes for a dict of tensors, in its present format and in its format before torch 1.6.
 OPCODES = (
     pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.SETITEM, pickle.SETITEMS,
     pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT,
@@ -33,29 +33,31 @@ OPCODES = (
 
 
 def check_pickled(path: Path) -> None:
-    """Raise ValueError or a library's error unless torch can open `path` and builds nothing larger than the file."""
+    """Raise an error unless torch can open `path` safely, without building an object that is larger than the file.
+
+    The error is a ValueError or an error of a library."""
     with open(path, "rb") as file:
         if file.read(len(ZIP)) == ZIP:
             _check_zip(file, path.stat().st_size)
         else:
             file.seek(0)
             start = io.BytesIO(file.read(MOST_PICKLED))
-            for _ in range(3):  # a magic number, the protocol, the machine
+            for _ in range(3):  # skips a magic number, the version of the protocol, and a description of the host
                 _Inert(start).load()
             unpickler = _Inert(start)
-            _require(type(unpickler.load()) is _TextDict, "it is not a dict")
-            _require(unpickler.stored_bytes() <= path.stat().st_size, "its tensors are larger than the file")
+            _require(type(unpickler.load()) is _TextDict, "the content is not a dict")
+            _require(unpickler.stored_bytes() <= path.stat().st_size, "the tensors are larger than the file")
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
-        _require(all(record.compress_type == zipfile.ZIP_STORED for record in records.values()), "it is compressed")
-        _require(sum(record.file_size for record in records.values()) <= size, "its records are larger than the file")
+        _require(all(each.compress_type == zipfile.ZIP_STORED for each in records.values()), "the file is compressed")
+        _require(sum(record.file_size for record in records.values()) <= size, "the records are larger than the file")
         (name,) = [name for name in records if name.endswith("/data.pkl")]
         _require(records[name].file_size <= MOST_PICKLED, f"{name} is larger than {MOST_PICKLED} bytes")
         unpickler = _Inert(io.BytesIO(archive.read(name)))
-        _require(type(unpickler.load()) is _TextDict, "it is not a dict")
+        _require(type(unpickler.load()) is _TextDict, "the content is not a dict")
         for key, storage in unpickler.storages.items():
             record = records[f"{name.removesuffix('data.pkl')}data/{key}"]
             _require(record.file_size >= storage.count * storage.item, f"{record.filename} ends early")
@@ -63,35 +65,35 @@ def _check_zip(file: BinaryIO, size: int) -> None:
 
 @dataclass(frozen=True)
 class _Storage:
-    """A storage of tensors' values: `count` elements of `item` bytes."""
+    """The size of a storage, which contains the values of tensors: `count` elements of `item` bytes each."""
 
     count: int
     item: int
 
 
 class _TextDict(dict):
-    """A dict whose keys must be text: hashing another key may take forever."""
+    """A dict whose keys must be text, because hashing a key of another type may take forever."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _require(type(key) is str, "a key in it is not text")
+        _require(type(key) is str, "a key of a dict is not text")
         super().__setitem__(key, value)
 
 
 class _Inert(pickle._Unpickler):
-    """Reads a pickle, and builds only numbers, text, tuples, lists and dicts."""
+    """Reads a pickle without building objects other than numbers, text, tuples, lists and dicts."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
 
     def stored_bytes(self) -> int:
-        """Bytes of all storages."""
+        """The number of bytes of all storages, which contain the values of the tensors."""
         return sum(storage.count * storage.item for storage in self.storages.values())
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in ITEM_BYTES:
             return ITEM_BYTES[name]
-        _require((module, name) in CALLED, f"it uses {module!r:.80} {name!r:.80}")
+        _require((module, name) in CALLED, f"the file uses {module!r:.80} {name!r:.80}")
         return CALLED[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -110,13 +112,13 @@ def _empty_dict(unpickler: Any) -> None:
 
 
 def _build(unpickler: Any) -> None:
-    """Drop the attributes of an OrderedDict."""
+    """Ignore the attributes of an OrderedDict."""
     unpickler.stack.pop()
-    _require(type(unpickler.stack[-1]) is _TextDict, "it holds more than tensors")
+    _require(type(unpickler.stack[-1]) is _TextDict, "the file contains more than tensors")
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> None:
-    """Require that the tensor's last element is in the storage, and that it has no more elements than the storage."""
+    """Raise ValueError if the tensor has more elements than its storage, or if its last element is outside."""
     numbers = (offset, *size, *stride)
     known = len(size) == len(stride) and all(type(number) is int and number >= 0 for number in numbers)
     _require(known, "it is not a tensor")

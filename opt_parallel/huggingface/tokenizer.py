@@ -1,8 +1,9 @@
-"""Reads Hugging Face's tokenizer files as transformers' `AutoTokenizer` does, without transformers.
+"""Reads Hugging Face's tokenizer files in the same way as `AutoTokenizer` of transformers, without transformers.
 
-Reads tokenizer.json, or vocab.json with merges.txt; the tokens that tokenizer_config.json, special_tokens_map.json and
-added_tokens.json add; and these files' settings: bos, eos and pad token, the longest text, a chat template.
-`AutoTokenizer` and `read_tokenizer` read the same tokenizer from the files that are written here.
+The tokenizer is read from tokenizer.json, or from vocab.json and merges.txt. Further tokens are read from
+tokenizer_config.json, special_tokens_map.json and added_tokens.json. These files also have settings, such as the bos,
+eos and pad token, the maximum length of a text, and a chat template. `AutoTokenizer` reads the same tokenizer from the
+files that this module writes.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ SETTINGS, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", 
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, VOCABULARY, MERGES, SETTINGS, SPECIALS, ADDED, CHAT_TEMPLATE)
 
-OF_MODELS = ("bos_token", "eos_token", "pad_token")  # tokens whose ids a network's configuration has
+OF_MODELS = ("bos_token", "eos_token", "pad_token")  # the configuration of a network has the ids of these tokens
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-EXTRA = ("additional_special_tokens", "extra_special_tokens")  # transformers 4's name and transformers 5's
+EXTRA = ("additional_special_tokens", "extra_special_tokens")  # the names of the key in transformers 4 and 5
 LIKE_GPT2 = {None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# settings that tokenizer.json already has, and names of others' files and code
+# Settings that are not copied, because tokenizer.json has them, or because they name files and code of other programs.
 NOT_KEPT = {
     "added_tokens_decoder", "add_bos_token", "add_eos_token", "auto_map", "backend", "chat_template", "is_local",
     "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", *EXTRA,
@@ -43,8 +44,10 @@ NOT_KEPT = {
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer with its files' settings: `settings` as in tokenizer_config.json, each token as its text; `extra`:
-    special tokens without a role."""
+    """A tokenizer and the settings in its files.
+
+    The `settings` have the keys of tokenizer_config.json, and each token is given by its text. `extra` are the special
+    tokens without a role such as padding."""
 
     tokenizer: Tokenizer
     settings: dict[str, Any] = field(default_factory=dict)
@@ -53,35 +56,37 @@ class LoadedTokenizer:
 
     @property
     def ids(self) -> dict[str, int]:
-        """Those of `bos_token_id`, `eos_token_id` and `pad_token_id` that the files give."""
+        """The values of `bos_token_id`, `eos_token_id` and `pad_token_id`, if the tokenizer's files name the tokens."""
         found = {role: self.tokenizer.token_to_id(self.settings.get(role) or "") for role in OF_MODELS}
         return {f"{role}_id": number for role, number in found.items() if number is not None}
 
     def of_model(self, model: ModelConfig) -> LoadedTokenizer:
-        """The tokenizer with `model`'s bos, eos and pad tokens, so that the two agree when they are loaded."""
+        """The tokenizer with the same bos, eos and pad tokens as the network `model`."""
         added = self.tokenizer.get_added_tokens_decoder()
         special = {number: token.content for number, token in added.items() if token.special}
         return replace(self, settings=self.settings | roles_of(model, special))
 
     def identity(self) -> list[Any]:
-        """All that decides the content of its files."""
+        """A description of the tokenizer that is equal if the content of its files is equal."""
         return [self.tokenizer.to_str(), self.settings, list(self.extra), self.chat_template]
 
 
 def roles_of(model: ModelConfig, special: dict[int, str]) -> dict[str, str]:
-    """The texts of `model`'s bos, eos and pad tokens, as far as they are among the `special` tokens (by id)."""
+    """The texts of those of `model`'s bos, eos and pad tokens that are among the `special` tokens (by id)."""
     ids = {role: getattr(model, f"{role}_id") for role in OF_MODELS}
     return {role: special[number] for role, number in ids.items() if number in special}
 
 
 def other_ids(model: ModelConfig) -> list[list[int]]:
-    """`model`'s ids of these tokens if they are not OPT's, else nothing; part of a cache's identity."""
+    """The ids of `model`'s bos, eos and pad tokens, or an empty list if they are the same as in OPT.
+
+    The list is part of a cache key."""
     ids, usual = ([getattr(of, f"{role}_id") for role in OF_MODELS] for of in (model, ModelConfig))
     return [] if ids == usual else [ids]
 
 
 def find_tokenizer(name: str) -> Path:
-    """The file or folder `name`, or the snapshot of the hub id `name`. Raises: UserError."""
+    """The file or folder `name`, or the folder with a download of the hub id `name`. Raises: UserError."""
     if path := reach("data.tokenizer=", name):
         return path
     way_out = "name a folder with tokenizer.json, or set data.tokenizer=null to train one on data.train"
@@ -96,20 +101,20 @@ def find_tokenizer(name: str) -> Path:
 
 
 def read_tokenizer(name: str) -> LoadedTokenizer:
-    """The tokenizer of a tokenizer.json, a folder or a hub id. Raises: UserError."""
+    """The tokenizer in the file tokenizer.json, the folder or the hub id `name`. Raises: UserError."""
     path = find_tokenizer(name)
     try:
         return LoadedTokenizer(_from_json(path, name)) if path.is_file() else _from_folder(path, name)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the tokenizers library raises bare Exception, and its panics are BaseExceptions
+    except BaseException as error:  # a panic in the library `tokenizers` is a BaseException, not an Exception
         raise UserError(
             f"data.tokenizer={name} cannot be read ({one_line(error):.500}): use a complete copy"
         ) from error
 
 
 def write_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
-    """Write files for `read_tokenizer` and transformers' `AutoTokenizer` into `folder`. Raises: OSError."""
+    """Write a tokenizer into `folder`, in files that `AutoTokenizer` of transformers can read. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in _files_of(loaded).items():
         (folder / name).write_bytes(content)
@@ -128,8 +133,10 @@ def _files_of(loaded: LoadedTokenizer) -> dict[str, bytes]:
 
 
 def files_for(folder: Path, model: ModelConfig) -> dict[str, bytes]:
-    """The tokenizer files for an export of `model`: the folder's own files if they name `model`'s bos, eos and pad
-    tokens, else new files of the same tokenizer that do. Raises: UserError."""
+    """The contents of the tokenizer files for an export of `model`, by file name. Raises: UserError.
+
+    The files in `folder` are used if they name the same bos, eos and pad tokens as `model`. Otherwise the files are
+    written anew with the tokens of `model`."""
     found = {name: content_of(folder, name) for name in FILES}
     files = {name: content for name, content in found.items() if content is not None}
     try:
@@ -138,13 +145,13 @@ def files_for(folder: Path, model: ModelConfig) -> dict[str, bytes]:
             return files
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({one_line(error):.300}): use a complete copy"
+            f"the tokenizer in {folder} cannot be read ({one_line(error):.300}): use a complete copy"
         ) from error
     return _files_of(read_tokenizer(str(folder)).of_model(model))
 
 
 def special_tokens_in(files: dict[str, bytes]) -> dict[int, str]:
-    """The special tokens in a tokenizer's files, by id; with vocab.json only tokens that have a role.
+    """The special tokens in a tokenizer's files, by id. From vocab.json, only tokens with a role are read.
 
     Raises: ValueError, TypeError, KeyError or AttributeError if the files are damaged."""
     if TOKENIZER in files:
@@ -160,7 +167,7 @@ def _named_in(files: dict[str, bytes]) -> dict[str, str]:
 
 
 def count_tokens(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding needs for the tokens: the largest id plus 1."""
+    """The number of rows that an embedding needs for the tokens, which is the largest token id plus 1."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -169,8 +176,8 @@ def check_size(tokenizer: Tokenizer, name: str, rows: int) -> None:
     tokens = count_tokens(tokenizer)
     require(
         tokens <= rows,
-        f"data.tokenizer={name} has {tokens} tokens, model.vocab_size={rows} rows: set model.vocab_size to {tokens} or "
-        "more, or use a smaller tokenizer",
+        f"data.tokenizer={name} has {tokens} tokens, but the embedding has only model.vocab_size={rows} rows: set "
+        f"model.vocab_size to {tokens} or more, or use a smaller tokenizer",
     )
 
 
@@ -186,11 +193,11 @@ def _from_folder(folder: Path, name: str) -> LoadedTokenizer:
         found = tokenizer.token_to_id(token.content)
         require(
             found == number,
-            f"data.tokenizer={name}: its files give {token.content!r:.80} the id {number}, and in the order of the "
-            f"tokens it has {found}: use a complete copy",
+            f"data.tokenizer={name}: its files give the token {token.content!r:.80} the id {number}, but by the order "
+            f"of the tokens its id is {found}: use a complete copy",
         )
     if not any(settings.get(role) for role in ROLES) and OF_GPT2 in present:
-        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), OF_GPT2)  # as GPT2Tokenizer does
+        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), OF_GPT2)  # the defaults of GPT2Tokenizer
     template, own = content_of(folder, CHAT_TEMPLATE), settings.get("chat_template")
     own = own if isinstance(own, str) else None
     roles = {role: _text(settings[role]) for role in ROLES if settings.get(role)}
@@ -200,8 +207,10 @@ def _from_folder(folder: Path, name: str) -> LoadedTokenizer:
 
 
 def _settings(folder: Path) -> tuple[dict[str, Any], dict[int, AddedToken], dict[int, AddedToken]]:
-    """The files' settings, and the tokens that they add, by id: first those whose flags override tokenizer.json's, then
-    those whose flags hold only for tokens that tokenizer.json does not have."""
+    """The settings in the tokenizer's files, and two dicts of the tokens that the files add, by id.
+
+    The flags of the tokens in the first dict override those in tokenizer.json. The tokens in the second dict are used
+    only if tokenizer.json does not have them."""
     settings = _json_in(folder, SETTINGS)
     if "added_tokens_decoder" in settings:
         return settings, {int(number): _token(value) for number, value in settings["added_tokens_decoder"].items()}, {}
@@ -223,7 +232,7 @@ def _json_in(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _special_tokens(settings: dict[str, Any]) -> list[AddedToken]:
-    """The tokens to which the settings give a role, or which they name as special."""
+    """The tokens that have a role in the settings, such as padding, or that the settings name as special tokens."""
     others = [key for key in settings if key.endswith("_token") and key not in ROLES]
     values = [settings.get(role) for role in (*ROLES, *others)] + _extra(settings)
     return [_token(value, special=True) for value in values if value and isinstance(value, (str, dict))]
@@ -239,7 +248,7 @@ def _text(value: Any) -> str:
 
 
 def _token(value: Any, special: bool | None = None) -> AddedToken:
-    """A token from its form in the files: its text, or an object of text and flags."""
+    """A token, which the files give as a text, or as an object with a text and flags."""
     flags = {name: value[name] for name in FLAGS if name in value} if isinstance(value, dict) else {}
     return AddedToken(_text(value), **(flags if special is None else {**flags, "special": special}))
 
@@ -248,38 +257,38 @@ def _from_json(path: Path, name: str) -> Tokenizer:
     text = read_limited(path).decode()
     require_bounded(text, name)
     tokenizer = Tokenizer.from_str(text)
-    require(tokenizer.get_vocab_size() > 0, f"data.tokenizer={name} has no tokens: use another")
+    require(tokenizer.get_vocab_size() > 0, f"data.tokenizer={name} has no tokens: use another tokenizer")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Tokenizer:
-    """OPT's or GPT-2's tokenizer from vocab.json and merges.txt, with the special tokens that the settings name."""
+    """The tokenizer of OPT or GPT-2 from vocab.json and merges.txt, with the special tokens that the settings name."""
     vocabulary, merges = file_in(folder, VOCABULARY), file_in(folder, MERGES)
     if vocabulary is None or merges is None:
         raise UserError(
-            f"data.tokenizer={name} holds neither {TOKENIZER} nor {VOCABULARY} with {MERGES}: name a folder that has "
-            "them, or set data.tokenizer=null to train a tokenizer on data.train"
+            f"data.tokenizer={name} contains neither {TOKENIZER} nor {VOCABULARY} with {MERGES}: name a folder with "
+            "these files, or set data.tokenizer=null to train a tokenizer on data.train"
         )
     require(
         settings.get("tokenizer_class") in LIKE_GPT2,
-        f"data.tokenizer={name} is a {settings.get('tokenizer_class')!r:.80}, and {VOCABULARY} alone is read as "
-        f"GPT-2's: add the {TOKENIZER} that transformers saves of it",
+        f"data.tokenizer={name} is a {settings.get('tokenizer_class')!r:.80}, but {VOCABULARY} alone is read as a "
+        f"GPT-2 tokenizer: add the file {TOKENIZER}, which transformers can save",
     )
-    read_limited(vocabulary), read_limited(merges)  # raises if they are too large
+    read_limited(vocabulary), read_limited(merges)  # raises an error if one of the files is too large
     model = models.BPE.from_file(str(vocabulary), str(merges))
     named = [_text(settings[role]) for role in ROLES if settings.get(role)]
     if not named:
         named = [OF_GPT2] if model.token_to_id(OF_GPT2) is not None else [PAD, END]
         if missing := [text for text in named if model.token_to_id(text) is None]:
             raise UserError(
-                f"data.tokenizer={name}: {VOCABULARY} has no {missing[0]}, so it is not OPT's, and no file names its "
-                f"special tokens: add its {SETTINGS} or its {TOKENIZER}"
+                f"data.tokenizer={name}: {VOCABULARY} has no token {missing[0]}, so it is not OPT's, and no file names "
+                f"the special tokens: add the file {SETTINGS} or {TOKENIZER}"
             )
         settings |= dict.fromkeys(("bos_token", "eos_token"), named[-1])
     if file_in(folder, SETTINGS) is None:
-        settings["add_bos_token"] = _text(settings.get("bos_token")) == END  # OPT's prompts begin with it
+        settings["add_bos_token"] = _text(settings.get("bos_token")) == END  # prompts of OPT start with this token
     ends = [settings.get(f"{role}_token") if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
     begin, end = (None if value is None else _text(value) for value in ends)
     specials = [text for text in dict.fromkeys(named) if model.token_to_id(text) is not None]
@@ -289,9 +298,10 @@ def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Token
 def byte_level(
     model: models.Model, specials: list[str], begin: str | None = END, end: str | None = None, prefix: bool = False
 ) -> Tokenizer:
-    """GPT-2's tokenizer with `model`: splits a text into words, and words into bytes; does not split `specials`.
+    """A byte-level tokenizer as in GPT-2, with the vocabulary of `model`. Special tokens are not split.
 
-    `begin`, `end`: tokens that `encode` adds with add_special_tokens; `prefix`: add a space before a text."""
+    If `encode` is called with `add_special_tokens`, it adds the tokens `begin` and `end`. With `prefix`, a space is
+    added before each text."""
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)

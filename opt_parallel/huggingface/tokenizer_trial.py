@@ -1,7 +1,7 @@
-"""Tries an unknown tokenizer before it is used: loads and runs it in another process with limits of time and memory.
+"""Tests an unknown tokenizer before it is used, in a child process with limits of time and memory.
 
-Regular expressions and replacements may take forever or need unlimited memory, and the library's failures end the
-process. Tokenizers that consist of harmless parts, such as OPT's, are not tried.
+A tokenizer's regular expressions and replacements may take forever or need unlimited memory, and errors of the library
+may end the process. A tokenizer that consists only of harmless parts, such as that of OPT, is not tested.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.foreign import parse_json
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-# parts whose time and output are linear in the text's length
+# Types of parts whose time and output are linear in the length of the text.
 HARMLESS = {
     "BertNormalizer", "BertPreTokenizer", "BertProcessing", "BPEDecoder", "ByteFallback", "ByteLevel",
     "CharDelimiterSplit", "Digits", "Fuse", "Lowercase", "Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Nmt",
@@ -27,10 +27,11 @@ HARMLESS = {
     "Whitespace", "WhitespaceSplit",
 }  # fmt: skip
 HARMLESS_MODELS = {"BPE", "WordLevel"}
-# limits: seconds of CPU time to load a tokenizer, and then to try it; seconds of wall time for both; bytes for each
+# Maximum seconds of CPU time to load a tokenizer and to test it, maximum seconds of wall time for both steps, and
+# maximum bytes for each step.
 TO_LOAD, TO_TRY, TIMEOUT = 20, 4, 120
 BYTES_TO_LOAD, BYTES_TO_TRY = 4 * 10**9, 2 * 10**8
-RUN, MOST_CHARACTERS = 1000, 40  # length of a run of one character; number of different characters that are tried
+RUN, MOST_CHARACTERS = 1000, 40  # length of a run of one character, and maximum number of characters that are tested
 TRIAL = """
 import contextlib, json, resource, sys
 
@@ -56,7 +57,7 @@ _tried: set[bytes] = set()
 def require_bounded(content: str, name: str) -> None:
     """Raise UserError unless the tokenizer.json with this `content` works within the limits of time and memory.
 
-    Raises: ValueError if it is not a tokenizer."""
+    Raises: ValueError if the content is not a tokenizer."""
     values = parse_json(content.encode())
     parts, model = [values.get(part) for part in PARTS], values.get("model") or {}
     if _types_in(parts) <= HARMLESS and model.get("type") in HARMLESS_MODELS:
@@ -76,18 +77,18 @@ def require_bounded(content: str, name: str) -> None:
     lines = [line for line in process.stderr.decode(errors="replace").splitlines() if line.strip()]
     if process.returncode == -signal.SIGXCPU:
         raise UserError(_refusal(name, f"takes over {TO_TRY} s"))
-    if process.returncode:  # the cause is the first line before a signal, the last line of a traceback
+    if process.returncode:  # after a signal, the first line states the cause; after an error, the last line does
         cause = lines[0 if process.returncode < 0 else -1] if lines else f"status {process.returncode}"
         raise UserError(_refusal(name, f"fails ({cause:.200})")) if process.stdout else ValueError(cause)
     _tried.add(digest)
 
 
 def _refusal(name: str, what: str) -> str:
-    return f"data.tokenizer={name} {what} on texts of {RUN:,} characters: use another"
+    return f"data.tokenizer={name} {what} on texts of {RUN:,} characters: use another tokenizer"
 
 
 def _types_in(part: Any) -> set[str]:
-    """The types of all parts of a tokenizer, at any depth."""
+    """The types of all parts of a tokenizer, including parts of parts."""
     if isinstance(part, list):
         return set().union(*map(_types_in, part))
     if not isinstance(part, dict):
@@ -97,8 +98,10 @@ def _types_in(part: Any) -> set[str]:
 
 
 def _texts(parts: list[Any]) -> list[str]:
-    """Texts to try: long runs of each common character and of each character in the tokenizer's patterns, alone and
-    alternating, each with an end that does not match the run."""
+    """Texts that may make a tokenizer slow.
+
+    The texts are long runs of a common character or of a character in the tokenizer's patterns, and runs of two
+    alternating characters. Each run is followed by a different character."""
     usual = "a0 \n.\té漢"
     named = [character for pattern in _strings(parts) for character in pattern if character not in "\\()[]{}|?*+^$"]
     characters = list(dict.fromkeys([*usual, *named]))[:MOST_CHARACTERS]

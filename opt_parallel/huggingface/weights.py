@@ -1,7 +1,8 @@
-"""Reads slices of named tensors from files of safetensors, PyTorch, TensorFlow and Flax.
+"""Reads slices of named tensors from weight files in the formats of safetensors, PyTorch, TensorFlow and Flax.
 
-A reader has `shapes`, by the tensors' names in PyTorch, and `read(name, ranges)`. Files are mapped again for each read:
-pages that were read count as this process's memory as long as their mapping lasts.
+A reader has `shapes`, by the names of the tensors in PyTorch, and a method `read(name, ranges)`. Files are
+memory-mapped again for each read, because pages that were read count as this process's memory until the file is
+unmapped.
 """
 
 from __future__ import annotations
@@ -24,31 +25,32 @@ from opt_parallel.runtime.errors import UserError, one_line, out_of_memory
 from opt_parallel.runtime.machine import is_out_of_memory
 from opt_parallel.storage.foreign import file_in, read_json
 
-REMAP = 1 << 27  # bytes of tensors read through one mapping of a PyTorch file
+REMAP = 1 << 27  # bytes of tensors that are read before a PyTorch file is memory-mapped again
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
-MOST_HEADER = 1 << 24  # bytes of a safetensors header; OPT-175B's headers have 0.2 MB
+MOST_HEADER = 1 << 24  # maximum bytes of a safetensors header; the headers of OPT-175B have 0.2 MB
 LONGEST_NAME, MOST_DIMS = 500, 8
 
 
 class WeightFile(Protocol):
-    """A file of named tensors."""
+    """A weight file with named tensors."""
 
     shapes: dict[str, tuple[int, ...]]
-    dtypes: set[torch.dtype | None]  # of its tensors; None for a dtype that torch does not have
+    dtypes: set[torch.dtype | None]  # the dtypes of the tensors, with None for a dtype that torch does not have
 
     def __init__(self, path: Path) -> None: ...
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        """A slice of a tensor, in its stored dtype."""
+        """The elements `ranges` of the tensor `name`, in the dtype of the file."""
 
 
 class WeightFiles:
-    """All tensors of a folder, in the first format of `WEIGHTS` that it has, in one file or in several."""
+    """The tensors in the weight files of a folder. The files have the first format in `WEIGHTS` that the folder has."""
 
     def __init__(self, folder: Path, formats: tuple[str, ...] = WEIGHTS) -> None:
-        """`formats`: the formats of `WEIGHTS` to look for. Raises: UserError if there are no weights, or a file is
-        missing, damaged or not in the folder."""
+        """Open the weight files in one of the `formats` in `folder`.
+
+        Raises: UserError if the folder has no weights, or if a file is missing, damaged or outside the folder."""
         self._files: dict[str, WeightFile] = {}
         for path, open_file in _files_of(folder, formats):
             with reading(path):
@@ -60,10 +62,10 @@ class WeightFiles:
         self.folder = folder
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
         dtypes = {dtype for file in self._files.values() for dtype in file.dtypes if dtype in DTYPES}
-        self.dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # represents all their values
+        self.dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # represents all values exactly
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        """A slice of a tensor. Raises: UserError if its file is damaged."""
+        """The elements `ranges` of the tensor `name`. Raises: UserError if the tensor's file is damaged."""
         with reading(self.folder, f": {name}"):
             values = self._files[name].read(name, ranges)
         if values.dtype not in DTYPES:
@@ -73,10 +75,10 @@ class WeightFiles:
 
 
 def _check_names(shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError for a name that would not fit into one line of a message."""
+    """Raise ValueError if a name is too long for a line of a message, or a tensor has too many dimensions."""
     for name, shape in shapes.items():
         if len(name) > LONGEST_NAME or not name.isprintable() or len(shape) > MOST_DIMS:
-            raise ValueError(f"{name!r:.80} of {len(shape)} dimensions is not a tensor's name")
+            raise ValueError(f"{name!r:.80} with {len(shape)} dimensions is not a tensor of a network")
 
 
 def _files_of(folder: Path, formats: tuple[str, ...]) -> Iterator[tuple[Path, type[WeightFile]]]:
@@ -89,14 +91,14 @@ def _files_of(folder: Path, formats: tuple[str, ...]) -> Iterator[tuple[Path, ty
             for name in _named_in(index):
                 path = file_in(folder, name)
                 if path is None:
-                    raise UserError(f"{folder / name} is missing, and {index.name} names it: use a complete copy")
+                    raise UserError(f"{folder / name} is missing, but {index.name} names it: use a complete copy")
                 yield path, open_file
             return
-    raise UserError(f"{folder} holds no weights: it has none of {', '.join(formats)}, nor an index of split weights")
+    raise UserError(f"{folder} contains no weights: it has none of {', '.join(formats)}, and no index of split weights")
 
 
 def _named_in(index: Path) -> list[str]:
-    """The files that an index names, each once."""
+    """The names of the weight files that an index lists, without repetitions."""
     try:
         files = set(read_json(index)["weight_map"].values())
         outside = [name for name in files if Path(name).name != name]
@@ -104,18 +106,18 @@ def _named_in(index: Path) -> list[str]:
         raise UserError(f"{index} is not an index of weight files ({one_line(error)}): use a complete copy") from error
     if outside or not files:
         named = f"{outside[0]!r:.200}" if outside else "no file"
-        raise UserError(f"{index} names {named}: it must name files beside it")
+        raise UserError(f"{index} names {named}: an index must name files in its own folder")
     return sorted(files)
 
 
 @contextmanager
 def reading(path: Path, what: str = "") -> Iterator[None]:
-    """Turn any error within the context into one line that names the file."""
+    """A context that turns any error into a UserError with the file."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of five libraries
+    except Exception as error:  # five libraries raise errors of different types
         if is_out_of_memory(error):
             raise UserError(f"{path}{what}: {out_of_memory(error)}") from error
         raise UserError(f"{path}{what} cannot be read ({one_line(error):.500}): use a complete copy") from error
@@ -128,7 +130,7 @@ class SafetensorsFile:
         self.path = path
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > MOST_HEADER:
-                raise ValueError(f"its header is larger than {MOST_HEADER:,} bytes")
+                raise ValueError(f"the header is larger than {MOST_HEADER:,} bytes")
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
@@ -142,12 +144,12 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """A file of `torch.save`. Only tensors are unpickled; no code in the file runs."""
+    """A file that `torch.save` wrote. Only tensors are unpickled, and no code in the file is executed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(path, "rb") as file:
-            self.mapped = file.read(len(ZIP)) == ZIP  # files before torch 1.6 cannot be mapped: read at once, and kept
+            self.mapped = file.read(len(ZIP)) == ZIP  # a file from before torch 1.6 cannot be mapped, and is read whole
         with self._only_weights():
             check_pickled(path)
         tensors = self.load()
@@ -162,11 +164,11 @@ class TorchFile:
         return tensors[name][ranges]
 
     def load(self) -> dict[str, Tensor]:
-        with self._only_weights(), warnings.catch_warnings():  # torch warns of an unusual pickle before it refuses it
+        with self._only_weights(), warnings.catch_warnings():  # torch warns of unusual pickles before it raises errors
             warnings.simplefilter("ignore")
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise UserError(f"{self.path} holds a {type(content).__name__}, not tensors by name")
+            raise UserError(f"{self.path} contains a {type(content).__name__}, not a dict of tensors")
         return content
 
     @contextmanager
@@ -175,18 +177,19 @@ class TorchFile:
             yield
         except Exception as error:
             if is_out_of_memory(error):
-                raise  # not the file's fault
+                raise  # the file is not the cause
             raise UserError(
-                f"{self.path} is damaged or holds more than weights, and only weights are read from a pickle "
-                f"({one_line(error):.200}): use a complete copy, or convert it to safetensors if you trust it"
+                f"{self.path} is damaged or contains more than weights, and only weights are read from a pickle "
+                f"({one_line(error):.200}): use a complete copy, or convert the file to safetensors if you trust it"
             ) from error
 
 
 @lru_cache(maxsize=1)
 def _mapping(file: TorchFile, number: int) -> dict[str, Tensor]:
-    """The file's tensors, mapped for the `number`th time. The cache of size 1 drops the mapping when another one is
-    made. One mapping serves many reads, since opening takes longer than reading most tensors; but not all, since pages
-    that were read stay in memory until the mapping ends."""
+    """The tensors of a file, which is memory-mapped for the `number`th time.
+
+    A cache of size 1 keeps the last mapping for further reads, because opening a file takes longer than reading most
+    tensors. A new `number` replaces the mapping, because pages that were read stay in memory until then."""
     return file.load()
 
 

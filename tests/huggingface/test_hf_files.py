@@ -111,7 +111,7 @@ def test_a_pickle_does_nothing_but_hold_weights(tmp_path: Path, zipped: bool, mo
     weights.write_bytes(pickle.dumps(Bomb()))
     refused(tmp_path, "only weights are read from a pickle")
     torch.save({"epoch": 3}, weights, _use_new_zipfile_serialization=zipped)
-    refused(tmp_path, "holds a dict, not tensors by name")
+    refused(tmp_path, "contains a dict, not a dict of tensors")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -161,7 +161,7 @@ def test_split_files_that_do_not_fit_their_index(written: Path, tmp_path: Path) 
         index.write_text(json.dumps({"weight_map": content}))
         refused(folder, index.name, "beside it")
     index.unlink()
-    refused(folder, "holds no weights", "pytorch_model.bin")
+    refused(folder, "contains no weights", "pytorch_model.bin")
 
 
 def test_missing_package_is_one_line(written: Path, monkeypatch: Any) -> None:

@@ -85,7 +85,7 @@ def test_known_extras_are_left_alone_and_a_head_must_be_tied(folder: Path) -> No
     tensors_changed(folder, add)
     open_checkpoint(folder).model(ALONE, CPU)
     tensors_changed(folder, untie)
-    assert "OPT ties the two" in error_of(lambda: open_checkpoint(folder).model(ALONE, CPU))
+    assert "a separate output projection" in error_of(lambda: open_checkpoint(folder).model(ALONE, CPU))
     tensors_changed(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(7, 48)}))
     assert "lm_head.weight has shape (7, 48)" in error_of(lambda: open_checkpoint(folder).model(ALONE, CPU))
 

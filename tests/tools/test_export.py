@@ -192,9 +192,7 @@ def write(output: Path, values: dict[str, Tensor], dtype: torch.dtype = torch.fl
 
 def test_a_value_too_large_for_float16_is_an_error(tmp_path: Path) -> None:
     values = {"decoder.small": torch.tensor([65504.0, -65504.0]), "decoder.large": torch.tensor([1.0, -1e5])}
-    with pytest.raises(
-        UserError, match=r"model\.decoder\.large has values up to 1e\+05, and float16 ends at 6\.55e\+04"
-    ):
+    with pytest.raises(UserError, match=r"model\.decoder\.large has values up to 1e\+05, but .* float16 is 6\.55e\+04"):
         write(tmp_path / "export", values, torch.float16)
     assert list(tmp_path.iterdir()) == []
     del values["decoder.large"]
@@ -339,7 +337,7 @@ def test_ranks_that_gather_write_one_folder_and_fail_together(crew: Any, tmp_pat
     (tmp_path / "a-file").write_text("in the way")
     first, second = crew(2)(write_together, str(tmp_path))
     assert "Not a directory" in first
-    assert "rank 0 could not" in second
+    assert "rank 0 failed" in second
     assert [tensor.tolist() for tensor in stored_tensors(tmp_path / "export").values()] == [[0, 0, 1, 1]] * 3
 
 

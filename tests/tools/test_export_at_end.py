@@ -41,7 +41,7 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     export.write_text("a file where a folder is to be made")
     failed = python("train.py", *arguments)
     assert failed.returncode == 2
-    assert f"export.at_end: {export} exists and is not our export" in failed.stderr
+    assert f"export.at_end: {export} exists and was not written by an export" in failed.stderr
     assert f"{checkpoint} is complete, and the same command exports it again" in failed.stderr
     assert export.read_text() == "a file where a folder is to be made"
     export.unlink()
@@ -49,7 +49,7 @@ def test_a_run_that_could_not_export_does_it_when_started_again(tmp_path: Path) 
     (export / "mine").mkdir(parents=True)
     foreign = python("train.py", *arguments)
     assert foreign.returncode == 2
-    assert "is not our export" in foreign.stderr
+    assert "was not written by an export" in foreign.stderr
     (export / "mine").rmdir()  # still there
     export.rmdir()
     again = python("train.py", *arguments)

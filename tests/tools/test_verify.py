@@ -52,10 +52,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], list[str], list[str
     "query and key": (
         swap_query_and_key,
         [
-            f"{QUERY}: differs from checksums.json, and holds the bytes of {KEY}",
-            f"{KEY}: differs from checksums.json, and holds the bytes of {QUERY}",
+            f"{QUERY}: differs from checksums.json, and contains the bytes of {KEY}",
+            f"{KEY}: differs from checksums.json, and contains the bytes of {QUERY}",
         ],
-        ["and holds the bytes of"],
+        ["and contains the bytes of"],
     ),
     "heads": (
         permute_two_heads,

@@ -166,7 +166,7 @@ def test_too_small_a_vocabulary_to_train() -> None:
 def test_tokenizer_and_model_must_agree(trained: Tokenizer) -> None:
     size = trained.get_vocab_size()
     check_tokenizer(trained, "x", model(vocab_size=size))
-    with pytest.raises(UserError, match=f"has {size} tokens, model.vocab_size={size - 1} rows"):
+    with pytest.raises(UserError, match=f"has {size} tokens, .*model.vocab_size={size - 1} rows"):
         check_tokenizer(trained, "x", model(vocab_size=size - 1))
     with pytest.raises(UserError, match=r"set model.eos_token_id=2"):
         check_tokenizer(trained, "x", model(eos_token_id=3))
