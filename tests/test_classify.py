@@ -212,7 +212,8 @@ def test_other_labels_do_not_continue_a_run(trained: tuple[Path, list[str], str]
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert (
-        "is a classifier of bad, good (single_label_classification), this run trains a classifier of good, poor" in line
+        "is a classifier of bad, good (single_label_classification), but this run trains a classifier of good, poor"
+        in line
     )
     checkpoint = folder / "run" / "checkpoints" / "step-6"
     process = python("train.py", *arguments, f"init_from={checkpoint}", "task.labels=[good,bad]", "steps=9")

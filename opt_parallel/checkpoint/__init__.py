@@ -1,1 +1,1 @@
-"""Checkpoints: a folder, complete or absent, with the weights as logical tensors that any layout can read."""
+"""Saves checkpoints, and reads them into any number of processes, independently of how many processes saved them."""

@@ -1,8 +1,8 @@
-"""A flat piece of a shard as rectangles (boxes) of the logical tensor, so that pieces of different layouts can be
-intersected.
+"""Describes a flat piece of a tensor's part as rectangles (boxes) of the full tensor.
 
-Elements a to b of a flattened matrix are the end of a first row, some full rows, and the start of a last row: three
-rectangles, each contiguous in the piece. For more than two dims the same holds recursively within a row.
+The rectangles of pieces from different parallel layouts can be intersected. Elements a to b of a flattened matrix are
+the end of a first row, some full rows, and the start of a last row. These are three rectangles, and each is contiguous
+in the piece. A tensor with more than two dims is treated recursively in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ranges = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """`ranges` of a logical tensor, stored contiguously in a flat piece from its element `offset` on."""
+    """A rectangle `ranges` of a full tensor, which is stored contiguously in a flat piece from element `offset` on."""
 
     offset: int
     ranges: Ranges
@@ -34,14 +34,14 @@ class Box:
         return math.prod(self.shape)
 
     def of(self, flat: Tensor) -> Tensor:
-        """The rectangle as a view into the piece's values."""
+        """The rectangle's elements as a view of the piece's values `flat`."""
         return flat[self.offset : self.offset + self.numel].view(self.shape)
 
 
 def boxes_of(shard: Shard, start: int, count: int) -> list[Box]:
-    """Elements `start` to `start` + `count` of a shard's flattened local tensor as boxes of the logical tensor.
+    """The elements `start` to `start` + `count` of a shard's flattened local tensor, as rectangles of the full tensor.
 
-    Boxes of padding lie beyond the logical tensor's end, so they intersect only each other."""
+    A rectangle of padding is beyond the end of the full tensor, so it intersects only other padding."""
     first = shard.index * shard.local_shape[shard.dim]
     boxes = []
     for offset, local in _rectangles(shard.local_shape, start, start + count):
@@ -53,8 +53,9 @@ def boxes_of(shard: Shard, start: int, count: int) -> list[Box]:
 
 @dataclass(frozen=True)
 class Shared:
-    """A rectangle that two pieces of one logical tensor share: slices `into` the box `mine` of the first piece, and
-    slices `out_of` the box `theirs` of the second."""
+    """The intersection of the rectangle `mine` of one piece and the rectangle `theirs` of another piece.
+
+    `into` are the slices of `mine` that give the intersection, and `out_of` are the slices of `theirs`."""
 
     mine: Box
     into: Ranges
@@ -63,13 +64,13 @@ class Shared:
 
     @property
     def ranges(self) -> Ranges:
-        """The rectangle in the logical tensor."""
+        """The slices of the full tensor that give the intersection."""
         pairs = zip(self.mine.ranges, self.into, strict=True)
         return tuple(slice(outer.start + inner.start, outer.start + inner.stop) for outer, inner in pairs)
 
 
 def shared_by(mine: list[Box], theirs: list[Box]) -> Iterator[Shared]:
-    """The rectangles that two pieces share: the nonempty intersections of their boxes."""
+    """The nonempty intersections of the rectangles of one piece with the rectangles of another piece."""
     for a in mine:
         for b in theirs:
             common = overlap(a.ranges, b.ranges)
@@ -78,16 +79,15 @@ def shared_by(mine: list[Box], theirs: list[Box]) -> Iterator[Shared]:
 
 
 def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Ranges]]:
-    """Elements `start` to `stop` of a flattened tensor of `shape` as rectangles, each with its first element's
-    index."""
+    """The elements `start` to `stop` of a flattened tensor of `shape` as rectangles, each with its first index."""
     if start >= stop:
         return
     if len(shape) == 1:
         yield start, (slice(start, stop),)
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # full rows
-    if first > last:  # within one row
+    first, last = -(-start // row), stop // row  # the range of full rows
+    if first > last:  # all elements are in one row
         yield from _within_row(shape, last, start, stop)
         return
     yield from _within_row(shape, first - 1, start, first * row)

@@ -1,4 +1,4 @@
-"""Checks that a manifest's fragments hold each element of each tensor, and of its moments, exactly once."""
+"""Checks that the fragments in a checkpoint's manifest contain each element of each tensor exactly once."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def kinds_in(folder: Path, manifest: dict[str, Any]) -> set[str]:
 
 
 def fault_of(manifest: dict[str, Any], kinds: set[str]) -> str | None:
-    """What is wrong with the fragments of a manifest whose values have the right types; None if nothing is. `kinds`:
-    the kinds of tensors that each fragment must have.
+    """A description of the first error in the fragments of a manifest, or None if there is no error.
 
-    Fragments may not exceed their file's size, so a tensor cannot be larger than what is on the disk."""
+    Each fragment must have all `kinds` of tensors. Fragments must not exceed the size of their file, so a tensor cannot
+    be larger than the data on the disk."""
     pieces: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for name, tensor in manifest["tensors"].items():
         if tensor["dim"] >= len(tensor["shape"]):
@@ -54,7 +54,7 @@ def fault_of(manifest: dict[str, Any], kinds: set[str]) -> str | None:
 
 
 def shard_of_part(tensor: dict[str, Any], part: int) -> Shard:
-    """The shard for part number `part` of a tensor that a manifest describes."""
+    """The `Shard` of part number `part` of a tensor that a manifest describes."""
     return Shard(tuple(tensor["shape"]), tensor["dim"], part, tensor["parts"], Constant(0), False)
 
 
@@ -72,13 +72,15 @@ def _fault_of_fragment(fragment: dict[str, Any], tensor: dict[str, Any] | None, 
 
 
 def _fault_of_pieces(tensors: dict[str, Any], pieces: dict[tuple[str, int], list[tuple[int, int]]]) -> str | None:
-    """Pieces may include padding or leave it out, so only real elements are counted; pieces may not overlap."""
+    """A description of the first error in the pieces of the tensors, or None if there is no error.
+
+    Pieces must not overlap. Elements of padding are not counted, because a piece may include them or not."""
     found = dict.fromkeys(tensors, 0)
     for (name, part), spans in pieces.items():
         shard, end = shard_of_part(tensors[name], part), 0
         for start, count in sorted(spans):
             if start < end:
-                return f"{name} has elements that two fragments hold"
+                return f"{name} has elements that are in two fragments"
             end = start + count
             found[name] += _real_before(shard, end) - _real_before(shard, start)
     for name, tensor in tensors.items():
@@ -88,7 +90,7 @@ def _fault_of_pieces(tensors: dict[str, Any], pieces: dict[tuple[str, int], list
 
 
 def _real_before(shard: Shard, end: int) -> int:
-    """How many of the first `end` elements of a flattened part are not padding."""
+    """The number of the first `end` elements of a flattened part that are not padding."""
     real = shard.range[shard.dim]
     inner = math.prod(shard.shape[shard.dim + 1 :])
     padded_row, row = shard.local_shape[shard.dim] * inner, (real.stop - real.start) * inner

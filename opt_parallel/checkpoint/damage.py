@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: its manifest, its files, and whether the files hold what the manifest says."""
+"""Checks a checkpoint's manifest and files, and whether the files contain the tensors that the manifest lists."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import UserError
 
-CHUNK = 2**20  # bytes read at a time: few enough to stay in the cache for the checksum
+CHUNK = 2**20  # number of bytes that are read at a time, so that they are in the CPU's cache for the checksum
 TOKENIZER = "tokenizer/tokenizer.json"
 
 
 def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | None, list[str]]:
-    """Read share number `share` of `of` shares of a checkpoint's files.
+    """Check share number `share` of `of` shares of a checkpoint's files.
 
-    Returns a reader (None if the manifest is damaged) and a list of what is wrong; each entry starts with a file's
-    name."""
+    The result is a reader (None if the manifest is damaged) and a list of errors. Each error starts with the name of a
+    file."""
     try:
         reader = CheckpointReader(folder)
         _check_tensors(reader)
@@ -51,18 +51,19 @@ def open_checked(folder: Path) -> CheckpointReader:
 
 
 def damage_in(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint; reads all of its files."""
+    """A list of all errors in a checkpoint. All of its files are read."""
     return read_share(folder, 0, 1)[1]
 
 
 def tokenizer_of(folder: Path | None) -> Path | None:
-    """The tokenizer of the checkpoint `folder`. If it is damaged, the tokenizer of the checkpoint before, from which
-    the run then resumes. None if no checkpoint has one."""
+    """The tokenizer of the checkpoint `folder`, or None if no checkpoint has a tokenizer.
+
+    If the checkpoint is damaged, the result is the tokenizer of the previous checkpoint, from which the run resumes."""
     if folder is None:
         return None
     for step in reversed([step for step in steps_in(folder.parent) if step <= (step_of(folder) or 0)]):
         each = folder.parent / f"step-{step}"
-        with suppress(UserError):  # a damaged manifest
+        with suppress(UserError):  # raised if the manifest is damaged
             files = read_manifest(each)["files"].items()
             if not any(_damage_of(each, *file) for file in files if file[0].startswith("tokenizer/")):
                 return each / "tokenizer"
@@ -70,8 +71,9 @@ def tokenizer_of(folder: Path | None) -> Path | None:
 
 
 def _check_tensors(reader: CheckpointReader) -> None:
-    """Raise Damaged unless the manifest's tensors are those of the network that it describes. The tensors of a LoRA
-    run are not checked here, but together with its base."""
+    """Raise Damaged unless the manifest lists the tensors of the network that the manifest describes.
+
+    The tensors of a LoRA run are checked later, together with its base."""
     model, labels = model_at(reader.folder, ""), reader.manifest.get("labels")
     if reader.manifest.get("base"):
         return
@@ -84,7 +86,7 @@ def _check_tensors(reader: CheckpointReader) -> None:
 
 
 def check_sizes(reader: CheckpointReader) -> None:
-    """Raise Damaged unless every file exists and has the size in the manifest. Reads no file."""
+    """Raise Damaged unless each file exists and has the size that the manifest states. No file is read."""
     file_in(reader.folder, TOKENIZER)
     for name, written in reader.manifest["files"].items():
         wrong = wrong_size(reader.folder, name, written)
@@ -93,16 +95,18 @@ def check_sizes(reader: CheckpointReader) -> None:
 
 
 def wrong_size(folder: Path, name: str, written: dict[str, Any]) -> str | None:
-    """What is wrong with a checkpoint's file, without reading it. `written` is the file's entry in the manifest."""
+    """An error message if a checkpoint's file is missing or has the wrong size, else None.
+
+    `written` is the file's entry in the manifest."""
     try:
         size = file_in(folder, name).stat().st_size
     except Damaged as error:
         return error.what
-    return None if size == written["bytes"] else f"{name} has another size than was written"
+    return None if size == written["bytes"] else f"{name} has another size than {MANIFEST} states"
 
 
 def checksum_of(path: Path) -> str:
-    """CRC-32 of a file in hexadecimal."""
+    """The CRC-32 checksum of a file, in hexadecimal."""
     checksum, buffer = 0, bytearray(CHUNK)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -127,4 +131,4 @@ def _damage_of(folder: Path, name: str, written: dict[str, Any]) -> str | None:
         for fragment in written["fragments"]
         for kind in fragment["kinds"]
     }
-    return None if held == listed else f"{name} does not hold the fragments that {MANIFEST} lists"
+    return None if held == listed else f"{name} does not contain the fragments that {MANIFEST} lists"

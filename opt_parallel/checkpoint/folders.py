@@ -1,4 +1,4 @@
-"""A run's checkpoint folders: which exist, which is the newest, which are complete, which may be deleted."""
+"""Finds, renames and deletes the checkpoint folders of a run."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ BEST = "best.json"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint's folder; None if its name is not a checkpoint's or it has no manifest."""
+    """The step of a checkpoint's folder, or None if the folder is not named step-<N> or has no manifest."""
     named = STEP.fullmatch(folder.name)
     return int(named[1]) if named and (folder / MANIFEST).is_file() else None
 
 
 def steps_in(checkpoints: Path) -> list[int]:
-    """The steps of the complete checkpoints, oldest first."""
+    """The steps of the complete checkpoints, in ascending order."""
     return sorted(step for folder in checkpoints.glob("step-*") if (step := step_of(folder)) is not None)
 
 
 def without_manifest(checkpoints: Path) -> list[Path]:
-    """Folders with a checkpoint's name but without a manifest. An interrupted save or deletion leaves no such
-    folder."""
+    """The folders with a checkpoint's name but without a manifest.
+
+    An interrupted save or deletion does not leave such a folder."""
     named = [folder for folder in checkpoints.glob("step-*") if STEP.fullmatch(folder.name)]
     return sorted(folder for folder in named if step_of(folder) is None)
 
 
 def misnamed_in(checkpoints: Path) -> list[Path]:
-    """Checkpoints with a name that no save gives, such as `step-02`."""
+    """The checkpoint folders with a name that is not step-<N>, such as `step-02`."""
     named = [path for path in checkpoints.glob("step-*") if (path / MANIFEST).is_file() and "." not in path.name]
     return sorted(path for path in named if not STEP.fullmatch(path.name))
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The checkpoint with the highest step."""
+    """The checkpoint folder with the highest step, or None if there is no checkpoint."""
     steps = steps_in(checkpoints)
     return checkpoints / f"step-{steps[-1]}" if steps else None
 
 
 def choose(run: Run) -> Path | None:
-    """The checkpoint that `resume` names, None for a new run. Its files are not checked here.
+    """The checkpoint that the setting `resume` names, or None for a new run. The files are not checked.
 
-    Raises: UserError if it does not exist, or if `resume=never` would mix a new run with an old one."""
+    Raises: UserError if the checkpoint does not exist, or if `resume=never` would mix a new run with an old run."""
     reach("run.dir=", run.folder / "checkpoints")
     last = newest(run.folder / "checkpoints")
     if run.resume == "auto":
@@ -61,7 +62,7 @@ def choose(run: Run) -> Path | None:
     if run.resume == "never":
         if last is not None:
             raise UserError(
-                f"resume=never, but {last} exists, and a new run would mix with the old one: "
+                f"resume=never, but {last} exists, and a new run would mix with the old run: "
                 "choose another run.dir or remove the folder"
             )
         return None
@@ -72,18 +73,19 @@ def choose(run: Run) -> Path | None:
 
 
 def precision_of(folder: Path | None) -> Precision | None:
-    """The precision in which the checkpoint `folder` was trained. If its manifest is damaged, the precision of the
-    checkpoint before, from which the run then resumes. None if no checkpoint names one."""
+    """The precision in which the checkpoint `folder` was trained, or None if no checkpoint names a precision.
+
+    If the manifest is damaged, the result is the precision of the previous checkpoint, from which the run resumes."""
     if folder is None:
         return None
     for step in reversed([step for step in steps_in(folder.parent) if step <= (step_of(folder) or 0)]):
-        with suppress(UserError, ValueError):  # a damaged manifest
+        with suppress(UserError, ValueError):  # raised if the manifest is damaged
             return Precision(read_manifest(folder.parent / f"step-{step}")["layout"]["precision"])
     return None
 
 
 def retire(folder: Path, why: str) -> Path:
-    """Rename a checkpoint to `<name>.<why>`, so that it no longer counts as one of the run's; the new path.
+    """Rename a checkpoint to `<name>.<why>`, so that the run no longer uses it, and return the new path.
 
     Raises: UserError."""
     new = free_name(folder, why)
@@ -95,8 +97,10 @@ def retire(folder: Path, why: str) -> Path:
 
 
 def best_in(checkpoints: Path) -> dict[str, Any] | None:
-    """`step` and validation `loss` of the checkpoint with the lowest loss: from best.json, or from the run's metrics
-    if best.json is damaged or names a checkpoint that no longer exists. None if there is no best.json."""
+    """The `step` and the validation `loss` of the best checkpoint, or None if there is no best.json.
+
+    The values are read from best.json. If this file is damaged or names a checkpoint that does not exist, the values
+    are read from the run's metrics."""
     if not os.path.lexists(checkpoints / BEST):
         return None
     try:
@@ -118,10 +122,10 @@ def _best_by_metrics(checkpoints: Path) -> dict[str, Any] | None:
 
 
 def renew_best(checkpoints: Path, keep_best: bool = False) -> None:
-    """Correct best.json if it is damaged or names a checkpoint that no longer exists; remove it if no checkpoint has a
-    validation loss.
+    """Write best.json again if it is damaged or names a checkpoint that does not exist.
 
-    `keep_best`: also name a better checkpoint, since a process may have been killed before it wrote best.json."""
+    The file is removed if no checkpoint has a validation loss. With `keep_best`, the file is also written if another
+    checkpoint is better, because a process may have been killed before it wrote best.json."""
     if not keep_best and not os.path.lexists(checkpoints / BEST):
         return
     best = best_in(checkpoints)
@@ -136,34 +140,36 @@ def renew_best(checkpoints: Path, keep_best: bool = False) -> None:
 
 
 def write_best(checkpoints: Path, step: int, loss: float) -> None:
-    """Write best.json, which names the checkpoint with the lowest validation loss. Atomic."""
+    """Write best.json atomically. The file names the checkpoint with the lowest validation loss."""
     write_text(checkpoints / BEST, dump_checked({"step": step, "loss": loss}) + "\n")
 
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete all checkpoints but the newest `keep`, those at a multiple of `keep_every` steps (0: none), and the best;
-    then delete unfinished ones. No save may be running. Warns of what cannot be deleted."""
+    """Delete old and unfinished checkpoints. This function must not run during a save.
+
+    The newest `keep` checkpoints, the best checkpoint, and those at a multiple of `keep_every` steps are kept, where 0
+    means no multiple. A warning is printed for each folder that cannot be deleted."""
     best = best_in(checkpoints)
     for step in steps_in(checkpoints)[:-keep]:
         if (keep_every and step % keep_every == 0) or (best and step == best["step"]):
             continue
         folder = checkpoints / f"step-{step}"
         with optional(folder, "deleted"):
-            os.rename(folder, partial_of(folder, random_number()))  # an interrupted deletion must not look complete
+            os.rename(folder, partial_of(folder, random_number()))  # so that a half-deleted folder has a temporary name
     remove_unfinished(checkpoints)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Delete what interrupted saves and deletions left. No save may be running."""
+    """Delete the folders that interrupted saves and deletions left. This function must not run during a save."""
     for leftover in checkpoints.glob(f"step-*{PARTIAL}*"):
         remove(leftover)
 
 
 def random_number() -> int:
-    """A number for `partial_of`, random so that the name does not exist yet."""
+    """A random number for the name of a temporary folder, see `partial_of`."""
     return secrets.randbits(31)
 
 
 def partial_of(folder: Path, number: int) -> Path:
-    """The name of a checkpoint while it is written or deleted."""
+    """The temporary path of a checkpoint while it is written or deleted."""
     return folder.with_name(f"{folder.name}{PARTIAL}{number}")

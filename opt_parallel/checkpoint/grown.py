@@ -1,4 +1,4 @@
-"""A checkpoint with rows added to its embedding, for a tokenizer with more tokens."""
+"""Reads a checkpoint with additional rows of its embedding, for a tokenizer with more tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from opt_parallel.checkpoint.lora import Weights
 from opt_parallel.parallel.shard import Constant, Shard
 
 EMBEDDING = "decoder.embed_tokens.weight"
-CHUNK = 4096  # rows read at a time for their mean
+CHUNK = 4096  # number of rows that are read at a time to compute the mean
 
 
 @dataclass(frozen=True)
 class _Rows(Shard):
-    """Rows `first` to `last` of a logical tensor, with all columns."""
+    """The rows `first` to `last` of a full tensor, with all columns."""
 
     first: int
     last: int
@@ -27,26 +27,26 @@ class _Rows(Shard):
 
 
 class Grown:
-    """A source of `weights` whose embedding has `rows` rows; each further row that is read is their mean.
+    """The tensors of `weights`, with an embedding that has `rows` rows. Each new row is the mean of the old rows.
 
-    transformers' `resize_token_embeddings` draws new rows around this mean (Hewitt 2021, "Initializing New Word
-    Embeddings for Pretrained Language Models"): an untrained token is then not more likely than the average token. The
-    mean is computed in float64 in a fixed order, so that its bits do not depend on the layout."""
+    An untrained token is then not more likely than the average token. `resize_token_embeddings` of transformers
+    generates random rows around this mean (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
+    Models"). The mean is computed in float64 in a fixed order, so its bits do not depend on the parallel layout."""
 
     def __init__(self, weights: Weights, rows: int) -> None:
         self.weights, self.rows = weights, rows
-        self.dtype = torch.promote_types(weights.dtype, torch.float32)  # a mean needs more digits than its summands
+        self.dtype = torch.promote_types(weights.dtype, torch.float32)  # the mean of bf16 numbers is no bf16 number
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the tensors `wanted` are there; of the embedding, the first rows suffice."""
+        """Raise UserError unless the checkpoint contains the tensors `wanted`, with at most these rows of embedding."""
         self.weights.check({**wanted, EMBEDDING: (self.rows, *wanted[EMBEDDING][1:])})
 
     def holds(self, name: str) -> bool:
-        """Whether there is a logical tensor of that name."""
+        """Whether the checkpoint contains the full tensor `name`."""
         return self.weights.holds(name)
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
-        """The values of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
+        """The elements `shard.range` of the full tensor `name`. Raises: UserError if a file is damaged."""
         if name != EMBEDDING:
             return self.weights(name, shard)
         rows, width = shard.range[0], shard.shape[1]
@@ -58,7 +58,7 @@ class Grown:
         return self.weights(EMBEDDING, _Rows((self.rows, width), 0, 0, 1, Constant(0.0), False, first, last))
 
     def _mean(self, width: int) -> Tensor:
-        """The mean of all rows (1, D). numpy sums rows one after another, whatever the number of threads."""
+        """The mean (1, D) of all rows. NumPy adds the rows in a fixed order for any number of threads."""
         total = torch.zeros(width, dtype=torch.float64)
         for first in range(0, self.rows, CHUNK):
             rows = self._read(first, min(first + CHUNK, self.rows), width).double()

@@ -1,5 +1,6 @@
-"""The configuration that a run takes from the checkpoint of `init_from` and from its tokenizer, before torch is
-imported."""
+"""Completes the configuration of a run from the checkpoint of `init_from` and from its tokenizer.
+
+This module does not import torch, so that errors are reported quickly."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def model_at(folder: Path, key: str) -> ModelConfig:
-    """The network of one of our `checkpoints/step-<N>` or of a Hugging Face folder.
+    """The network's configuration in a training checkpoint `checkpoints/step-<N>` or a Hugging Face folder.
 
-    Raises: UserError, which starts with `key` (such as `init_from=`), if `folder` is neither."""
+    Raises: UserError if `folder` is neither. Its message starts with `key` (such as `init_from=`)."""
     if (folder / MANIFEST).is_file():
         return _model_of(folder, read_manifest(folder))
     if (folder / ADAPTER_CONFIG).is_file():
@@ -51,15 +52,15 @@ def _model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
     except (OmegaConfBaseException, UserError) as error:
         raise Damaged(folder, f"{MANIFEST} does not describe a network ({one_line(error)})") from error
     assert isinstance(model, ModelConfig)
-    tensors = manifest["tensors"].values()  # at least one for each layer, also with LoRA
+    tensors = manifest["tensors"].values()  # contains at least one tensor of each layer, also with LoRA
     held = sum(math.prod(tensor["shape"]) for tensor in tensors)
     if model.num_hidden_layers > len(tensors) or (not manifest.get("base") and model.parameters() > held):
-        raise Damaged(folder, f"{MANIFEST} describes a larger network than its tensors belong to")
+        raise Damaged(folder, f"{MANIFEST} describes a network that is larger than the tensors")
     return model
 
 
 def labels_at(folder: Path) -> Labels | None:
-    """The labels of the classifier in such a folder; None for a language model. Raises: `UserError`."""
+    """The labels of the classifier in a checkpoint's folder, or None for a language model. Raises: `UserError`."""
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder).get("labels")
         problem = saved and saved["problem_type"]
@@ -68,12 +69,12 @@ def labels_at(folder: Path) -> Labels | None:
 
 
 def _take_labels(config: DictConfig, labels: Labels) -> None:
-    """Take the classifier's labels if the run leaves them open. Raise UserError if the run names other labels."""
+    """Take the classifier's labels if the run names no labels. Raise UserError if the run names other labels."""
     task = config.task
     if task.problem_type is None and labels.problem_type is not None:
         take(config, "task.problem_type", labels.problem_type)
     if labels == Labels.numbered(len(labels.names), labels.problem_type):
-        return  # the classifier has no names: the run takes those of the data
+        return  # the classifier's labels have no names, so the run takes the names in the data
     if task.labels is None:
         take(config, "task.labels", labels.names)
     elif tuple(map(name_of, task.labels)) != labels.names:
@@ -84,11 +85,10 @@ def _take_labels(config: DictConfig, labels: Labels) -> None:
 
 
 def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
-    """If `init_from` names a checkpoint, take from it what the command line (`overrides`) leaves open: the network, the
-    tokenizer, the run's name.
+    """If `init_from` names a checkpoint, take the network, the tokenizer and the run's name from this checkpoint.
 
-    Shapes on the command line must equal the checkpoint's, except that a larger `model.vocab_size` adds rows to the
-    embedding. Ids of special tokens may differ. Raises: `UserError`."""
+    Settings on the command line (`overrides`) are kept. Shapes of the network must equal the checkpoint's, except that
+    a larger `model.vocab_size` adds rows to the embedding. Ids of special tokens may differ. Raises: `UserError`."""
     if config.init_from is None:
         return
     folder = find_checkpoint(config.init_from, "init_from=")
@@ -119,15 +119,15 @@ def start_from_checkpoint(config: DictConfig, overrides: Sequence[str]) -> None:
             if ours
             else Path(config.init_from).name.strip(".") or folder.resolve().name
         )
-        # not the network's name: a run of that name, started without these weights, may exist
+        # The name of the network is not used, because a run with this name and other initial weights may exist.
         take(config, "run.name", f"from-{base}")
 
 
 def take_special_tokens(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Take the ids of the bos, eos and pad tokens from the tokenizer of `data.tokenizer`, unless the command line
-    (`overrides`) gives them or the tokenizer's files do not.
+    """Take the ids of the bos, eos and pad tokens from the files of the tokenizer `data.tokenizer`.
 
-    Raises: `UserError`, also if the network has too few rows for the tokens."""
+    Ids on the command line (`overrides`) are kept. Raises: `UserError`, also if the network's embedding has too few
+    rows for the tokens."""
     name = config.data.tokenizer
     if name is None:
         return
@@ -139,15 +139,15 @@ def take_special_tokens(config: DictConfig, overrides: Sequence[str]) -> None:
             changed.append(f"model.{key}={number}, not {config.model[key]}")
             take(config, f"model.{key}", number)
     if changed:
-        say(f"note: by data.tokenizer={name}: {', '.join(changed)}")
+        say(f"note: data.tokenizer={name} sets {', '.join(changed)}")
 
 
 def inherit_for_evaluation(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Take from the checkpoint of `init_from` the settings that a loss depends on, unless the command line
-    (`overrides`) gives them.
+    """Take the settings that affect a loss from the checkpoint of `init_from`.
 
-    Our checkpoints give the task, the precision, the length of a sample and the fields of the text. A Hugging Face
-    folder gives whether it is a classifier, and a limit of the length, its number of positions. Raises: `UserError`."""
+    Settings on the command line (`overrides`) are kept. A training checkpoint has the task, the precision, the sequence
+    length and the fields of the text. A Hugging Face folder determines whether the task is classification, and its
+    number of positions limits the sequence length. Raises: `UserError`."""
     if config.init_from is None:
         return
     folder = find_checkpoint(config.init_from, "init_from=")
@@ -187,19 +187,21 @@ def _require_may_grow(config: DictConfig, rows: int) -> None:
     if config.model.vocab_size > rows and config.task.lora.rank > 0:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size}, but the embedding of init_from={config.init_from} has {rows} "
-            "rows, and LoRA trains none of them: add rows in a run with task.lora.rank=0, and adapt its checkpoint"
+            "rows, and LoRA cannot train new rows: add rows in a run with task.lora.rank=0, and adapt its checkpoint"
         )
     if config.model.vocab_size < rows:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size}, but the embedding of init_from={config.init_from} has {rows} "
-            "rows, and trained rows would be lost: set as many or more, or leave it out"
+            f"rows, and trained rows would be lost: set model.vocab_size to {rows} or more, or leave this setting out"
         )
 
 
 def _tokenizer_of(folder: Path, name: str) -> Path:
-    """The folder with the checkpoint's tokenizer: tokenizer.json, or vocab.json and merges.txt."""
+    """The folder with the files of the checkpoint's tokenizer."""
     tokenizer = folder / "tokenizer" if (folder / MANIFEST).is_file() else folder
     files = {path.name for path in tokenizer.iterdir()} if tokenizer.is_dir() else set()
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
         return tokenizer
-    raise UserError(f"init_from={name} has no tokenizer: set data.tokenizer=… to the one that it was trained with")
+    raise UserError(
+        f"init_from={name} has no tokenizer: set data.tokenizer=… to the tokenizer that the checkpoint was trained with"
+    )

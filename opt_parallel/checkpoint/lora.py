@@ -1,4 +1,4 @@
-"""Checkpoints of LoRA runs: they hold only trained tensors, and need the weights of another checkpoint, the base."""
+"""Reads checkpoints of LoRA runs, which contain only trained tensors and need the weights of a base checkpoint."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from opt_parallel.parallel.lora import merge
 from opt_parallel.parallel.shard import Constant, Shard, Source, logical_shapes, require_same_tensors
 from opt_parallel.parallel.topology import ALONE
 
-CORNER = 8  # elements along each dim that the base's checksum reads of a tensor
+CORNER = 8  # number of elements along each dim of a tensor that are included in the checksum of the base
 
 
 class Weights(Protocol):
-    """A source for `fill` that also says which tensors it holds, and which dtype represents all its values exactly."""
+    """A source of weights for `fill`. Its `dtype` represents all of its values exactly."""
 
     dtype: torch.dtype
 
@@ -37,17 +37,18 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint that a LoRA run adapts: a folder or hub id, and a checksum of its values."""
+    """The base checkpoint that a LoRA run adapts: its folder or hub id, and a checksum of its values."""
 
     checkpoint: str
     checksum: str
 
     @classmethod
     def of(cls, name: str, config: ModelConfig, weights: Source) -> Base:
-        """The base `name`, of the network `config`. The checksum is the CRC-32 of a corner of each tensor in fp32. It
-        reads little and differs for any other training of the network, but not for every single changed value.
+        """The base checkpoint `name` with the network `config` and these `weights`.
 
-        Raises: UserError if a file is damaged."""
+        The checksum is the CRC-32 of some elements of each tensor in fp32. So little data is read, and the checksum
+        detects another training of the network, but not every single changed value. Raises: UserError if a file is
+        damaged."""
         with torch.device("meta"):
             shapes = logical_shapes(CausalLM(config, ALONE))
         checksum = 0
@@ -58,7 +59,7 @@ class Base:
 
 
 class _Corner(Shard):
-    """A tensor's first CORNER elements along each dim."""
+    """The first CORNER elements of a tensor along each dim."""
 
     @property
     def range(self) -> tuple[slice, ...]:
@@ -66,37 +67,39 @@ class _Corner(Shard):
 
 
 class Merged:
-    """A source of merged weights, W + alpha / rank · B A, computed per range. Other trained tensors come from the
-    adapter's checkpoint, and all remaining tensors from the base."""
+    """The merged weights W + alpha / rank · B A of a LoRA run, computed only for the requested elements.
+
+    Other trained tensors are read from the checkpoint of the LoRA run, and all remaining tensors from the base."""
 
     def __init__(self, base: Weights, trained: CheckpointReader, lora: LoraConfig) -> None:
         self.base, self.trained, self.lora = base, trained, lora
-        self.dtype = torch.float32  # of the merged weights
+        self.dtype = torch.float32  # the dtype of the merged weights
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless base and adapter together hold exactly the tensors `wanted`. A tensor that both hold
-        is the adapter's."""
+        """Raise UserError unless the base and the LoRA checkpoint together contain exactly the tensors `wanted`.
+
+        If both contain a tensor, the tensor of the LoRA checkpoint is used."""
         other = {name: shape for name, shape in self.trained.shapes.items() if ".lora_" not in name}
         here = {name: shape for name, shape in wanted.items() if name in other}
         require_same_tensors(str(self.trained.folder), here, other)
         self.base.check({name: shape for name, shape in wanted.items() if name not in other or self.base.holds(name)})
 
     def holds(self, name: str) -> bool:
-        """Whether there is a logical tensor of that name."""
+        """Whether the base or the LoRA checkpoint contains the full tensor `name`."""
         return self.trained.holds(name) or self.base.holds(name)
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
-        """The values of `shard.range` of the logical tensor `name`, fp32. Raises: UserError if a file is damaged."""
+        """The elements `shard.range` of the full tensor `name` in fp32. Raises: UserError if a file is damaged."""
         if self.trained.holds(name):
             return self.trained(name, shard)
         values = self.base(name, shard).float()
         a, b = terms_of(name)
         if not self.trained.holds(a):
             return values
-        values = values.clone()  # they may be a view of a mapped file
+        values = values.clone()  # the values may be a view of a memory-mapped file
         *outer, rows, columns = shard.range
         products = [(values, outer)]
-        if outer:  # query, key and value in one tensor
+        if outer:  # the tensor contains query, key and value
             products = [(values[n], [slice(k, k + 1)]) for k, n in enumerate(qkv_blocks(self.lora.targets))]
         rank = slice(0, self.lora.rank)
         for weight, block in products:
@@ -107,11 +110,11 @@ class Merged:
 
 
 def with_fallback(holds: Callable[[str], bool], weights: Source, fallback: Source) -> Source:
-    """`weights` where `holds(name)`, else `fallback`."""
+    """A source that reads a tensor from `weights` if `holds(name)` is true, and otherwise from `fallback`."""
     return lambda name, shard: weights(name, shard) if holds(name) else fallback(name, shard)
 
 
 def lora_of(manifest: dict[str, Any]) -> LoraConfig:
-    """The LoRA settings of a checkpoint's run; rank 0 if it trained all weights."""
+    """The LoRA settings of the run that saved a checkpoint. The rank is 0 if the run trained all weights."""
     saved = manifest["config"].get("task", {}).get("lora", {})
     return LoraConfig(**{name: saved[name] for name in ("rank", "alpha", "targets") if name in saved})

@@ -1,4 +1,4 @@
-"""`manifest.json`, which describes a checkpoint and is written last (docs/checkpoint-format.md)."""
+"""Reads and checks `manifest.json`, which describes a checkpoint and is its last file (docs/checkpoint-format.md)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from opt_parallel.storage.checked import Count, Integer, Size, is_deep, read_che
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # name of a checkpoint's folder; each step has exactly one
-LARGEST = 2**29  # bytes; the manifest of OPT-175B from a thousand ranks that split every tensor is a third of this
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # the name of a checkpoint's folder
+LARGEST = 2**29  # maximum bytes; a manifest of OPT-175B, saved by a thousand ranks, needs a third of this size
 
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 
@@ -86,7 +86,7 @@ class Checkpoint(TypedDict):
 
 
 class Config(TypedDict):
-    """The part of the run's configuration that is read without the configuration's own types."""
+    """The part of the run's configuration in the manifest that is read without the dataclasses of the configuration."""
 
     model: dict[str, bool | Integer | float | str | None]
     data: Data
@@ -132,7 +132,7 @@ class File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """Other keys are allowed: later versions may add some."""
+    """The content of a manifest. Other keys are allowed, because later versions may add keys."""
 
     format: Literal[1]
     clock: Clock
@@ -149,7 +149,7 @@ class Manifest(TypedDict):
 
 
 class Damaged(UserError):
-    """A checkpoint differs from what was written; `what` says how."""
+    """The error for a damaged checkpoint. `what` describes the damage in the message."""
 
     def __init__(self, folder: Path, what: str, way_out: str = "choose another checkpoint") -> None:
         super().__init__(f"{folder} is not a complete checkpoint: {what}; {way_out}")
@@ -157,10 +157,10 @@ class Damaged(UserError):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """The content of a checkpoint's manifest.
 
-    Raises: Damaged if `folder` is not one of our checkpoints, is of another format, or has a changed manifest."""
-    another = f"choose another checkpoint, or remove {MANIFEST} if the folder is not one of ours"
+    Raises: Damaged if `folder` is not a training checkpoint, has another format, or has a changed manifest."""
+    another = f"choose another checkpoint, or remove {MANIFEST} if the folder is not a training checkpoint"
     try:
         manifest = read_checked(folder / MANIFEST, LARGEST)
     except OSError as error:
@@ -168,19 +168,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise Damaged(folder, f"{MANIFEST} cannot be read ({error})", another) from error
     if manifest.get("format") != FORMAT:
-        raise Damaged(folder, f"{MANIFEST} is not of format {FORMAT}, which this version reads", another)
+        raise Damaged(folder, f"{MANIFEST} does not have format {FORMAT}, which this version reads", another)
     wrong = _wrong(manifest)
     if wrong is not None:
-        raise Damaged(folder, f"{MANIFEST} is not what was written ({wrong})")
+        raise Damaged(folder, f"{MANIFEST} was changed after it was written ({wrong})")
     return manifest
 
 
 def _wrong(manifest: dict[str, Any]) -> str | None:
-    """The first value that does not have its type, as a message; None if all have."""
+    """A message about the first value of the manifest with the wrong type, or None if all types are right."""
     from pydantic import ValidationError
 
     if is_deep({key: value for key, value in manifest.items() if key not in ("tensors", "files")}):
-        return "it is nested too deeply"
+        return "its values are nested too deeply"
     try:
         _types().validate_python(manifest, strict=True)
     except ValidationError as error:
@@ -193,7 +193,7 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
 
 @functools.cache
 def _types() -> Any:
-    """Imports pydantic when the first manifest is read, so that other commands do not pay for it."""
+    """The type adapter of manifests. pydantic is imported in this function, because its import is slow."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)
@@ -205,13 +205,14 @@ def _is_inside(name: str) -> bool:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The path of a checkpoint's file. Raises: Damaged if the file is missing, is a device or a pipe, or links to
-    outside the folder."""
+    """The path of a checkpoint's file.
+
+    Raises: Damaged if the file is missing, is not a regular file, or is a link to outside the folder."""
     path = folder / name
     try:
         inside = path.resolve(strict=True).is_relative_to(folder.resolve())
         regular = inside and stat.S_ISREG(path.stat().st_mode)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except (OSError, RuntimeError) as error:  # a circle of links raises a RuntimeError
         raise Damaged(folder, f"{name} is missing") from error
     if not regular:
         raise Damaged(folder, f"{name} is not a regular file in the folder")
@@ -219,7 +220,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
-    """The differing values of two manifests (or sections): rows of `section.key`, old and new value."""
+    """The differences of two manifests (or sections), each as a row of `section.key`, old value and new value."""
     then, now = flat(before), flat(after)
     differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     return [[key, str(then.get(key, "—")), str(now.get(key, "—"))] for key in differing]

@@ -1,6 +1,7 @@
-"""Chooses the dtype to compute a checkpoint in, and checks that its weights fit into memory, from the files' headers.
+"""Chooses the dtype of a checkpoint's model in memory, and checks that the model fits into memory.
 
-Without the check Linux kills a process that takes too much memory, without a message."""
+Only the headers of files are read. Without this check, Linux would kill a process that uses too much memory, and no
+message would be printed."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import bytes_in_words
 from opt_parallel.runtime.machine import memory_free
 
-WORK = 2**28  # bytes that a process needs besides the weights: activations, libraries
+WORK = 2**28  # bytes that a process needs besides the weights, for activations and libraries
 PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a command line sets the dtype, and the number of parts of a split network; for messages."""
+    """The command-line options that set the dtype, and the tensor-parallel degree of a network, for messages."""
 
     dtypes: dict[torch.dtype, str]
     split: str
@@ -40,12 +41,11 @@ RUN = Options({dtype: f"precision={precision.value}" for dtype, precision in PRE
 def choose_dtype(
     opened: Opened, topology: Topology, asked: torch.dtype | None, options: Options, elements: int = 0
 ) -> torch.dtype:
-    """The dtype to compute in, the same on every rank; every rank calls this. It is `asked`, or if that is None the
-    checkpoint's own. If a device emulates the checkpoint's own and memory suffices, it is float32, which represents the
-    same values.
+    """The dtype of the model in memory, which is the same on every rank. Every rank must call this function.
 
-    `elements`: values that a rank holds besides the weights, in the same dtype. Raises: UserError, on every rank, if
-    memory does not suffice."""
+    The result is `asked`, or else the checkpoint's own dtype. If a device only emulates the checkpoint's dtype, the
+    result is float32, provided that memory suffices. `elements` is the number of values in this dtype that a rank needs
+    besides the weights. Raises: UserError on every rank, if memory does not suffice."""
     own = opened.dtype
     needs = {dtype: _needed(opened, topology.tensor, dtype, elements) for dtype in PRECISIONS}
     ranks = topology.exchange((native(topology.device), needs, _free(topology)))
@@ -53,7 +53,7 @@ def choose_dtype(
     fitting = {dtype for dtype in PRECISIONS if all(needed[dtype] <= free for _, needed, free in ranks)}
     name = device_name(topology.device)
     if asked is None and own in emulated and torch.float32 in fitting:
-        _note(f"{name} emulates {_name(own)}, the checkpoint's dtype: computing in float32, which holds all its values")
+        _note(f"{name} emulates {_name(own)}, the checkpoint's dtype: computing in float32, which is exact and faster")
         return torch.float32
     chosen = own if asked is None else asked
     if chosen not in fitting:
@@ -62,9 +62,9 @@ def choose_dtype(
         smaller = [dtype for dtype in fitting if needed[dtype] < needed[chosen]]
         others = "".join(f"{options.dtypes[dtype]} needs {bytes_in_words(needed[dtype])}; " for dtype in smaller)
         raise UserError(
-            f"{opened.folder} needs {bytes_in_words(needed[chosen])} of memory on each rank in {_name(chosen)}, and "
+            f"{opened.folder} needs {bytes_in_words(needed[chosen])} of memory on each rank in {_name(chosen)}, but "
             f"{bytes_in_words(free)} are free on {topology.where(rank)}: {others}{options.split} splits it over N "
-            f"{'GPUs' if topology.device.type == 'cuda' else 'processes, on several machines'}",
+            f"{'GPUs' if topology.device.type == 'cuda' else 'processes, on several hosts'}",
             shared=True,
         )
     if chosen in emulated:
@@ -77,12 +77,12 @@ def require_memory(what: str, needed: int, way_out: str) -> None:
     free = memory_free()
     if needed + WORK > free:
         raise UserError(
-            f"{what} needs {bytes_in_words(needed + WORK)} of memory, and {bytes_in_words(free)} are free: {way_out}"
+            f"{what} needs {bytes_in_words(needed + WORK)} of memory, but {bytes_in_words(free)} are free: {way_out}"
         )
 
 
 def network_of(opened: Opened, group: Group = ALONE) -> nn.Module:
-    """This rank's part of the checkpoint's network, on the meta device."""
+    """This rank's part of the checkpoint's network, on the meta device, which allocates no memory."""
     with torch.device("meta"):
         if opened.is_classifier:
             return SequenceClassifier(opened.config, len(opened.labels.names), group)
@@ -90,13 +90,15 @@ def network_of(opened: Opened, group: Group = ALONE) -> nn.Module:
 
 
 def largest_parameter(opened: Opened) -> int:
-    """Elements of the largest logical tensor."""
+    """The number of elements of the checkpoint's largest full tensor."""
     return max(shard.numel for _, _, shard in marked(network_of(opened)))
 
 
 def _needed(opened: Opened, group: Group, dtype: torch.dtype, elements: int) -> int:
-    """Peak bytes of a rank that fills its part: the weights, and twice the largest tensor as it is read (query, key and
-    value are read one by one, then stacked)."""
+    """The peak memory in bytes of a rank that reads its part of the network.
+
+    A rank needs memory for its weights and for two copies of the largest tensor, because query, key and value are read
+    one by one and then stacked."""
     sizes = [math.prod(shard.local_shape) for _, _, shard in marked(network_of(opened, group))]
     return (sum(sizes) + elements) * dtype.itemsize + 2 * max(sizes) * opened.dtype.itemsize + WORK
 
@@ -112,6 +114,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _note(text: str) -> None:
-    """Print to standard error, since standard output is for the results."""
+    """Print a message to standard error, because standard output is for the results."""
     if process.is_main():
         print(text, file=sys.stderr, flush=True)

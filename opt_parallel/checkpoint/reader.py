@@ -1,4 +1,4 @@
-"""Reads logical tensors and fragments of any layout from the fragments that ranks of any other layout wrote."""
+"""Reads weights and the optimizer's state from a checkpoint that any number of ranks has written."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.parallel.shard import Shard, require_same_tensors
 from opt_parallel.zero import Fragment
 
-CHUNK = 2**22  # elements read at a time if they must be rearranged
+CHUNK = 2**22  # number of elements that are read at a time if their order changes
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored fragment of a logical tensor: its file, what it holds, and the boxes that it covers."""
+    """A stored fragment of a full tensor, and the rectangles (`boxes`) of the tensor that the fragment covers."""
 
     file: str
-    kinds: list[str]  # weights, and the optimizer's moments if any
+    kinds: list[str]  # "weight", and the names of the optimizer's moments if there are any
     boxes: list[Box]
 
 
 class CheckpointReader:
-    """Reads slices of a training checkpoint: weights for `fill`, and the optimizer's state."""
+    """Reads slices of the weights and of the optimizer's state from a training checkpoint."""
 
     dtype = torch.float32
 
     def __init__(self, folder: Path) -> None:
-        """Raises: Damaged unless `folder` is a checkpoint of ours whose fragments hold each element exactly once;
-        UserError if this version does not have its optimizer."""
+        """Open the checkpoint in `folder`.
+
+        Raises: Damaged unless its fragments contain each element exactly once. UserError if this version does not have
+        the checkpoint's optimizer."""
         self.folder, self.manifest = folder, read_manifest(folder)
         fault = fault_of(self.manifest, kinds_in(folder, self.manifest))
         if fault is not None:
-            raise Damaged(folder, f"{MANIFEST} is not what was written ({fault})")
-        self.files: dict[str, StoredFile] = {}  # the files opened so far
+            raise Damaged(folder, f"{MANIFEST} was changed after it was written ({fault})")
+        self.files: dict[str, StoredFile] = {}  # the files that have been opened so far
         self.shapes = {name: tuple(saved["shape"]) for name, saved in self.manifest["tensors"].items()}
         self.pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
         for file, content in self.manifest["files"].items():
@@ -50,19 +52,19 @@ class CheckpointReader:
                 self.pieces[name].append(Piece(file, fragment["kinds"], boxes))
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the checkpoint holds exactly the tensors `wanted`."""
+        """Raise UserError unless the checkpoint contains exactly the tensors `wanted`."""
         require_same_tensors(str(self.folder), wanted, self.shapes)
 
     def holds(self, name: str) -> bool:
-        """Whether there is a logical tensor of that name."""
+        """Whether the checkpoint contains the full tensor `name`."""
         return name in self.shapes
 
     def __call__(self, name: str, shard: Shard) -> Tensor:
-        """The fp32 weights of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
+        """The elements `shard.range` of the full tensor `name` in fp32. Raises: UserError if a file is damaged."""
         return self.read("weights", name, shard.range)
 
     def read_tensor(self, kind: str, name: str) -> Tensor | None:
-        """A full logical tensor, or one of its moments; None if the checkpoint has no moments yet.
+        """A full tensor, or a moment of this tensor. The result is None if the checkpoint has no moments yet.
 
         Raises: UserError if a file is damaged."""
         if not any(kind in piece.kinds for piece in self.pieces[name]):
@@ -70,14 +72,16 @@ class CheckpointReader:
         return self.read(kind, name, tuple(slice(0, size) for size in self.shapes[name]))
 
     def read(self, kind: str, name: str, ranges: Ranges) -> Tensor:
-        """`ranges` of a logical tensor, or of one of its moments, fp32. Raises: UserError if a file is damaged."""
+        """The elements `ranges` of a full tensor or of its moment `kind`, in fp32.
+
+        Raises: UserError if a file is damaged."""
         box = Box(0, ranges)
         values = torch.empty(box.numel)
         self._copy(kind, name, values, [box])
         return box.of(values)
 
     def restore(self, fragment: Fragment) -> None:
-        """Write the saved values into a rank's live fragment. Raises: UserError if a file is damaged."""
+        """Copy the saved values into a fragment of this rank's optimizer. Raises: UserError if a file is damaged."""
         boxes = boxes_of(fragment.shard, fragment.start, len(fragment.weights))
         for kind, values in fragment.tensors.items():
             self._copy(kind, fragment.name, values, boxes)
@@ -94,7 +98,7 @@ class CheckpointReader:
 
 
 def _read(file: StoredFile, key: str, shared: Shared, into: Tensor) -> None:
-    """Read the values of a rectangle into `into`; directly, if the file stores them in that order."""
+    """Read the values of a rectangle into `into`, without a copy if the file stores them in the same order."""
     box, ranges = shared.theirs, shared.out_of
     row = box.numel // box.shape[0]
     first, last = ranges[0].start, ranges[0].stop

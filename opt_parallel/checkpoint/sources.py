@@ -1,4 +1,4 @@
-"""Opens any checkpoint: one of ours, a Hugging Face folder or a hub id."""
+"""Opens a checkpoint, which may be a training checkpoint, a Hugging Face folder or a hub id."""
 
 from __future__ import annotations
 
@@ -32,31 +32,33 @@ from opt_parallel.runtime.log import say
 
 @dataclass(frozen=True)
 class Opened:
-    """An open checkpoint: the network's shape, a source of its weights, and the folder of its tokenizer (which may have
-    none)."""
+    """An open checkpoint: the configuration of its network, a source of its weights, and its tokenizer's folder.
+
+    The folder may contain no tokenizer."""
 
     config: ModelConfig
     stored: Weights
     tokenizer: Path
     folder: Path
-    not_finite: list[str] = field(default_factory=list)  # names of the tensors of which this rank read NaN or infinity
+    not_finite: list[str] = field(default_factory=list)  # tensors in which this rank has read NaN or infinity
 
     @property
     def labels(self) -> Labels:
-        """The classifier's labels; for a language model transformers' default."""
+        """The labels of a classifier. A language model has the default labels of transformers."""
         if (self.folder / MANIFEST).is_file():
             return labels_at(self.folder) or Labels.numbered(2)
         return read_labels(self.folder)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest of fp32, bf16 and fp16 that represents the weights exactly. Our checkpoints are fp32, also
-        those of bf16 runs; fp64 weights are rounded to fp32."""
+        """The smallest of the dtypes fp32, bf16 and fp16 that represents the weights exactly.
+
+        Training checkpoints contain fp32 weights, also those of bf16 runs. Weights in fp64 are rounded to fp32."""
         return torch.float32 if self.stored.dtype is torch.float64 else self.stored.dtype
 
     @property
     def special_tokens(self) -> SpecialTokens:
-        """How training treated a special token's spelling in the text; as text, if the checkpoint does not say."""
+        """How training encoded the spelling of a special token in a text. The default is to encode it as text."""
         data = read_manifest(self.folder)["config"]["data"] if (self.folder / MANIFEST).is_file() else {}
         name = str(data.get("special_tokens", SpecialTokens.text.name))
         if name not in SpecialTokens.__members__:
@@ -65,36 +67,38 @@ class Opened:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether it has a classification head."""
+        """Whether the checkpoint has a classification head."""
         return self.stored.holds(SCORE)
 
     def weights(self, name: str, shard: Shard) -> Tensor:
-        """The values of `shard.range` of the logical tensor `name`. Raises: UserError if a file is damaged."""
+        """The elements `shard.range` of the full tensor `name`. Raises: UserError if a file is damaged."""
         values = self.stored(name, shard)
-        if values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):  # NaN is both ends
+        if values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):  # minimum of NaN is NaN
             self.not_finite.append(name)
         return values
 
     def grown(self, rows: int) -> Opened:
-        """The checkpoint with `rows` rows in its embedding, at least as many as now. Prints a note."""
+        """The checkpoint with `rows` rows in its embedding. A note is printed if this adds rows."""
         if rows == self.config.vocab_size:
             return self
         say(
             f"{self.folder}: the embedding grows from {self.config.vocab_size} rows to model.vocab_size={rows}; each "
-            "new row is the mean of the others"
+            "new row is the mean of the old rows"
         )
         stored = Grown(self.stored, self.config.vocab_size)
         return replace(self, config=replace(self.config, vocab_size=rows), stored=stored)
 
     def as_base(self, name: str) -> Base:
-        """This checkpoint, which the user calls `name`, as the base of a LoRA run; it may be a classifier.
+        """This checkpoint as the base of a LoRA run, with the `name` that the user gives it.
 
-        Raises: UserError unless it holds exactly the tensors of a network."""
+        The checkpoint may be a classifier. Raises: UserError unless it contains exactly the tensors of a network."""
         self.check_classifier()
         return Base.of(name, self.config, self.stored)
 
     def check_language_model(self) -> None:
-        """Raise UserError unless the checkpoint holds exactly the tensors of a language model. Reads no values."""
+        """Raise UserError unless the checkpoint contains exactly the tensors of a language model.
+
+        No values are read."""
         if self.is_classifier:
             raise UserError(
                 f"{self.folder} is a classifier ({SCORE} is unexpected), not a language model: choose another "
@@ -104,8 +108,9 @@ class Opened:
             self.stored.check(logical_shapes(CausalLM(self.config, ALONE)))
 
     def check_classifier(self) -> None:
-        """Raise UserError unless the checkpoint holds exactly the tensors of a classifier, or of a language model, to
-        which a head can be added. Reads no values."""
+        """Raise UserError unless the checkpoint contains exactly the tensors of a classifier or of a language model.
+
+        A classification head can be added to a language model. No values are read."""
         with torch.device("meta"):
             wanted = logical_shapes(CausalLM(self.config, ALONE))
         if self.is_classifier:
@@ -113,13 +118,13 @@ class Opened:
         self.stored.check(wanted)
 
     def check_labels(self, labels: Labels) -> None:
-        """Raise UserError if the head has another number of labels than `labels`; print a note if there is no head."""
+        """Raise UserError if the classification head does not fit `labels`. Print a note if there is no head."""
         names, number = self.labels.names, len(labels.names)
         if not self.is_classifier:
             say(f"{self.folder} has no classification head: a new head for {number} labels is trained")
         elif len(names) != number:
             raise UserError(
-                f"{self.folder} has {len(names)} labels ({', '.join(names[:5])}), the run has {number} "
+                f"{self.folder} has {len(names)} labels ({', '.join(names[:5])}), but the run has {number} "
                 f"({', '.join(labels.names[:5])}): set task.labels, or start from a language model"
             )
 
@@ -141,8 +146,10 @@ class Opened:
         new_head: bool = False,
         seed: int = 1,
     ) -> SequenceClassifier:
-        """This rank's part of the classifier. With `new_head` the checkpoint may be a language model, whose head is
-        then drawn from `seed`. Raises: UserError."""
+        """This rank's part of the classifier. Raises: UserError.
+
+        With `new_head`, the checkpoint may be a language model. Then the classification head is randomly initialised
+        with `seed`."""
         self.config.check_splits(group.size, "tensor degree ")
         with torch.device("meta"):
             model = SequenceClassifier(self.config, num_labels, group)
@@ -153,8 +160,10 @@ class Opened:
         return model.eval()
 
     def with_head(self, wanted: dict[str, tuple[int, ...]], seed: int, replaced: bool = False) -> Source:
-        """A source of the tensors `wanted` of a classifier; its head is drawn from `seed` if the checkpoint has none,
-        or has another number of labels and `replaced`. Prints a note. Raises: UserError for any other tensors."""
+        """A source of the tensors `wanted` of a classifier. Raises: UserError for any other tensors.
+
+        If the checkpoint has no classification head, the head is randomly initialised with `seed`, and a note is
+        printed. If `replaced`, a head with another number of labels is replaced in the same way."""
         wanted = dict(wanted)
         rows = len(self.labels.names) if self.is_classifier else 0
         if rows == wanted[SCORE][0] or (rows and not replaced):
@@ -166,11 +175,13 @@ class Opened:
         else:
             why, number = "has no classification head", wanted.pop(SCORE)[0]
         self.stored.check(wanted)
-        say(f"{self.folder} {why}: a head for {number} labels is drawn from seed {seed}")
+        say(f"{self.folder} {why}: a head for {number} labels is randomly initialised with seed {seed}")
         return with_new_head(self.weights, seed)
 
     def warn_of_not_finite(self, group: Group) -> None:
-        """Warn of NaN and infinity in the tensors that the ranks of `group` have read. All of its ranks call this."""
+        """Warn of NaN and infinity in the tensors that the ranks of `group` have read.
+
+        All ranks of the group must call this method."""
         named: list[list[str]] = [self.not_finite]
         if group.size > 1:
             named = [[] for _ in range(group.size)]
@@ -188,7 +199,7 @@ class Opened:
 
 
 def with_new_head(weights: Source, seed: int) -> Source:
-    """`weights`, and random values for the classification head, which they lack."""
+    """A source of `weights` and of a randomly initialised classification head, which the weights do not contain."""
     drawn = random_source(seed)
 
     def source(name: str, shard: Shard) -> Tensor:
@@ -200,14 +211,18 @@ def with_new_head(weights: Source, seed: int) -> Source:
 def open_checkpoint(
     checkpoint: str | Path, key: str = "--checkpoint ", checksums: bool = False, above: tuple[Path, ...] = ()
 ) -> Opened:
-    """Open one of our `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
+    """Open a training checkpoint `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
 
-    The checkpoint of a LoRA run is opened with its base and gives the merged weights. `checksums`: first verify all
-    checksums. Damage of our checkpoints is an error, and each process verifies a share; damage of an export, which
-    somebody may have changed on purpose, is a warning. `above`: the LoRA checkpoints whose base this is.
+    The checkpoint of a LoRA run is opened together with its base, and its weights are merged.
 
-    Raises: UserError, which starts with `key`, if `checkpoint` is none of these, is not an OPT model, lacks a file or
-    is damaged; or if the base of a LoRA run is missing or has changed."""
+    Args:
+        key: the start of error messages.
+        checksums: whether to verify all checksums first. Damage of a training checkpoint is an error, and each process
+            verifies a share of the files. Damage of an exported folder is a warning, because users may change it.
+        above: the LoRA checkpoints whose base is opened.
+
+    Raises: UserError if `checkpoint` does not exist, is not an OPT model, lacks a file or is damaged, or if the base of
+        a LoRA run is missing or has changed."""
     folder = find_checkpoint(checkpoint, key)
     return open_folder(folder, model_at(folder, key), checksums, above)
 
@@ -227,8 +242,8 @@ def open_folder(
         if checksums and process.is_main() and (wrong := wrong_tensors(folder)):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             say(
-                f"warning: {folder}, {wrong[0]}{more}: damaged, so export or copy it again; or changed on purpose, so "
-                f"remove {CHECKSUMS}"
+                f"warning: {folder}, {wrong[0]}{more}: if the folder is damaged, export or copy it again; if it was "
+                f"changed on purpose, remove {CHECKSUMS}"
             )
         return Opened(config, weights, folder, folder)
     reader = open_checked(folder) if checksums else CheckpointReader(folder)
@@ -246,7 +261,7 @@ def _with_base(reader: CheckpointReader, checksums: bool, above: tuple[Path, ...
     found = opened.as_base(saved.checkpoint)
     if found.checksum != saved.checksum:
         raise UserError(
-            f"{reader.folder} belongs to a LoRA run, and its base {saved.checkpoint} has changed since (checksum "
-            f"{found.checksum}, then {saved.checksum}): restore the base that it was trained on"
+            f"{reader.folder} belongs to a LoRA run, and its base {saved.checkpoint} has changed (checksum "
+            f"{found.checksum} instead of {saved.checksum}): restore the base with which the LoRA run was trained"
         )
     return Merged(opened.stored, reader, lora_of(reader.manifest))

@@ -1,6 +1,7 @@
-"""The checkpoints of a run: saves while training continues, finds the newest complete one, restores in any layout.
+"""Saves the checkpoints of a run while training continues, finds the newest checkpoint, and restores its state.
 
-`checkpoints/step-<N>/` is written under a temporary name and renamed when all ranks are done: complete or absent.
+A checkpoint is written under a temporary name, and is renamed to `checkpoints/step-<N>/` when all ranks have written
+their files. So a folder with this name is always complete. A checkpoint can be restored with another number of ranks.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ from opt_parallel.storage.atomic import PARTIAL, optional, publish
 from opt_parallel.storage.checked import dump_checked
 
 TOKENIZER = "tokenizer.json"
-RECORDED = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # results may depend on their versions
-NOT_COMPARED = {"resume", "stop_at"}  # settings of one start, not of the run
+RECORDED = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # results may depend on the versions of these packages
+NOT_COMPARED = {"resume", "stop_at"}  # settings that may change at each start of a run
 
 
 class Store:
-    """Saves and restores a run's state; every rank calls its methods together."""
+    """Saves and restores the state of a run in checkpoints. All ranks must call the methods together."""
 
     def __init__(
         self,
@@ -71,23 +72,30 @@ class Store:
         text: Mapping[str, str] | None = None,
         wandb_id: str | None = None,
     ) -> None:
-        """`labels`: a classifier's; `base`: the base of a LoRA run; `text`: each source's prepared store; `wandb_id`:
-        the run's name at wandb, on rank 0."""
+        """Prepare to save checkpoints of `run`.
+
+        Args:
+            tokenizer: the folder of the run's tokenizer.
+            labels: the labels of a classifier.
+            base: the base checkpoint of a LoRA run.
+            text: an identifier of the text of each source.
+            wandb_id: the id of the run at wandb, on rank 0.
+        """
         self.run, self.topology, self.tokenizer = run, topology, tokenizer
-        # in memory, so that a checkpoint can be written after data.cache was removed
+        # The files are kept in memory, so that a checkpoint can be written after data.cache was removed.
         self.tokenizer_files = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
         self.labels, self.base, self.text = labels, base, dict(text or {})
         self.wandb_id = wandb_id
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
-        self.saving: Path | None = None  # the checkpoint that the saver was last given
+        self.saving: Path | None = None  # the folder of the last checkpoint that was passed to the saver
 
     def find(self) -> CheckpointReader | None:
-        """The checkpoint that `resume` names, after all its files were checked; None for a new run.
+        """The checkpoint that the setting `resume` names, or None for a new run. All files of it are checked.
 
-        With `resume=auto` a damaged checkpoint is reported and renamed, and the checkpoint before it is used. Raises:
-        UserError if no checkpoint is left, if `resume` names a damaged one, or if the checkpoint's network, optimizer
-        or tokenizer is not the run's."""
+        With `resume=auto`, a damaged checkpoint is reported and renamed, and the previous checkpoint is used. Raises:
+        UserError if no checkpoint is left, if `resume` names a damaged checkpoint, or if the network, optimizer or
+        tokenizer of the checkpoint differs from the run's."""
         self._on_main(self._retire_incomplete)
         folder = self._first_ranks(choose(self.run))
         while folder is not None:
@@ -97,7 +105,7 @@ class Store:
             damage = found
             if self.run.resume != "auto":
                 raise UserError(f"resume={folder}: {damage}; choose an earlier checkpoint")
-            self.topology.barrier()  # every rank has read it
+            self.topology.barrier()  # after it, no rank reads the damaged checkpoint
             self._on_main(partial(self._retire_damaged, folder, damage))
             folder = self._first_ranks(newest(self.root))
             if folder is None:
@@ -105,8 +113,9 @@ class Store:
         return None
 
     def restore(self, engine: Engine, reader: CheckpointReader) -> Clock:
-        """Set the engine to the checkpoint's state, and return its clock. The present configuration holds; its
-        differences from the checkpoint's are printed."""
+        """Set the engine to the state of the checkpoint, and return the checkpoint's position in the data (clock).
+
+        The run keeps its present configuration. The differences from the checkpoint's configuration are printed."""
         manifest = reader.manifest
         engine.restore(reader.restore, manifest["updates"], manifest["loss_scale"])
         clock = Clock.saved(manifest["clock"])
@@ -115,8 +124,10 @@ class Store:
         return clock
 
     def if_best(self, loss: float | None) -> float | None:
-        """The validation `loss`, if the run keeps its best checkpoint and `loss` is lower than that of every checkpoint
-        so far; else None. Waits for a save in progress."""
+        """The validation `loss` if it is lower than that of all checkpoints so far, else None.
+
+        The result is also None if the run does not keep its best checkpoint. The method waits for a save in progress.
+        """
         if not self.run.checkpoint.keep_best or loss is None:
             return None
         self.wait()
@@ -125,10 +136,11 @@ class Store:
         return loss if self.topology.any(self.topology.is_main and better) else None
 
     def save(self, engine: Engine, clock: Clock, best: float | None = None) -> None:
-        """Write `step-<N>` in the background. Waits for the previous save first, and warns if it failed.
+        """Write the checkpoint `step-<N>` in the background, after the previous save has ended.
 
-        `best`: the validation loss, if it is the lowest so far. Raises: UserError, on every rank and before anything is
-        written, if replicas of a value differ between ranks."""
+        A warning is printed if the previous save failed. `best` is the validation loss if it is the lowest so far.
+        Raises: UserError on every rank, before a file is written, if values that should be equal on all ranks differ.
+        """
         self.wait()
         final = self.root / f"step-{clock.step}"
         self._check_replicas(engine, final)
@@ -139,7 +151,7 @@ class Store:
                 partial_of(final, number).mkdir(parents=True)
             except OSError as error:
                 number, failure = -1, error.strerror or str(error)
-        number = self.topology.sum(number, self.topology.world)  # rank 0's
+        number = self.topology.sum(number, self.topology.world)  # the number of rank 0, because all others are 0
         if number < 0:
             self.saver.failure = failure
         else:
@@ -147,40 +159,41 @@ class Store:
             complete = partial(self._complete, beside, final, manifest)
             self.saver.start(engine.owned(), beside, complete, partial(self._tidy_up, clock.step, best))
         if not self.run.checkpoint.asynchronous:
-            self.saver.join()  # `wait` or `finish` reports a failure
+            self.saver.join()  # `wait` or `finish` reports a failed save
 
     def _check_replicas(self, engine: Engine, final: Path) -> None:
         wrong = differing(engine.replicas(), self.topology)
         if wrong is not None:
-            kept = self.topology.exchange(newest(self.root))[0]  # as rank 0 sees it
+            kept = self.topology.exchange(newest(self.root))[0]  # the newest checkpoint that rank 0 finds
             raise UserError(
-                f"{final} is not saved: {wrong}, which must be the same: a memory, a device or the network changed "
-                f"them. The same command {_resumes_from(kept)}; take the host out of service if it happens again",
+                f"{final} is not saved: {wrong}, but these values must be equal: a memory, a device or the network "
+                f"changed a value. The same command {_resumes_from(kept)}; if this happens again, do not use the host",
                 shared=True,
             )
 
     def wait(self) -> None:
-        """Wait for a save in progress, and warn if it failed."""
+        """Wait for a save in progress, and print a warning if the save failed."""
         failure = self.saver.wait()
         if failure is not None:
             left = any(self.root.glob(f"{self.saving.name}{PARTIAL}*")) if self.saving else False
-            rest = "its partial files are deleted later" if left else "and none of its files are left"
-            say(f"warning: {self.saving} could not be written ({failure}), {rest}")
+            rest = "will be deleted later" if left else "were deleted"
+            say(f"warning: {self.saving} could not be written ({failure}); its partial files {rest}")
 
     def finish(self) -> None:
-        """Wait for a save in progress. Raises: UserError if it failed."""
+        """Wait for a save in progress. Raises: UserError if the save failed."""
         failure = self.saver.wait()
         self.saver.close()
         if failure is not None:
             kept = newest(self.root)
             raise UserError(
-                f"{self.saving} could not be written ({failure}): make room there and start the same command again; "
+                f"{self.saving} could not be written ({failure}): free space on this disk and repeat the command; "
                 + (f"{kept} is complete" if kept else "there is no earlier checkpoint")
             )
 
     def rescue(self, engine: Engine, clock: Clock) -> str:
-        """Save, unless this step is saved, before the run ends because of an outside cause. Returns the end of a
-        message: where the same command resumes."""
+        """Save a checkpoint of this step, unless it exists, before the run ends because of an external cause.
+
+        The method returns the end of a message, which says from which step the same command resumes."""
         self.wait()
         final = self.root / f"step-{clock.step}"
         if clock.step and self.topology.any(self.topology.is_main and step_of(final) is None):
@@ -193,24 +206,26 @@ class Store:
         self.topology.together(lambda: work() if self.topology.is_main else None)
 
     def _retire_incomplete(self) -> None:
-        for folder in without_manifest(self.root):  # a save of the same step needs the name
+        for folder in without_manifest(self.root):  # a later save of the same step needs the folder's name
             say(f"warning: {folder} has no {MANIFEST}; it is renamed to {retire(folder, 'damaged').name}")
         for path in misnamed_in(self.root):
-            say(f"warning: {path} is not the name of a checkpoint (step-<N>, such as step-2); it is left alone")
+            say(f"warning: {path} is not the name of a checkpoint (step-<N>, such as step-2), and is ignored")
 
     def _retire_damaged(self, folder: Path, damage: str) -> None:
         say(f"warning: {folder}: {damage}; it is renamed to {retire(folder, 'damaged').name}")
 
     def _branch_off(self, manifest: dict[str, Any]) -> None:
-        """Print what has changed since the checkpoint. Rename later checkpoints, which no longer belong to the run."""
+        """Print the settings that have changed since the checkpoint, and rename all later checkpoints.
+
+        The later checkpoints no longer belong to the run, which repeats their steps."""
         self._print_changes(manifest)
         for later in steps_in(self.root):
-            if later > manifest["clock"]["step"]:  # `resume=auto` must not find them
+            if later > manifest["clock"]["step"]:  # `resume=auto` must not find the later checkpoints
                 retire(self.root / f"step-{later}", "abandoned")
         renew_best(self.root, self.run.checkpoint.keep_best)
 
     def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
-        """On rank 0, when all ranks' files are on the disk: write tokenizer and manifest, and rename the folder."""
+        """Write the tokenizer and the manifest, and rename the folder, on rank 0, after all ranks have written."""
         for note in sorted(beside.glob("rank-*.json")):
             manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
             note.unlink()
@@ -223,14 +238,14 @@ class Store:
         publish(beside, final)
 
     def _tidy_up(self, step: int, best: float | None) -> None:
-        """After the checkpoint is complete: write best.json and delete old checkpoints."""
+        """Write best.json and delete old checkpoints, after the checkpoint of `step` is complete."""
         if best is not None:
             with optional(self.root / BEST):
                 write_best(self.root, step, best)
         forget_old(self.root, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _first_ranks(self, folder: Path | None) -> Path | None:
-        """Rank 0's choice: on a shared file system other ranks may not see the newest checkpoint yet."""
+        """The folder that rank 0 chose. On a shared file system, other ranks may not see the newest folder yet."""
         if self.run.resume != "auto":
             return folder
         step = -1 if folder is None else step_of(folder)
@@ -266,9 +281,10 @@ class Store:
         return manifest
 
     def _open(self, folder: Path) -> CheckpointReader | str:
-        """A checkpoint, or what is wrong with it. Each rank checks a share of the files.
+        """A reader of the checkpoint, or a description of its damage. Each rank checks a share of the files.
 
-        Raises: UserError if the checkpoint is complete, but its network, optimizer or tokenizer is not the run's."""
+        Raises: UserError if the checkpoint is complete, but has another network, optimizer or tokenizer than the run.
+        """
         reader, wrong = read_share(folder, self.topology.world.rank, self.topology.world.size)
         for found in self.topology.exchange(wrong):
             if found:
@@ -276,16 +292,16 @@ class Store:
         assert reader is not None
         self._check_fits(folder, reader.manifest)
         wanted = trained_shapes(network(self.run, self.labels, ALONE))
-        return reader if reader.shapes == wanted else f"{MANIFEST} lists tensors of other shapes than the network's"
+        return reader if reader.shapes == wanted else f"the shapes of tensors in {MANIFEST} differ from the network's"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Raise UserError unless the checkpoint's network, optimizer and tokenizer are this run's."""
+        """Raise UserError unless the checkpoint has the same network, optimizer and tokenizer as this run."""
         saved, now = manifest["config"]["model"], to_dict(self.run)["model"]
         for name in now:
             if name not in MAY_DIFFER and saved.get(name) != now[name]:
                 raise UserError(
-                    f"{folder} was trained with model.{name}={saved.get(name)}, this run has {now[name]}: another "
-                    "network cannot continue it; set the value back, or start in another run.dir"
+                    f"{folder} was trained with model.{name}={saved.get(name)}, but this run has {now[name]}: a run "
+                    "cannot continue with another network; set the value back, or start in another run.dir"
                 )
         self._check_labels(folder, manifest.get("labels"))
         self._check_adapts(folder, manifest)
@@ -302,40 +318,43 @@ class Store:
             )
 
     def _check_labels(self, folder: Path, saved: dict[str, Any] | None) -> None:
-        """Raise UserError unless checkpoint and run are both language models, or classifiers with the same labels."""
+        """Raise UserError unless the checkpoint and the run are both language models or have the same labels."""
         now = None if self.labels is None else _labels_as_json(self.labels)
         if saved != now:
             raise UserError(
-                f"{folder} is {_describe(saved)}, this run trains {_describe(now)}: set task or task.labels back, or "
-                f"start in another run.dir with init_from={folder}"
+                f"{folder} is {_describe(saved)}, but this run trains {_describe(now)}: set task or task.labels back, "
+                f"or start in another run.dir with init_from={folder}"
             )
 
     def _check_adapts(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Raise UserError unless checkpoint and run both train all weights, or the same LoRA terms on the same base."""
+        """Raise UserError unless the checkpoint and the run train the same weights.
+
+        Both must train all weights, or the same LoRA terms on the same base checkpoint."""
         then, now = lora_of(manifest), self.run.task.lora
         if then.rank == now.rank == 0:
             return
         for name, saved, given in (
             ("rank", then.rank, now.rank),
             ("targets", sorted(then.targets), sorted(now.targets)),
-            ("alpha", then.alpha, now.alpha),  # with another alpha, A and B would mean other weights
+            ("alpha", then.alpha, now.alpha),  # with another alpha, the same A and B would give other weights
         ):
             if saved != given:
                 raise UserError(
-                    f"{folder} was trained with task.lora.{name}={saved}, this run has {given}: another network cannot "
-                    f"continue it; set the value back, or start in another run.dir with init_from={folder}"
+                    f"{folder} was trained with task.lora.{name}={saved}, but this run has {given}: a run cannot "
+                    "continue with another network; set the value back, or start in another run.dir with "
+                    f"init_from={folder}"
                 )
         assert self.base is not None
         if manifest["base"]["checksum"] != self.base.checksum:
             raise UserError(
-                f"{folder} adapts {manifest['base']['checkpoint']} (checksum {manifest['base']['checksum']}), and "
+                f"{folder} adapts {manifest['base']['checkpoint']} (checksum {manifest['base']['checksum']}), but "
                 f"init_from={self.run.init_from} has other weights (checksum {self.base.checksum}): set init_from "
                 "back, or start in another run.dir"
             )
 
     def _print_changes(self, manifest: dict[str, Any]) -> None:
-        """Print a table of the settings and libraries that differ from the checkpoint's."""
-        change_paths(manifest["config"], Run, absolute)  # older checkpoints have the paths as they were typed
+        """Print a table of the settings and of the versions of libraries that have changed since the checkpoint."""
+        change_paths(manifest["config"], Run, absolute)  # older checkpoints contain the paths as the user typed them
         then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
         now = recorded(self.run) | self._versions() | {"text": self.text}
         then["processes"], now["processes"] = manifest["layout"]["world size"], self.topology.world.size

@@ -1,9 +1,9 @@
-"""Writes a rank's file of a checkpoint while training continues.
+"""Writes a rank's file of a checkpoint in a thread, while training continues.
 
-`Saver.start` copies the rank's fragments into a host buffer with the layout of the file, and returns. A thread writes
-the file, calls fsync, and waits for the other ranks' threads in a process group of their own. Then rank 0 completes the
-checkpoint. The buffer is reused: 12 bytes per parameter that the rank saves (fp32 weight and two moments), pinned if
-there is a GPU.
+`Saver.start` copies the values that the rank saves into a buffer in host memory, and returns. A thread writes the
+buffer to the file, calls fsync, and waits for the threads of the other ranks. Then rank 0 completes the checkpoint. The
+threads communicate in their own process group. The buffer is reused for each checkpoint. It needs 12 bytes for each
+parameter that the rank saves (an fp32 weight and two moments), and is pinned if there is a GPU.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from opt_parallel.parallel.topology import FIXED_TIMEOUT, Topology
 from opt_parallel.storage.atomic import confirm, remove
 from opt_parallel.zero import Fragment
 
-CHUNK = 2**20  # bytes written at a time: few enough to stay in the cache for the checksum
+CHUNK = 2**20  # number of bytes that are written at a time, so that they are in the CPU's cache for the checksum
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file that a rank writes."""
+    """The name of the file that rank number `rank` writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
 class Saver:
-    """Writes at most one checkpoint at a time."""
+    """Writes checkpoints in a thread, at most one checkpoint at a time."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         several = topology.world.size > 1
-        # Its own group: threads must not interleave with the loop's collectives, and writing may outlast a step's
-        # timeout
+        # The threads need their own process group, because their collectives run at the same time as those of
+        # training, and because writing may take longer than the timeout of a training step.
         self.group = dist.new_group(backend="gloo", group_desc=FIXED_TIMEOUT) if several else None
         self.buffer = torch.empty(0)
         self.thread: threading.Thread | None = None
@@ -53,8 +53,9 @@ class Saver:
         complete: Callable[[], None],
         tidy_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy what this rank saves, and start the thread that writes it to `folder`. Rank 0 calls `complete` when all
-        ranks have written, and `tidy_up` if that succeeds."""
+        """Copy the `fragments` that this rank saves, and start the thread that writes them to `folder`.
+
+        Rank 0 calls `complete` when all ranks have written their files, and calls `tidy_up` if `complete` succeeds."""
         assert self.thread is None
         shapes, records = self._copy(list(fragments))
         self.failure = None
@@ -63,15 +64,15 @@ class Saver:
         self.thread.start()
 
     def join(self) -> None:
-        """Wait for the save that was started."""
+        """Wait until the thread of the last save has ended."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def wait(self) -> str | None:
-        """Wait for the save that was started, and return why it failed on any rank, or None.
+        """Wait until the last save has ended, and return a message if the save failed on any rank, or None.
 
-        Raises: torch's RuntimeError, if another rank is gone. The next start deletes the unfinished checkpoint."""
+        Raises: torch's RuntimeError, if another rank has ended. The next start deletes the unfinished checkpoint."""
         self.join()
         if self.lost is not None:
             raise self.lost
@@ -79,12 +80,12 @@ class Saver:
         return failure
 
     def close(self) -> None:
-        """Destroy the threads' group."""
+        """Destroy the process group of the threads."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
     def _copy(self, fragments: list[Fragment]) -> tuple[dict[str, tuple[int, ...]], list[dict[str, Any]]]:
-        """Fill the buffer. Returns the shapes of the file's tensors, in order, and the fragments' manifest entries."""
+        """Copy the fragments to the buffer. Return the shapes of the file's tensors and the entries of the manifest."""
         total = sum(len(values) for fragment in fragments for values in fragment.tensors.values())
         on_gpu = self.topology.device.type == "cuda"
         if len(self.buffer) != total:
@@ -104,7 +105,7 @@ class Saver:
     def _in_thread(self, write: Callable[[], str | None]) -> None:
         try:
             self.failure = write()
-        except Exception as error:  # a rank is gone, so the group's collectives fail
+        except Exception as error:  # the collectives of the group fail if a rank has ended
             self.lost = error
 
     def _write_together(
@@ -115,11 +116,11 @@ class Saver:
         complete: Callable[[], None],
         tidy_up: Callable[[], None],
     ) -> str | None:
-        """Why the checkpoint could not be written, on this rank or another; None if it is complete."""
+        """Write the checkpoint together with the other ranks. Return an error message, or None if it is complete."""
         failure: str | None = None
         try:
             self._write_file(folder, shapes, records)
-        except Exception as error:  # of any kind: this thread has no caller, and the other ranks wait for its answer
+        except Exception as error:  # any error, because this thread has no caller, and other ranks wait for its result
             failure = _why(error)
         failed = self._failed(failure)
         if failed is None and self.topology.is_main:
@@ -130,13 +131,13 @@ class Saver:
         failed = failed or self._failed(failure)
         if self.topology.is_main:
             if failed:
-                remove(folder)  # all ranks have closed their files
+                remove(folder)  # at this point, all ranks have closed their files
             else:
                 tidy_up()
         return failed
 
     def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:
-        """Write the file, and beside it its manifest entry."""
+        """Write this rank's file, and a second file with its entry for the manifest."""
         path = folder / rank_file(self.topology.world.rank)
         header = safetensors_header(shapes, torch.float32)
         data = memoryview(self.buffer.numpy()).cast("B")  # type: ignore[arg-type]
@@ -152,7 +153,9 @@ class Saver:
         path.with_suffix(".json").write_text(json.dumps(note))
 
     def _failed(self, failure: str | None) -> str | None:
-        """The `failure` of the lowest rank that has one, with the rank's name unless it is rank 0; None if none has."""
+        """The `failure` of the lowest rank whose save failed, or None if no save failed.
+
+        The message starts with the name of the rank, unless it is rank 0."""
         failures: list[str | None] = [failure]
         if self.group is not None:
             failures *= self.topology.world.size

@@ -32,7 +32,7 @@ LEAVES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """The location of an array in a file. The `pieces` (first byte, number of elements) contain its elements in order."""
+    """The location of an array in a file. Its elements are in the `pieces` (first byte, number of elements)."""
 
     shape: tuple[int, ...]
     dtype: str

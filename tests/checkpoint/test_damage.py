@@ -52,7 +52,7 @@ def flip(folder: Path) -> str:
 
 def truncate(folder: Path) -> str:
     os.truncate(folder / "rank-00000.safetensors", 1000)
-    return "rank-00000.safetensors has another size than was written"
+    return "rank-00000.safetensors has another size than manifest.json states"
 
 
 def lose(folder: Path) -> str:
@@ -193,9 +193,9 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_dis
     process = launch(2, "train.py", *arguments)
     assert process.returncode != 0
     why = "could not be written (No space left on device)"
-    assert warnings_of(process) == [f"warning: {disk}/step-4 {why}, and none of its files are left"]
+    assert warnings_of(process) == [f"warning: {disk}/step-4 {why}; its partial files were deleted"]
     assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: {disk}/step-5 {why}: make room there and start the same command again; {disk}/step-2 is complete"
+        f"error: {disk}/step-5 {why}: free space on this disk and repeat the command; {disk}/step-2 is complete"
     ]
     assert names_in(disk) == ["step-2"]
     assert [row["step"] for row in train_rows(tmp_path / "run")] == [1, 2, 3, 4, 5]
@@ -213,10 +213,9 @@ def test_a_read_only_folder(tmp_path: Path, small_disk: Callable[[str], Path], a
     process = python("train.py", *arguments)
     assert process.returncode == 2
     why = "could not be written (Read-only file system)"
-    assert warnings_of(process) == [f"warning: {disk}/step-1 {why}, and none of its files are left"]
+    assert warnings_of(process) == [f"warning: {disk}/step-1 {why}; its partial files were deleted"]
     assert process.stderr == (
-        f"error: {disk}/step-2 {why}: make room there and start the same command again; there is no earlier "
-        "checkpoint\n"
+        f"error: {disk}/step-2 {why}: free space on this disk and repeat the command; there is no earlier checkpoint\n"
     )
 
 
@@ -276,7 +275,7 @@ def test_a_pickle_is_refused_and_never_run(stopped: tuple[Path, list[str]], tmp_
     process = python("train.py", *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1")
     assert process.returncode == 2
     assert "step-7: manifest.json cannot be read" in process.stdout
-    assert "step-6: manifest.json is not what was written (rank-00000.safetensors is smaller" in process.stdout
+    assert "step-6: manifest.json was changed after it was written (rank-00000.safetensors is smaller" in process.stdout
     assert not proof.exists()
     pickle.loads(planted)
     assert proof.exists()  # it would have

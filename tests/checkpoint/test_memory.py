@@ -85,7 +85,7 @@ def test_auto_is_the_checkpoints_own_where_it_is_native(
 
 def test_what_does_not_fit_is_one_line(folders: dict[torch.dtype, Path]) -> None:
     folder = folders[FP32]
-    with pytest.raises(UserError, match=r"needs \d+ MB .* in float32, and \d+ MB are free") as raised:
+    with pytest.raises(UserError, match=r"needs \d+ MB .* in float32, but \d+ MB are free") as raised:
         chosen(folder, None, ALL, needed(folder, BF16))
     assert "--dtype bfloat16 needs" in str(raised.value)
     assert "--tensor" in str(raised.value)
@@ -169,7 +169,7 @@ def test_an_export_needs_its_largest_tensor_thrice(
     for own, dtype, each in ((BF16, ExportDtype.auto, 6), (BF16, ExportDtype.float32, 8), (FP32, ExportDtype.auto, 12)):
         enough, output = each * largest + WORK, tmp_path / f"{own}-{dtype}"
         monkeypatch.setattr(memory, "memory_free", lambda enough=enough: enough - 1)
-        with pytest.raises(UserError, match=r"its largest tensor needs \d+ MB of memory, and \d+ MB are free"):
+        with pytest.raises(UserError, match=r"its largest tensor needs \d+ MB of memory, but \d+ MB are free"):
             export(folders[own], output, 10**9, dtype)
         monkeypatch.setattr(memory, "memory_free", lambda enough=enough: enough)
         export(folders[own], output, 10**9, dtype)

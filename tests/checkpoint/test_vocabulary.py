@@ -130,7 +130,7 @@ def test_what_may_be_said_of_the_vocabulary(theirs: Path) -> None:
     line = refused(start, f"model.vocab_size={FEW - 1}")
     assert all(word in line for word in (f"model.vocab_size={FEW - 1}", f"has {FEW} rows", "lost"))
     line = refused(start, "model.vocab_size=400", "task.lora.rank=4")
-    assert all(word in line for word in (f"has {FEW} rows", "LoRA trains none", "task.lora.rank=0"))
+    assert all(word in line for word in (f"has {FEW} rows", "LoRA cannot train new rows", "task.lora.rank=0"))
     line = refused(start, "model=opt-tiny", "model.hidden_size=48")  # 512 rows that nobody asked for
     assert f"has {FEW}: remove" in line
     assert "model.vocab_size=512 alone" in line

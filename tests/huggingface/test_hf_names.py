@@ -119,7 +119,7 @@ def test_classifiers(tmp_path: Path, folder: Path, capsys: Any) -> None:
     assert "score.weight is missing" in error_of(lambda: language.classifier(2, ALONE, CPU))
     assert capsys.readouterr().out == ""
     heads = [language.classifier(2, ALONE, CPU, new_head=True, seed=seed).score.weight for seed in (1, 1, 2)]
-    assert "drawn from seed 1" in capsys.readouterr().out
+    assert "randomly initialised with seed 1" in capsys.readouterr().out
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
     assert 0.1 < float(heads[0].detach().std()) < 0.3  # init_std of the checkpoint: 0.2

@@ -122,7 +122,7 @@ def test_a_new_head_is_the_same_at_every_degree_and_loads_in_transformers(crew: 
     assert abs(first).min() > 0
     for scores, _, _ in crew(2)(from_a_language_model, str(tmp_path / "language"), 2, str(tmp_path / "two")):
         torch.testing.assert_close(scores, first, rtol=1e-5, atol=1e-6)
-    assert "has no classification head: a head for 5 labels is drawn from seed 7" in said
+    assert "has no classification head: a head for 5 labels is randomly initialised with seed 7" in said
     loaded, info = OPTForSequenceClassification.from_pretrained(tmp_path / "two", output_loading_info=True)
     assert not any(info.values()), info
     ids, mask = ids_and_mask("left")

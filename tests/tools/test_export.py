@@ -239,8 +239,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(trained: Callable[[str], Pat
     process = python(*command)
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
-        f"error: {output} cannot be written (No space left on device), and its partial files were removed: make "
-        "room, or choose another folder"
+        f"error: {output} cannot be written (No space left on device), and its partial files were removed: free disk "
+        "space, or choose another folder"
     ]
     assert list(small_disk.iterdir()) == []
     assert python(*command, "--dtype", "bfloat16").returncode == 0  # half the size fits

@@ -99,7 +99,7 @@ def test_list(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         assert f"  {metric(copy, 'validation', step)}  " in line
         assert f"  {step * 8 * 16}  " in line  # tokens
     endings = {
-        "step-3": "rank-00001.safetensors has another size than was written",
+        "step-3": "rank-00001.safetensors has another size than manifest.json states",
         "step-5": "rank-00000.safetensors is missing",
         "step-7.damaged": "renamed: damaged",
         "step-8.abandoned1": "renamed: the run resumed from an earlier checkpoint",
@@ -160,7 +160,7 @@ def test_verify(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     manifest.write_bytes(contents[manifest])
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     status, text = said(capsys, monkeypatch, "verify", folder)
-    assert (status, text) == (1, f"{folder}: tokenizer/tokenizer.json has another size than was written\n")
+    assert (status, text) == (1, f"{folder}: tokenizer/tokenizer.json has another size than manifest.json states\n")
 
     manifest.write_text("{")
     status, text = said(capsys, monkeypatch, "verify", folder)
