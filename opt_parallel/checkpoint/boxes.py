@@ -1,8 +1,8 @@
 """Describes a flat piece of a tensor's part as rectangles (boxes) of the full tensor.
 
 The rectangles of pieces from different parallel layouts can be intersected. Elements a to b of a flattened matrix are
-the end of a first row, some full rows, and the start of a last row. These are three rectangles, and each is contiguous
-in the piece. A tensor with more than two dims is treated recursively in the same way.
+three rectangles: the end of a first row, some full rows, and the start of a last row. Each rectangle is contiguous in
+the piece. A tensor with more than two dims is treated recursively in the same way.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple
         yield start, (slice(start, stop),)
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the range of full rows
-    if first > last:  # all elements are in one row
+    first, last = -(-start // row), stop // row  # The range of full rows.
+    if first > last:  # All elements are in one row.
         yield from _within_row(shape, last, start, stop)
         return
     yield from _within_row(shape, first - 1, start, first * row)

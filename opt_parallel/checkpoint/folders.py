@@ -145,7 +145,7 @@ def write_best(checkpoints: Path, step: int, loss: float) -> None:
 
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete old and unfinished checkpoints. This function must not run during a save.
+    """Delete old and unfinished checkpoints. No checkpoint may be saved while this function runs.
 
     The newest `keep` checkpoints, the best checkpoint, and those at a multiple of `keep_every` steps are kept, where 0
     means no multiple. A warning is printed for each folder that cannot be deleted."""
@@ -160,7 +160,7 @@ def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Delete the folders that interrupted saves and deletions left. This function must not run during a save."""
+    """Delete the folders that interrupted saves and deletions left. No checkpoint may be saved at the same time."""
     for leftover in checkpoints.glob(f"step-*{PARTIAL}*"):
         remove(leftover)
 

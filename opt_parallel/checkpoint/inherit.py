@@ -29,7 +29,7 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def model_at(folder: Path, key: str) -> ModelConfig:
     """The network's configuration in a training checkpoint `checkpoints/step-<N>` or a Hugging Face folder.
 
-    Raises: UserError if `folder` is neither. Its message starts with `key` (such as `init_from=`)."""
+    Raises: UserError if `folder` is neither. The error message starts with `key` (such as `init_from=`)."""
     if (folder / MANIFEST).is_file():
         return _model_of(folder, read_manifest(folder))
     if (folder / ADAPTER_CONFIG).is_file():

@@ -24,7 +24,7 @@ CORNER = 8  # number of elements along each dim of a tensor that are included in
 
 
 class Weights(Protocol):
-    """A source of weights for `fill`. Its `dtype` represents all of its values exactly."""
+    """A source of weights for `fill`. The attribute `dtype` is a dtype that represents all weights exactly."""
 
     dtype: torch.dtype
 
@@ -78,7 +78,7 @@ class Merged:
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError unless the base and the LoRA checkpoint together contain exactly the tensors `wanted`.
 
-        If both contain a tensor, the tensor of the LoRA checkpoint is used."""
+        If the two checkpoints contain the same tensor, the tensor of the LoRA checkpoint is used."""
         other = {name: shape for name, shape in self.trained.shapes.items() if ".lora_" not in name}
         here = {name: shape for name, shape in wanted.items() if name in other}
         require_same_tensors(str(self.trained.folder), here, other)

@@ -18,8 +18,8 @@ from opt_parallel.storage.checked import Count, Integer, Size, is_deep, read_che
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # the name of a checkpoint's folder
-LARGEST = 2**29  # maximum bytes; a manifest of OPT-175B, saved by a thousand ranks, needs a third of this size
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # The name of a checkpoint's folder.
+LARGEST = 2**29  # Maximum bytes; a manifest of OPT-175B, saved by a thousand ranks, needs a third of this size.
 
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 

@@ -15,8 +15,8 @@ from opt_parallel.parallel.topology import Group, Topology
 from opt_parallel.runtime.log import say
 from opt_parallel.zero import Replica
 
-INTEGERS = {2: torch.int16, 4: torch.int32}  # the integer type with this number of bytes
-ROUNDING = 1e-2  # relative to the largest value. Adam turns even rounding errors of a gradient into full steps.
+INTEGERS = {2: torch.int16, 4: torch.int32}  # The integer type with this number of bytes.
+ROUNDING = 1e-2  # Relative to the largest value. Adam turns even rounding errors of a gradient into full steps.
 _say_once = functools.cache(say)
 
 
@@ -27,7 +27,7 @@ def differing(replicas: Iterable[Replica], topology: Topology) -> str | None:
     two integers per parameter, and more data only if ranks differ.
 
     On GPUs, NCCL may sum the gradients of more than two data ranks in a different order on each tensor rank. So the
-    ranks of a tensor group may differ by rounding. Then a warning is printed, and the first rank's values are saved.
+    ranks of a tensor group may differ by rounding. The values of the first rank are saved, and a warning is printed.
     """
     held = [replica for replica in replicas if replica.in_data or replica.in_tensor]
     sums = torch.stack([_sum_of_bits(each.values) for each in held]).tolist() if held else []

@@ -58,7 +58,7 @@ class Opened:
 
     @property
     def special_tokens(self) -> SpecialTokens:
-        """How training encoded the spelling of a special token in a text. The default is to encode it as text."""
+        """How training encoded the spelling of a special token in a text, which is as text by default."""
         data = read_manifest(self.folder)["config"]["data"] if (self.folder / MANIFEST).is_file() else {}
         name = str(data.get("special_tokens", SpecialTokens.text.name))
         if name not in SpecialTokens.__members__:
@@ -91,7 +91,8 @@ class Opened:
     def as_base(self, name: str) -> Base:
         """This checkpoint as the base of a LoRA run, with the `name` that the user gives it.
 
-        The checkpoint may be a classifier. Raises: UserError unless it contains exactly the tensors of a network."""
+        The checkpoint may be a classifier. Raises: UserError unless the checkpoint contains exactly the tensors of a
+        network."""
         self.check_classifier()
         return Base.of(name, self.config, self.stored)
 
@@ -148,8 +149,8 @@ class Opened:
     ) -> SequenceClassifier:
         """This rank's part of the classifier. Raises: UserError.
 
-        With `new_head`, the checkpoint may be a language model. Then the classification head is randomly initialised
-        with `seed`."""
+        With `new_head`, the checkpoint may be a language model, whose classification head is randomly initialised with
+        `seed`."""
         self.config.check_splits(group.size, "tensor degree ")
         with torch.device("meta"):
             model = SequenceClassifier(self.config, num_labels, group)

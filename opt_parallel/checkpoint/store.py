@@ -55,8 +55,8 @@ from opt_parallel.storage.atomic import PARTIAL, optional, publish
 from opt_parallel.storage.checked import dump_checked
 
 TOKENIZER = "tokenizer.json"
-RECORDED = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # results may depend on the versions of these packages
-NOT_COMPARED = {"resume", "stop_at"}  # settings that may change at each start of a run
+RECORDED = ("opt-parallel", "torch", "deepspeed", "tokenizers")  # Results may depend on the versions of these packages.
+NOT_COMPARED = {"resume", "stop_at"}  # Settings that may change at each start of a run.
 
 
 class Store:
@@ -91,7 +91,7 @@ class Store:
         self.saving: Path | None = None  # the folder of the last checkpoint that was passed to the saver
 
     def find(self) -> CheckpointReader | None:
-        """The checkpoint that the setting `resume` names, or None for a new run. All files of it are checked.
+        """The checkpoint that the setting `resume` names, or None for a new run. The checkpoint's files are checked.
 
         With `resume=auto`, a damaged checkpoint is reported and renamed, and the previous checkpoint is used. Raises:
         UserError if no checkpoint is left, if `resume` names a damaged checkpoint, or if the network, optimizer or
@@ -105,7 +105,7 @@ class Store:
             damage = found
             if self.run.resume != "auto":
                 raise UserError(f"resume={folder}: {damage}; choose an earlier checkpoint")
-            self.topology.barrier()  # after it, no rank reads the damaged checkpoint
+            self.topology.barrier()  # waits until no rank reads the damaged checkpoint
             self._on_main(partial(self._retire_damaged, folder, damage))
             folder = self._first_ranks(newest(self.root))
             if folder is None:
@@ -329,7 +329,7 @@ class Store:
     def _check_adapts(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise UserError unless the checkpoint and the run train the same weights.
 
-        Both must train all weights, or the same LoRA terms on the same base checkpoint."""
+        The checkpoint's run and this run must both train all weights, or the same LoRA terms on the same base."""
         then, now = lora_of(manifest), self.run.task.lora
         if then.rank == now.rank == 0:
             return

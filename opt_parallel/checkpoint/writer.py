@@ -2,8 +2,8 @@
 
 `Saver.start` copies the values that the rank saves into a buffer in host memory, and returns. A thread writes the
 buffer to the file, calls fsync, and waits for the threads of the other ranks. Then rank 0 completes the checkpoint. The
-threads communicate in their own process group. The buffer is reused for each checkpoint. It needs 12 bytes for each
-parameter that the rank saves (an fp32 weight and two moments), and is pinned if there is a GPU.
+threads communicate in their own process group. The buffer is reused for each checkpoint. The buffer needs 12 bytes for
+each parameter that the rank saves (an fp32 weight and two moments), and is pinned if there is a GPU.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Saver:
         complete: Callable[[], None],
         tidy_up: Callable[[], None],
     ) -> str | None:
-        """Write the checkpoint together with the other ranks. Return an error message, or None if it is complete."""
+        """Write the checkpoint together with the other ranks. Return an error message, or None after a success."""
         failure: str | None = None
         try:
             self._write_file(folder, shapes, records)

@@ -78,8 +78,8 @@ def corpora(run: Run) -> list[Corpus]:
 def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
     """Build the missing token stores of `run`. The token stores of streams are filled later, during training.
 
-    `tokenizer_before` is the tokenizer of the checkpoint that the run resumes from. It is used if the run does not
-    name a tokenizer. Raises: `UserError`, the same on every rank."""
+    `tokenizer_before` is the tokenizer of the checkpoint that the run resumes from. This tokenizer is used if the run
+    does not name a tokenizer. Raises: `UserError`, the same on every rank."""
     require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
     train = [_known(run, "data.train", source) for source in run.data.train_sources]
     validation = [_known(run, "data.validation", source) for source in run.data.validation_sources]
@@ -205,9 +205,9 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
 def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None) -> Path:
     """The folder with the run's tokenizer.
 
-    It contains a copy of the tokenizer that `run` names, or else of the resumed checkpoint's tokenizer `before`, or
-    else a tokenizer trained on `train`. If the training data starts with a chat, the tokenizer gets this package's chat
-    template."""
+    The folder contains a copy of the tokenizer that `run` names, or else of the resumed checkpoint's tokenizer
+    `before`, or else a tokenizer trained on `train`. If the training data starts with a chat, the tokenizer gets this
+    package's chat template."""
     name = run.data.tokenizer or (str(before) if before else None)
     if name is not None:
         brought = read_tokenizer(name)

@@ -1,7 +1,7 @@
 """Reads slices of the arrays in TensorFlow's and Flax's weight files, without reading whole files.
 
-TensorFlow and Flax store the matrix of a linear layer as (in, out), and PyTorch as (out, in). So a slice is transposed
-before and after it is read. An HDF5 array is refused unless it is stored contiguously in the file, because HDF5 can
+TensorFlow and Flax store the matrix of a linear layer as (in, out), and PyTorch as (out, in). So the ranges of a slice
+are swapped, and its values are transposed. HDF5 arrays are refused unless they are contiguous in the file, as HDF5 can
 also read values from any other file of the host, and can expand a compressed byte to gigabytes.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from opt_parallel.runtime.errors import UserError
 
 Ranges = tuple[slice, ...]
-MOST_OBJECTS = 1_000_000  # maximum number of objects in a Flax file; OPT-175B has 1,600
+MOST_OBJECTS = 1_000_000  # Maximum number of objects in a Flax file; OPT-175B has 1,600.
 # For the last part of a TensorFlow or Flax name: the name in PyTorch, and whether PyTorch stores the transposed matrix.
 LEAVES = {
     "kernel": ("weight", True), "embedding": ("weight", False), "embeddings": ("weight", False),
@@ -32,7 +32,7 @@ LEAVES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """The location of an array in a file. Its elements are in the `pieces` (first byte, number of elements)."""
+    """The location of an array in a file. The elements are in the `pieces` (first byte, number of elements)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -100,7 +100,7 @@ def _contiguous(name: str, dataset: Any) -> _Stored:
 class MsgpackFile(_ArrayFile):
     """A weight file of Flax, in MessagePack's format.
 
-    The file is a tree of maps. Its leaves are arrays, stored as extensions of type 1 with (shape, dtype name, bytes).
+    The file is a tree of maps. The leaves are arrays, stored as extensions of type 1 with (shape, dtype name, bytes).
     An array above 1 GiB is a map of its shape and of flat chunks (see `flax.serialization`). This class parses the tree
     without reading the arrays."""
 

@@ -23,14 +23,14 @@ WEIGHTS = FORMATS[0]
 INDEX = WEIGHTS + INDEX_SUFFIX
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
 QKV, PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")  # The module in this package, and its parts in Hugging Face.
-CHUNK = 1 << 22  # number of values that are compared at a time
-HARMLESS = {"model.decoder.version"}  # a version counter of fairseq that early conversions kept
+CHUNK = 1 << 22  # Number of values that are compared at a time.
+HARMLESS = {"model.decoder.version"}  # A version counter of fairseq that early conversions kept.
 
 
 def hf_names(name: str) -> list[str]:
     """Hugging Face's names for the parameter `name` of this package.
 
-    There is one name, or three names for the parameter that stacks query, key and value along dim 0."""
+    The parameter that stacks query, key and value along dim 0 has three names. Other parameters have one name."""
     theirs = f"model.{name}" if name.startswith("decoder.") else name
     if f".{QKV}." not in name:
         return [theirs]
@@ -119,7 +119,7 @@ class HuggingFaceWeights:
     def _require_tied(self, embedding: Tensor, head: Tensor) -> None:
         """Raise UserError unless output projection and embedding have equal values.
 
-        Their dtypes may differ, and a NaN equals a NaN."""
+        The dtypes of the two tensors may differ, and a NaN equals a NaN."""
         if compare_values(embedding, head)[0]:
             raise UserError(
                 f"{self.folder}: {HEAD} differs from {EMBEDDING}, but OPT uses the same weights for both: a separate "

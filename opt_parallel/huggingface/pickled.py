@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-ZIP = b"PK\x03\x04"  # torch distinguishes its two formats by these first bytes of a file
-MOST_PICKLED = 1 << 20  # maximum bytes of all names, shapes and offsets; OPT-175B has 0.3 MB
+ZIP = b"PK\x03\x04"  # The first bytes of a file in torch's present format.
+MOST_PICKLED = 1 << 20  # Maximum bytes of all names, shapes and offsets; OPT-175B has 0.3 MB.
 ITEM_BYTES = {
     "DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,

@@ -1,9 +1,9 @@
 """Reads Hugging Face's tokenizer files in the same way as `AutoTokenizer` of transformers, without transformers.
 
 The tokenizer is read from tokenizer.json, or from vocab.json and merges.txt. Further tokens are read from
-tokenizer_config.json, special_tokens_map.json and added_tokens.json. These files also have settings, such as the bos,
-eos and pad token, the maximum length of a text, and a chat template. `AutoTokenizer` reads the same tokenizer from the
-files that this module writes.
+tokenizer_config.json, special_tokens_map.json and added_tokens.json. These three files also have settings, such as the
+bos, eos and pad token, the maximum length of a text, and a chat template. `AutoTokenizer` reads the same tokenizer from
+the files that this module writes.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def _files_of(loaded: LoadedTokenizer) -> dict[str, bytes]:
 def files_for(folder: Path, model: ModelConfig) -> dict[str, bytes]:
     """The contents of the tokenizer files for an export of `model`, by file name. Raises: UserError.
 
-    The files in `folder` are used if they name the same bos, eos and pad tokens as `model`. Otherwise the files are
-    written anew with the tokens of `model`."""
+    The files in `folder` are used if they name the same bos, eos and pad tokens as `model`. If the tokens differ, new
+    files are written with the tokens of `model`."""
     found = {name: content_of(folder, name) for name in FILES}
     files = {name: content for name, content in found.items() if content is not None}
     try:

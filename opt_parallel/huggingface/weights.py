@@ -45,7 +45,7 @@ class WeightFile(Protocol):
 
 
 class WeightFiles:
-    """The tensors in the weight files of a folder. The files have the first format in `WEIGHTS` that the folder has."""
+    """The tensors in the weight files of a folder. If the folder has files of several formats, one format is read."""
 
     def __init__(self, folder: Path, formats: tuple[str, ...] = WEIGHTS) -> None:
         """Open the weight files in one of the `formats` in `folder`.

@@ -14,7 +14,7 @@ from opt_parallel.parallel.topology import Group
 
 
 def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | SequenceClassifier:
-    """A language model, or a classifier if `labels` are given. LoRA terms are added if the run has a LoRA rank."""
+    """A language model, or a classifier if `labels` are given. LoRA terms are added if the run's LoRA rank is not 0."""
     model: CausalLM | SequenceClassifier
     with torch.device("meta"):
         if labels is not None:

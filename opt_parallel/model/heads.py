@@ -60,7 +60,7 @@ class SequenceClassifier(nn.Module):
         recompute: ActivationCheckpointing = ActivationCheckpointing.none,
         problem_type: ProblemType | None = None,
     ) -> None:
-        """`problem_type` selects the loss that `forward` computes. It is not needed for scores alone."""
+        """`problem_type` selects the loss that `forward` computes. A model that only computes scores needs no type."""
         super().__init__()
         self.problem_type = problem_type
         self.decoder = Decoder(config, group, recompute)

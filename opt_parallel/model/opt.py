@@ -85,7 +85,7 @@ class Block(nn.Module):
     """One decoder layer: attention and feed-forward, each with dropout and a residual connection.
 
     LayerNorm is applied before attention and before the feed-forward. With `do_layer_norm_before=False`, as in
-    OPT-350m, it is applied after each of the two residual sums.
+    OPT-350m, LayerNorm is applied after each of the two residual sums.
     """
 
     def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:

@@ -23,7 +23,7 @@ class ColumnParallelLinear(nn.Module):
     """A linear layer whose output features are split over `group`: (…, in) → (…, blocks · out/t).
 
     The layer computes `blocks` matrix products with the same input as one product. With 3 blocks, the full (unsplit)
-    weight is (3, out, in). It is split along dim 1, so that each rank has query, key and value of the same heads.
+    weight is (3, out, in). This weight is split along dim 1, so each rank has query, key and value of the same heads.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
     W x + (alpha / rank) · B A x       A (rank, in) random, B (out, rank) zero at the start, W frozen
 
 In a column-parallel layer, A is replicated, and B is split along the outputs like W. In a row-parallel layer, A is
-split along the inputs, and B is replicated. The ranks all-reduce tensors whose last dim is the LoRA rank. In a
-column-parallel layer this tensor is the gradient of A x. In a row-parallel layer it is A x.
+split along the inputs, and B is replicated. The ranks all-reduce a tensor whose last dim is the LoRA rank. This tensor
+is the gradient of A x in a column-parallel layer, and A x in a row-parallel layer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Output projection and cross entropy as one function, for a vocabulary that is split over a tensor group.
 
 The logits of a large vocabulary are the largest tensor of a training step. This function computes the logits for one
-chunk of tokens at a time. It adds the chunk's contribution to the gradients of the hidden states and of the weight, and
-then reuses the memory for the next chunk. So the forward pass computes the gradients, and the backward pass only scales
-them, as in Cut Cross-Entropy (Wijmans et al. 2024) and Liger Kernel (Hsu et al. 2024).
+chunk of tokens at a time. Each chunk's contribution is added to the gradients of the hidden states and of the weight,
+and the memory of the logits is reused for the next chunk. So the forward pass computes the gradients, and the backward
+pass only scales them, as in Cut Cross-Entropy (Wijmans et al. 2024) and Liger Kernel (Hsu et al. 2024).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def vocab_parallel_linear_cross_entropy(
 ) -> Tensor:
     """Sum of −log softmax(hidden @ weight.T)[label] over the labels that are not −100, a scalar in fp32 or float64.
 
-    With z = hidden @ weight.T and m = max_v z_v, the loss is −log p = log Σ_v exp(z_v − m) − (z_label − m). Its
-    gradient with respect to z is softmax(z) − onehot(label). Ranks exchange three numbers per token (the maximum, the
-    sum and the label's logit), in one all-gather per chunk. Softmax and sums are computed in fp32 or float64. Gradients
-    keep that dtype until the backward pass scales them. Only bf16 gradients that are not accumulated are rounded
-    earlier, because bf16 has the same range as fp32.
+    With z = hidden @ weight.T and m = max_v z_v, the loss is −log p = log Σ_v exp(z_v − m) − (z_label − m). The
+    gradient of the loss with respect to z is softmax(z) − onehot(label). Ranks exchange three numbers per token (the
+    maximum, the sum and the label's logit), in one all-gather per chunk. Softmax, sums and gradients are computed in
+    fp32 or float64. Gradients are rounded when the backward pass scales them. Only bf16 gradients that are not
+    accumulated are rounded earlier, because bf16 has the same range as fp32.
 
     Args:
         hidden: (…, D), equal on all ranks. Each rank computes a summand of its gradient, and `copy` adds the summands.

@@ -1,8 +1,8 @@
 """Finds the ranks that no longer answer after a collective has failed, and the rank that prints the error.
 
 Ranks ask and answer each other through torch's key-value store. A thread of each rank answers, so that a rank which
-waits in a collective still answers. A stopped or dead rank does not answer. A rank may also answer without having
-failed in the collective, because it executes other code. Its answer names the line of code that it executes.
+waits in a collective still answers. A stopped or dead rank does not answer. A rank that executes other code instead of
+the collective answers with the line of code that it executes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-POLL = 1.0  # seconds between checks for a question
-ANSWER_TIMEOUT = 5.0  # seconds
-STORE_TIMEOUT = 20.0  # seconds for a complete roll call, after which the key-value store counts as unreachable
+POLL = 1.0  # Seconds between checks for a question.
+ANSWER_TIMEOUT = 5.0  # Seconds in which a rank must answer.
+STORE_TIMEOUT = 20.0  # Seconds for a complete roll call, after which the key-value store counts as unreachable.
 PACKAGE = Path(__file__).parents[1]
 
 

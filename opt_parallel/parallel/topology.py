@@ -23,9 +23,11 @@ from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import Lost, UserError
 
 T = TypeVar("T")
-CONTROL_TIMEOUT = timedelta(days=1)  # one rank may prepare text for hours while the other ranks wait
-FIXED_TIMEOUT = "fixed timeout"  # the `group_desc` of groups whose timeout `set_timeout` does not change
-DEVICE_TIMEOUT = timedelta(seconds=60)  # for the first use of a device, whose libraries may be on a slow disk
+CONTROL_TIMEOUT = timedelta(days=1)  # One rank may prepare text for hours while the other ranks wait.
+FIXED_TIMEOUT = "fixed timeout"  # The `group_desc` of groups whose timeout `set_timeout` does not change.
+DEVICE_TIMEOUT = timedelta(
+    seconds=60
+)  # Maximum time for the first use of a device, whose libraries may be on a slow disk.
 
 
 @dataclass(frozen=True)
@@ -313,8 +315,8 @@ def _await_all(name: str, control: dist.ProcessGroup, hosts: tuple[str, ...], wi
 def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: bool) -> None:
     """Raise UserError unless all ranks have the same tensor degree, and this degree divides the world size.
 
-    The error is the same on every rank. It is also raised if a tensor group spans several hosts and `allow_cross_node`
-    is false."""
+    An error is also raised if a tensor group spans several hosts and `allow_cross_node` is false. The error is the same
+    on every rank."""
     size, degree = len(hosts), tensor[0]
     for rank, other in enumerate(tensor):
         if other != degree:
@@ -344,7 +346,7 @@ def _check_grid(tensor: list[int], hosts: tuple[str, ...], allow_cross_node: boo
 
 
 def _axis_group(grid: torch.Tensor, rank: int, handles: list[dist.ProcessGroup]) -> Group:
-    """The process group of the row of `grid` that contains `rank`. Its handle is appended to `handles`.
+    """The process group of the row of `grid` that contains `rank`. The group's handle is appended to `handles`.
 
     Every process creates the groups of all rows, as torch requires."""
     mine = ALONE

@@ -24,8 +24,8 @@ from opt_parallel.data.text.records import BadRecord, Record, require_characters
 from opt_parallel.huggingface.tokenizer import count_tokens
 from opt_parallel.runtime.errors import UserError
 
-MOST_LABELS = 10_000  # maximum number of different labels; more labels are probably texts, and could exceed the memory
-MOST_DIGITS = 100  # maximum length of labels that are sorted as numbers; Python does not parse thousands of digits
+MOST_LABELS = 10_000  # Maximum number of different labels; more labels are probably texts, and could exceed the memory.
+MOST_DIGITS = 100  # Maximum length of labels that are sorted as numbers; Python does not parse thousands of digits.
 SINGLE, MULTI = ProblemType.single_label_classification, ProblemType.multi_label_classification
 
 

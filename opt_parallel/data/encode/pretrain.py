@@ -17,8 +17,8 @@ from opt_parallel.data.encode.tokenizer import encode_documents
 from opt_parallel.data.text.records import Item, Record, Text
 from opt_parallel.huggingface.tokenizer import count_tokens
 
-PART_CHARACTERS = 1 << 18  # a document with more characters is encoded in several parts
-BATCH_CHARACTERS = 1 << 20  # characters that are encoded at a time; the tokenizer needs many times their size in memory
+PART_CHARACTERS = 1 << 18  # A document with more characters is encoded in several parts.
+BATCH_CHARACTERS = 1 << 20  # Characters that are encoded at a time. The tokenizer needs many times their size.
 EMPTY = "empty documents left out"
 
 
@@ -77,7 +77,7 @@ class TextEncoder:
 
 
 def special_tokens_key(spelled: SpecialTokens) -> list[str]:
-    """The part of an encoder's identity that describes `data.special_tokens`. It is empty for the default value."""
+    """The part of an encoder's identity that describes `data.special_tokens`. The default value has an empty part."""
     return [] if spelled is SpecialTokens.text else ["special tokens"]
 
 

@@ -2,7 +2,7 @@
 
 Documents are encoded without special tokens, and the encoder appends the model's end-of-text token. A prompt starts
 with the end-of-text token, as in OPT. If a document or prompt contains the spelling of a special token, such as `</s>`,
-this spelling is encoded as text. With `data.special_tokens=tokens`, it is encoded as the special token.
+this spelling is encoded as text. With `data.special_tokens=tokens`, the spelling is encoded as the special token.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig, end: in
     """Raise `UserError` if the tokenizer does not fit the model.
 
     Each token must have a row in the embedding, and tokenizer and model must have the same end-of-text token. `end` is
-    the id of this token in the tokenizer's files. By default, it is the id of `</s>`, if the vocabulary contains it."""
+    the id of the end-of-text token in the tokenizer's files, by default that of `</s>` if the vocabulary has `</s>`."""
     check_size(tokenizer, name, model.vocab_size)
     end = tokenizer.token_to_id(END) if end is None else end
     require(
@@ -95,7 +95,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, model: ModelConfig, end: in
 def check_padding(tokenizer: Tokenizer, model: ModelConfig) -> None:
     """Raise `UserError` if the padding token can occur in a text.
 
-    Otherwise the end of such a text would not be found, and the token's embedding would not be trained."""
+    The end of a text with the padding token would not be found, and the token's embedding would not be trained."""
     pad, added = model.pad_token_id, tokenizer.get_added_tokens_decoder()
     word = tokenizer.id_to_token(pad)
     require(

@@ -25,7 +25,8 @@ class Sample:
 
     The labels of a language model are (S,) int64, and each label is the next token or `IGNORED`. The label of a
     classifier is () int64 or (N,) float32. If the sample contains several texts, `segments` (S,) is the number of each
-    token's text (from 1), and `positions` (S,) are counted within each text. Otherwise both fields are None."""
+    token's text (from 1), and `positions` (S,) are counted within each text. A sample with one text has None in both
+    fields."""
 
     ids: np.ndarray
     labels: np.ndarray

@@ -1,1 +1,1 @@
-"""The token store: building it, reading it, checking it."""
+"""Builds, reads and checks token stores, which hold encoded text on disk."""

@@ -6,8 +6,8 @@ from itertools import count
 from pathlib import Path
 from zlib import crc32
 
-BLOCK = 2**14  # bytes of a block
-DIGITS = 8  # number of hexadecimal digits of a block's checksum, a CRC-32
+BLOCK = 2**14  # Bytes of a block.
+DIGITS = 8  # Number of hexadecimal digits of a block's checksum, a CRC-32.
 
 
 def checksums_of(path: Path) -> str:

@@ -38,8 +38,8 @@ from opt_parallel.runtime.machine import cpus
 from opt_parallel.storage.atomic import PARTIAL, beside, publish, remove
 from opt_parallel.storage.checked import dump_checked
 
-TOKEN_COUNTS = "words.npy"  # the file with the number of occurrences of each token id in a part
-WORTH_A_PROCESS = 1 << 22  # encoding this many bytes of text takes as long as the start of a process
+TOKEN_COUNTS = "words.npy"  # The file with the number of occurrences of each token id in a part.
+WORTH_A_PROCESS = 1 << 22  # Encoding this many bytes of text takes as long as the start of a process.
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Recipe:
     def good(self, items: list[Item], bad: BadRecords) -> list[Record]:
         """The records that the encoder accepts.
 
-        With `skip_bad`, the other records are added to `bad`. Otherwise this method or the encoder raises an error for
-        the first bad record."""
+        With `skip_bad`, the other records are added to `bad`. Without `skip_bad`, this method or the encoder raises an
+        error for the first bad record."""
         return list(sift(items, self.encoder.check, bad if self.skip_bad else None))
 
 
@@ -87,8 +87,8 @@ class PartMeta:
     counts: dict[str, int]
     lengths: dict[int, int]
     text_bytes: int
-    position: list[int]  # the position after this part in a stream: the number of a file, and of a record in the file
-    bad: list[str] = field(default_factory=list)  # messages of the first bad records that were left out
+    position: list[int]  # The position after this part in a stream: the number of a file, and of a record in the file.
+    bad: list[str] = field(default_factory=list)  # Messages of the first bad records that were left out.
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def fingerprint(key: list[Any]) -> str:
 
 
 def build_once(folder: Path, fill: Callable[[Path], None], checked: bool = True) -> Path:
-    """Return `folder`. If it does not exist, call `fill` with a temporary folder, and rename this folder to `folder`.
+    """Return `folder`, and if necessary call `fill` with a temporary folder before, which is renamed to `folder`.
 
     If the process is killed or the disk is full, the temporary folder remains, and the next call of `fill` continues in
     it. After any other UserError, the temporary folder is removed. If `checked`, a file beside the folder holds

@@ -27,10 +27,10 @@ from opt_parallel.runtime.machine import cpus
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
 
-LOOKED_INTO, ENDS = 200, 2**16  # number of files whose first and last bytes are compared, and the number of these bytes
-BLOCK, CHUNK = 2**26, 2**20  # number of bytes that one task of a thread reads in total and at a time
-AT_ONCE = 4096  # maximum number of blocks in the queue of the threads
-LARGEST = 2**30  # maximum bytes of a file with checksums
+LOOKED_INTO, ENDS = 200, 2**16  # Number of files whose first and last bytes are compared, and number of these bytes.
+BLOCK, CHUNK = 2**26, 2**20  # Number of bytes that one task of a thread reads in total and at a time.
+AT_ONCE = 4096  # Maximum number of blocks in the queue of the threads.
+LARGEST = 2**30  # Maximum bytes of a file with checksums.
 
 
 def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:

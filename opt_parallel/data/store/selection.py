@@ -17,8 +17,8 @@ import numpy as np
 
 from opt_parallel.data.text.records import Record, Text
 
-DIGEST = 16  # bytes of a hash. Among 10⁹ different texts, two texts have the same hash with probability 10⁻²⁰.
-BUCKET = 1 << 22  # approximate number of hashes that are compared at a time
+DIGEST = 16  # Bytes of a hash. Among 10⁹ different texts, two texts have the same hash with probability 10⁻²⁰.
+BUCKET = 1 << 22  # Approximate number of hashes that are compared at a time.
 DUPLICATES, HELD_OUT = "duplicates left out", "documents held out for validation"
 
 

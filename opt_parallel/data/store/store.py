@@ -35,9 +35,9 @@ from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import Count, Size, dump_checked, parse_checked, read_checked
 
 MANIFEST, META = "store.json", "part.json"
-FORMAT = 2  # format 1 had no checksums
-LARGEST = 2**30  # maximum bytes of store.json
-LOOKED_INTO = 200  # number of parts that are checked when a token store is opened
+FORMAT = 2  # Format 1 had no checksums.
+LARGEST = 2**30  # Maximum bytes of store.json.
+LOOKED_INTO = 200  # Number of parts that are checked when a token store is opened.
 PART = re.compile(r"part-[0-9]+")
 PARTS_KNOWN = 1024  # number of parts whose checksums are cached in memory
 

@@ -1,8 +1,8 @@
 """Fills the token store of a stream while training reads it. On each host, one process (the filler) fills the store.
 
 The order of samples depends only on the order of the text, and not on the progress of the filler. If the filler is too
-slow, training waits. After a stop, the filler resumes after the last complete part. It stops when the store has all
-tokens that the run will read.
+slow, training waits. After a stop, the filler resumes after the last complete part. The filler stops when the store has
+all tokens that the run will read.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from opt_parallel.runtime.signals import ignore_all
 from opt_parallel.runtime.terminal import open_streams, outlive
 from opt_parallel.storage.atomic import PARTIAL, remove
 
-PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # a part ends after this number of tokens or seconds
-BLOCK = 4096  # number of samples that are shuffled together
-LOOK = 0.2  # seconds between two checks for new parts
-LOST = 30.0  # seconds without a filler after which a waiting process raises an error
+PART_TOKENS, PART_SECONDS = 1 << 20, 5.0  # A part ends after this number of tokens or seconds.
+BLOCK = 4096  # Number of samples that are shuffled together.
+LOOK = 0.2  # Seconds between two checks for new parts.
+LOST = 30.0  # Seconds without a filler after which a waiting process raises an error.
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Filling:
     part_tokens: int = PART_TOKENS
 
     def start(self) -> BaseProcess | None:
-        """Start a process that fills the token store, on local rank 0. This process ends when its parent ends."""
+        """Start a process that fills the token store, on local rank 0. The process ends when its parent ends."""
         if local_rank() != 0:
             return None
         filler = multiprocessing.get_context("spawn").Process(target=_fill_beside, args=(self,), daemon=True)
@@ -81,7 +81,7 @@ class Filling:
 
     @property
     def threads(self) -> int:
-        """The number of encoding threads. By default it is half of the CPUs, because training uses the other half."""
+        """The number of encoding threads. The default is half of the CPUs, because training uses the other half."""
         return self.workers or max(1, cpus() // 2)
 
     def complete(self) -> None:
@@ -243,7 +243,7 @@ class GrowingStore(TokenStore):
 
 
 def _fill_beside(filling: Filling) -> None:
-    """The main function of the filler. It ends when the token store is filled or when the training process ends."""
+    """The main function of the filler, which ends when the token store is filled or when the training process ends."""
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(filling.threads))
     open_streams()
     outlive()

@@ -11,8 +11,8 @@ from opt_parallel.data.store.build import TOKEN_COUNTS
 from opt_parallel.data.store.store import META, Damaged, TokenStore, read_part
 from opt_parallel.data.store.workers import progress
 
-NAMED = 10  # maximum number of damaged parts that the message names
-CHUNK = 1024 * BLOCK  # number of bytes that are read at a time
+NAMED = 10  # Maximum number of damaged parts that the message names.
+CHUNK = 1024 * BLOCK  # Number of bytes that are read at a time.
 
 
 def verify(key: str, store: TokenStore) -> str:

@@ -24,9 +24,9 @@ from opt_parallel.runtime.terminal import open_streams, outlive
 
 Report = Callable[[int], None]
 Job = Callable[[Any, Report], None]
-INTERVAL = 30.0  # seconds between two progress lines if there is no terminal
-LOOK = 5.0  # seconds between two checks of the progress of child processes
-WARNED, GIVEN_UP = 4, 12  # number of checks without progress before a warning, and before an error
+INTERVAL = 30.0  # Seconds between two progress lines if there is no terminal.
+LOOK = 5.0  # Seconds between two checks of the progress of child processes.
+WARNED, GIVEN_UP = 4, 12  # Number of checks without progress before a warning, and before an error.
 
 
 class Unfinished(UserError):
@@ -176,9 +176,9 @@ def _portable(error: BaseException) -> BaseException:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Report]:
-    """A context that shows the number of processed bytes, which its callers report.
+    """A context that shows how many bytes have been processed, as reported by its callers.
 
-    It shows a progress bar on a terminal. Otherwise it prints a line every `INTERVAL` seconds."""
+    On a terminal it shows a progress bar, and elsewhere it prints a line every `INTERVAL` seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

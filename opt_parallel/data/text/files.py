@@ -25,17 +25,17 @@ from opt_parallel.data.text.unpacking import DAMAGES, PACKED, UNPACKED_SIZE, dam
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.foreign import check_fetched
 
-DOCUMENTS = (".md", ".py", ".rst", ".txt")  # each file with these endings is one document
-JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")  # such a file has one object per line, or is one array
+DOCUMENTS = (".md", ".py", ".rst", ".txt")  # Each file with these endings is one document.
+JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")  # Such a file has one object per line, or is one array.
 TABLES = {".csv": csv_records, ".tsv": tsv_records}
 PARQUET = ".parquet"
 ENDINGS = (*DOCUMENTS, *JSON, *TABLES, PARQUET)
 READ = f"{', '.join(ENDINGS)}, and packed {', '.join(PACKED)}"
 PIECE_BYTES = 1 << 25
-CHUNK = 1 << 20  # number of bytes or characters that are read at a time
-LONGEST_LINE = 1 << 28  # maximum bytes of a line or of an array's item, so that it fits the memory
-LONGEST_DOCUMENT = 1 << 31  # maximum bytes of a file that is one document
-DEEPEST = 100  # maximum number of nested brackets; thousands would exceed Python's recursion limit
+CHUNK = 1 << 20  # Number of bytes or characters that are read at a time.
+LONGEST_LINE = 1 << 28  # Maximum bytes of a line or of an array's item, so that it fits the memory.
+LONGEST_DOCUMENT = 1 << 31  # Maximum bytes of a file that is one document.
+DEEPEST = 100  # Maximum number of nested brackets; thousands would exceed Python's recursion limit.
 SPACE = re.compile(r"\s*")
 
 
@@ -127,7 +127,7 @@ def has_text(path: Path) -> bool:
 
 
 def _document(piece: Piece, where: str, text_field: str) -> Item:
-    """The record of a file that is one document. Its line breaks become \\n."""
+    """The record of a file that is one document. All line breaks of the document become \\n."""
     blocks, size = [], 0
     with opened(piece.path) as file:
         while block := file.read(CHUNK):
@@ -203,7 +203,7 @@ def _row(line: bytes, where: str) -> Item:
 
 
 def _object(row: Any, where: str, rule: str, brackets: int) -> Item:
-    """The record of a JSON value `row`. Its depth is at most the number of `brackets`."""
+    """The record of a JSON value `row`. The nesting depth of the value is at most the number of `brackets`."""
     if not isinstance(row, dict):
         return BadRecord(f"{where} is a {type(row).__name__}: {rule}")
     if brackets <= DEEPEST:

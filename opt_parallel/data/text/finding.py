@@ -42,16 +42,17 @@ SPLITS = {
 
 @dataclass
 class Found:
-    """The text that an entry names: `files` (paths by their real paths), and `datasets` (folders and hub ids).
+    """The files and datasets that an entry names.
 
-    `left_out` has the numbers of files that are not read, by reason."""
+    `files` maps the real path of a file to its path. `datasets` are folders and hub ids. `left_out` counts the files
+    that are not read, by reason."""
 
     files: dict[str, Path] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, path: Path, real: str) -> None:
-        """Add a file. If it has several paths, the alphabetically first path is kept, in any order of entries."""
+        """Add a file. The alphabetically first path of a file is kept, so the order of entries does not matter."""
         path = path.absolute()
         self.files[real] = min(path, self.files.get(real, path))
 
@@ -95,7 +96,7 @@ def find(key: str, entry: str) -> Found:
 
 
 def describe(left_out: Counter[str]) -> str:
-    """The numbers of files that are not read as a text, such as `2 .png, 1 hidden`."""
+    """A text that states the numbers of files that are not read, such as `2 .png, 1 hidden`."""
     return ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items(), key=lambda each: (-each[1], each)))
 
 
@@ -194,7 +195,7 @@ def _check_ending(where: str, path: Path) -> None:
 
 
 def _check_file(key: str, path: Path) -> int:
-    """The size of a file in bytes. Raises: UserError unless it is a readable regular file."""
+    """The size of a file in bytes. Raises: UserError unless the path is a readable regular file."""
     where = f"{key}: {shown(path)}"
     try:
         status = path.stat()

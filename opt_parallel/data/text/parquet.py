@@ -13,8 +13,8 @@ from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.data.text.unpacking import Unbelievable, believe, unbelievable
 from opt_parallel.runtime.errors import UserError, one_line
 
-ROWS_READ = 256  # number of rows that are read at a time
-ClassNames = Mapping[str, list[str]]  # the names of the classes in each column, in the order of their numbers
+ROWS_READ = 256  # Number of rows that are read at a time.
+ClassNames = Mapping[str, list[str]]  # The names of the classes in each column, in the order of their numbers.
 
 
 def row_groups(path: Path, where: str, size: int) -> list[tuple[int, int, int]]:

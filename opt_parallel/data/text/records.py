@@ -9,8 +9,8 @@ from typing import Any
 
 from opt_parallel.runtime.errors import UserError, one_line
 
-LISTED = 10  # maximum number of bad records whose messages are printed
-LONGEST_NAMES = 200  # maximum number of characters for the names of a record's fields in a message
+LISTED = 10  # Maximum number of bad records whose messages are printed.
+LONGEST_NAMES = 200  # Maximum number of characters for the names of a record's fields in a message.
 LEFT_OUT = "bad records left out"
 
 
@@ -29,7 +29,7 @@ class Record:
 
 
 class BadRecord(UserError):
-    """The error for a record that cannot be used. Its message starts with the location of the record.
+    """The error for a record that cannot be used. The error message starts with the location of the record.
 
     Reading can continue after the record."""
 

@@ -11,8 +11,8 @@ from opt_parallel.config.model import require
 from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.runtime.errors import UserError
 
-LONGEST_FIELD = 1 << 28  # maximum characters of a field, because an unclosed quotation mark includes the following rows
-Lines = Iterable[tuple[str, BadRecord | None]]  # each line, and the error if the line could not be decoded completely
+LONGEST_FIELD = 1 << 28  # Maximum characters of a field. An unclosed quotation mark includes the following rows.
+Lines = Iterable[tuple[str, BadRecord | None]]  # Each line, and the error if the line could not be decoded completely.
 
 
 def csv_records(lines: Lines, where: str) -> Iterator[Item]:

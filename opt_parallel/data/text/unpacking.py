@@ -19,10 +19,10 @@ STREAMS: dict[str, Callable[[], Any]] = {
 }
 AT_ONCE = 1 << 16  # number of bytes that are read at a time
 PACKED = (*ARROW, *STREAMS)
-UNPACKED_SIZE = 4  # the estimated ratio of unpacked to packed size, for pieces of text and for progress bars
-MOST_TIMES = 200  # the maximum ratio of unpacked to packed size. Text has ratios of 3 to 15, and copies of a row 100.
-ALWAYS_ALLOWED = 1 << 24  # an unpacked size in bytes that is allowed for any packed size
-DAMAGES = (OSError, EOFError, lzma.LZMAError)  # errors when a damaged file is read; Arrow raises OSErrors
+UNPACKED_SIZE = 4  # The estimated ratio of unpacked to packed size, for pieces of text and for progress bars.
+MOST_TIMES = 200  # The maximum ratio of unpacked to packed size. Text has ratios of 3 to 15, and copies of a row 100.
+ALWAYS_ALLOWED = 1 << 24  # An unpacked size in bytes that is allowed for any packed size.
+DAMAGES = (OSError, EOFError, lzma.LZMAError)  # Errors when a damaged file is read; Arrow raises OSErrors.
 # The last block of a bgzip file has these bytes. All blocks are separate gzip members, so a missing last block is the
 # only sign of a file that was cut between two blocks.
 BGZF_MARK, BGZF_END = b"BC\x02\x00", bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
@@ -56,7 +56,7 @@ def check_complete(path: Path, where: str) -> None:
 
 
 def damaged(path: Path, where: str, error: Exception) -> UserError:
-    """The UserError for a file that cannot be read. Its message starts with `where`."""
+    """The UserError for a file that cannot be read. The error message starts with `where`."""
     if isinstance(error, Unbelievable):
         return unbelievable(where)
     packed = ending_of(path)[1]
