@@ -1,4 +1,4 @@
-"""Synthetic examples for classifiers, and one small run with the engine and with transformers' class."""
+"""Synthetic examples for classifiers, and a small run on these examples, with the engine and with transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROBLEMS = {
     "regression": Labels(("LABEL_0",), ProblemType.regression),
 }
 NO_DROPOUT = {"dropout": 0.0, "layerdrop": 0.0}
-HELD_OUT = 7  # examples; not a multiple of the batch
+HELD_OUT = 7  # the number of validation examples, which is not a multiple of the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,9 @@ def feed_for(run: Run, problem: str, data_rank: int = 0, data_size: int = 1) -> 
 
 
 def train(run: Run, problem: str, folder: str | None) -> tuple[list[float], Any, dict[str, Any]]:
-    """Runs on the crew, from the weights in `folder` or random ones. Returns losses, the validation result, and this
-    rank's part of every weight."""
+    """Train a classifier from the weights in `folder` or from random weights, on each worker process.
+
+    The result is the losses, the validation result, and this rank's part of every weight."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
@@ -83,7 +84,7 @@ def train(run: Run, problem: str, folder: str | None) -> tuple[list[float], Any,
 
 
 def their_model(problem: str, folder: Path) -> Any:
-    """Save a small OPTForSequenceClassification of transformers in `folder`."""
+    """Save a small OPTForSequenceClassification of transformers in `folder`, and return the model."""
     from transformers import OPTConfig, OPTForSequenceClassification
 
     labels = PROBLEMS[problem]
@@ -100,7 +101,7 @@ def their_model(problem: str, folder: Path) -> Any:
 
 
 def train_theirs(model: Any, run: Run, problem: str) -> list[float]:
-    """The losses of the same steps with transformers and torch's AdamW, in one process."""
+    """The losses of the same training steps with transformers and torch's AdamW, in one process."""
     from opt_parallel.optim import learning_rate
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""Runs train.py and the scripts as a user does: real processes, with their status and output."""
+"""Runs train.py and the scripts in real processes, as a user does, and returns their status and output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from fork_server import Forked, ForkServer
 
 ROOT = Path(__file__).parents[2]
-# a run of a few seconds: opt-tiny on synthetic text, without trackers
+# Settings of a run of a few seconds, which trains opt-tiny on synthetic text without trackers.
 SMALL = [
     "model=opt-tiny", "precision=fp32", "data.sequence_length=16", "batch.global=4", "batch.micro=2", "steps=5",
     "logging.wandb=disabled", "logging.tensorboard=false", "schedule.warmup_steps=0",
@@ -39,14 +39,16 @@ def write_text(folder: Path, documents: int = 60) -> Path:
 
 
 def small(folder: Path) -> list[str]:
-    """The arguments of a small run with all files under `folder`."""
+    """The command-line arguments of a small run with all files under `folder`."""
     text = write_text(folder)
     return [*SMALL, f"data.train={text}", f"data.cache={folder / 'cache'}", f"run.dir={folder / 'run'}"]
 
 
 def python(*arguments: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python command: a file runs in a fork of the fork server; other commands, or a command with its own
-    environment, run in a new interpreter."""
+    """Run a Python command.
+
+    A file is run in a fork of the fork server. Any other command, or a command with its own environment variables, is
+    run in a new interpreter."""
     if arguments[0].endswith(".py") and not env:
         return launch(1, *arguments, timeout=timeout)
     return cold_python(*arguments, timeout=timeout, **env)
@@ -65,8 +67,9 @@ def torchrun(processes: int, *arguments: str, timeout: float = 240) -> subproces
 
 
 def launch(processes: int, *arguments: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run forked ranks with a launcher's variables. If one fails, end all with SIGTERM, as a launcher does; the
-    status is then the failed rank's."""
+    """Run a command on several forked ranks with the environment variables that a launcher sets.
+
+    If a rank fails, all ranks are ended with SIGTERM, as a launcher does. The result has the failed rank's status."""
     server = fork_server(env["LD_PRELOAD"]) if "LD_PRELOAD" in env else fork_server()
     with socket.socket() as free, TemporaryFile() as out, TemporaryFile() as err:
         free.bind(("127.0.0.1", 0))
@@ -110,7 +113,7 @@ def _wait_for_all(ranks: list[Forked], timeout: float, command: list[str]) -> in
 
 @functools.cache
 def fork_server(preloaded: str = "") -> ForkServer:
-    """`preloaded`: an LD_PRELOAD library (`faults`), which a fork cannot load later."""
+    """The fork server, started if necessary. `preloaded` is an LD_PRELOAD library, which a fork cannot load later."""
     return ForkServer(environment(LD_PRELOAD=preloaded))
 
 

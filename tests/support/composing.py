@@ -1,4 +1,4 @@
-"""Parses the commands' arguments without running the commands."""
+"""Parses the command-line arguments of train.py and the scripts without running these commands."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, rendere
 
 
 def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
-    """The run of a command line of train.py, or with `evaluation` of scripts/evaluate.py. `tokenizer`: also read the
-    special tokens from the tokenizer, which may be on the hub."""
+    """The `Run` for these arguments of train.py, or with `evaluation` for these arguments of scripts/evaluate.py.
+
+    With `tokenizer`, the special tokens are also read from the tokenizer, which may be on the hub."""
     overrides = checked(arguments, TEXTS)
     register_schema()
     with initialize_config_dir(str(configs), version_base="1.3"):
@@ -41,12 +42,12 @@ def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "co
 
 
 def path_keys(section: type, prefix: str = "") -> list[str]:
-    """The keys of a section that hold paths."""
+    """The keys of a configuration section whose values are paths."""
     return [key for key, each, _ in typed_fields(section, prefix) if "path" in each.metadata]
 
 
 def dry(*arguments: str) -> str:
-    """The command, script or manifests that launch/submit.py would start."""
+    """The command, batch script or manifests that launch/submit.py would start for these arguments."""
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(ROOT / "configs", ours, theirs)
     check(launch, run)
@@ -54,18 +55,18 @@ def dry(*arguments: str) -> str:
 
 
 def load_script(name: str) -> Any:
-    """A file of scripts/ as a module."""
+    """The file scripts/`name`.py, imported as a module."""
     spec = spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look the module up there
+    sys.modules[spec.name] = module  # because dataclasses look up their module in sys.modules
     spec.loader.exec_module(module)
     return module
 
 
 def parser_of(name: str) -> ArgumentParser:
-    """The parser of a script's `main`."""
+    """The argument parser that a script's function `main` makes."""
 
     class Made(Exception):
         pass
@@ -83,7 +84,7 @@ def parser_of(name: str) -> ArgumentParser:
 
 
 def options_of(name: str) -> list[tuple[str | None, Action]]:
-    """A script's options and positional arguments, each with its subcommand."""
+    """The options and positional arguments of a script, each with the subcommand that it belongs to."""
 
     def walk(parser: ArgumentParser, verb: str | None) -> Iterator[tuple[str | None, Action]]:
         for action in parser._actions:
@@ -96,5 +97,5 @@ def options_of(name: str) -> list[tuple[str | None, Action]]:
     return list(walk(parser_of(name), None))
 
 
-# scripts with options; the `main` of others would do its work
+# The scripts with options. Other scripts are left out, because their function `main` would do its work.
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "parsed(" in path.read_text())

@@ -1,7 +1,8 @@
 """Worker processes for the whole test session, so that a multi-process test starts in milliseconds.
 
-The parent sends a function by name with its arguments. Every rank runs it and returns its result or its traceback. The
-parent asserts. The rendezvous is a file, so no port is used.
+The parent process sends the name of a function and its arguments to all ranks. Each rank calls the function, and
+returns the result or a traceback. The parent process asserts. The ranks find each other through a file, and not
+through a port.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from matrix import record
 
 from opt_parallel.config.run import Run
 
-TIMEOUT = 240.0  # seconds for one function
+TIMEOUT = 240.0  # maximum seconds for one function call
 
 
 class Crew:
-    """`size` processes with one thread each, in a gloo group. `all_seconds`: CPU seconds of all crews so far."""
+    """A pool of `size` processes with one thread each, in a gloo group.
+
+    `all_seconds` is the number of CPU seconds that all pools have used so far."""
 
     all_seconds = 0.0
 
@@ -42,9 +45,9 @@ class Crew:
                 self.members.append((process, pipe))
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
-        """The results of `function` by rank.
+        """The results of `function` on all ranks, in the order of the ranks.
 
-        Raises: AssertionError with the ranks' tracebacks."""
+        Raises: AssertionError with the tracebacks of the ranks."""
         for run in arguments:
             if isinstance(run, Run):
                 record(run, self.size)
@@ -78,7 +81,7 @@ def _work(pipe: Connection, meeting_point: str) -> None:
     while True:
         try:
             function, arguments, named = pipe.recv()
-        except EOFError:  # the session is over
+        except EOFError:  # the test session has ended
             os._exit(0)
         before = time.process_time()
         try:

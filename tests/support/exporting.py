@@ -1,4 +1,4 @@
-"""Training checkpoints, and exports with an injected fault."""
+"""Makes training checkpoints, and exported folders with an injected fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layouts import Layout, micro_batches, run_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LAYOUT = Layout(tensor=2, data=2, stage=3)  # a layout that uses every way to split a tensor
+LAYOUT = Layout(tensor=2, data=2, stage=3)  # splits tensors in all ways: tensor parallelism, ZeRO and padding
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
@@ -26,14 +26,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(crew: Any, folder: Path, variant: str) -> Path:
-    """Train two steps in `LAYOUT`, and save under `folder`."""
+    """Train two steps in `LAYOUT`, and save a checkpoint under `folder`."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
     crew(LAYOUT.world)(_save, str(folder), variant)
     return folder / "run" / "checkpoints" / "step-2"
 
 
 def _save(folder: str, variant: str) -> None:
-    """Runs on the crew."""
+    """Train two steps and save a checkpoint, on each worker process."""
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.config.model import Activation
     from opt_parallel.config.run import RunConfig
@@ -46,13 +46,13 @@ def _save(folder: str, variant: str) -> None:
     model = dict(VARIANTS[variant])
     if "activation_function" in model:
         model["activation_function"] = Activation(model["activation_function"])
-    # a large step, so that biases and LayerNorms leave 0 and 1
+    # The learning rate is large, so that biases and LayerNorm weights differ clearly from 0 and 1 after the steps.
     run = dataclasses.replace(
         run_for(LAYOUT, model, steps=2, lr=0.05), run=RunConfig(variant, str(Path(folder) / "run"))
     )
     tokenizer = Path(folder) / "tokenizer"
     with Topology.open(run.parallel.tensor) as topology:
-        if topology.is_main:  # before the steps, so that it exists for every rank afterwards
+        if topology.is_main:  # the tokenizer is written before the steps, so that it exists on all ranks after them
             texts = [f"Sentence {number} of a made-up text." for number in range(50)]
             save_tokenizer(train_tokenizer(texts, run.model.vocab_size), tokenizer)
         engine, clock = Engine.build(run, topology, random_source(run.seed)), Clock()
@@ -67,7 +67,7 @@ def _save(folder: str, variant: str) -> None:
 
 
 def tampered(export: Path, copy: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """Copy a single-file export and change its tensors."""
+    """Copy an exported folder with one weight file, and change the tensors in the copy."""
     shutil.copytree(export, copy)
     tensors = load_file(copy / "model.safetensors")
     change(tensors)

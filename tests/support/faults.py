@@ -2,10 +2,10 @@
 
     python("train.py", …, **faults("write ENOSPC */metrics.jsonl", "fsync EINVAL */", when=folder / "now"))
 
-Each rule is a call, an error and a pattern (fnmatch) of absolute paths; the pattern of a folder ends with a slash.
-HANG is not an error: the call waits until the file `until` exists. `when`: the rules apply while that file exists.
-Calls: open (to write), write, truncate, fsync, rename, link, mkdir, remove (files and folders), flock. Needs gcc and
-Linux; `why_not` names what is missing.
+Each rule consists of a system call, an error, and a pattern (fnmatch) of absolute paths. The pattern of a folder ends
+with a slash. With HANG in place of an error, the call waits until the file `until` exists. The rules apply only while
+the file `when` exists. The calls are open (to write), write, truncate, fsync, rename, link, mkdir, remove (of files and
+folders) and flock. The library needs gcc and Linux, and `why_not` names a missing requirement.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 
 def why_not() -> str | None:
-    """The missing requirement, or None."""
-    return None if sys.platform == "linux" and shutil.which("gcc") else "a played file system needs Linux and gcc"
+    """The reason why file system errors cannot be simulated on this host, or None."""
+    return None if sys.platform == "linux" and shutil.which("gcc") else "a simulated file system needs Linux and gcc"
 
 
 def faults(*rules: str, when: Path | None = None, until: Path | None = None) -> dict[str, str]:
-    """The environment of a process to which the rules apply."""
+    """The environment variables of a process to which the rules apply."""
     numbered = []
     for rule in rules:
         call, name, pattern = rule.split(" ", 2)

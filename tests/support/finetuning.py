@@ -1,4 +1,4 @@
-"""Fine-tuning examples, encoded into a store."""
+"""Makes fine-tuning examples, and encodes them into a token store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encode(records: Sequence[Mapping[str, Any]], length: int = 1000, **task: Any
 
 
 def store_of(folder: Path, records: Sequence[Mapping[str, Any]], length: int) -> TokenStore:
-    """A store with the examples of `records` in two parts."""
+    """A token store with the examples of `records` in two parts."""
     encoder = ExampleEncoder(tokenizer(), 2, TaskConfig(), length)
     half, parts = len(records) // 2, []
     for number, some in enumerate((records[:half], records[half:])):

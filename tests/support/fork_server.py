@@ -1,11 +1,11 @@
 """A process with torch, DeepSpeed and Hydra imported, which forks for each command that a test starts.
 
-A cold start of train.py spends two thirds of its time on imports. A forked command runs the same file with the same
-arguments, environment, folder and streams, and exits like a separate interpreter.
+A new interpreter spends two thirds of the time of a short train.py run on imports. A forked command runs the same file
+with the same arguments, environment, working folder and streams, and exits like a separate interpreter.
 
-Protocol: one connection to a Unix socket per command. The client sends a JSON request with the descriptors of stdout
-and stderr. The server answers with the process id, and at the end with the exit status and the CPU seconds. If the
-client disconnects, the server kills the command.
+For each command, the client opens a connection to a Unix socket, and sends a JSON request with the descriptors of
+stdout and stderr. The server answers with the process id, and at the end with the exit status and the CPU seconds. If
+the client disconnects, the server kills the command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PRELOADED = (
 
 
 class ForkServer:
-    """The client. Starts the server at once; the server ends with this process."""
+    """The client, which starts the fork server. The server ends when the client's process ends."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.path = str(Path(tempfile.mkdtemp()) / "commands")
@@ -50,7 +50,7 @@ class ForkServer:
         atexit.register(self.process.kill)
 
     def start(self, arguments: list[str], folder: Path, environment: dict[str, str], out: int, err: int) -> Forked:
-        """Run a Python file. `out`, `err`: descriptors for its output."""
+        """Run a Python file in a fork. `out` and `err` are the descriptors for its standard output and error."""
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.path)
         request = {"arguments": arguments, "folder": str(folder), "environment": environment}
@@ -59,9 +59,9 @@ class ForkServer:
 
 
 class Forked:
-    """A command in a fork of the server. `status`: as in subprocess, after the end.
+    """A command in a fork of the server. After its end, `status` is the exit status as in `subprocess`.
 
-    `all_seconds`: CPU seconds of all ended commands."""
+    `all_seconds` is the number of CPU seconds of all commands that have ended."""
 
     all_seconds = 0.0
 
@@ -84,7 +84,7 @@ class Forked:
 
 
 def serve(listener: socket.socket) -> dict[str, Any]:
-    """Fork for each request until the client's process ends. Returns in the forks, with their request."""
+    """Fork for each request until the client's process ends. The function returns only in a fork, with its request."""
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     running: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> pid, connection
@@ -105,7 +105,7 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                 running[waiting] = pid, connection
                 selector.register(waiting, selectors.EVENT_READ)
                 selector.register(connection, selectors.EVENT_READ, waiting)
-            elif key.data is None:  # a command ended
+            elif key.data is None:  # a command has ended
                 assert isinstance(key.fileobj, int)
                 pid, connection = running.pop(key.fileobj)
                 selector.unregister(key.fileobj)
@@ -117,14 +117,14 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                         f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode()
                     )
                     connection.close()
-            else:  # the client hung up
+            else:  # the client has closed the connection
                 selector.unregister(key.fileobj)
                 os.killpg(running[key.data][0], signal.SIGKILL)
     sys.exit()
 
 
 def become(request: dict[str, Any]) -> None:
-    """Run the requested command in this fork, with its own session, streams, folder and environment."""
+    """Prepare this fork for the requested command, with its session, streams, working folder and environment."""
     os.setsid()
     for descriptor, target in zip(request["descriptors"], (1, 2), strict=True):
         os.dup2(descriptor, target)
@@ -134,7 +134,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
-    # Spawned processes look for the command's relative path in the folder that multiprocessing saw at its import.
+    # Spawned processes look for the command's file in the folder that multiprocessing stored when it was imported.
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     sys.argv = request["arguments"]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
@@ -142,7 +142,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def preload() -> None:
-    """Import the commands' libraries. No thread may be alive afterwards, because a fork would lose it."""
+    """Import the libraries that commands need. No import may leave a thread, because a fork would lose the thread."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from opt_parallel.runtime.log import quiet_libraries
 

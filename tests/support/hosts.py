@@ -1,5 +1,6 @@
-"""Two hosts on one machine: network namespaces connected by a virtual cable. Each has its own address, host name and
-processes. They share the machine's file system.
+"""Simulates two hosts by two Linux network namespaces, which are connected by a virtual cable.
+
+Each host has its own address, host name and processes. The two hosts share the file system of the real host.
 
     with two_hosts() as (first, second):
         launcher = first.start(["torchrun", …], output)     # on nodeA, 10.77.0.1
@@ -7,7 +8,7 @@ processes. They share the machine's file system.
         second.reconnect()                                  # … and in again
         second.fail()                                       # the power is off
 
-Needs Linux, root and iproute2; `why_not` names what is missing.
+The simulation needs Linux, root and iproute2, and `why_not` names a missing requirement.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from pathlib import Path
 
 from command import ROOT, environment
 
-FILES = Path("/etc/netns")  # `ip netns exec NAME` mounts NAME's files over those of /etc
-NAMESPACE = re.compile(r"opt-nodes-(\d+)-[AB]")  # with the id of the creating process: test sessions do not collide
+FILES = Path("/etc/netns")  # `ip netns exec NAME` mounts the files in this folder's NAME over those in /etc.
+NAMESPACE = re.compile(r"opt-nodes-(\d+)-[AB]")  # The number is the process id of the test session.
 NAMES, ADDRESSES = ("nodeA", "nodeB"), ("10.77.0.1", "10.77.0.2")
 
 
 def why_not() -> str | None:
-    """The missing requirement, or None."""
+    """The requirement of simulated hosts that is missing, or None."""
     missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
     if missing:
         return f"two hosts need {' and '.join(missing)} (iproute2, util-linux)"
@@ -43,14 +44,14 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two hosts. `name`: its host name, which both hosts resolve."""
+    """A simulated host. The two hosts can resolve each other's host `name`."""
 
     name: str
     address: str
     namespace: str
 
     def start(self, command: Sequence[str], output: Path, **env: str) -> subprocess.Popen[bytes]:
-        """Start a command in the repository's folder; append its output to `output`."""
+        """Start a command in the repository's folder, and append its output to the file `output`."""
         named = ["unshare", "--uts", "sh", "-c", f'hostname {self.name}; exec "$@"', "sh"]
         with output.open("ab") as file:
             return subprocess.Popen(
@@ -60,17 +61,18 @@ class Host:
             )  # fmt: skip
 
     def processes(self) -> list[int]:
-        """All processes of the host, in any session: a launcher gives each rank its own session."""
+        """The ids of all processes of the host, in any session, because a launcher gives each rank its own session."""
         return [int(number) for number in _ip("netns", "pids", self.namespace).split()]
 
     def fail(self) -> None:
-        """Lose power: all processes end without a network message. `reconnect` starts the host again, without
-        processes."""
-        self.cut()  # first, or the system would reset the connections of killed processes
+        """Simulate a power failure, after which all processes end without a network message.
+
+        `reconnect` starts the host again, without its processes."""
+        self.cut()  # the cable is cut first, because the kernel would reset the connections of killed processes
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL all processes, also those started meanwhile. The system resets their connections."""
+        """Send SIGKILL to all processes until none is left. The kernel resets their connections."""
         while left := self.processes():
             for process in left:
                 with suppress(ProcessLookupError):
@@ -78,17 +80,17 @@ class Host:
             time.sleep(0.05)
 
     def cut(self) -> None:
-        """Unplug the cable, in both directions."""
+        """Unplug the virtual cable, in both directions."""
         _ip("-netns", self.namespace, "link", "set", "cable", "down")
 
     def reconnect(self) -> None:
-        """Plug the cable in again."""
+        """Plug the virtual cable in again."""
         _ip("-netns", self.namespace, "link", "set", "cable", "up")
 
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """nodeA and nodeB. The end of the context removes them with all their processes."""
+    """A context with the two hosts nodeA and nodeB, which are removed at its end together with their processes."""
     _remove_left_behind()
     hosts = tuple(
         Host(name, address, f"opt-nodes-{os.getpid()}-{name[-1]}")
@@ -112,7 +114,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def _write_files(host: Host) -> None:
-    """Host names without a name server, so that looking up another name fails at once."""
+    """Write the host names to files without a name server, so that a look-up of any other name fails at once."""
     folder = FILES / host.namespace
     folder.mkdir(parents=True)
     known = "".join(f"{address} {name}\n" for name, address in zip(NAMES, ADDRESSES, strict=True))
@@ -121,7 +123,7 @@ def _write_files(host: Host) -> None:
 
 
 def _remove_left_behind() -> None:
-    """Remove the hosts of a killed test session."""
+    """Remove the hosts that a killed test session has left."""
     for name in _namespaces():
         owner = NAMESPACE.fullmatch(name)
         if owner and not Path(f"/proc/{owner[1]}").exists():

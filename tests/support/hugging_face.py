@@ -1,4 +1,4 @@
-"""Small OPT checkpoints in the formats of transformers, and of its former TensorFlow and Flax classes."""
+"""Writes small OPT checkpoints in the formats of transformers, and of its former TensorFlow and Flax classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def random_model(variant: dict[str, Any] | None = None, kind: str = "OPTForCausalLM") -> Any:
-    """A deterministic transformers model with random weights; biases and LayerNorms differ from 0 and 1."""
+    """A transformers model with random weights from a fixed seed, whose biases are not 0 and whose LayerNorms not 1."""
     import transformers
 
     torch.manual_seed(3)
@@ -46,9 +46,10 @@ def logits_of(model: Any) -> Tensor:
 
 
 def write_h5(model: Any, folder: Path, layout: str) -> None:
-    """Write `model` in the layout of TFOPTForCausalLM.save_pretrained of transformers 4.53, in numpy's dtypes.
+    """Write `model` in the layout of TFOPTForCausalLM.save_pretrained of transformers 4.53, in NumPy's dtypes.
 
-    `single`: Keras's groups, with layer and class before each name. `split`: datasets with bare names, and an index."""
+    In the layout `single`, names are in Keras's groups of layers and classes. In the layout `split`, there are several
+    files with plain names, and an index."""
     import h5py
 
     _write_config(model, folder)
@@ -73,7 +74,8 @@ def write_h5(model: Any, folder: Path, layout: str) -> None:
 
 def write_msgpack(model: Any, folder: Path, layout: str, chunk: int | None = None) -> None:
     """Write `model` in the layout of FlaxOPTForCausalLM.save_pretrained of transformers 4.53, in the model's dtype.
-    Arrays of more than `chunk` elements are written in chunks."""
+
+    An array with more than `chunk` elements is written in chunks."""
     import msgpack
 
     _write_config(model, folder)
@@ -116,7 +118,9 @@ def write_msgpack(model: Any, folder: Path, layout: str, chunk: int | None = Non
 
 
 def _transposed(model: Any) -> dict[str, Any]:
-    """The parameters as numpy arrays, matrices transposed to (in, out); bfloat16, which numpy lacks, as uint16."""
+    """The parameters of `model` as NumPy arrays, with matrices transposed to (in, out).
+
+    NumPy has no bfloat16, so arrays of this dtype have the dtype uint16."""
     arrays = {}
     for name, tensor in model.named_parameters():
         product = tensor.ndim == 2 and "embed_" not in name

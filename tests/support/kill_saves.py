@@ -1,10 +1,9 @@
-"""Kills a run repeatedly while it saves. Each start must find a complete checkpoint and resume as if never killed.
+"""Kills a run repeatedly while it saves. Each start must find a complete checkpoint, and resume with the same losses.
 
     PYTHONPATH=.:tests/support python tests/support/kill_saves.py --kills 30 --seed 0
 
-A run of two processes saves after every step. Each start is killed with SIGKILL, to one rank or to all ranks and
-the launcher, at a random moment after a checkpoint's temporary folder appears. With `--every 2` there is time between
-saves.
+A run of two processes saves after every step. In each start, SIGKILL is sent to one rank, or to all ranks and the
+launcher, at a random time after a checkpoint's temporary folder appears. With `--every 2`, there is time between saves.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from command import ROOT, environment, small, train_rows
 from opt_parallel.checkpoint.damage import damage_in
 from opt_parallel.checkpoint.folders import steps_in
 
-TIMEOUT = 240.0  # seconds for one start
-# 116 MB per checkpoint: a save takes as long as a few steps, so the run is saving most of the time
+TIMEOUT = 240.0  # Maximum seconds for one start.
+# A checkpoint has 116 MB. A save takes as long as a few steps, so the run is saving most of the time.
 LARGE = [
     "model.hidden_size=512", "model.ffn_dim=2048", "model.num_hidden_layers=3", "model.vocab_size=301",
     "model.layerdrop=0.2", "zero.stage=1",
 ]  # fmt: skip
-STALE = "stale"  # put into the leftovers of a kill, to distinguish them from a new save; no checkpoint may contain it
+STALE = "stale"  # This file marks the folders that a killed save has left. No checkpoint may contain it.
 LAYOUTS = {"t2": ["parallel.tensor=2"], "d2": ["parallel.tensor=1"]}
 
 
 @dataclass
 class Tally:
-    """Statistics of the kills: the victims, and the state of the save at that moment."""
+    """Statistics of the kills: the killed processes, and the state of the interrupted saves."""
 
     whom: Counter[str] = field(default_factory=Counter)
     moments: Counter[str] = field(default_factory=Counter)
@@ -46,7 +45,7 @@ class Tally:
 
 
 class Start:
-    """One start of the run: a launcher and two ranks."""
+    """One start of the run, which consists of a launcher and two ranks."""
 
     def __init__(self, arguments: list[str]) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -62,7 +61,7 @@ class Start:
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:
-        """The ranks' processes, which are in their own sessions and outlive their launcher."""
+        """The processes of the ranks, which have their own sessions and may outlive their launcher."""
         try:
             return list(
                 map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())
@@ -71,7 +70,9 @@ class Start:
             return []
 
     def kill(self, victim: int | None) -> None:
-        """SIGKILL one rank, after which the launcher must end the other, or all ranks and the launcher."""
+        """Send SIGKILL to the rank `victim`, or to all ranks and the launcher if `victim` is None.
+
+        The launcher must end the other rank after one rank was killed."""
         if victim is not None:
             os.kill(self.ranks()[victim], signal.SIGKILL)
             while self.running:
@@ -86,7 +87,7 @@ class Start:
         self.process.wait()
 
     def text(self) -> str:
-        """The output so far."""
+        """The output of the start so far."""
         self.output.seek(0)
         return self.output.read()
 
@@ -96,7 +97,7 @@ def partials(checkpoints: Path) -> list[Path]:
 
 
 def moment_of(checkpoints: Path) -> str:
-    """The state of the interrupted save."""
+    """A description of the state of the interrupted save."""
     for folder in partials(checkpoints):
         names = {path.name for path in folder.iterdir()}
         if "manifest.json" in names:
@@ -108,16 +109,16 @@ def moment_of(checkpoints: Path) -> str:
 
 
 def kill_during_save(start: Start, checkpoints: Path, draw: random.Random, tally: Tally) -> None:
-    """Wait for a save, and kill during it. The run must not end before."""
+    """Wait for a save, and kill processes of the run during this save. The run must not end before the save."""
     for folder in partials(checkpoints):
         (folder / STALE).touch()
     awaited, seen = draw.randrange(1, 4), set[Path]()
-    victim, share = draw.choice((0, 1, None, None)), draw.uniform(0.0, 1.3)  # beyond 1: after the save
+    victim, share = draw.choice((0, 1, None, None)), draw.uniform(0.0, 1.3)  # a share above 1 is a time after the save
     began, taken = time.monotonic(), 0.3
     while len(seen) < awaited:
         assert start.running, f"ended before it was killed:\n{start.text()}"
         for folder in set(partials(checkpoints)) - seen:
-            taken = time.monotonic() - began if seen else taken  # from the start of one save to the start of the next
+            taken = time.monotonic() - began if seen else taken  # the time between the starts of two saves
             began = time.monotonic()
             seen.add(folder)
         time.sleep(0.001)
@@ -128,7 +129,7 @@ def kill_during_save(start: Start, checkpoints: Path, draw: random.Random, tally
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
-    """The steps with a checkpoint. Asserts that each checkpoint is complete and undamaged."""
+    """The steps with a checkpoint. The function asserts that each checkpoint is complete and undamaged."""
     for step in steps_in(checkpoints):
         damage = damage_in(checkpoints / f"step-{step}")
         assert not damage, f"step-{step}: {damage}"
@@ -137,7 +138,7 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 
 def resumed_at(text: str) -> int:
-    """The step at which a start resumed, from its output."""
+    """The step at which a start resumed, which is read from its output."""
     for line in text.splitlines():
         if line.startswith("continuing at step "):
             return int(line.split()[3].rstrip(":"))
@@ -150,7 +151,7 @@ def kill_saves(folder: Path, kills: int, seed: int, layout: str = "t2", every: i
 
     Raises: AssertionError."""
     draw, tally = random.Random(seed), Tally()
-    steps = (4 * kills + 2) * every  # three saves at most before each kill
+    steps = (4 * kills + 2) * every  # because at most three saves precede each kill
     common = [*small(folder), *LARGE, *LAYOUTS[layout], f"steps={steps}", f"checkpoint.every={every}"]
     finish([*common, f"run.dir={folder / 'straight'}", "checkpoint.every=0"])
     checkpoints = folder / "run" / "checkpoints"
@@ -176,7 +177,7 @@ def kill_saves(folder: Path, kills: int, seed: int, layout: str = "t2", every: i
 
 
 def finish(arguments: list[str]) -> str:
-    """Run a start to its end; return its output."""
+    """Run a start to its end, and return its output."""
     start = Start(arguments)
     try:
         while start.running:
@@ -188,7 +189,7 @@ def finish(arguments: list[str]) -> str:
 
 
 def check_start(text: str, kept: list[int], tally: Tally) -> None:
-    """A start must resume at the newest checkpoint that remains after the previous kill, and find no damage."""
+    """Assert that a start has found no damage, and has resumed at the newest checkpoint after the previous kill."""
     step = resumed_at(text)
     assert step == (kept[-1] if kept else 0), text
     assert "damaged" not in text, text

@@ -1,4 +1,4 @@
-"""One small run, in a single plain process and with the engine in any layout."""
+"""Trains a small network with the engine in any parallel layout, and in a single process without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STYLE_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A layout: tensor and data degrees, ZeRO stage, micro-batch, recomputation, offload."""
+    """A parallel layout: tensor and data degrees, ZeRO stage, micro-batch, recomputation and offload."""
 
     tensor: int = 1
     data: int = 1
@@ -60,7 +60,7 @@ class Layout:
 
 
 def pairwise(layouts: list[Layout]) -> list[Layout]:
-    """A subset of `layouts` that covers every pair of settings of `layouts`."""
+    """A subset of `layouts` in which every pair of settings that occurs in `layouts` occurs at least once."""
     wanted = set().union(*map(_pairs, layouts))
     chosen: list[Layout] = []
     while missing := wanted.difference(*map(_pairs, chosen)):
@@ -98,7 +98,7 @@ def run_for(layout: Layout, model: dict[str, Any] | None = None, steps: int = 5,
 
 
 def batch_of(run: Run, samples: range) -> Batch:
-    """Synthetic samples, each a pure function of its index, with different numbers of ignored labels."""
+    """A batch of synthetic samples, which are pure functions of their indices and have some ignored labels."""
     length = run.data.sequence_length
     rows, labels = [], []
     for sample in samples:
@@ -118,7 +118,8 @@ def micro_batches(run: Run, step: int, data_rank: int, data_size: int) -> list[B
 
 
 def train(run: Run) -> tuple[list[float], list[float], dict[str, Any]]:
-    """Runs on the crew. Returns losses, gradient norms, and this rank's part of every weight (range, values)."""
+    """Train on each worker process. Return losses, gradient norms, and this rank's part of each weight as (range,
+    values)."""
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.shard import random_source
     from opt_parallel.parallel.topology import Topology
@@ -136,7 +137,9 @@ def train(run: Run) -> tuple[list[float], list[float], dict[str, Any]]:
 
 
 def weights_of(engine: Any) -> dict[str, Any]:
-    """Runs on all ranks of the crew. This tensor rank's part of every fp32 weight: (logical shape, range, values)."""
+    """This tensor rank's part of each fp32 weight as (shape of the full tensor, range, values).
+
+    All worker processes must call this function."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from opt_parallel.parallel.shard import marked
@@ -150,7 +153,9 @@ def weights_of(engine: Any) -> dict[str, Any]:
 
 
 def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """The same run in one process without DeepSpeed: the reference for every layout."""
+    """The losses, gradient norms and weights of the same run in one process without DeepSpeed.
+
+    They are the expected values for every layout."""
     from opt_parallel.model.heads import CausalLM
     from opt_parallel.optim import build_optimizer, learning_rate
     from opt_parallel.parallel.random import Draw
@@ -177,7 +182,7 @@ def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]
 
 
 def assemble(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Assemble the logical tensors from all ranks' parts; replicas must agree."""
+    """Assemble the full tensors from the parts of all ranks, and assert that copies on several ranks are equal."""
     whole: dict[str, Tensor] = {}
     for weights in parts:
         for name, (shape, ranges, values) in weights.items():

@@ -1,4 +1,4 @@
-"""Small LoRA runs on a checkpoint from transformers, for the crew."""
+"""Trains small LoRA runs on a checkpoint from transformers, on the pool of worker processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK, ALPHA = 4, 12.0
 
 
 def write_base(folder: Path, variant: str = "pre-norm", kind: str = "OPTForCausalLM", **config: Any) -> Path:
-    """Save a random model with transformers."""
+    """Save a model with random weights with transformers, and return its folder."""
     random_model({**VARIANTS[variant], **config}, kind).save_pretrained(folder)
     return folder
 
@@ -28,7 +28,7 @@ def write_base(folder: Path, variant: str = "pre-norm", kind: str = "OPTForCausa
 def run_on(
     base: Path, folder: Path, layout: Layout, steps: int = 4, targets: tuple[str, ...] = LORA_TARGETS, **model: Any
 ) -> Run:
-    """A run in `folder` that adapts `base` in `layout`. `model`: changed dropout rates."""
+    """A LoRA run in `folder` that adapts `base` in `layout`, with the dropout rates in `model`."""
     from opt_parallel.checkpoint.inherit import model_at
 
     if not (folder / "tokenizer").exists():
@@ -45,8 +45,9 @@ def run_on(
 
 
 def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Runs on the crew, from the present step to step `last`, and saves after the steps `saves`. Returns losses,
-    norms, and the frozen parameters that differ from the base."""
+    """Train from the present step to step `last` on each worker process, and save checkpoints after the steps `saves`.
+
+    The result is the losses, the gradient norms, and the frozen parameters that differ from the base."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.parallel.topology import Topology
@@ -75,8 +76,10 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
 
 
 def moved_from(engine: Any, weights: Any) -> list[str]:
-    """Runs on the crew. The frozen parameters that differ from `weights`, and the trained ones' names if none
-    changed."""
+    """The names of the frozen parameters that differ from `weights`.
+
+    If no trained parameter has changed, the result also has the names of the trained parameters. All worker processes
+    must call this function."""
     import deepspeed
 
     from opt_parallel.parallel.shard import marked
@@ -93,7 +96,7 @@ def moved_from(engine: Any, weights: Any) -> list[str]:
 
 
 def go_plainly(run: Run) -> tuple[list[float], list[float]]:
-    """The same run in one process without DeepSpeed: losses and gradient norms."""
+    """The losses and gradient norms of the same run in one process without DeepSpeed."""
     from layouts import batch_of
 
     from opt_parallel.checkpoint.sources import open_checkpoint
@@ -123,7 +126,7 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
 
 
 def go_with_peft(run: Run, model: Any) -> list[float]:
-    """The losses of the same run without dropout, written with transformers and `peft`."""
+    """The losses of the same run without dropout, with transformers and `peft`."""
     from layouts import batch_of
 
     from opt_parallel.optim import learning_rate
@@ -149,9 +152,9 @@ def go_with_peft(run: Run, model: Any) -> list[float]:
 
 
 def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ()) -> None:
-    """Runs on the crew. Saves a checkpoint of step 0 with random trained tensors, including B and a classifier's score.
+    """Save a checkpoint of step 0 with random trained tensors, including B and a classifier's output layer.
 
-    `names`: names of the labels; numbers by default."""
+    `names` are the names of the labels, which are numbers by default. All worker processes must call this function."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.config.model import Labels, ProblemType
@@ -167,7 +170,7 @@ def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ())
         store = Store(run, topology, run.folder / "tokenizer", labels, base)
         engine, _ = begin(run, topology, store, None, start, labels)
         for fragment in held_fragments(engine.wrapped, run.zero.stage, topology.data.rank, engine.moments):
-            where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # replicas draw the same values
+            where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # so that copies get the same values
             fragment.weights.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(crc32(where.encode())))
         store.save(engine, Clock())
         store.finish()

@@ -1,6 +1,7 @@
-"""Which features the tests ran together: `make matrix` writes docs/matrix.md from a whole run of the suite.
+"""Records which features the tests run together. `make matrix` writes docs/matrix.md from a run of all tests.
 
-Two sources: the configurations that tests hand to the crew, and the checkpoints that commands left behind."""
+The features are read from the configurations that tests pass to worker processes, and from the checkpoints of
+commands."""
 
 from __future__ import annotations
 
@@ -24,8 +25,10 @@ Values = dict[str, Any]  # a run's configuration in plain values
 
 @dataclass(frozen=True)
 class Feature:
-    """`axis`: features of one axis exclude each other, unless it is "". `settings`: the least that turns it on;
-    `on(values, data)`: whether a run of that data degree has it."""
+    """A feature of runs. Features with the same `axis` exclude each other, unless the axis is "".
+
+    `settings` are the settings that turn the feature on. `on(values, data)` says whether a run with the configuration
+    `values` and the data-parallel degree `data` has the feature."""
 
     name: str
     axis: str
@@ -65,18 +68,18 @@ ran: set[frozenset[str]] = set()
 
 
 def record(run: Run, processes: int) -> None:
-    """Note that a test runs `run` on so many processes."""
+    """Record that a test runs `run` on this number of processes."""
     _record(to_dict(run), processes // run.parallel.tensor)
 
 
 def record_checkpoints(folder: Path) -> None:
-    """Note what the checkpoints under `folder` were trained with."""
+    """Record the features with which the checkpoints under `folder` were trained."""
     for path in folder.rglob("checkpoints/step-*/manifest.json"):
         try:
             manifest = json.loads(path.read_bytes())
             _record(manifest["config"], manifest["layout"]["data"])
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a test damaged it
+            continue  # a test has damaged this checkpoint
 
 
 def _record(values: Values, data: int) -> None:
@@ -84,7 +87,7 @@ def _record(values: Values, data: int) -> None:
 
 
 def is_refused(settings: Iterable[str]) -> bool:
-    """Whether a run with these settings alone is a mistake."""
+    """Whether a run with only these settings is refused with an error."""
     base = {"model": {"num_attention_heads": 4, "hidden_size": 64, "ffn_dim": 256}, "data": {"train": "x"}}
     try:
         run_from(OmegaConf.merge(OmegaConf.structured(Run), base, OmegaConf.from_dotlist(list(settings))))
@@ -102,7 +105,7 @@ def mark(one: Feature, other: Feature) -> str:
 
 
 def page() -> str:
-    """The matrix in Markdown, half of it: it is symmetric."""
+    """The matrix in Markdown. Only half of the matrix is written, because it is symmetric."""
     lines = [
         "# What works with what", "",
         f"Pairs of features that the tests run together. {TESTED} tested; {REFUSED} refused, and a line says why;",

@@ -1,4 +1,4 @@
-"""A straightforward vocabulary-parallel loss: all logits at once, the gradient by autograd."""
+"""A simple vocabulary-parallel loss, which computes all logits at once, for comparison with the loss in chunks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from opt_parallel.parallel.topology import Group
 
 
 def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, words: range, group: Group) -> Tensor:
-    """The result of `vocab_parallel_linear_cross_entropy`, computed by `F.linear` and the loss below."""
+    """The loss of `vocab_parallel_linear_cross_entropy`, computed by `F.linear` and `vocab_parallel_cross_entropy`."""
     return vocab_parallel_cross_entropy(F.linear(hidden, weight), labels, words.start, words.stop, group)
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, start: int, stop: int, group: Group) -> Tensor:
     """Sum of −log softmax(logits)[label] over the labels that are not −100.
 
-    With m = max_v z_v:  −log p = m + log Σ_v exp(z_v − m) − z_label; maximum, sum and label's logit are each one
-    all-reduce of one number per token. The softmax is in fp32 at least, and so is the gradient until it is multiplied
-    by the incoming gradient. So the loss scale is applied before rounding to fp16.
+    With m = max_v z_v, the loss is −log p = m + log Σ_v exp(z_v − m) − z_label. Three all-reduces of one number per
+    token compute the maximum, the sum and the label's logit. The softmax and the gradient are in fp32 or float64. The
+    gradient is rounded after it is multiplied by the incoming gradient, so the loss scale is applied before rounding to
+    fp16.
 
     Args:
         logits: (…, n), this rank's part; columns from stop − start on belong to padded rows.
@@ -54,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         softmax, column, elsewhere, ignored = ctx.saved_tensors
-        weight = gradient * (~ignored).unsqueeze(-1)  # of each token in what comes in
+        weight = gradient * (~ignored).unsqueeze(-1)  # the incoming gradient, and 0 for ignored tokens
         logits_gradient = softmax * weight
         logits_gradient.scatter_add_(-1, column, -weight * (~elsewhere).unsqueeze(-1))
         return logits_gradient.to(ctx.dtype), None, None, None, None

@@ -1,12 +1,13 @@
-"""Ends runs by every signal, from every launcher, on every terminal. Each run must save, write its state, and resume
-as if it had not been interrupted.
+"""Ends runs by each signal, under each launcher, on each kind of terminal.
+
+Each run must save a checkpoint, write its state, and resume with the same losses as a run without an interruption.
 
     PYTHONPATH=.:tests/support python tests/support/signals.py    # the full table, half an hour or more
     PYTHONPATH=.:tests/support python tests/support/signals.py --launchers python --signals HUP QUIT
 
-A signal goes to the process group, as a terminal sends it, so `tee` and torchrun get it too. torchrun's ranks do not,
-because each has its own session. Plain torchrun does not forward SIGUSR1 and SIGKILL: the ranks must notice that it is
-gone.
+A signal is sent to the process group, as a terminal does, so `tee` and torchrun get the signal too. torchrun's ranks do
+not get the signal, because each rank has its own session. Plain torchrun does not forward SIGUSR1 and SIGKILL, so the
+ranks must notice that torchrun has ended.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from opt_parallel.runtime.log import aligned
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCHERS = {"python": [sys.executable], "torchrun": TORCHRUN, "nohup torchrun": ["nohup", *TORCHRUN]}
 TERMINALS = ("terminal", "| tee", "| head", "closed terminal")
-SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "KILL")  # the last one for launchers alone
+SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "KILL")  # KILL is only sent to launchers
 CELLS = [
     (launcher, terminal, name)
     for launcher in LAUNCHERS
@@ -45,16 +46,18 @@ CELLS = [
     for name in SIGNALS
     if (launcher, name) != ("python", "KILL")
 ]
-ROWS, LENGTH, LONGER = 12, 2000, 3  # rows at the signal; steps of a run; those made after going on
-STRAIGHT = 200  # steps that the straight run makes of them
+ROWS, LENGTH, LONGER = 12, 2000, 3  # Losses before the signal, steps of a run, and steps after resuming.
+STRAIGHT = 200  # Steps of the uninterrupted run.
 TIMEOUT = 600.0
-MARK = "OPT_PARALLEL_TEST_RUN"  # the variable that all of a run's processes inherit
+MARK = "OPT_PARALLEL_TEST_RUN"  # The environment variable that all processes of a run inherit.
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The result of one run. `losses`: whether all losses, also after resuming, equal those of the uninterrupted run.
-    `left`: number of processes that did not end."""
+    """The result of one interrupted run.
+
+    `losses` is true if all losses, also after resuming, equal those of the uninterrupted run. `left` is the number of
+    processes that did not end."""
 
     launcher: str
     terminal: str
@@ -75,11 +78,12 @@ class Cell:
 
 
 class Running:
-    """A run in its own process group, and the sink of its output."""
+    """A run in its own process group, and the terminal or pipe that gets its output."""
 
     def __init__(self, command: list[str], terminal: str, hangs_up: bool, folder: Path) -> None:
-        """`hangs_up`: the terminal controls the process group, so closing it sends SIGHUP; else it only gets the
-        output."""
+        """Start a run. If `hangs_up`, the terminal controls the process group, so closing the terminal sends SIGHUP.
+
+        Without `hangs_up`, the terminal only gets the output."""
         self.reader: subprocess.Popen[bytes] | None = None
         self.master: int | None = None
         self.name = folder.name
@@ -89,7 +93,7 @@ class Running:
             if hangs_up or terminal == "terminal":
                 self.pid, self.master = pty.fork()
                 if self.pid == 0:
-                    os.chdir(folder)  # for nohup.out
+                    os.chdir(folder)  # nohup writes nohup.out to this folder
                     os.execvpe(command[0], command, env)
             else:
                 self.master, other = pty.openpty()
@@ -117,7 +121,7 @@ class Running:
         process.stdout.close()
 
     def _read(self, master: int) -> None:
-        with suppress(OSError):  # EIO: the terminal is closed
+        with suppress(OSError):  # EIO means that the terminal is closed
             while not self._closing.is_set():
                 if select.select([master], [], [], 0.1)[0]:
                     os.read(master, 4096)
@@ -125,12 +129,12 @@ class Running:
     def close_terminal(self) -> None:
         assert self.master is not None
         self._closing.set()
-        self._reading.join()  # a terminal that is being read stays open
+        self._reading.join()  # because a terminal stays open while it is read
         os.close(self.master)
         self.master = None
 
     def send(self, name: str) -> None:
-        """Send a signal, by a terminal's key if there is one for it."""
+        """Send a signal, by the key of the terminal if the terminal has a key for this signal."""
         keys = {"INT": b"\x03", "QUIT": b"\x1c"}
         if self.master is not None and name in keys:
             os.write(self.master, keys[name])
@@ -138,7 +142,7 @@ class Running:
             os.killpg(self.pid, getattr(signal, f"SIG{name}"))
 
     def end(self) -> tuple[int, int]:
-        """Wait for all processes to end. Returns the status and the number of processes that had to be killed."""
+        """Wait for all processes to end. Return the exit status and the number of processes that had to be killed."""
         _, status = os.waitpid(self.pid, 0)
         if self.master is not None:
             self.close_terminal()
@@ -152,10 +156,10 @@ class Running:
         return os.waitstatus_to_exitcode(status), len(left)
 
     def processes(self, word: str = "") -> list[int]:
-        """All processes that inherited the mark, in any group and with any parent, whose command contains `word`."""
+        """The processes of the run whose command contains `word`, in any process group and with any parent."""
         mark, found = f"{MARK}={self.name}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended
+            with suppress(OSError):  # the process has ended
                 marked = mark in (folder / "environ").read_bytes().split(b"\0")
                 if marked and word.encode() in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
@@ -198,8 +202,8 @@ def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
     running.wait_until(lambda: trains(run))
     if terminal == "closed terminal":
         running.close_terminal()
-        time.sleep(0.3)  # some steps without it
-    if not (terminal == "closed terminal" and name == "HUP"):  # which was that already
+        time.sleep(0.3)  # lets the run make some steps without a terminal
+    if not (terminal == "closed terminal" and name == "HUP"):  # closing the terminal has already sent SIGHUP
         running.send(name)
     status, left = running.end()
     rows, last = len(losses_in(run)), newest(run / "checkpoints")
@@ -213,12 +217,13 @@ def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
 
 
 def end_with_children(folder: Path, launcher: str, name: str, stream: bool) -> tuple[str, int, int]:
-    """End a run whose own processes prepare its text, or fill its stream: its state, how many these were, how many of
-    all were left over."""
+    """End a run while its child processes prepare its text or fill its stream.
+
+    The result is the state of the run, the number of child processes, and the number of processes that did not end."""
     words, texts = random.Random(0), folder / "texts"
     if not texts.exists():
         texts.mkdir()
-        for file in range(4):  # 10 MB each, as two processes share them
+        for file in range(4):  # two processes share these files of 10 MB
             rows = ({"text": " ".join(f"{words.getrandbits(32):x}" for _ in range(200))} for _ in range(5500))
             (texts / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = folder / "-".join(f"{launcher} {name} {'stream' if stream else 'prepare'}".split())
@@ -239,7 +244,8 @@ def main() -> int:
     parser.add_argument("--terminals", nargs="+", choices=TERMINALS, default=list(TERMINALS))
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
     chosen = parser.parse_args()
-    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # in the background of a script, under nohup
+    # A shell may have started this program in the background or under nohup, with these signals ignored.
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(ignored, signal.SIG_DFL)
     cells = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A Slurm cluster of four nodes on this machine: Debian's munged, slurmctld and slurmd under one folder of root."""
+"""Starts a Slurm cluster of four nodes on this host, with Debian's munged, slurmctld and slurmd."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 
 
 def missing() -> str | None:
-    """The missing requirement of a cluster, or None."""
+    """The requirement of a Slurm cluster that is missing on this host, or None."""
     if os.geteuid() != 0:
-        return "a Slurm of one's own needs root"
+        return "a Slurm cluster on this host needs root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     return (
         f"not installed: {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge)" if absent else None
@@ -66,14 +66,14 @@ def missing() -> str | None:
 
 @dataclass
 class Cluster:
-    """The running daemons, and queries to them."""
+    """A running Slurm cluster, with methods that query Slurm and that start and kill nodes."""
 
     folder: Path
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment for Slurm's programs to find this cluster, without variables of other launchers."""
+        """The environment variables with which Slurm's programs find this cluster, without those of other launchers."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         return {**ours, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
@@ -95,9 +95,9 @@ class Cluster:
         self.start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Simulate a power cut of a node: its daemon and all processes of its jobs end at once.
+        """Simulate a power failure of a node. Its daemon and all processes of its jobs are killed.
 
-        The job steps' daemons are killed first, because they would report the end of the step."""
+        The daemons of job steps are killed first, because they would report the end of the job step."""
         self.daemons.pop(node).kill()
         while here := self.processes(f"SLURMD_NODENAME={node}"):
             holders = {parent for pid in here if read(f"/proc/{(parent := parent_of(pid))}/comm") == "slurmstepd\n"}
@@ -105,12 +105,12 @@ class Cluster:
                 kill(pid)
 
     def processes(self, variable: str | None = None) -> list[int]:
-        """Processes of this cluster's jobs and daemons, found by their initial environment."""
+        """The processes of this cluster's jobs and daemons, which are found by their initial environment variables."""
         wanted = {f"SLURM_CONF={self.folder / 'slurm.conf'}", *([variable] if variable else [])}
         return [pid for pid, variables in environments() if wanted <= variables]
 
     def field(self, job: str, name: str) -> str:
-        """A field of a job in Slurm."""
+        """The value of the field `name` of a job in Slurm."""
         words = self("scontrol", "show", "job", job, "--oneliner").split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
@@ -122,7 +122,9 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Four nodes of two CPUs, with the partitions `batch` and `urgent`, which preempts. Ends with the context."""
+    """A context with a Slurm cluster of four nodes with two CPUs, in the partitions `batch` and `urgent`.
+
+    Jobs in `urgent` preempt those in `batch`. The cluster ends with the context."""
     for name in ("munge", "state", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True, mode=0o755)
     key = folder / "munge" / "key"
@@ -154,7 +156,7 @@ def idle(slurm: Cluster) -> int:
 
 
 def stop(slurm: Cluster) -> None:
-    """End every process of the cluster."""
+    """Kill all processes of the cluster."""
     for daemon in slurm.daemons.values():
         daemon.terminate()
     for daemon in slurm.daemons.values():
@@ -170,14 +172,14 @@ def stop(slurm: Cluster) -> None:
 
 
 def environments() -> Iterator[tuple[int, set[str]]]:
-    """The initial environment of every process."""
+    """The process id and the initial environment variables of every process on this host."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and (text := read(f"{folder}/environ")):
             yield int(folder.name), set(text.split("\0"))
 
 
 def read(path: str) -> str:
-    """The text of a file; "" if it does not exist."""
+    """The text of a file, or an empty string if the file does not exist."""
     try:
         return Path(path).read_text(errors="replace")
     except OSError:
@@ -185,7 +187,7 @@ def read(path: str) -> str:
 
 
 def parent_of(pid: int) -> int:
-    """The parent of a process; 0 if the process does not exist."""
+    """The id of a process's parent, or 0 if the process does not exist."""
     fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[1]) if fields else 0
 
@@ -198,7 +200,7 @@ def kill(pid: int) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free at the moment."""
+    """The numbers of ports that no program uses at the moment."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -207,7 +209,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def until(holds: Callable[[], bool], timeout: float, describe: Callable[[], str]) -> None:
-    """Wait until `holds()`, for at most `timeout` seconds. `describe`: the state for the error message."""
+    """Wait until `holds()` is true, for at most `timeout` seconds. `describe()` is a text for the error message."""
     end = time.monotonic() + timeout
     while not holds():
         assert time.monotonic() < end, f"not within {timeout} s: {describe()}"

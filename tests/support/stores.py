@@ -1,4 +1,4 @@
-"""Token stores of given numbers, without text."""
+"""Makes token stores that contain given token ids, without text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opt_parallel.data.store.store import PartWriter, TokenStore, write_manifest
 
 
 def store_of(folder: Path, parts: Sequence[Sequence[list[int]]], tokens: int = 1 << 16) -> TokenStore:
-    """A store with these documents in its parts."""
+    """A token store with these lists of documents as its parts."""
     columns = {"ids": ids_column(tokens), "lengths": LENGTHS}
     written = []
     for number, documents in enumerate(parts):
@@ -28,13 +28,15 @@ def store_of(folder: Path, parts: Sequence[Sequence[list[int]]], tokens: int = 1
 
 
 def counting_rows(folder: Path, size: int, length: int) -> Rows:
-    """A sequence of counting numbers: row i has i·length to i·length + length. Parts end inside rows."""
+    """Rows of consecutive numbers as token ids. Row i has the ids i·length to i·length + length.
+
+    The parts of the token store end inside rows."""
     stream = list(range(size * length + 1))
     cuts = [0, len(stream) // 3, len(stream) // 3 + 1, len(stream)]
     return Rows(store_of(folder, [[stream[a:b]] for a, b in pairwise(cuts)], 1 << 20), length)
 
 
 def feed_of(rows: Rows, seed: int, global_batch: int, micro_batch: int, data_rank: int = 0, data_size: int = 1) -> Feed:
-    """The feed of a run with one source."""
+    """The `Feed` of a run with one source of training data."""
     source = Source("train", Fraction(1), rows, Shuffled(seed, len(rows)))
     return Feed(Mixture([source]), global_batch, micro_batch, data_rank, data_size)

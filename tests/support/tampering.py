@@ -1,4 +1,4 @@
-"""Changes checkpoints, as a user or damage would."""
+"""Changes checkpoints, as a user or a damaged disk would do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opt_parallel.storage.checked import CHECKSUM, dump_checked
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any], checksum: bool = True) -> None:
-    """Change a checkpoint's manifest, and correct its checksum, or remove it as in earlier versions."""
+    """Change a checkpoint's manifest. Correct its checksum, or remove the checksum as in earlier versions."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest.pop(CHECKSUM, None)
