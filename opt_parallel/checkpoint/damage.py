@@ -51,7 +51,7 @@ def open_checked(folder: Path) -> CheckpointReader:
 
 
 def damage_in(folder: Path) -> list[str]:
-    """A list of all errors in a checkpoint. All of its files are read."""
+    """A list of all errors in a checkpoint, all of whose files are read."""
     return read_share(folder, 0, 1)[1]
 
 

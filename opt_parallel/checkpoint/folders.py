@@ -52,7 +52,7 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def choose(run: Run) -> Path | None:
-    """The checkpoint that the setting `resume` names, or None for a new run. The files are not checked.
+    """The checkpoint that the setting `resume` names, or None for a new run. The checkpoint's files are not checked.
 
     Raises: UserError if the checkpoint does not exist, or if `resume=never` would mix a new run with an old run."""
     reach("run.dir=", run.folder / "checkpoints")
@@ -145,7 +145,7 @@ def write_best(checkpoints: Path, step: int, loss: float) -> None:
 
 
 def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete old and unfinished checkpoints. No checkpoint may be saved while this function runs.
+    """Delete old and unfinished checkpoints. Do not call this function during a save.
 
     The newest `keep` checkpoints, the best checkpoint, and those at a multiple of `keep_every` steps are kept, where 0
     means no multiple. A warning is printed for each folder that cannot be deleted."""
@@ -160,7 +160,7 @@ def forget_old(checkpoints: Path, keep: int, keep_every: int) -> None:
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Delete the folders that interrupted saves and deletions left. No checkpoint may be saved at the same time."""
+    """Delete the folders that interrupted saves and deletions left. Do not call this function during a save."""
     for leftover in checkpoints.glob(f"step-*{PARTIAL}*"):
         remove(leftover)
 

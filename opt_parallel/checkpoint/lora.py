@@ -24,7 +24,7 @@ CORNER = 8  # number of elements along each dim of a tensor that are included in
 
 
 class Weights(Protocol):
-    """A source of weights for `fill`. The attribute `dtype` is a dtype that represents all weights exactly."""
+    """Weights of an open checkpoint, which `fill` reads into a model. All weights can be represented in `dtype`."""
 
     dtype: torch.dtype
 

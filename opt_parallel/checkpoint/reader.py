@@ -35,8 +35,8 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         """Open the checkpoint in `folder`.
 
-        Raises: Damaged unless its fragments contain each element exactly once. UserError if this version does not have
-        the checkpoint's optimizer."""
+        Raises: Damaged unless the fragments contain each element of each tensor exactly once, and UserError if this
+        version does not have the checkpoint's optimizer."""
         self.folder, self.manifest = folder, read_manifest(folder)
         fault = fault_of(self.manifest, kinds_in(folder, self.manifest))
         if fault is not None:

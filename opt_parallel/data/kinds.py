@@ -66,7 +66,7 @@ class Finetuning:
 
 
 class Classification:
-    """Classification of texts with labels. Each row is one text."""
+    """Classification of texts with labels. Each row of a batch is one text."""
 
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         assert labels is not None

@@ -169,7 +169,7 @@ class _Unpacker:
 
         An array is returned as a `_Stored`, and other bytes as the range of their offsets.
 
-        Raises: ValueError or IndexError if there is no object. RecursionError if the object is nested too deeply."""
+        Raises: ValueError or IndexError if there is no object, and RecursionError if it is nested too deeply."""
         self.objects += 1
         if self.objects > MOST_OBJECTS:
             raise ValueError(f"the file has more than {MOST_OBJECTS:,} objects")

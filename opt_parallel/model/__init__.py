@@ -1,1 +1,1 @@
-"""OPT: the network, its heads, generation, and Hugging Face's names and files."""
+"""The OPT network, its output layers, its LoRA terms, and text generation."""

@@ -72,7 +72,7 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """The logits hidden (…, D) · weightᵀ (D, V) → (…, V).
 
     A CPU's BLAS is slow for few rows of hidden states and a large vocabulary. For 8 to 32 rows in float32, the product
-    weight · hiddenᵀ takes 0.6 to 0.8 of the time. This product is used only without gradients.
+    weight · hiddenᵀ takes 0.6 to 0.8 of the time. The product weight · hiddenᵀ is used only without gradients.
     """
     rows = hidden.numel() // hidden.size(-1)
     transposed = hidden.is_cpu and weight.dtype is torch.float32 and 8 <= rows <= 32 and not torch.is_grad_enabled()

@@ -77,7 +77,7 @@ class TextEncoder:
 
 
 def special_tokens_key(spelled: SpecialTokens) -> list[str]:
-    """The part of an encoder's identity that describes `data.special_tokens`. The default value has an empty part."""
+    """The part of an encoder's identity that describes `data.special_tokens`, which is empty for the default."""
     return [] if spelled is SpecialTokens.text else ["special tokens"]
 
 

@@ -105,7 +105,7 @@ def fill(folder: Path, recipes: list[Recipe], workers: int) -> list[PartMeta]:
 
     `workers` is the number of processes, and 0 means one process per CPU.
 
-    Raises: UserError, also if the text changes during the build. Unfinished, if the build was interrupted."""
+    Raises: UserError, also if the text changes during the build, and Unfinished if the build was interrupted."""
     before = [recipe.corpus.identity() for recipe in recipes]
     for leftover in folder.glob(f"*{PARTIAL}"):
         remove(leftover)

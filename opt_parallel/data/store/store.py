@@ -6,7 +6,7 @@
     part-00000/part.json        a summary of the part, with a checksum of each block of its files
 
 Parts are in the order of the text. A row of a batch may cross the boundary of two parts, so a token store does not
-depend on the sequence length. Readers read only the bytes they need, so their memory does not grow with the text.
+depend on the sequence length. A reader reads only the bytes that it needs, so its memory does not grow with the text.
 
 store.json has its own checksum and the checksum of each part.json. Each block is checked when it is read, so training
 never uses a changed block. Token stores of earlier versions have no checksums and are read without a check.
@@ -46,7 +46,9 @@ class Damaged(UserError):
     """The error for a damaged token store. `what` describes the damage in the message."""
 
     def __init__(self, folder: Path, what: str) -> None:
-        super().__init__(f"{folder} is not a complete token store: {what}; remove it, and it is built again")
+        super().__init__(
+            f"{folder} is not a complete token store: {what}; remove it, and the next start builds it again"
+        )
         self.what = what
 
 

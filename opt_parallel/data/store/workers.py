@@ -30,7 +30,7 @@ WARNED, GIVEN_UP = 4, 12  # Number of checks without progress before a warning, 
 
 
 class Unfinished(UserError):
-    """The error for interrupted work, which the next start continues. The data are not the cause."""
+    """The error for interrupted work, which the next start continues, because the data are not the cause."""
 
 
 class Pulse:
@@ -71,7 +71,7 @@ def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report:
     One worker means that this process calls the jobs. A job passes the number of bytes that it has processed to
     `report`.
 
-    Raises: the first error of a job. Unfinished, if a process dies or makes no progress."""
+    Raises: the first error of a job, or Unfinished if a process dies or makes no progress."""
     if workers == 1:
         for _, job in jobs:
             job(shared, report)
@@ -121,7 +121,7 @@ def _processes(number: int, shared: Any) -> Iterator[dict[Connection, Pulse]]:
 def _answer(pipe: Connection, workers: int) -> int | None:
     """The number of bytes that a child process reports, or None when its job is done.
 
-    Raises: the error of the job. Unfinished, if the process has died."""
+    Raises: the error of the job, or Unfinished if the process has died."""
     try:
         answer = pipe.recv()
     except (EOFError, ConnectionResetError) as error:
@@ -164,7 +164,7 @@ def _work(pipe: Connection, shared: Any) -> None:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """An error with its traceback as a note. An error that cannot be pickled becomes a RuntimeError with its text."""
+    """The error with its traceback as a note. An error that cannot be pickled becomes a RuntimeError with its text."""
     portable = error
     try:
         pickle.loads(pickle.dumps(error))

@@ -1,1 +1,1 @@
-"""From files and data sets to records."""
+"""Reads text records from files and data sets."""

@@ -97,9 +97,9 @@ def numbered(piece: Piece) -> Piece:
 
 
 def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
-    """The records of a piece. A file that is one document becomes the record `{text_field: …}`.
+    """The records of a piece of a file. A file that is one document becomes the record `{text_field: …}`.
 
-    Raises: UserError with the file and the line."""
+    Raises: UserError, whose message names the file and the line."""
     ending, _ = ending_of(piece.path)
     where = f"{key}: {shown(piece.path)}"
     try:

@@ -89,7 +89,7 @@ class Text:
 
 
 def require_characters(text: str, where: str) -> None:
-    """Raise BadRecord if `text` has a lone surrogate, which JSON allows. The message starts with `where`."""
+    """Raise BadRecord if `text` has a lone surrogate, which JSON allows. The message starts with the text `where`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

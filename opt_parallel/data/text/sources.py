@@ -165,7 +165,7 @@ class Corpus:
             yield from self.read(unit)
 
     def records(self) -> Iterator[Record]:
-        """All records in order. Raises: UserError with the file and the line."""
+        """All records in order. Raises: UserError, whose message names the file and the line."""
         return sift(self.items(), lambda record: None, self._bad())
 
     def documents(self) -> Iterator[str]:

@@ -46,7 +46,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def check_complete(path: Path, where: str) -> None:
-    """Unpack a whole compressed file, and raise UserError if it is damaged. The message starts with `where`."""
+    """Unpack a compressed file, and raise UserError if it is damaged. The error message starts with `where`."""
     try:
         with opened(path) as file:
             while file.read(1 << 20):
@@ -56,7 +56,7 @@ def check_complete(path: Path, where: str) -> None:
 
 
 def damaged(path: Path, where: str, error: Exception) -> UserError:
-    """The UserError for a file that cannot be read. The error message starts with `where`."""
+    """The UserError for a file that cannot be read. The error message starts with the text `where`."""
     if isinstance(error, Unbelievable):
         return unbelievable(where)
     packed = ending_of(path)[1]

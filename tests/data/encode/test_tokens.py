@@ -129,7 +129,7 @@ def test_vocabulary_and_merges_of_opt(trained: Tokenizer, tmp_path: Path) -> Non
 
 def test_vocabulary_without_the_end_token(tmp_path: Path) -> None:
     models.BPE({"a": 0, "b": 1}, []).save(str(tmp_path))
-    with pytest.raises(UserError, match=r"vocab.json has no <pad>"):
+    with pytest.raises(UserError, match=r"vocab.json has no token <pad>"):
         load_tokenizer(str(tmp_path))
 
 

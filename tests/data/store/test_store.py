@@ -57,7 +57,7 @@ def test_what_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"store.json cannot be read \(No such file.*; remove it, and it is built"):
         TokenStore(tmp_path)
     (tmp_path / "store.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match=r"store.json has the wrong content .*; remove it, and it is built again"):
+    with pytest.raises(UserError, match=r"store.json has the wrong content .*; remove it, "):
         TokenStore(tmp_path)
 
 

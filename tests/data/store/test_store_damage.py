@@ -92,7 +92,7 @@ def answer_of(read: Callable[[], str]) -> str:
     except UserError as error:
         line = str(error)
     assert "\n" not in line
-    assert "is built again" in line
+    assert "builds it again" in line
     return "named"
 
 
@@ -290,7 +290,7 @@ def test_the_commands(tmp_path: Path) -> None:
         (line,) = [line for line in refused.stderr.splitlines() if line]
         assert refused.returncode == 2
         assert "part-00000/ids.bin differs from its checksum" in line
-        assert "remove it, and it is built again" in line
+        assert "remove it, and the next start builds it again" in line
     shutil.rmtree(ids.parent.parent)
     again = python("scripts/prepare.py", *arguments, "verify=true")
     assert again.returncode == 0, again.stderr
