@@ -193,7 +193,9 @@ class Opened:
             say(f"warning: {self.folder} has values that are not finite, in {', '.join(names[:5])}{more}")
 
     def fill(self, model: nn.Module, source: Source, group: Group, device: torch.device, dtype: torch.dtype) -> None:
-        """Fill a model on the meta device from `source`, which reads `weights`; warn of values that are not finite."""
+        """Allocate a model on the meta device, and read its weights from `source`.
+
+        A warning is printed if a value is NaN or infinity. `source` must use the weights of this checkpoint."""
         self.not_finite.clear()
         fill(model, source, device, dtype)
         self.warn_of_not_finite(group)
@@ -235,8 +237,9 @@ def open_folder(
     above: tuple[Path, ...] = (),
     formats: tuple[str, ...] = FORMATS,
 ) -> Opened:
-    """`open_checkpoint` for a local folder, whose network is `config`. `formats`: the formats of a Hugging Face
-    folder's weights to look for."""
+    """Open the checkpoint in a local folder, whose network is `config`; see `open_checkpoint`.
+
+    `formats` are the allowed formats of the weights in a Hugging Face folder."""
     if not (folder / MANIFEST).is_file():
         weights = HuggingFaceWeights(folder, formats)
         weights.check_layers(config.num_hidden_layers)

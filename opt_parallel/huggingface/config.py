@@ -109,7 +109,7 @@ def network_of(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def config_for_hf(model: ModelConfig, dtype: object) -> dict[str, Any]:
-    """The content of config.json for a language model. `dtype`: of the weights, torch's or its name."""
+    """The content of config.json for a language model. `dtype` is the dtype of the weights, or its name."""
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
@@ -125,7 +125,7 @@ def config_for_hf(model: ModelConfig, dtype: object) -> dict[str, Any]:
 
 
 def labels_for_hf(labels: Labels) -> dict[str, Any]:
-    """A classifier's part of config.json."""
+    """The part of config.json that describes the labels of a classifier."""
     return {
         "id2label": dict(enumerate(labels.names)),
         "label2id": {name: number for number, name in enumerate(labels.names)},
@@ -173,7 +173,7 @@ def _printed(name: str) -> str:
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json. Raises: UserError if there is none, or none of an OPT."""
+    """The content of config.json in `folder`. Raises: UserError if the file is missing or describes no OPT model."""
     path = file_in(folder, CONFIG)
     if path is None:
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")

@@ -91,10 +91,12 @@ def upload(
     message: str,
     writes: bool,
 ) -> str:
-    """Call `save(folder)`, and upload that folder to a repository of the hub, which is created if it does not exist.
-    Returns the repository's address. With several ranks all call this, and the one that `writes` uploads.
+    """Call `save(folder)` with a temporary folder, and upload the folder to a repository of the hub.
 
-    Raises: UserError; its message never holds the token."""
+    A missing repository is created. The result is the repository's address. All ranks must call this function, and the
+    rank for which `writes` is true uploads the folder.
+
+    Raises: UserError, whose message never contains the token."""
     if not HUB_ID.fullmatch(repo_id):
         raise UserError(f"push_to_hub: {masked(repo_id)} is not a repository's name: give OWNER/NAME")
     with tempfile.TemporaryDirectory() as temporary:
@@ -106,7 +108,7 @@ def upload(
             api = HfApi(token=token)
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-        except Exception as error:  # of requests, huggingface_hub or the file system: they have no common base class
+        except Exception as error:  # errors of requests, huggingface_hub and the file system share no base class
             why = one_line(error).replace(str(token), "…") if isinstance(token, str) and token else one_line(error)
             raise UserError(
                 f"push_to_hub: the model could not be uploaded to {repo_id} ({masked(why)}): check its name, the token "
