@@ -21,7 +21,7 @@ from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import UserError
 
-CHUNK = 2**20  # number of bytes that are read at a time, so that they are in the CPU's cache for the checksum
+CHUNK = 2**20  # bytes that are read at a time; a chunk fits the CPU's cache, from which its checksum is computed
 TOKENIZER = "tokenizer/tokenizer.json"
 
 

@@ -35,7 +35,7 @@ class Grown:
 
     def __init__(self, weights: Weights, rows: int) -> None:
         self.weights, self.rows = weights, rows
-        self.dtype = torch.promote_types(weights.dtype, torch.float32)  # bf16 has too few digits for a mean
+        self.dtype = torch.promote_types(weights.dtype, torch.float32)  # bf16 is too imprecise for the mean of rows
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError unless the checkpoint contains the tensors `wanted`, with at most these rows of embedding."""

@@ -24,7 +24,7 @@ from opt_parallel.parallel.topology import FIXED_TIMEOUT, Topology
 from opt_parallel.storage.atomic import confirm, remove
 from opt_parallel.zero import Fragment
 
-CHUNK = 2**20  # number of bytes that are written at a time, so that they are in the CPU's cache for the checksum
+CHUNK = 2**20  # bytes that are written at a time; a chunk fits the CPU's cache, from which its checksum is computed
 
 
 def rank_file(rank: int) -> str:

@@ -86,7 +86,7 @@ class RowParallelLinear(nn.Module):
 
     def _product(self, hidden: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.linear(hidden, self.weight, self.bias)  # one kernel for product and bias
+            return F.linear(hidden, self.weight, self.bias)  # one kernel computes the product and adds the bias
         summed = reduce(F.linear(hidden, self.weight), self.group)
         return summed if self.bias is None else summed + self.bias
 

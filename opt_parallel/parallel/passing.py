@@ -20,7 +20,7 @@ def filled_in_turn(model: nn.Module, source: Source, device: torch.device, dtype
     A module reads this rank's parts of its own parameters from `source` when it is called, and frees them when it
     returns. So a forward pass needs the memory of one module, and reads all parameters again. No gradients can be
     computed. A module must not use the parameters of other modules."""
-    names = {parameter: name for name, parameter, _ in marked(model)}  # a tied parameter has its first name
+    names = {parameter: name for name, parameter, _ in marked(model)}  # tied parameters have two names
     handles = []
 
     def take(own: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:

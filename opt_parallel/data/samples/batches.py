@@ -83,7 +83,7 @@ class Loader:
                 self._ready.put([batch.pinned() for batch in batches] if self.pin else batches)
                 if not self._wanted:
                     return
-        except Exception as error:  # `next` raises it in the training loop
+        except Exception as error:  # `next` raises the error in the training loop
             self._ready.put(error)
 
 

@@ -46,7 +46,7 @@ WORTH_A_PROCESS = 1 << 22  # Encoding this many bytes of text takes as long as t
 class Recipe:
     """Describes how to turn a corpus into a token store: its encoder and its selection of documents.
 
-    Two documents are duplicates if they have the same text `same`. If `same` is None, all of their fields are compared.
+    Two documents are duplicates if they have the same text `same`. If `same` is None, all fields must be equal.
     """
 
     corpus: Corpus

@@ -296,7 +296,7 @@ class TokenStore:
         return values if column.width == 1 else values.reshape(-1, column.width)
 
     def bytes_of(self, number: int, name: str, first: int, last: int) -> bytes:
-        """The bytes `first` to `last` of the column `name` of a part. Raises: Damaged, if their checksums differ."""
+        """The bytes `first` to `last` of the column `name` of a part. Raises: Damaged, if a checksum differs."""
         checksums, path = self._known(number).get(name), f"{self.parts[number].name}/{name}.bin"
         start, stop = (first, last) if checksums is None else (first // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK)
         try:

@@ -68,7 +68,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _unquoted(cell: str) -> str:
-    """The cell without enclosing quotation marks. A doubled quotation mark in such a cell becomes a single mark."""
+    """The cell without enclosing quotation marks. A doubled quotation mark in a quoted cell becomes a single mark."""
     enclosed = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
     return cell[1:-1].replace('""', '"') if enclosed else cell
 
