@@ -226,13 +226,13 @@ def test_ids_that_are_not_in_the_order_of_the_tokens_are_refused(tmp_path: Path)
     number = vocabulary(tmp_path, SETTINGS)
     for wrong in (number + 5, 3):
         write(tmp_path, "added_tokens.json", {USER: wrong})
-        with pytest.raises(UserError, match=rf"<\|user\|>' the id {wrong}, and .* it has {number}"):
+        with pytest.raises(UserError, match=rf"<\|user\|>' the id {wrong}, but .* id is {number}"):
             read_tokenizer(str(tmp_path))
 
 
 def test_a_class_that_is_not_gpt2s_needs_its_own_file(tmp_path: Path) -> None:
     vocabulary(tmp_path, {**SETTINGS, "tokenizer_class": "BartTokenizer"})
-    with pytest.raises(UserError, match=r"BartTokenizer.*add the tokenizer.json"):
+    with pytest.raises(UserError, match=r"BartTokenizer.*add the file tokenizer.json"):
         read_tokenizer(str(tmp_path))
 
 

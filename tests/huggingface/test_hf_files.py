@@ -159,7 +159,7 @@ def test_split_files_that_do_not_fit_their_index(written: Path, tmp_path: Path) 
         refused(folder, index.name, "is not an index")
     for content in ({}, {"a": "../secret.safetensors"}):
         index.write_text(json.dumps({"weight_map": content}))
-        refused(folder, index.name, "beside it")
+        refused(folder, index.name, "in its own folder")
     index.unlink()
     refused(folder, "contains no weights", "pytorch_model.bin")
 
