@@ -38,7 +38,7 @@ from opt_parallel.runtime.errors import Diverged, Unread, UserError
 from opt_parallel.runtime.log import log_to_file, say
 from opt_parallel.runtime.process import is_main
 from opt_parallel.runtime.signals import Interrupt
-from opt_parallel.start import Inputs, begin, open_store, resume_point, warn_of_unread_init
+from opt_parallel.start import Inputs, build_engine, open_store, resume_point, warn_of_unread_init
 from opt_parallel.storage.atomic import optional
 from opt_parallel.tools.export import export, is_of
 from opt_parallel.validation import validate
@@ -95,7 +95,7 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
     store = open_store(run, topology, resume_from, inputs)
     checkpoint = store.find()
     clock, mixture = _open_samples(run, topology, inputs.data, checkpoint)
-    engine, _ = begin(run, topology, store, checkpoint, inputs.initial, inputs.data.labels)
+    engine = build_engine(run, topology, store, checkpoint, inputs.initial, inputs.data.labels)
     loader = Loader(_feed(run, topology, mixture), clock, run.stop, topology.device)
     metrics = Metrics.open(run, topology.world.size, topology.is_main, topology.device, clock, store.wandb_id)
     metrics.note(_description(run, why, topology, clock, engine, mixture))

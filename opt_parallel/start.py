@@ -22,7 +22,6 @@ from opt_parallel.engine import Engine
 from opt_parallel.parallel.shard import Source, random_source
 from opt_parallel.parallel.topology import Topology
 from opt_parallel.report.trackers import check_trackers, wandb_id
-from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 from opt_parallel.runtime.process import is_main
@@ -62,20 +61,21 @@ def resume_point(run: Run, topology: Topology) -> Path | None:
     return topology.exchange(topology.together(lambda: choose(run)))[0]
 
 
-def begin(
+def build_engine(
     run: Run,
     topology: Topology,
     store: Store,
     checkpoint: CheckpointReader | None,
     initial: Opened | None = None,
     labels: Labels | None = None,
-) -> tuple[Engine, Clock]:
-    """Build the engine. Restore weights, optimizer state and position from `checkpoint`, or start at step 0 without a
-    checkpoint."""
+) -> Engine:
+    """Build the engine, with weights and optimizer state from `checkpoint` if there is one."""
     engine = Engine.build(run, topology, weights(run, initial, checkpoint), labels)
     if initial:
         initial.warn_of_not_finite(topology.tensor)
-    return engine, store.restore(engine, checkpoint) if checkpoint else Clock()
+    if checkpoint:
+        store.restore(engine, checkpoint)
+    return engine
 
 
 def weights(run: Run, initial: Opened | None, checkpoint: CheckpointReader | None) -> Source:

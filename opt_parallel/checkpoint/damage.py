@@ -36,7 +36,7 @@ def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | No
         file_in(folder, TOKENIZER)
     except Damaged as error:
         return None, [error.what]
-    step, named = reader.manifest["clock"]["step"], STEP.fullmatch(folder.name)
+    step, named = reader.clock.step, STEP.fullmatch(folder.name)
     wrong = [f"{MANIFEST} is of step {step}"] if named and int(named[1]) != step else []
     files = list(reader.manifest["files"].items())[share::of]
     return reader, wrong + [what for name, written in files if (what := _damage_of(folder, name, written))]

@@ -13,6 +13,7 @@ from opt_parallel.checkpoint.coverage import fault_of, kinds_in, shard_of_part
 from opt_parallel.checkpoint.manifest import MANIFEST, Damaged, file_in, read_manifest
 from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.parallel.shard import Shard, require_same_tensors
+from opt_parallel.runtime.clock import Clock
 from opt_parallel.zero import Fragment
 
 CHUNK = 2**22  # number of elements that are read at a time if their order changes
@@ -50,6 +51,11 @@ class CheckpointReader:
                 shard = shard_of_part(self.manifest["tensors"][name], fragment["part"])
                 boxes = boxes_of(shard, fragment["start"], fragment["count"])
                 self.pieces[name].append(Piece(file, fragment["kinds"], boxes))
+
+    @property
+    def clock(self) -> Clock:
+        """The run's position when the checkpoint was saved."""
+        return Clock.saved(self.manifest["clock"])
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError unless the checkpoint contains exactly the tensors `wanted`."""

@@ -112,16 +112,14 @@ class Store:
                 raise UserError(f"{self.root} has no complete checkpoint left: choose another run.dir to start again")
         return None
 
-    def restore(self, engine: Engine, reader: CheckpointReader) -> Clock:
-        """Set the engine to the state of the checkpoint, and return the checkpoint's position in the data (clock).
+    def restore(self, engine: Engine, reader: CheckpointReader) -> None:
+        """Set the engine to the state of the checkpoint.
 
         The run keeps its present configuration. The differences from the checkpoint's configuration are printed."""
         manifest = reader.manifest
         engine.restore(reader.restore, manifest["updates"], manifest["loss_scale"])
-        clock = Clock.saved(manifest["clock"])
         self.topology.barrier()
         self._on_main(partial(self._branch_off, manifest))
-        return clock
 
     def if_best(self, loss: float | None) -> float | None:
         """The validation `loss` if it is lower than that of all checkpoints so far, else None.

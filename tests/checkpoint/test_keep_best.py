@@ -43,13 +43,15 @@ def saved(run: Run, losses: list[float]) -> tuple[int, list[bool]]:
     Where it stood, and which were the best so far."""
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.start import begin
+    from opt_parallel.runtime.clock import Clock
+    from opt_parallel.start import build_engine
 
     folder = run.folder
     with Topology.open(run.parallel.tensor) as topology:
         store = Store(run, topology, folder / "tokenizer")
         checkpoint = store.find()
-        engine, clock = begin(run, topology, store, checkpoint)
+        engine = build_engine(run, topology, store, checkpoint)
+        clock = checkpoint.clock if checkpoint else Clock()
         began, were_best = clock.step, []
         for loss in losses:
             clock = clock.after(8, 128)

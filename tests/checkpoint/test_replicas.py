@@ -23,14 +23,15 @@ def train_and_save(run: Run, flip: tuple[int, str] | None, bit: int = 1) -> str:
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.parallel.topology import Topology
+    from opt_parallel.runtime.clock import Clock
     from opt_parallel.runtime.errors import UserError
-    from opt_parallel.start import begin
+    from opt_parallel.start import build_engine
 
     with Topology.open(run.parallel.tensor) as topology:
         start = open_checkpoint(run.init_from) if run.init_from else None
         base = start.as_base(str(run.init_from)) if start else None
         store = Store(run, topology, run.folder / "tokenizer", base=base)
-        engine, clock = begin(run, topology, store, None, start)
+        engine, clock = build_engine(run, topology, store, None, start), Clock()
         try:
             for _ in range(2):
                 batches = micro_batches(run, clock.step, topology.data.rank, topology.data.size)

@@ -55,13 +55,15 @@ def go(run: Run, first: int, last: int, saves: tuple[int, ...] = ()) -> dict[str
     end, and this rank's weights when it was saved last."""
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.start import begin
+    from opt_parallel.runtime.clock import Clock
+    from opt_parallel.start import build_engine
 
     losses, skipped, weights = [], [], {}
     with Topology.open(run.parallel.tensor) as topology:
         store = Store(run, topology, run.folder / "tokenizer")
         checkpoint = store.find()
-        engine, clock = begin(run, topology, store, checkpoint)
+        engine = build_engine(run, topology, store, checkpoint)
+        clock = checkpoint.clock if checkpoint else Clock()
         assert clock.step == first
         while True:
             if clock.step in saves:

@@ -51,7 +51,7 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.start import begin
+    from opt_parallel.start import build_engine
 
     losses, norms = [], []
     start = open_checkpoint(str(run.init_from))
@@ -59,7 +59,8 @@ def go(run: Run, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
         base = start.as_base(str(run.init_from))
         store = Store(run, topology, run.folder / "tokenizer", base=base)
         checkpoint = store.find()
-        engine, clock = begin(run, topology, store, checkpoint, start)
+        engine = build_engine(run, topology, store, checkpoint, start)
+        clock = checkpoint.clock if checkpoint else Clock()
         while True:
             if clock.step in saves:
                 store.save(engine, clock)
@@ -159,7 +160,7 @@ def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ())
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.config.model import Labels, ProblemType
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.start import begin
+    from opt_parallel.start import build_engine
     from opt_parallel.zero import held_fragments
 
     labels = Labels.numbered(number_of_labels) if run.task.name is Task.classify else None
@@ -168,7 +169,7 @@ def random_adapter(run: Run, number_of_labels: int, names: tuple[str, ...] = ())
     with Topology.open(run.parallel.tensor) as topology:
         base = start.as_base(str(run.init_from))
         store = Store(run, topology, run.folder / "tokenizer", labels, base)
-        engine, _ = begin(run, topology, store, None, start, labels)
+        engine = build_engine(run, topology, store, None, start, labels)
         for fragment in held_fragments(engine.wrapped, run.zero.stage, topology.data.rank, engine.moments):
             where = f"{fragment.name} {fragment.shard.index} {fragment.start}"  # so that copies get the same values
             fragment.weights.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(crc32(where.encode())))

@@ -22,12 +22,14 @@ def seen(run: Run, folder: str, last: int) -> list[list[tuple[int, int]]]:
     from opt_parallel.data.samples.samples import Rows
     from opt_parallel.data.store.store import TokenStore
     from opt_parallel.parallel.topology import Topology
-    from opt_parallel.start import begin
+    from opt_parallel.runtime.clock import Clock
+    from opt_parallel.start import build_engine
 
     with Topology.open(run.parallel.tensor) as topology:
         store = Store(run, topology, run.folder / "tokenizer")
         checkpoint = store.find()
-        engine, clock = begin(run, topology, store, checkpoint)
+        engine = build_engine(run, topology, store, checkpoint)
+        clock = checkpoint.clock if checkpoint else Clock()
         rows, place = Rows(TokenStore(folder), LENGTH), (topology.data.rank, topology.data.size)
         feed = feed_of(rows, run.seed, run.global_batch, run.micro_batch, *place)
         steps = []
