@@ -74,7 +74,7 @@ class Engine:
     @classmethod
     def build(cls, run: Run, topology: Topology, source: Source, labels: Labels | None = None) -> Engine:
         """The run's model with weights from `source`, wrapped by DeepSpeed. `labels` are the labels of a classifier."""
-        model = network(run, labels, topology.tensor)
+        model = network(run.model, run.task.lora, labels, topology.tensor, run.activation_checkpointing)
         settings = deepspeed_settings(run, topology)
         # Without this line, DeepSpeed compiles a CPU collective that only its inference uses, and fails without a
         # compiler.
@@ -119,7 +119,8 @@ class Engine:
         tokens = self.topology.sum(sum(batch.tokens for batch in batches), data)
         if targets == 0:
             raise UserError(f"step {step + 1}: the {self.run.global_batch} samples of the global batch have no labels")
-        lr = learning_rate(self.run, clock.after(self.run.global_batch, tokens))
+        run, after = self.run, clock.after(self.run.global_batch, tokens)
+        lr = learning_rate(run.optimizer.lr, run.schedule, run.steps, run.batch_tokens, after)
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
         if self.scaler is not None:

@@ -60,9 +60,9 @@ def train(run: Run) -> int:
             # The result of rank 0 holds for all ranks.
             if topology.exchange(topology.together(lambda: _is_done(run, resume_from)))[0]:
                 return 0
-            topology.together(lambda: make_run_folder(run))
+            topology.together(lambda: make_run_folder(run.folder))
             if topology.is_main:
-                interrupt.last_words = partial(write_state, run, "stopped")
+                interrupt.last_words = partial(write_state, run.folder, "stopped")
             with log_to_file(run.folder), topology.losing(run.parallel.timeout):
                 status = _train(run, resume_from, topology, interrupt)
         if status == 0 and newest(run.folder / "checkpoints") == run.folder / "checkpoints" / f"step-{run.steps}":
@@ -77,21 +77,22 @@ def _lock(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
     unchanged."""
     if resume_point(run, topology) is None:  # a mistake is reported before a folder is created
         run.check_warmup(Clock())
-    topology.together(lambda: folder.enter_context(lock_folder(run)) if topology.is_main else None)
+    topology.together(lambda: folder.enter_context(lock_folder(run.folder)) if topology.is_main else None)
     if topology.is_main:
-        clean_up(run)
+        clean_up(run.folder)
     return resume_point(run, topology)  # another process may have saved a checkpoint before the lock
 
 
 def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: Interrupt) -> int:
-    run, why = choose_precision(run, topology, precision_of(resume_from))
+    precision, why = choose_precision(run.precision.name, run.zero.stage, topology, precision_of(resume_from))
+    run = run.in_precision(precision)
     for line in preflight(run, topology):
         if topology.world.size > 1:
             say(line)
     inputs = topology.together(lambda: Inputs.read(run, resume_from))
     if topology.is_main:
         write_config(run)
-        write_state(run, "running")
+        write_state(run.folder, "running")
     store = open_store(run, topology, resume_from, inputs)
     checkpoint = store.find()
     clock, mixture = _open_samples(run, topology, inputs.data, checkpoint)
@@ -130,7 +131,7 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
 
     metrics.close(finished=clock.step == run.steps)
     if topology.is_main:
-        write_state(run, "stopped" if status else "done")
+        write_state(run.folder, "stopped" if status else "done")
     if status:
         interrupt.ignore()
         topology.exchange(None)  # wait until all ranks ignore signals, since launchers kill all ranks when one exits
@@ -162,7 +163,7 @@ def _handle(error: UserError, engine: Engine, clock: Clock, store: Store, loader
     store.wait()
     if isinstance(error, Diverged):
         if engine.topology.is_main:
-            write_state(engine.run, "diverged")
+            write_state(engine.run.folder, "diverged")
         loader.close()  # a sweep trains its next run in the same process
         engine.close()
 
@@ -203,8 +204,8 @@ def _is_done(run: Run, resume_from: Path | None) -> bool:
         say(f"{run.name} is finished: {resume_from} is at step {step} of {run.steps}; larger steps continue the run")
         _export_at_end(run, resume_from)
     if is_main():
-        apply_retention(run)
-        write_state(run, "done")
+        apply_retention(run.folder)
+        write_state(run.folder, "done")
     return True
 
 

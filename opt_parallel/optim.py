@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt_parallel.config.run import OptimizerConfig, OptimizerName, PrecisionConfig, Run, Scaler, ScheduleName
+from opt_parallel.config.run import (
+    OptimizerConfig,
+    OptimizerName,
+    PrecisionConfig,
+    Scaler,
+    ScheduleConfig,
+    ScheduleName,
+)
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.shard import marked, trained
 from opt_parallel.parallel.topology import Group
@@ -64,35 +71,40 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return OPTIMIZERS[config.name].build([group for group in groups if group["params"]], config)
 
 
-def learning_rate(run: Run, clock: Clock) -> float:
+def learning_rate(peak: float, schedule: ScheduleConfig, steps: int, batch_tokens: int, clock: Clock) -> float:
     """The learning rate of the optimizer step that ends at the position `clock`. The learning rate is a pure function
     of the position, so checkpoints hold no state of the schedule.
 
     After a linear warm-up to the peak, the learning rate decays linearly (Zhang et al. 2022, section 2.2), decays as a
     cosine (Loshchilov & Hutter 2017), or is constant. The linear and cosine schedules reach `final_ratio` of the peak
     at the run's last step. docs/resuming.md has the formulas.
+
+    Args:
+        peak: the learning rate at the end of the warm-up, `optimizer.lr`.
+        steps: the number of steps of the run.
+        batch_tokens: the number of tokens in a step of the present batch.
     """
-    peak, ratio, warmup = run.optimizer.lr, run.schedule.final_ratio, warmup_steps(run, clock)
+    ratio, warmup = schedule.final_ratio, warmup_steps(schedule, batch_tokens, clock)
     if clock.step <= warmup:
         return peak * clock.step / warmup
-    if run.schedule.name is ScheduleName.constant:
+    if schedule.name is ScheduleName.constant:
         return peak
-    progress = min(1.0, (clock.step - warmup) / max(1, run.steps - warmup))
-    if run.schedule.name is ScheduleName.linear:
+    progress = min(1.0, (clock.step - warmup) / max(1, steps - warmup))
+    if schedule.name is ScheduleName.linear:
         return peak * (1.0 - (1.0 - ratio) * progress)
     return peak * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def warmup_steps(run: Run, clock: Clock) -> float:
+def warmup_steps(schedule: ScheduleConfig, batch_tokens: int, clock: Clock) -> float:
     """Number of warm-up steps, computed from `warmup_tokens` with the run's average number of tokens per step until
     `clock`.
 
     The ratio clock.step / warmup_steps then equals clock.tokens / warmup_tokens, so the learning rate does not jump if
     the batch size changes. The number of warm-up steps is an integer if every step had the number of tokens of the
     present batch."""
-    tokens = run.schedule.warmup_tokens
-    if tokens is None or clock.tokens == clock.step * run.batch_tokens:
-        return run.warmup_steps
+    tokens = schedule.warmup_tokens
+    if tokens is None or clock.tokens == clock.step * batch_tokens:
+        return schedule.warmup_at(batch_tokens)
     return tokens * clock.step / clock.tokens
 
 

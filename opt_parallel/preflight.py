@@ -27,6 +27,7 @@ import torch.distributed as dist
 from opt_parallel.checkpoint.folders import steps_in
 from opt_parallel.checkpoint.manifest import changes
 from opt_parallel.config.compose import to_dict
+from opt_parallel.config.data import DataConfig
 from opt_parallel.config.model import Labels
 from opt_parallel.config.paths import make_folder
 from opt_parallel.config.run import Run
@@ -84,9 +85,9 @@ def preflight(run: Run, topology: Topology) -> list[str]:
         for name, group in (("tensor", topology.tensor), ("data", topology.data))
         if group.size > 1
     ]
-    _check_shared_folder(run, topology)
+    _check_shared_folder(run.folder, topology)
     disk = topology.together(lambda: _check_disk(run) if _is_first_on_host(topology) else "")
-    _check_data(run, topology)
+    _check_data(run.data, topology)
     skew = _warn_of_clocks(topology)
     hosts = len(set(topology.hosts))
     same = f"same code, libraries, settings and data on {topology.world.size} ranks, {hosts} host{'s' * (hosts > 1)}; "
@@ -100,9 +101,9 @@ def preflight(run: Run, topology: Topology) -> list[str]:
     ]
 
 
-def make_run_folder(run: Run) -> None:
+def make_run_folder(folder: Path) -> None:
     """Create the run's folder. Raises: UserError if the folder cannot be written."""
-    make_folder("run.dir=", run.folder)
+    make_folder("run.dir=", folder)
 
 
 def code_checksum() -> str:
@@ -181,19 +182,19 @@ def _is_first_on_host(topology: Topology) -> bool:
     return topology.hosts.index(topology.hosts[rank]) == rank
 
 
-def _check_shared_folder(run: Run, topology: Topology) -> None:
+def _check_shared_folder(folder: Path, topology: Topology) -> None:
     """Check that every rank sees a file that rank 0 creates in `run.dir`, since all ranks write a checkpoint to this
     folder."""
-    probe = run.folder / f".preflight-{topology.exchange(f'{time.time_ns()}-{os.getpid()}')[0]}"
+    probe = folder / f".preflight-{topology.exchange(f'{time.time_ns()}-{os.getpid()}')[0]}"
 
     def touch() -> None:
         if topology.is_main:
-            _in_run_folder(probe.touch, run)
+            _in_run_folder(probe.touch, folder)
 
     def look() -> None:
         if not probe.exists():
             raise UserError(
-                f"run.dir={run.folder} is not the folder that {topology.where(0)} writes to: choose a folder that all "
+                f"run.dir={folder} is not the folder that {topology.where(0)} writes to: choose a folder that all "
                 "hosts share"
             )
 
@@ -205,24 +206,24 @@ def _check_shared_folder(run: Run, topology: Topology) -> None:
             remove(probe)
 
 
-def _in_run_folder(work: Callable[[], Any], run: Run) -> Any:
+def _in_run_folder(work: Callable[[], Any], folder: Path) -> Any:
     """Call `work`, which uses the run's folder, and return its result. Raises: UserError instead of an OSError."""
     try:
         return work()
     except OSError as error:
-        raise UserError(f"run.dir={run.folder} cannot be written ({error.strerror}): choose another folder") from error
+        raise UserError(f"run.dir={folder} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def _check_disk(run: Run) -> str:
     """Check that the disk has room for all checkpoints that exist at the same time. Returns the free and needed space
     as text."""
     labels = Labels.numbered(2) if run.task.name.classifies else None
-    parameters = sum(map(math.prod, trained_shapes(network(run, labels, ALONE)).values()))
+    parameters = sum(map(math.prod, trained_shapes(network(run.model, run.task.lora, labels, ALONE)).values()))
     size = OPTIMIZERS[run.optimizer.name].checkpoint_bytes * parameters
     saves = -(-run.stop // run.checkpoint.every) if run.checkpoint.every else 1
     folder = run.folder / "checkpoints"  # the user may have linked this folder to a larger disk
     more = max(min(run.checkpoint.keep + 1, saves) - len(steps_in(folder)), 1)
-    free = _in_run_folder(partial(shutil.disk_usage, folder if folder.exists() else run.folder), run).free
+    free = _in_run_folder(partial(shutil.disk_usage, folder if folder.exists() else run.folder), run.folder).free
     needed = f"{more} checkpoint{'s' * (more > 1)} of {bytes_in_words(size)}"
     if free < more * size:
         raise UserError(
@@ -233,10 +234,10 @@ def _check_disk(run: Run) -> str:
     return f"{bytes_in_words(free)} free for {needed}"
 
 
-def _check_data(run: Run, topology: Topology) -> None:
+def _check_data(data: DataConfig, topology: Topology) -> None:
     """Check that every host has the same data files, by comparing all sizes and the first and last bytes of some
     files."""
-    paths = topology.together(lambda: [path for corpus in corpora(run) for path in corpus.files])
+    paths = topology.together(lambda: [path for corpus in corpora(data) for path in corpus.files])
     files = topology.together(lambda: _files(paths) if _is_first_on_host(topology) else None)
     first_ranks = [topology.hosts.index(host) for host in dict.fromkeys(topology.hosts)]
     checksum = files and crc32(repr(files).encode())

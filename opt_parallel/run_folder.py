@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from opt_parallel.checkpoint.folders import forget_old, newest, remove_unfinished, renew_best
 from opt_parallel.checkpoint.manifest import read_manifest
@@ -29,15 +30,15 @@ WRITTEN_FILES = (
 )
 
 
-def lock_folder(run: Run) -> AbstractContextManager[None]:
+def lock_folder(folder: Path) -> AbstractContextManager[None]:
     """Lock the run's folder while the context lasts. Raises: UserError that names the process that holds the lock."""
-    return only_writer(run.folder, f"run.dir={run.folder}")
+    return only_writer(folder, f"run.dir={folder}")
 
 
-def write_state(run: Run, state: str) -> None:
+def write_state(folder: Path, state: str) -> None:
     """Write the run's state for batch scripts to the state file. The states are running, stopped (on a signal or at
     stop_at, so that the run can be resumed), diverged and done."""
-    path = run.folder / STATE
+    path = folder / STATE
     with optional(path):
         content = f"{state}\n"
         if not path.is_file() or path.read_bytes() != content.encode():  # the folder of a finished run may be read-only
@@ -50,21 +51,21 @@ def write_config(run: Run) -> None:
         write_text(run.folder / CONFIG, to_yaml(run))
 
 
-def clean_up(run: Run) -> None:
+def clean_up(folder: Path) -> None:
     """Delete unfinished files that killed processes left in the run's folder. The caller must hold the folder's
     lock."""
-    remove_unfinished(run.folder / "checkpoints")
+    remove_unfinished(folder / "checkpoints")
     for name in WRITTEN_FILES:
-        remove_leftovers(run.folder / name, any_host=True)
-        remove(run.folder / f"{name}{PARTIAL}")  # earlier versions used this temporary name
-    for probe in run.folder.glob(".preflight-*"):
+        remove_leftovers(folder / name, any_host=True)
+        remove(folder / f"{name}{PARTIAL}")  # earlier versions used this temporary name
+    for probe in folder.glob(".preflight-*"):
         remove(probe)
 
 
-def apply_retention(run: Run) -> None:
+def apply_retention(folder: Path) -> None:
     """Delete the checkpoints that the newest checkpoint replaces. Each save deletes these checkpoints. This function
     repeats the deletion for a finished run whose process was killed during its last save."""
-    last = newest(run.folder / "checkpoints")
+    last = newest(folder / "checkpoints")
     if last is None:
         return  # the run resumes from a checkpoint in another folder
     try:

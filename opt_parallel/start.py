@@ -45,7 +45,7 @@ class Inputs:
         take hours.
 
         Raises: UserError."""
-        check_trackers(run)
+        check_trackers(run.logging.wandb)
         initial = _open_initial(run, resume_from)
         base = initial.as_base(str(run.init_from)) if initial and run.task.lora.rank else None
         data = prepare(run, tokenizer_of(resume_from))
@@ -58,7 +58,7 @@ class Inputs:
 def resume_point(run: Run, topology: Topology) -> Path | None:
     """The checkpoint from which the run resumes, as determined on rank 0, or None for a fresh start. Raises:
     UserError."""
-    return topology.exchange(topology.together(lambda: choose(run)))[0]
+    return topology.exchange(topology.together(lambda: choose(run.resume, run.folder)))[0]
 
 
 def build_engine(
@@ -70,7 +70,7 @@ def build_engine(
     labels: Labels | None = None,
 ) -> Engine:
     """Build the engine, with weights and optimizer state from `checkpoint` if there is one."""
-    engine = Engine.build(run, topology, weights(run, initial, checkpoint), labels)
+    engine = Engine.build(run, topology, weights(run.seed, initial, checkpoint), labels)
     if initial:
         initial.warn_of_not_finite(topology.tensor)
     if checkpoint:
@@ -78,10 +78,10 @@ def build_engine(
     return engine
 
 
-def weights(run: Run, initial: Opened | None, checkpoint: CheckpointReader | None) -> Source:
+def weights(seed: int, initial: Opened | None, checkpoint: CheckpointReader | None) -> Source:
     """The source of the model's weights. Each tensor is read from the run's own checkpoint, else from `init_from`, else
     it is randomly initialised."""
-    source = random_source(run.seed)
+    source = random_source(seed)
     if initial:
         source = with_fallback(initial.stored.holds, initial.weights, source)
     return with_fallback(checkpoint.holds, checkpoint, source) if checkpoint else source
@@ -131,10 +131,10 @@ def _wandb_id(run: Run, resume_from: Path | None) -> str | None:
     if not is_main():
         return None
     if resume_from is None:
-        return wandb_id(run, new=run.resume == "never")
+        return wandb_id(run.logging.wandb, run.folder, new=run.resume == "never")
     last = newest(run.folder / "checkpoints")
     try:
         saved = read_manifest(resume_from).get("wandb_id")
     except UserError:  # the checkpoint is damaged and will be renamed
         saved = None
-    return wandb_id(run, saved, new=last is None or last.resolve() != resume_from.resolve())
+    return wandb_id(run.logging.wandb, run.folder, saved, new=last is None or last.resolve() != resume_from.resolve())

@@ -121,7 +121,7 @@ class Prompts:
         ]
         for prompt, encoded in zip(run.evaluation.prompts, ids, strict=True):
             try:
-                check_fits(run.model, _decoding(run, step=0), len(encoded))
+                check_fits(run.model, _decoding(run.evaluation.max_new_tokens, run.seed, step=0), len(encoded))
             except UserError as error:
                 raise UserError(f"evaluation.prompts: {prompt!r}: {error}") from error
         return cls(tokenizer, ids)
@@ -134,7 +134,8 @@ class Prompts:
         engine.wrapped.eval()
         # Under ZeRO-3 each forward gathers weights from all ranks, so all ranks must run the same number of forwards.
         # Hence the world group.
-        output = generate(engine.wrapped.module, ids, mask, _decoding(run, step), topology.world)
+        decoding = _decoding(run.evaluation.max_new_tokens, run.seed, step)
+        output = generate(engine.wrapped.module, ids, mask, decoding, topology.world)
         starts = [ids.size(1) - len(prompt) for prompt in self.ids]
         return [
             decode_continuation(self.tokenizer, row[start:], len(prompt))
@@ -142,6 +143,5 @@ class Prompts:
         ]
 
 
-def _decoding(run: Run, step: int) -> Decoding:
-    seed = number("samples", run.seed, step)
-    return Decoding(run.evaluation.max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
+def _decoding(max_new_tokens: int, seed: int, step: int) -> Decoding:
+    return Decoding(max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=number("samples", seed, step))

@@ -191,10 +191,10 @@ def settled(run: Run) -> Run:
     """`run` with precision=auto replaced by bf16 or fp32. bf16 is not chosen on a device that only emulates it."""
     from opt_parallel.parallel.precision import choose_precision_alone
 
-    run, why = choose_precision_alone(run)
+    precision, why = choose_precision_alone(run.precision.name, run.zero.stage)
     if why:
-        print(f"precision={run.precision.name.value}: {why}")
-    return run
+        print(f"precision={precision.value}: {why}")
+    return run.in_precision(precision)
 
 
 def run_loss(arguments: argparse.Namespace) -> None:

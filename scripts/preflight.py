@@ -33,8 +33,10 @@ def main(config: DictConfig) -> None:
 
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)
-            topology.together(lambda: make_run_folder(run))
-            run, why = choose_precision(run, topology, topology.together(lambda: precision_of(choose(run))))
+            topology.together(lambda: make_run_folder(run.folder))
+            before = topology.together(lambda: precision_of(choose(run.resume, run.folder)))
+            precision, why = choose_precision(run.precision.name, run.zero.stage, topology, before)
+            run = run.in_precision(precision)
             say(f"precision={run.precision.name.value}" + (f" ({why})" if why else ""))
             for line in preflight(run, topology):
                 say(line)

@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
         from opt_parallel.data.store.statistics import table_of
         from opt_parallel.data.store.store import TokenStore
 
-        resume_from = choose(run)
+        resume_from = choose(run.resume, run.folder)
         prepared = prepare(run, tokenizer_of(resume_from))
         stores = {f"data.train ({each.name})": each.store for each in prepared.train if each.stream is None}
         if prepared.validation is not None:

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from layouts import Layout, run_for
+from layouts import Layout, rate_at, run_for
 
 from opt_parallel.config.run import OptimizerConfig, PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.optim import LossScaler, build_optimizer, clip_gradients, gradient_norm, learning_rate
+from opt_parallel.optim import LossScaler, build_optimizer, clip_gradients, gradient_norm
 from opt_parallel.parallel.shard import fill, random_source
 from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.clock import Clock
@@ -21,7 +21,7 @@ from opt_parallel.runtime.errors import UserError
 def rates(name: str, steps: int = 10, warmup: int = 4) -> list[float]:
     schedule = ScheduleConfig(name=ScheduleName(name), warmup_steps=warmup, final_ratio=0.1)
     run = dataclasses.replace(run_for(Layout(), lr=1.0), steps=steps, schedule=schedule)
-    return [learning_rate(run, Clock(step + 1)) for step in range(steps)]
+    return [rate_at(run, Clock(step + 1)) for step in range(steps)]
 
 
 def test_schedules() -> None:

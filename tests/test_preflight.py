@@ -45,7 +45,7 @@ def said(runs: list[Run], hosts: list[str], folders: list[Path]) -> tuple[bool, 
     try:
         with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
             check_same(run, topology)
-            topology.together(lambda: make_run_folder(run))
+            topology.together(lambda: make_run_folder(run.folder))
             return False, "\n".join(preflight(run, topology)), time.monotonic() - began
     except UserError as error:
         return error.shared, str(error), time.monotonic() - began

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from command import python, small, train_rows
-from layouts import Layout, run_for
+from layouts import Layout, rate_at, run_for
 
 from opt_parallel.config.run import Run, ScheduleConfig, ScheduleName
-from opt_parallel.optim import learning_rate
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.log import aligned
 
@@ -52,7 +51,7 @@ def rates(name: str, unit: str, change: dict[str, int], changed: int = CHANGED) 
     for step in range(STEPS):
         run = run_of(name, unit, BEFORE | (change if step >= changed else {}))
         clock = clock.after(run.global_batch, run.batch_tokens)
-        found.append((clock, learning_rate(run, clock)))
+        found.append((clock, rate_at(run, clock)))
     return found
 
 
@@ -103,7 +102,7 @@ def test_what_leaves_a_step_its_unit_leaves_the_rate_to_the_last_bit(change: str
 
 def test_a_batch_that_never_changes_rounds_the_warmup_up_to_whole_steps() -> None:
     run = dataclasses.replace(run_for(Layout(), lr=1.0), schedule=ScheduleConfig(warmup_tokens=7 * 128 + 1), steps=99)
-    found = [learning_rate(run, Clock(step, 8 * step, 128 * step)) for step in range(1, 10)]
+    found = [rate_at(run, Clock(step, 8 * step, 128 * step)) for step in range(1, 10)]
     assert found[:8] == [step / 8 for step in range(1, 9)]
     assert found[8] < 1
 
@@ -111,7 +110,7 @@ def test_a_batch_that_never_changes_rounds_the_warmup_up_to_whole_steps() -> Non
 def test_padding_is_no_token() -> None:
     """Rows that are half full take twice the steps."""
     run = dataclasses.replace(run_for(Layout(), lr=1.0), schedule=ScheduleConfig(warmup_tokens=512), steps=99)
-    assert [learning_rate(run, Clock(step, 8 * step, 64 * step)) for step in (1, 4, 8)] == [1 / 8, 4 / 8, 1.0]
+    assert [rate_at(run, Clock(step, 8 * step, 64 * step)) for step in (1, 4, 8)] == [1 / 8, 4 / 8, 1.0]
 
 
 def test_train_py_goes_on_with_everything_changed(tmp_path: Path) -> None:

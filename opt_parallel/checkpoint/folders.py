@@ -11,7 +11,7 @@ from typing import Any
 
 from opt_parallel.checkpoint.manifest import MANIFEST, STEP, read_manifest
 from opt_parallel.config.paths import reach
-from opt_parallel.config.run import Precision, Run
+from opt_parallel.config.run import Precision
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.atomic import PARTIAL, free_name, optional, remove, write_text
 from opt_parallel.storage.checked import dump_checked, read_checked
@@ -51,24 +51,24 @@ def newest(checkpoints: Path) -> Path | None:
     return checkpoints / f"step-{steps[-1]}" if steps else None
 
 
-def choose(run: Run) -> Path | None:
+def choose(resume: str, folder: Path) -> Path | None:
     """The checkpoint that the setting `resume` names, or None for a new run. The checkpoint's files are not checked.
 
     Raises: UserError if the checkpoint does not exist, or if `resume=never` would mix a new run with an old run."""
-    reach("run.dir=", run.folder / "checkpoints")
-    last = newest(run.folder / "checkpoints")
-    if run.resume == "auto":
+    reach("run.dir=", folder / "checkpoints")
+    last = newest(folder / "checkpoints")
+    if resume == "auto":
         return last
-    if run.resume == "never":
+    if resume == "never":
         if last is not None:
             raise UserError(
                 f"resume=never, but {last} exists, and a new run would mix with the old run: "
                 "choose another run.dir or remove the folder"
             )
         return None
-    chosen = reach("resume=", run.resume)
+    chosen = reach("resume=", resume)
     if chosen is None or step_of(chosen) is None or not reach("resume=", chosen / MANIFEST):
-        raise UserError(f"resume={run.resume} is not a complete checkpoint: choose auto, never or a folder …/step-<N>")
+        raise UserError(f"resume={resume} is not a complete checkpoint: choose auto, never or a folder …/step-<N>")
     return chosen
 
 

@@ -97,7 +97,7 @@ class Store:
         UserError if no checkpoint is left, if `resume` names a damaged checkpoint, or if the network, optimizer or
         tokenizer of the checkpoint differs from the run's."""
         self._on_main(self._retire_incomplete)
-        folder = self._first_ranks(choose(self.run))
+        folder = self._first_ranks(choose(self.run.resume, self.run.folder))
         while folder is not None:
             found = self._open(folder)
             if isinstance(found, CheckpointReader):
@@ -289,7 +289,7 @@ class Store:
                 return found[0]
         assert reader is not None
         self._check_fits(folder, reader.manifest)
-        wanted = trained_shapes(network(self.run, self.labels, ALONE))
+        wanted = trained_shapes(network(self.run.model, self.run.task.lora, self.labels, ALONE))
         return reader if reader.shapes == wanted else f"the shapes of tensors in {MANIFEST} differ from the network's"
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:

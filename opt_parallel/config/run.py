@@ -7,7 +7,7 @@ torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -183,6 +183,13 @@ class ScheduleConfig(Section):
             require(value is None or value >= 0, f"schedule.{name}={value} must not be negative")
         require(0 <= self.final_ratio <= 1, f"schedule.final_ratio={self.final_ratio} must lie between 0 and 1")
 
+    def warmup_at(self, batch_tokens: int) -> int:
+        """Number of warm-up steps if each step has `batch_tokens` tokens. `warmup_tokens` are rounded up to full
+        steps."""
+        if self.warmup_tokens is not None:
+            return -(-self.warmup_tokens // batch_tokens)
+        return self.warmup_steps or 0
+
 
 @dataclass
 class RunConfig(Section):
@@ -335,12 +342,9 @@ class Run(Section):
         """Number of samples that the run has consumed after its last step, if its position is now `clock`."""
         return clock.samples + (self.steps - clock.step) * self.global_batch
 
-    @property
-    def warmup_steps(self) -> int:
-        """Number of warm-up steps. A warm-up in tokens is divided by the tokens of a batch and rounded up."""
-        if self.schedule.warmup_tokens is not None:
-            return -(-self.schedule.warmup_tokens // self.batch_tokens)
-        return self.schedule.warmup_steps or 0
+    def in_precision(self, name: Precision) -> Run:
+        """The same run, computed in the precision `name`."""
+        return replace(self, precision=replace(self.precision, name=name))
 
     @property
     def stop(self) -> int:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from opt_parallel.config.model import Labels, require
 from opt_parallel.config.run import Run
-from opt_parallel.config.task import Task
+from opt_parallel.config.task import Task, TaskConfig
 from opt_parallel.data.encode.classify import LabelledEncoder
 from opt_parallel.data.encode.finetune import ExampleEncoder
 from opt_parallel.data.encode.pretrain import Encoder, TextEncoder
@@ -30,7 +30,7 @@ class Kind(Protocol):
         """The encoder from the task's records to token ids. Raises: UserError."""
         ...
 
-    def samples(self, run: Run, store: TokenStore, key: str, labels: Labels | None) -> Samples:
+    def samples(self, task: TaskConfig, length: int, store: TokenStore, key: str, labels: Labels | None) -> Samples:
         """The samples of a token store, which `key` names in messages. Raises: UserError if there are no samples."""
         ...
 
@@ -41,8 +41,7 @@ class Pretraining:
     def encoder(self, run: Run, tokenizer: Tokenizer, text: Text, labels: Labels | None) -> Encoder:
         return TextEncoder(tokenizer, run.model.eos_token_id, text, run.data.special_tokens)
 
-    def samples(self, run: Run, store: TokenStore, key: str, labels: Labels | None) -> Samples:
-        length = run.data.sequence_length
+    def samples(self, task: TaskConfig, length: int, store: TokenStore, key: str, labels: Labels | None) -> Samples:
         rows = Rows(store, length)
         require(
             len(rows) > 0,
@@ -59,8 +58,8 @@ class Finetuning:
         length, spelled = run.data.sequence_length, run.data.special_tokens
         return ExampleEncoder(tokenizer, run.model.eos_token_id, run.task, length, spelled)
 
-    def samples(self, run: Run, store: TokenStore, key: str, labels: Labels | None) -> Samples:
-        examples = Examples(store, run.data.sequence_length, run.task.packing)
+    def samples(self, task: TaskConfig, length: int, store: TokenStore, key: str, labels: Labels | None) -> Samples:
+        examples = Examples(store, length, task.packing)
         say(f"{key}: {examples.summary()}")
         return examples
 
@@ -74,7 +73,7 @@ class Classification:
         length, spelled = run.data.sequence_length, run.data.special_tokens
         return LabelledEncoder(tokenizer, run.model.eos_token_id, text.field, run.task, labels, length, spelled)
 
-    def samples(self, run: Run, store: TokenStore, key: str, labels: Labels | None) -> Samples:
+    def samples(self, task: TaskConfig, length: int, store: TokenStore, key: str, labels: Labels | None) -> Samples:
         return Labelled(store, len(labels.names) if labels else None)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from opt_parallel.config.data import BadRecordsPolicy, SourceConfig
+from opt_parallel.config.data import BadRecordsPolicy, DataConfig, SourceConfig
 from opt_parallel.config.model import Labels, ProblemType, require
 from opt_parallel.config.run import Run
+from opt_parallel.config.task import TaskConfig
 from opt_parallel.data.encode.chat import chat_template
 from opt_parallel.data.encode.classify import check_label, find_labels
 from opt_parallel.data.encode.tokenizer import check_padding, check_tokenizer, load_tokenizer, of_opt, train_tokenizer
@@ -68,11 +69,11 @@ class Prepared:
         return {source.name: source.known_as[0] for source in self.train}
 
 
-def corpora(run: Run) -> list[Corpus]:
+def corpora(data: DataConfig) -> list[Corpus]:
     """The corpora for training, followed by the corpora for validation. Raises: `UserError`."""
-    sources = [("data.train", source) for source in run.data.train_sources]
-    sources += [("data.validation", source) for source in run.data.validation_sources]
-    return [_corpus(run, key, source) for key, source in sources]
+    sources = [("data.train", source) for source in data.train_sources]
+    sources += [("data.validation", source) for source in data.validation_sources]
+    return [_corpus(data, key, source) for key, source in sources]
 
 
 def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
@@ -81,31 +82,33 @@ def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
     `tokenizer_before` is the tokenizer of the checkpoint that the run resumes from. This tokenizer is used if the run
     does not name a tokenizer. Raises: `UserError`, the same on every rank."""
     require(bool(run.data.train_sources), "data.train is not set: name a file, a folder, a glob or a hub id")
-    train = [_known(run, "data.train", source) for source in run.data.train_sources]
-    validation = [_known(run, "data.validation", source) for source in run.data.validation_sources]
+    train = [_known(run.data, "data.train", source) for source in run.data.train_sources]
+    validation = [_known(run.data, "data.validation", source) for source in run.data.validation_sources]
     shared = {path for corpus in train for path in corpus.files} & {path for each in validation for path in each.files}
     if shared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
     _report_left_out([*train, *validation])
     folder = prepare_tokenizer(run, train, tokenizer_before)
-    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, train)
+    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run.task, run.data, train)
     stores = []
     for source, corpus in zip(run.data.train_sources, train, strict=True):
         recipe, weight = _recipe(run, corpus, tokenizer, labels, chosen=False), Fraction(source.weight)
         keys = (recipe.cache_key(), recipe.identity())
         if source.stream:
             known_as = tuple(f"stream-{fingerprint(each)}" for each in keys)
-            stores.append(PreparedSource(source.name, weight, cached(run, "stream", *keys), known_as, recipe))
+            stores.append(
+                PreparedSource(source.name, weight, cached(run.data.cache, "stream", *keys), known_as, recipe)
+            )
         else:
             known_as = tuple(f"store-{fingerprint([each])}" for each in keys)
-            store = prepare_store(run, "data.train", [recipe], tokenizer)
+            store = prepare_store(run.data, "data.train", [recipe], tokenizer)
             stores.append(PreparedSource(source.name, weight, store, known_as))
     validation_text = train if run.holds_out else validation
     held_out = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in validation_text]
     key = "data.held_out" if run.holds_out else "data.validation"
     return Prepared(
         train=stores,
-        validation=prepare_store(run, key, held_out, tokenizer) if held_out else None,
+        validation=prepare_store(run.data, key, held_out, tokenizer) if held_out else None,
         tokenizer=folder,
         labels=labels,
     )
@@ -116,12 +119,12 @@ def prepare_validation(run: Run) -> Prepared:
 
     Raises: `UserError`, the same on every rank."""
     require(bool(run.data.validation_sources), "data.validation is not set: name a file, a folder, a glob or a hub id")
-    corpora = [_known(run, "data.validation", source) for source in run.data.validation_sources]
+    corpora = [_known(run.data, "data.validation", source) for source in run.data.validation_sources]
     _report_left_out(corpora)
     folder = prepare_tokenizer(run, corpora)
-    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run, corpora)
+    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run.task, run.data, corpora)
     recipes = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
-    return Prepared([], prepare_store(run, "data.validation", recipes, tokenizer), folder, labels)
+    return Prepared([], prepare_store(run.data, "data.validation", recipes, tokenizer), folder, labels)
 
 
 def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | None, chosen: bool) -> Recipe:
@@ -133,9 +136,8 @@ def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | Non
     )
 
 
-def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
+def prepare_labels(task: TaskConfig, data: DataConfig, corpora: list[Corpus]) -> Labels | None:
     """The labels of a classifier, or None for other tasks. Without `task.labels`, names are read from `corpora`."""
-    task = run.task
     if not task.name.classifies:
         return None
     if task.labels is not None and task.problem_type is not None:
@@ -147,10 +149,10 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
         try:
             found = find_labels(task, sift(items, lambda record: check_label(record, task.label_field), bad), declared)
         except UserError as error:
-            if not bad.count or run.data.bad_records is BadRecordsPolicy.error:
+            if not bad.count or data.bad_records is BadRecordsPolicy.error:
                 raise (bad.refusal() if bad.count else error) from error
             raise UserError(f"{error}; {bad.count:,} of {bad.seen:,} records are bad: {bad.first[0]}") from error
-        if bad.count and run.data.bad_records is BadRecordsPolicy.error:
+        if bad.count and data.bad_records is BadRecordsPolicy.error:
             raise bad.refusal()
         assert found.problem_type is not None
         content = {"names": found.names, "problem_type": found.problem_type.value}
@@ -158,10 +160,10 @@ def prepare_labels(run: Run, corpora: list[Corpus]) -> Labels | None:
 
     asked = [task.label_field, task.labels and list(task.labels), task.problem_type and task.problem_type.value]
     asked += ["named classes"] if any(corpus.has_class_columns for corpus in corpora) else []
-    asked += [LEFT_OUT] if run.data.bad_records is BadRecordsPolicy.skip else []
+    asked += [LEFT_OUT] if data.bad_records is BadRecordsPolicy.skip else []
     cache_key = [corpus.cache_key() for corpus in corpora]
     former_key = [corpus.identity() for corpus in corpora]
-    folder = build_once(cached(run, "labels", [cache_key, asked], [former_key, asked]), fill_in)
+    folder = build_once(cached(data.cache, "labels", [cache_key, asked], [former_key, asked]), fill_in)
     try:
         found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         return Labels(tuple(map(str, found["names"])), ProblemType(found["problem_type"]))
@@ -177,19 +179,19 @@ def _report_left_out(corpora: list[Corpus]) -> None:
             say(f"note: {corpus.key}: some files were found but not read: {corpus.left_out}")
 
 
-def _corpus(run: Run, key: str, source: SourceConfig) -> Corpus:
-    paths = _with_python_text(run, list(source.path))
-    skip = run.data.bad_records is BadRecordsPolicy.skip
+def _corpus(data: DataConfig, key: str, source: SourceConfig) -> Corpus:
+    paths = _with_python_text(data.cache, list(source.path))
+    skip = data.bad_records is BadRecordsPolicy.skip
     return Corpus.find(key, paths, source.text_field, source.template, source.subset, source.split, skip)
 
 
-def _known(run: Run, key: str, source: SourceConfig) -> Corpus:
+def _known(data: DataConfig, key: str, source: SourceConfig) -> Corpus:
     """The corpus of a source, with checksums of its content."""
-    corpus = _corpus(run, key, source)
-    return replace(corpus, content=content_of(run, corpus, source.stream))
+    corpus = _corpus(data, key, source)
+    return replace(corpus, content=content_of(data.cache, corpus, source.stream))
 
 
-def _with_python_text(run: Run, entries: list[str]) -> list[str]:
+def _with_python_text(cache: str, entries: list[str]) -> list[str]:
     """Replace the entries `python:train` and `python:validation` by files with the documentation of this Python."""
     if not {"python:train", "python:validation"} & set(entries):
         return entries
@@ -198,7 +200,7 @@ def _with_python_text(run: Run, entries: list[str]) -> list[str]:
         train, validation, _ = split(python_documents())
         write_split(folder, train, validation)
 
-    folder = build_once(cached(run, "python-text", [sys.version]), fill_in)
+    folder = build_once(cached(cache, "python-text", [sys.version]), fill_in)
     return [str(folder / f"{entry[7:]}.jsonl") if entry.startswith("python:") else entry for entry in entries]
 
 
@@ -214,13 +216,15 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
         check_tokenizer(brought.tokenizer, name, run.model, brought.ids.get("eos_token_id"))
         check_padding(brought.tokenizer, run.model)
         brought = brought.of_model(run.model)
-        if run.task.name.has_chats and any(map(partial(_begins_with_chat, run), train)):
+        if run.task.name.has_chats and any(map(partial(_begins_with_chat, run.task), train)):
             template = chat_template(brought.tokenizer, run.model.eos_token_id)
             if brought.chat_template not in (None, template):
                 say(f"warning: the chat template of data.tokenizer={name} is not used: chats are written as documented "
                     "in docs/finetuning.md, and the run's tokenizer gets that template")  # fmt: skip
             brought = replace(brought, chat_template=template)
-        return build_once(cached(run, "tokenizer", brought.identity()), lambda folder: write_tokenizer(brought, folder))
+        return build_once(
+            cached(run.data.cache, "tokenizer", brought.identity()), lambda folder: write_tokenizer(brought, folder)
+        )
     require(
         run.task.name.plain_text,
         f"task={run.task.name.value} needs a tokenizer: start from a checkpoint, init_from=…, or set data.tokenizer",
@@ -252,7 +256,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
         ]
         for texts in ([corpus.cache_key() for corpus in train], [corpus.identity() for corpus in train])
     )
-    folder = build_once(cached(run, "tokenizer", cache_key, former_key), fill_in)
+    folder = build_once(cached(run.data.cache, "tokenizer", cache_key, former_key), fill_in)
     check_tokenizer(load_tokenizer(str(folder)), "null (trained on data.train)", run.model)
     return folder
 
@@ -269,19 +273,19 @@ def in_proportion(corpora: list[Corpus], weights: Sequence[Fraction] = (Fraction
         yield from corpus.sampled(share) if share < 1 else corpus.documents()
 
 
-def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenizer | None) -> Path:
+def prepare_store(data: DataConfig, key: str, recipes: list[Recipe], tokenizer: Tokenizer | None) -> Path:
     """Build the token store of the corpora in `recipes`, unless the cache has it, and return the folder of the store.
 
     Raises: UserError."""
 
     def fill_in(folder: Path) -> None:
-        metas = fill(folder, recipes, run.data.workers)
+        metas = fill(folder, recipes, data.workers)
         tokens = sum(meta.part.tokens for meta in metas)
         documents = "; ".join(each.corpus.names for each in recipes)
         if key == "data.held_out":
             require(
                 tokens > 0,
-                f"data.held_out={run.data.held_out} of {documents} selects no document: raise it, or set it to 0",
+                f"data.held_out={data.held_out} of {documents} selects no document: raise it, or set it to 0",
             )
         bad = next((f"; left out: {line}" for meta in metas for line in meta.bad), "")
         require(tokens > 0, f"{key}: there is no text in {documents}: name files that contain text{bad}")
@@ -291,11 +295,11 @@ def prepare_store(run: Run, key: str, recipes: list[Recipe], tokenizer: Tokenize
 
     cache_key, former_key = [each.cache_key() for each in recipes], [each.identity() for each in recipes]
     # The folder is not checked now, because a token store checks each block when it is read.
-    folder = build_once(cached(run, "store", cache_key, former_key), fill_in, checked=False)
+    folder = build_once(cached(data.cache, "store", cache_key, former_key), fill_in, checked=False)
     say(line_of(key, TokenStore(folder)))
     return folder
 
 
-def _begins_with_chat(run: Run, corpus: Corpus) -> bool:
+def _begins_with_chat(task: TaskConfig, corpus: Corpus) -> bool:
     first = next(replace(corpus, skip_bad=True).records(), None)
-    return first is not None and first.fields.get(run.task.messages_field) is not None
+    return first is not None and first.fields.get(task.messages_field) is not None

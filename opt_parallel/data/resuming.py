@@ -15,6 +15,7 @@ from typing import Any
 
 from opt_parallel.config.data import DataConfig
 from opt_parallel.config.run import Run
+from opt_parallel.config.task import TaskConfig
 from opt_parallel.data.prepare import PreparedSource
 from opt_parallel.data.samples.mixture import Cycle, turns_of
 from opt_parallel.runtime.clock import Clock
@@ -28,8 +29,8 @@ def resumed_clock(run: Run, sources: Sequence[PreparedSource], manifest: dict[st
     clock = Clock.saved(manifest["clock"])
     then = {each.name: Fraction(each.weight) for each in _config(manifest).train_sources}
     former = _former(sources, clock, list(then), manifest.get("text") or {})
-    _warn(run, sources, former, manifest)
-    samples = _samples_per_saved_sample(run, manifest)
+    _warn(run.seed, sources, former, manifest)
+    samples = _samples_per_saved_sample(run.task, run.data.sequence_length, manifest)
     weights = [source.weight for source in sources]
     same = [*former.values()] == [*then] and turns_of([*then.values()]) == turns_of(weights)
     if same and samples == 1 and [*former] == [*then]:
@@ -90,7 +91,9 @@ def _is_text(source: PreparedSource, text: str | None) -> bool:
     return text is None or text in source.known_as
 
 
-def _warn(run: Run, sources: Sequence[PreparedSource], former: dict[str, str | None], manifest: dict[str, Any]) -> None:
+def _warn(
+    seed: int, sources: Sequence[PreparedSource], former: dict[str, str | None], manifest: dict[str, Any]
+) -> None:
     texts = manifest.get("text") or {}
     for each in sources:
         if (was := former[each.name]) is not None and not _is_text(each, texts.get(was)):
@@ -98,18 +101,18 @@ def _warn(run: Run, sources: Sequence[PreparedSource], former: dict[str, str | N
                 f"warning: the training text of {each.name} differs from the checkpoint's; new samples come from the "
                 "new text"
             )
-    seed = manifest["config"]["seed"]
-    if seed != run.seed:
+    then = manifest["config"]["seed"]
+    if seed != then:
         say(
-            f"warning: seed={run.seed}, but the checkpoint has seed={seed}: the order of samples changes, so some "
+            f"warning: seed={seed}, but the checkpoint has seed={then}: the order of samples changes, so some "
             "samples of this epoch may repeat"
         )
 
 
-def _samples_per_saved_sample(run: Run, manifest: dict[str, Any]) -> Fraction:
-    """The checkpoint's sequence length divided by the run's, or 1 if the task does not cut text into such rows."""
-    then, now = manifest["config"]["data"]["sequence_length"], run.data.sequence_length
-    if then == now or not run.task.cuts_rows:
+def _samples_per_saved_sample(task: TaskConfig, now: int, manifest: dict[str, Any]) -> Fraction:
+    """The checkpoint's sequence length divided by `now`, or 1 if the task does not cut text into such rows."""
+    then = manifest["config"]["data"]["sequence_length"]
+    if then == now or not task.cuts_rows:
         return Fraction(1)
     say(
         f"warning: data.sequence_length={now}, but the checkpoint has {then}: each source resumes at the same token, "

@@ -23,7 +23,8 @@ def open_samples(run: Run, folder: Path, key: str, labels: Labels | None) -> Sam
     """The samples of the token store in `folder` for the run's task. Raises: UserError if there are no samples.
 
     `key` names the token store in messages. `labels` are the labels of a classifier."""
-    return KINDS[run.task.name].samples(run, TokenStore(folder, run.model.vocab_size), key, labels)
+    store = TokenStore(folder, run.model.vocab_size)
+    return KINDS[run.task.name].samples(run.task, run.data.sequence_length, store, key, labels)
 
 
 def open_mixture(run: Run, prepared: Prepared, clock: Clock) -> Mixture:

@@ -19,7 +19,7 @@ from opt_parallel.config.compose import TEXTS, register_schema, run_from, verbat
 from opt_parallel.config.model import require
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.paths import change_paths, local, refuse_breaks, text_keys
-from opt_parallel.config.run import Run
+from opt_parallel.config.run import Run, RunConfig
 from opt_parallel.config.values import check_values
 from opt_parallel.launching.commands import Command, accelerate, deepspeed, torchrun
 from opt_parallel.launching.kubernetes import manifests, to_yaml
@@ -37,7 +37,7 @@ def submit(root: Path, arguments: Sequence[str]) -> None:
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(root / "configs", ours, theirs)
     check(launch, run)
-    started = rendered(launch, run, root, theirs)
+    started = rendered(launch, run.run, root, theirs)
     if launch.dry_run:
         print(started, end="\n" if isinstance(started, Command) else "")
     elif isinstance(started, Command):
@@ -112,7 +112,7 @@ def check(launch: Launch, run: Run) -> None:
     )
 
 
-def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> Command | str:
+def rendered(launch: Launch, run: RunConfig, root: Path, overrides: Sequence[str]) -> Command | str:
     """The command to run, or the text of the batch script or of the manifests."""
     script = root / "train.py"
     match launch:
@@ -123,7 +123,7 @@ def rendered(launch: Launch, run: Run, root: Path, overrides: Sequence[str]) -> 
         case Accelerate():
             return accelerate(launch, script, overrides)
         case Slurm():
-            return job(launch, run.name, run.folder.absolute(), root, overrides)
+            return job(launch, run.name, Path(run.dir).absolute(), root, overrides)
         case Kubernetes():
             return to_yaml(manifests(launch, overrides))
     raise AssertionError(launch)

@@ -6,22 +6,28 @@ from __future__ import annotations
 
 import torch
 
-from opt_parallel.config.model import Labels
-from opt_parallel.config.run import Run
+from opt_parallel.config.model import Labels, ModelConfig
+from opt_parallel.config.run import ActivationCheckpointing
+from opt_parallel.config.task import LoraConfig
 from opt_parallel.model.heads import CausalLM, SequenceClassifier
 from opt_parallel.model.lora import adapt
 from opt_parallel.parallel.topology import Group
 
 
-def network(run: Run, labels: Labels | None, group: Group) -> CausalLM | SequenceClassifier:
-    """A language model, or a classifier if `labels` are given. LoRA terms are added if the run's LoRA rank is not 0."""
-    model: CausalLM | SequenceClassifier
+def network(
+    model: ModelConfig,
+    lora: LoraConfig,
+    labels: Labels | None,
+    group: Group,
+    recompute: ActivationCheckpointing = ActivationCheckpointing.none,
+) -> CausalLM | SequenceClassifier:
+    """A language model, or a classifier if `labels` are given. LoRA terms are added if the rank of `lora` is not 0."""
+    built: CausalLM | SequenceClassifier
     with torch.device("meta"):
         if labels is not None:
-            number, problem_type = len(labels.names), labels.problem_type
-            model = SequenceClassifier(run.model, number, group, run.activation_checkpointing, problem_type)
+            built = SequenceClassifier(model, len(labels.names), group, recompute, labels.problem_type)
         else:
-            model = CausalLM(run.model, group, run.activation_checkpointing)
-        if run.task.lora.rank > 0:
-            adapt(model, run.task.lora)
-    return model
+            built = CausalLM(model, group, recompute)
+        if lora.rank > 0:
+            adapt(built, lora)
+    return built

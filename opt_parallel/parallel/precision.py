@@ -6,7 +6,6 @@ emulates them. Emulation is several times slower than fp32, and on many CPUs a h
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from opt_parallel.config.run import Precision, Run
+from opt_parallel.config.run import Precision
 from opt_parallel.parallel.topology import Topology, local_device
 from opt_parallel.runtime.log import say
 
@@ -53,7 +52,9 @@ def native(device: torch.device) -> set[Precision]:
     return native_on_cpu(cpu_flags(text), os.environ)
 
 
-def choose_precision(run: Run, topology: Topology, before: Precision | None = None) -> tuple[Run, str]:
+def choose_precision(
+    asked: Precision, stage: int, topology: Topology, before: Precision | None = None
+) -> tuple[Precision, str]:
     """`resolved` for the devices of all ranks. Every rank must call this function.
 
     `before` is the precision of the checkpoint that the run resumes from. Rank 0's value is used on all ranks."""
@@ -63,39 +64,43 @@ def choose_precision(run: Run, topology: Topology, before: Precision | None = No
         device_name(topology.device) + (f" of {topology.where(rank)}" if several else "")
         for rank in range(len(answers))
     ]
-    return resolved(run, [natives for natives, _ in answers], names, answers[0][1])
+    return resolved(asked, stage, [natives for natives, _ in answers], names, answers[0][1])
 
 
-def choose_precision_alone(run: Run) -> tuple[Run, str]:
+def choose_precision_alone(asked: Precision, stage: int) -> tuple[Precision, str]:
     """`resolved` for this process's device, before process groups exist."""
-    return resolved(run, [native(local_device())], [device_name(local_device())])
+    return resolved(asked, stage, [native(local_device())], [device_name(local_device())])
 
 
 def resolved(
-    run: Run, natives: Sequence[Set[Precision]], names: Sequence[str], before: Precision | None = None
-) -> tuple[Run, str]:
-    """`run` with a precision in place of `precision=auto`, and the reason for this choice as a text for users.
+    asked: Precision,
+    stage: int,
+    natives: Sequence[Set[Precision]],
+    names: Sequence[str],
+    before: Precision | None = None,
+) -> tuple[Precision, str]:
+    """The precision `asked`, or another in place of `auto`, and the reason for this choice as a text for users.
 
-    The reason is empty if the run names a precision. A warning is printed if a device emulates the precision.
+    The reason is empty if `asked` is not `auto`. A warning is printed if a device emulates the precision.
 
     Args:
+        stage: the ZeRO stage.
         natives: the precisions that each rank's device supports natively.
         names: the name of each rank's device.
         before: the precision of the checkpoint that the run resumes from.
     """
-    precision, why = run.precision.name, ""
-    if precision is Precision.auto:
-        precision, why = _chosen(run, natives, names, before)
-        run = dataclasses.replace(run, precision=dataclasses.replace(run.precision, name=precision))
+    precision, why = asked, ""
+    if asked is Precision.auto:
+        precision, why = _chosen(stage, natives, names, before)
     if emulating := _emulating(precision, natives, names):
         say(f"warning: {emulating} emulates {precision.value}, many times slower than precision=fp32")
-    return run, why
+    return precision, why
 
 
 def _chosen(
-    run: Run, natives: Sequence[Set[Precision]], names: Sequence[str], before: Precision | None
+    stage: int, natives: Sequence[Set[Precision]], names: Sequence[str], before: Precision | None
 ) -> tuple[Precision, str]:
-    if run.zero.stage == 0:
+    if stage == 0:
         return Precision.fp32, "zero.stage=0 supports fp32 only"
     if before is not None:
         return before, "the checkpoint's"

@@ -118,7 +118,7 @@ class _Recorder(Metrics):
         self._run, self._device = run, device
         self._opened = self._clock = clock
         length, recompute = run.data.sequence_length, run.activation_checkpointing is ActivationCheckpointing.full
-        peak = _peak_flops(run, device)
+        peak = _peak_flops(run.logging.peak_tflops, run.precision.name, device)
         self._peak = None if peak is None else peak * world_size
         frozen = run.task.lora.rank > 0
         self._model_flops = run.model.flops_per_token(length, frozen)
@@ -133,7 +133,7 @@ class _Recorder(Metrics):
                 keep_rows(path, clock.step)
         self._lines, self._samples = Lines(self._path), Lines(samples)
         self._lines.flush()  # this creates the file, so that `tail -f` can follow it
-        self._progress = _Progress(run, clock)
+        self._progress = _Progress(run.steps, run.stop, clock)
         self._opened_at, self._since = time.perf_counter(), _mark(device)
 
     def step(
@@ -270,12 +270,12 @@ class _Recorder(Metrics):
 class _Progress:
     """The display of progress, a progress bar on a terminal and about a hundred lines of text per run elsewhere."""
 
-    def __init__(self, run: Run, clock: Clock) -> None:
-        self._steps, self._every = run.steps, -(-run.steps // 100)
-        self._always = (clock.step + 1, run.stop)
+    def __init__(self, steps: int, stop: int, clock: Clock) -> None:
+        self._steps, self._every = steps, -(-steps // 100)
+        self._always = (clock.step + 1, stop)
         self._recent: deque[float] = deque(maxlen=25)
         self._bar = tqdm(
-            total=run.steps,
+            total=steps,
             initial=clock.step,
             unit="step",
             dynamic_ncols=True,
@@ -332,9 +332,8 @@ def peak_tflops(device_name: str, precision: Precision) -> float | None:
     return next((tflops for key, tflops in PEAK_TFLOPS.items() if words.issuperset(key.split())), None)
 
 
-def _peak_flops(run: Run, device: torch.device) -> float | None:
+def _peak_flops(tflops: float | None, precision: Precision, device: torch.device) -> float | None:
     """Peak FLOP/s of one device, from `logging.peak_tflops` or from PEAK_TFLOPS."""
-    tflops, precision = run.logging.peak_tflops, run.precision.name
     if tflops is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         tflops = peak_tflops(name, precision)

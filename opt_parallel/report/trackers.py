@@ -7,6 +7,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from opt_parallel.config.compose import recorded
@@ -31,24 +32,24 @@ MODES = {
 caches = {""}  # values of WANDB_CACHE_DIR that this process set
 
 
-def wandb_mode(run: Run) -> Wandb:
+def wandb_mode(setting: Wandb) -> Wandb:
     """The wandb mode from WANDB_MODE, or else from the configuration. `logging.wandb=disabled` has precedence over
     WANDB_MODE. Raises: UserError."""
-    if run.logging.wandb is Wandb.disabled or not os.environ.get(MODE):
-        return run.logging.wandb
+    if setting is Wandb.disabled or not os.environ.get(MODE):
+        return setting
     mode = MODES.get(os.environ[MODE])
     if mode is None:
         raise UserError(f"{MODE}={os.environ[MODE]} does not exist: choose {', '.join(MODES)}, or unset it")
     return mode
 
 
-def wandb_id(run: Run, saved: str | None = None, new: bool = False) -> str | None:
+def wandb_id(setting: Wandb, folder: Path, saved: str | None = None, new: bool = False) -> str | None:
     """The run's wandb id, which is stored in the run's folder, or None without wandb. `saved` is the id in the
     checkpoint from which the run resumes. `new` creates a new wandb run, for a fresh start or for a run that branches
     off an older checkpoint."""
-    if wandb_mode(run) is Wandb.disabled:
+    if wandb_mode(setting) is Wandb.disabled:
         return None
-    path = run.folder / WANDB_ID
+    path = folder / WANDB_ID
     stored = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
     known = stored if re.fullmatch(r"[\w-]{1,64}", stored) else saved
     name = os.environ.get("WANDB_RUN_ID") or (None if new else known) or secrets.token_hex(4)
@@ -56,15 +57,15 @@ def wandb_id(run: Run, saved: str | None = None, new: bool = False) -> str | Non
         say(f"wandb: run {name} branches off run {saved}")
     if name != stored:
         with optional(path):
-            run.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_text(path, f"{name}\n")
     return name
 
 
-def check_trackers(run: Run) -> None:
+def check_trackers(setting: Wandb) -> None:
     """Raise UserError if wandb is online and has no API key. All ranks call this function, while no collective is
     pending."""
-    if wandb_mode(run) is not Wandb.online:
+    if wandb_mode(setting) is not Wandb.online:
         return
     import wandb
 
@@ -72,11 +73,11 @@ def check_trackers(run: Run) -> None:
     try:
         found = wandb.login(prompt=False, verify=False)  # wandb.init would ask for a key at the terminal
     except wandb.Error as error:
-        raise UserError(f"{_wanted(run)}: {one_line(error)}; check WANDB_API_KEY") from error
+        raise UserError(f"{_wanted(setting)}: {one_line(error)}; check WANDB_API_KEY") from error
     if not found:
         raise UserError(
-            f"{_wanted(run)} finds no API key: set WANDB_API_KEY, run `wandb login` once, or use "
-            f"{_wanted(run, 'offline')}"
+            f"{_wanted(setting)} finds no API key: set WANDB_API_KEY, run `wandb login` once, or use "
+            f"{_wanted(setting, 'offline')}"
         )
 
 
@@ -111,7 +112,7 @@ def open_trackers(run: Run, clock: Clock, name: str | None = None) -> Trackers:
     followed = [f"{each}={os.environ[each]}" for each in FOLLOWED if os.environ.get(each)]
     if followed and run.logging.wandb is not Wandb.disabled:
         say(f"wandb follows the environment: {', '.join(followed)}")
-    name = name or wandb_id(run)
+    name = name or wandb_id(run.logging.wandb, run.folder)
     if name is None and not run.logging.tensorboard:
         return Trackers([])
     from accelerate import PartialState
@@ -164,18 +165,18 @@ def _open_wandb(run: Run, name: str) -> Tracker:
         tracker.start()
     except wandb.Error as error:
         raise UserError(
-            f"{_wanted(run)} failed: {one_line(error)}; check WANDB_API_KEY and the network, or use "
-            f"{_wanted(run, 'offline')} or disabled"
+            f"{_wanted(run.logging.wandb)} failed: {one_line(error)}; check WANDB_API_KEY and the network, or use "
+            f"{_wanted(run.logging.wandb, 'offline')} or disabled"
         ) from error
     return tracker
 
 
-def _wanted(run: Run, mode: str | None = None) -> str:
+def _wanted(setting: Wandb, mode: str | None = None) -> str:
     """The setting of the wandb mode for messages, such as `WANDB_MODE=online` or `logging.wandb=online`, with its
     present value or with `mode`."""
     if os.environ.get(MODE):
         return f"{MODE}={mode or os.environ[MODE]}"
-    return f"logging.wandb={mode or run.logging.wandb.value}"
+    return f"logging.wandb={mode or setting.value}"
 
 
 def _quiet_settings() -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from opt_parallel.checkpoint.memory import PRECISIONS, RUN, choose_dtype
@@ -40,7 +40,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     assert samples is not None
     with Topology.open(run.parallel.tensor, run.parallel.allow_cross_node) as topology:
         run = _in_precision(run, opened, topology)
-        model = _model(run, opened, data.labels, topology)
+        model = _model(opened, data.labels, topology, DTYPES[run.precision.name])
         if names := sorted({name for named in topology.exchange(opened.not_finite) for name in named}):
             raise UserError(
                 f"init_from={run.init_from} has values that are not finite, in {', '.join(names[:5])}"
@@ -88,11 +88,11 @@ def _in_precision(run: Run, opened: Opened, topology: Topology) -> Run:
     # The approximate number of activation values per token in a layer.
     width = 8 * opened.config.hidden_size + 2 * opened.config.ffn_dim
     dtype = choose_dtype(opened, topology, asked, RUN, run.micro_batch * run.data.sequence_length * width)
-    return dataclasses.replace(run, precision=dataclasses.replace(run.precision, name=PRECISIONS[dtype]))
+    return run.in_precision(PRECISIONS[dtype])
 
 
-def _model(run: Run, opened: Opened, labels: Labels | None, topology: Topology) -> nn.Module:
-    group, device, dtype = topology.tensor, topology.device, DTYPES[run.precision.name]
+def _model(opened: Opened, labels: Labels | None, topology: Topology, dtype: torch.dtype) -> nn.Module:
+    group, device = topology.tensor, topology.device
     if labels is None:
         return opened.model(group, device, dtype)
     return opened.classifier(len(labels.names), group, device, dtype)

@@ -100,7 +100,7 @@ def test_survives_the_way_to_yaml_and_back() -> None:
 
 def test_warmup_in_tokens_is_rounded_up_to_whole_steps() -> None:
     run = Run(schedule=ScheduleConfig(warmup_tokens=8 * 2048 * 3 + 1))
-    assert run.warmup_steps == 4
+    assert run.schedule.warmup_at(run.batch_tokens) == 4
 
 
 def test_a_warmup_in_tokens_must_end_within_what_is_left() -> None:

@@ -103,12 +103,12 @@ def composed(key: str, value: str, *more: str) -> Run:
 
 def use_text(key: str) -> Callable[[str], Any]:
     return lambda value: [
-        path for corpus in corpora(composed(key, value)) for path in corpus.files if "text.j" in path.name
+        path for corpus in corpora(composed(key, value).data) for path in corpus.files if "text.j" in path.name
     ]
 
 
 def use_cache(value: str) -> Path:
-    folder = cached(composed("data.cache", value), "kind", [])
+    folder = cached(composed("data.cache", value).data.cache, "kind", [])
     return build_once(folder, lambda partial: (partial / "file").write_text("")).parent
 
 
@@ -120,9 +120,14 @@ def use_tokenizer(value: str) -> Path:
 
 def use_folder(value: str) -> Path:
     run = composed("run.dir", value)
-    choose(run)
-    make_run_folder(run)
+    choose(run.resume, run.folder)
+    make_run_folder(run.folder)
     return run.folder
+
+
+def use_resume(value: str) -> Path | None:
+    run = composed("resume", value)
+    return choose(run.resume, run.folder)
 
 
 def use_start(value: str) -> Path:
@@ -139,7 +144,7 @@ KEYS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "data.cache": (None, use_cache),
     "run.dir": (None, use_folder),
     "init_from": ("model", use_start),
-    "resume": ("run/checkpoints/step-4", lambda value: choose(composed("resume", value))),
+    "resume": ("run/checkpoints/step-4", use_resume),
 }
 # of launch/submit.py, with what lies there and the words that its system needs
 LAUNCH_KEYS = {

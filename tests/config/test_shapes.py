@@ -65,7 +65,7 @@ def test_the_papers_recipe(size: str) -> None:
     assert run.batch_tokens == batch * 1024**2
     assert run.steps * run.batch_tokens == pytest.approx(300e9, rel=1e-4)
     warmup = 2000 if size == "175b" else 375e6 / run.batch_tokens
-    assert run.warmup_steps == pytest.approx(warmup, abs=1)
+    assert run.schedule.warmup_at(run.batch_tokens) == pytest.approx(warmup, abs=1)
     assert (run.optimizer.betas, run.optimizer.eps, run.optimizer.weight_decay) == ([0.9, 0.95], 1e-8, 0.1)
     assert (run.optimizer.clip, run.schedule.name.value, run.schedule.final_ratio) == (1.0, "linear", 0.1)
     assert (run.model.dropout, run.model.attention_dropout, run.model.init.value) == (0.1, 0.1, "paper")

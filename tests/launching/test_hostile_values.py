@@ -59,7 +59,7 @@ def shown(system: System, key: str = "run.name", text: str = "") -> str:
     else:
         given[name] = value
     launch = launch_from(OmegaConf.create(verbatim({"launch": given})))
-    return str(rendered(launch, run, ROOT, [f"{key}={value}"]))
+    return str(rendered(launch, run.run, ROOT, [f"{key}={value}"]))
 
 
 def run_script(script: str, folder: Path) -> None:

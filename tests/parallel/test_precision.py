@@ -15,7 +15,7 @@ from layouts import Layout, run_for
 from omegaconf import OmegaConf
 
 from opt_parallel.checkpoint.folders import precision_of
-from opt_parallel.config.run import Precision, PrecisionConfig, Run, ZeroConfig
+from opt_parallel.config.run import Precision, PrecisionConfig
 from opt_parallel.parallel.precision import cpu_flags, native_on_cpu, resolved
 
 FP32, BF16, FP16 = Precision.fp32, Precision.bf16, Precision.fp16
@@ -79,10 +79,11 @@ def test_all_ranks_choose_the_same(
     capsys: pytest.CaptureFixture[str], asked: str, ranks: list[set[Precision]], stage: int,
     before: Precision | None, precision: Precision, words: list[str],
 ) -> None:  # fmt: skip
-    run = Run(zero=ZeroConfig(stage=stage), precision=PrecisionConfig(Precision(asked), window=7))
     natives = [{FP32, *able} for able in ranks]
-    found, why = resolved(run, natives, ["the CPU of nodeA", "the CPU of nodeB"][: len(ranks)], before)
-    assert found == dataclasses.replace(run, precision=PrecisionConfig(precision, window=7))
+    found, why = resolved(
+        Precision(asked), stage, natives, ["the CPU of nodeA", "the CPU of nodeB"][: len(ranks)], before
+    )
+    assert found is precision
     assert bool(why) == bool(words)
     assert all(word in why for word in words)
     emulated = any(precision not in able for able in natives)

@@ -31,27 +31,27 @@ def run_in(folder: Path, mode: Wandb = Wandb.offline) -> Run:
 
 
 def test_a_run_keeps_its_name(tmp_path: Path) -> None:
-    name = wandb_id(run_in(tmp_path))
+    name = wandb_id(Wandb.offline, tmp_path)
     assert name is not None
-    assert wandb_id(run_in(tmp_path)) == wandb_id(run_in(tmp_path), "of-a-checkpoint") == name
+    assert wandb_id(Wandb.offline, tmp_path) == wandb_id(Wandb.offline, tmp_path, "of-a-checkpoint") == name
     (tmp_path / WANDB_ID).unlink()
-    assert wandb_id(run_in(tmp_path), "of-a-checkpoint") == "of-a-checkpoint"
+    assert wandb_id(Wandb.offline, tmp_path, "of-a-checkpoint") == "of-a-checkpoint"
     (tmp_path / WANDB_ID).write_bytes(b"\xff\0 torn")
-    assert wandb_id(run_in(tmp_path), "of-a-checkpoint") == "of-a-checkpoint"
+    assert wandb_id(Wandb.offline, tmp_path, "of-a-checkpoint") == "of-a-checkpoint"
 
 
 def test_a_branch_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = wandb_id(run_in(tmp_path))
-    branch = wandb_id(run_in(tmp_path), saved=name, new=True)
+    name = wandb_id(Wandb.offline, tmp_path)
+    branch = wandb_id(Wandb.offline, tmp_path, saved=name, new=True)
     assert branch != name
-    assert wandb_id(run_in(tmp_path), saved=name) == branch  # from here on
+    assert wandb_id(Wandb.offline, tmp_path, saved=name) == branch  # from here on
     assert capsys.readouterr().out == f"wandb: run {branch} branches off run {name}\n"
 
 
 def test_without_wandb_there_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wandb_id(run_in(tmp_path, Wandb.disabled)) is None
+    assert wandb_id(Wandb.disabled, tmp_path) is None
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_id(run_in(tmp_path, Wandb.online)) is None
+    assert wandb_id(Wandb.online, tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,16 +64,16 @@ def test_without_wandb_there_is_no_name(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )  # fmt: skip
 def test_the_mode_of_the_environment_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, setting: Wandb, counts: Wandb
+    monkeypatch: pytest.MonkeyPatch, mode: str, setting: Wandb, counts: Wandb
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert wandb_mode(run_in(tmp_path, setting)) is counts
+    assert wandb_mode(setting) is counts
 
 
-def test_an_unknown_mode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(UserError, match="WANDB_MODE=ofline does not exist: choose online"):
-        check_trackers(run_in(tmp_path))
+        check_trackers(Wandb.offline)
 
 
 def test_what_else_the_environment_says_counts_too(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from layouts import Layout, run_for, weights_of
+from layouts import Layout, rate_at, run_for, weights_of
 
 from opt_parallel.config.model import Labels, ProblemType
 from opt_parallel.config.run import OptimizerConfig, Run
@@ -102,7 +102,6 @@ def their_model(problem: str, folder: Path) -> Any:
 
 def train_theirs(model: Any, run: Run, problem: str) -> list[float]:
     """The losses of the same training steps with transformers and torch's AdamW, in one process."""
-    from opt_parallel.optim import learning_rate
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
     whole = dataclasses.replace(run, batch={"global": run.global_batch, "micro": run.global_batch})
@@ -113,7 +112,7 @@ def train_theirs(model: Any, run: Run, problem: str) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, Clock(step + 1))
+            group["lr"] = rate_at(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

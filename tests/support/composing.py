@@ -51,7 +51,7 @@ def dry(*arguments: str) -> str:
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(ROOT / "configs", ours, theirs)
     check(launch, run)
-    return str(rendered(launch, run, ROOT, theirs))
+    return str(rendered(launch, run.run, ROOT, theirs))
 
 
 def load_script(name: str) -> Any:

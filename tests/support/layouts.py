@@ -152,12 +152,19 @@ def weights_of(engine: Any) -> dict[str, Any]:
     return weights
 
 
+def rate_at(run: Run, clock: Clock) -> float:
+    """The learning rate of the run's optimizer step that ends at `clock`."""
+    from opt_parallel.optim import learning_rate
+
+    return learning_rate(run.optimizer.lr, run.schedule, run.steps, run.batch_tokens, clock)
+
+
 def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """The losses, gradient norms and weights of the same run in one process without DeepSpeed.
 
     They are the expected values for every layout."""
     from opt_parallel.model.heads import CausalLM
-    from opt_parallel.optim import build_optimizer, learning_rate
+    from opt_parallel.optim import build_optimizer
     from opt_parallel.parallel.random import Draw
     from opt_parallel.parallel.shard import fill, random_source
     from opt_parallel.parallel.topology import ALONE
@@ -174,7 +181,7 @@ def train_plainly(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, Clock(step + 1))
+            group["lr"] = rate_at(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

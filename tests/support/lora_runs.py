@@ -9,7 +9,7 @@ from zlib import crc32
 
 import torch
 from hugging_face import VARIANTS, random_model
-from layouts import Layout, micro_batches, run_for
+from layouts import Layout, micro_batches, rate_at, run_for
 from torch import Tensor
 
 from opt_parallel.config.run import Run, RunConfig
@@ -102,14 +102,14 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
 
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.model.build import network
-    from opt_parallel.optim import build_optimizer, learning_rate
+    from opt_parallel.optim import build_optimizer
     from opt_parallel.parallel.random import Draw
     from opt_parallel.parallel.shard import fill
     from opt_parallel.parallel.topology import ALONE
     from opt_parallel.start import weights as first_weights
 
-    model = network(run, None, ALONE)
-    fill(model, first_weights(run, open_checkpoint(str(run.init_from)), None), torch.device("cpu"), torch.float32)
+    model = network(run.model, run.task.lora, None, ALONE)
+    fill(model, first_weights(run.seed, open_checkpoint(str(run.init_from)), None), torch.device("cpu"), torch.float32)
     optimizer = build_optimizer(model, run.optimizer)
     losses, norms = [], []
     for step in range(run.steps):
@@ -119,7 +119,7 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, Clock(step + 1))
+            group["lr"] = rate_at(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -129,8 +129,6 @@ def go_plainly(run: Run) -> tuple[list[float], list[float]]:
 def go_with_peft(run: Run, model: Any) -> list[float]:
     """The losses of the same run without dropout, with transformers and `peft`."""
     from layouts import batch_of
-
-    from opt_parallel.optim import learning_rate
 
     tensors: list[Tensor] = [tensor for tensor in model.parameters() if tensor.requires_grad]
     settings = run.optimizer
@@ -145,7 +143,7 @@ def go_with_peft(run: Run, model: Any) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tensors, settings.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run, Clock(step + 1))
+            group["lr"] = rate_at(run, Clock(step + 1))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

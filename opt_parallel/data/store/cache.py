@@ -16,7 +16,6 @@ from zlib import crc32
 from filelock import FileLock
 
 from opt_parallel.config.paths import reach
-from opt_parallel.config.run import Run
 from opt_parallel.data.store.failure import failure_of, forget_failure, record_failure
 from opt_parallel.data.store.workers import Unfinished
 from opt_parallel.runtime.errors import UserError
@@ -26,13 +25,13 @@ from opt_parallel.storage.checked import dump_checked, read_checked
 FORMAT = 4  # part of every fingerprint. When the content of folders changes, a new number makes all folders invalid.
 
 
-def cached(run: Run, kind: str, key: list[Any], former_key: list[Any] | None = None) -> Path:
-    """The path of a cached folder, whose name consists of its `kind` and of the fingerprint of `key`.
+def cached(cache: str, kind: str, key: list[Any], former_key: list[Any] | None = None) -> Path:
+    """The path of a folder in `cache`, whose name consists of its `kind` and of the fingerprint of `key`.
 
     Earlier versions used `former_key`. The result is the folder of that key if only that folder exists. Raises:
     UserError if `data.cache` cannot be read."""
-    reach("data.cache=", run.data.cache)
-    folder, former = (Path(run.data.cache) / f"{kind}-{fingerprint(each)}" for each in (key, former_key or []))
+    reach("data.cache=", cache)
+    folder, former = (Path(cache) / f"{kind}-{fingerprint(each)}" for each in (key, former_key or []))
     return former if former_key and former.exists() and not folder.exists() else folder
 
 

@@ -17,7 +17,6 @@ from zlib import crc32
 
 from filelock import FileLock
 
-from opt_parallel.config.run import Run
 from opt_parallel.data.store.cache import cached
 from opt_parallel.data.store.workers import progress
 from opt_parallel.data.text.sources import Corpus
@@ -33,7 +32,7 @@ AT_ONCE = 4096  # Maximum number of blocks in the queue of the threads.
 LARGEST = 2**30  # Maximum bytes of a file with checksums.
 
 
-def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:
+def content_of(cache: str, corpus: Corpus, stream: bool) -> tuple[str, ...]:
     """A checksum and the file name extension of each file, in order.
 
     For a data set in a folder, the path within the folder replaces the extension. Raises: UserError if a file cannot be
@@ -47,7 +46,7 @@ def content_of(run: Run, corpus: Corpus, stream: bool) -> tuple[str, ...]:
         if stream:
             checksums = [f"{size} {checksum:08x}" for size, checksum in ends]
         else:
-            checksums = _checksums(run, corpus, paths, ends)
+            checksums = _checksums(cache, corpus, paths, ends)
     except OSError as error:
         raise UserError(
             f"{corpus.key}: {error.filename} cannot be read ({error.strerror}): restore the file"
@@ -71,11 +70,11 @@ def ends_of(paths: list[Path]) -> Iterator[tuple[int, int]]:
             yield size, crc32(first + file.read(ENDS))
 
 
-def _checksums(run: Run, corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
+def _checksums(cache: str, corpus: Corpus, paths: list[Path], ends: list[tuple[int, int]]) -> list[str]:
     """The checksum of each file, from the cache, or computed by one process while other processes wait."""
     times = [path.stat().st_mtime_ns for path in paths]
     known_by = [[str(path), time, *end] for path, time, end in zip(paths, times, ends, strict=True)]
-    remembered = cached(run, "checksums", known_by).with_suffix(".json")
+    remembered = cached(cache, "checksums", known_by).with_suffix(".json")
     if (known := _remembered(remembered, len(paths))) is not None:
         return known
     try:

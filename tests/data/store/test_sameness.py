@@ -39,7 +39,7 @@ def source_of(folder: Path, train: Path, stream: bool = False) -> PreparedSource
 
 
 def content(folder: Path, train: Path, stream: bool = False) -> tuple[str, ...]:
-    return sameness.content_of(run_on(folder, train), Corpus.find("data.train", [str(train)]), stream)
+    return sameness.content_of(run_on(folder, train).data.cache, Corpus.find("data.train", [str(train)]), stream)
 
 
 def in_the_middle(path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_data_set_in_a_folder_that_was_moved(tmp_path: Path) -> None:
     def cache_key() -> list[object]:
         (folder,) = tmp_path.glob("*set")
         corpus = Corpus.find("data.train", [str(folder)], split="train")
-        found = sameness.content_of(run_on(tmp_path, folder), corpus, stream=False)
+        found = sameness.content_of(run_on(tmp_path, folder).data.cache, corpus, stream=False)
         return [found, corpus.cache_key()]
 
     before = cache_key()
