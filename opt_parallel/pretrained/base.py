@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from opt_parallel.checkpoint.sources import Opened, open_folder
 from opt_parallel.config.model import MAY_DIFFER, ModelConfig
-from opt_parallel.config.run import ActivationCheckpointing
 from opt_parallel.config.units import bytes_of
 from opt_parallel.huggingface.folder import write_folder
 from opt_parallel.huggingface.hub import WEIGHTS, Download, find_checkpoint, upload
 from opt_parallel.huggingface.names import to_hf
-from opt_parallel.model.opt import Block, Decoder
-from opt_parallel.parallel.shard import Shard, Source, fill, gather_parameter, mark, marked, random_source, shard_of
+from opt_parallel.model.opt import Block
+from opt_parallel.parallel.shard import Source, fill, gather_parameter, marked, random_source
 from opt_parallel.parallel.topology import ALONE, Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
 from opt_parallel.pretrained.config import HUB, OPTConfig, dtype_of
-from opt_parallel.pretrained.keys import join_keys, split_keys
+from opt_parallel.pretrained.module import OPTModule
 from opt_parallel.pretrained.resizing import embedding_of, resized
 from opt_parallel.runtime.errors import UserError, WrongArgument, refusing
 
@@ -31,17 +30,13 @@ PREFIX = "model."  # of the decoder's parameters in a model with a head
 NO_EFFECT = ("low_cpu_mem_usage", "trust_remote_code")  # memory is low anyway, and no code of a checkpoint ever runs
 
 
-class PretrainedOPT(nn.Module):
+class PretrainedOPT(OPTModule):
     """Base of the three classes.
 
     Dropout and LayerDrop act in training mode. They depend on `seed` and the number of samples and forwards so far, and
     are the same on all ranks. Keys of `state_dict` are transformers'; with a tensor group the values are this rank's
     parts.
     """
-
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
 
     def __init__(
         self,
@@ -81,17 +76,9 @@ class PretrainedOPT(nn.Module):
         raise NotImplementedError
 
     @property
-    def base_model(self) -> Any:
-        """The OPTModel: `model` of a model with a head, else the model itself."""
-        return self.model if hasattr(self, "model") else self
-
-    def get_decoder(self) -> Decoder:
-        """The decoder."""
-        decoder = self.base_model.decoder
-        assert isinstance(decoder, Decoder)
-        return decoder
-
-    # Loading
+    def name_or_path(self) -> str:
+        """The name that the checkpoint was loaded by."""
+        return self.config.name_or_path
 
     @classmethod
     def from_pretrained(
@@ -149,8 +136,6 @@ class PretrainedOPT(nn.Module):
 
     def _read_files(self, folder: Path) -> None:
         """Read what the checkpoint has besides configuration and weights."""
-
-    # Saving
 
     def save_pretrained(
         self, folder: str | Path, max_shard_size: str | int = "5GB", safe_serialization: bool = True
@@ -218,8 +203,6 @@ class PretrainedOPT(nn.Module):
     def _to_theirs(self, name: str, values: Tensor) -> dict[str, Tensor]:
         return to_hf(name, values)
 
-    # Embeddings
-
     def get_input_embeddings(self) -> VocabParallelEmbedding:
         """The token embedding; its weight holds this rank's rows."""
         return self.get_decoder().embed_tokens
@@ -256,85 +239,12 @@ class PretrainedOPT(nn.Module):
         """The output projection, tied to the embedding; None without one."""
         return None
 
-    def tie_weights(self) -> None:
-        """Give the output projection the embedding's parameter."""
-
     def prune_heads(self, heads: Mapping[int, list[int]]) -> None:
         """Refused. Raises: WrongArgument."""
         raise WrongArgument(
             f"prune_heads({dict(heads)!s:.200}): heads are not removed; to silence them, pass head_mask with 0 at "
             "[layer, head] to the forward"
         )
-
-    # A torch module
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.get_decoder().embed_positions.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.get_decoder().embed_positions.weight.device
-
-    @property
-    def name_or_path(self) -> str:
-        """The name that the checkpoint was loaded by."""
-        return self.config.name_or_path
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of parameters of the unsplit model, a tied head counted once."""
-        left_out = ("embed_tokens.weight", "embed_positions.weight") if exclude_embeddings else ()
-        return sum(
-            shard.numel
-            for name, parameter, shard in marked(self)
-            if not name.endswith(left_out) and (parameter.requires_grad or not only_trainable)
-        )
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Recompute each layer in the backward. Only `use_reentrant=False` exists. Raises: WrongArgument."""
-        others = dict(gradient_checkpointing_kwargs or {})
-        if others not in ({}, {"use_reentrant": False}):
-            raise WrongArgument(
-                f"gradient_checkpointing_kwargs={others!s:.200}: layers are recomputed with use_reentrant=False only; "
-                "leave it out"
-            )
-        self.get_decoder().recompute = ActivationCheckpointing.full
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep the activations of all layers for the backward."""
-        self.get_decoder().recompute = ActivationCheckpointing.none
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in the backward."""
-        return self.get_decoder().recompute is ActivationCheckpointing.full
-
-    def state_dict(self, *args: Any, **arguments: Any) -> Any:
-        """torch's `state_dict` with transformers' keys. Query, key and value are views of one parameter."""
-        state = super().state_dict(*args, **arguments)
-        split_keys(state, arguments.get("prefix", ""))
-        return state
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        join_keys(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """torch's `load_state_dict` with the keys of `state_dict`. The head stays tied."""
-        marks = _marks(self)
-        loaded = super().load_state_dict(state_dict, strict, assign)
-        self.tie_weights()
-        _restore_marks(self, marks)
-        return loaded
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        _restore_marks(copied, _marks(self))
-        return copied
 
 
 def _ours(config: Any) -> OPTConfig:
@@ -360,13 +270,3 @@ def _check_known(where: str, arguments: Mapping[str, Any]) -> None:
 def _without_prefix(source: Source) -> Source:
     """`source`, whose names lack `PREFIX`, for a model with or without a head."""
     return lambda name, shard: source(name.removeprefix(PREFIX), shard)
-
-
-def _marks(model: nn.Module) -> list[Shard]:
-    return [shard_of(parameter) for parameter in model.parameters()]
-
-
-def _restore_marks(model: nn.Module, marks: list[Shard]) -> None:
-    """Mark parameters that were replaced by copies: torch does not copy a parameter's attributes."""
-    for parameter, shard in zip(model.parameters(), marks, strict=True):
-        mark(parameter, shard)

@@ -188,6 +188,15 @@ class OPTForCausalLM(PretrainedOPT):
         """Give the output projection the embedding's parameter."""
         self.lm_head = VocabParallelHead(self.model.decoder.embed_tokens)
 
+    def state_dict(self, *args: Any, **arguments: Any) -> Any:
+        """torch's `state_dict` with transformers' keys. `lm_head.weight` is a copy, because transformers' Trainer
+        writes safetensors, which refuse tied tensors."""
+        state = super().state_dict(*args, **arguments)
+        if not arguments.get("keep_vars", False):
+            name = f"{arguments.get('prefix', '')}lm_head.weight"
+            state[name] = state[name].clone()
+        return state
+
     def forward(
         self,
         input_ids: Tensor | None = None,
