@@ -1,46 +1,8 @@
-"""Train an OPT model: `python train.py model=opt-125m data.train=…`, as one process or under a launcher."""
+"""`opt-parallel train`, for a checkout of the repository."""
 
 from __future__ import annotations
 
-import sys
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
-
-from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
-from opt_parallel.config.compose import command, run_from, take
-from opt_parallel.launching.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
-from opt_parallel.runtime.process import set_ranks, world_size
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(config: DictConfig) -> None:
-    """Train one run from its composed configuration. Hydra's multirun calls this function for each combination of
-    values."""
-    set_ranks()  # submitit starts a sweep's job in this function, not in `command`
-    status = 0
-    with reported():
-        start_from_checkpoint(config, HydraConfig.get().overrides.task)
-        take_special_tokens(config, HydraConfig.get().overrides.task)
-        if is_sweep():
-            with open_dict(config):
-                take(config, "run.dir", f"{config.run.dir}/{folder_name(swept_values())}")
-        run = run_from(config)
-        run.check_world(world_size())
-
-        from opt_parallel.loop import train  # imported late, since importing torch takes seconds
-
-        status = train(run)
-    if status:
-        sys.exit(status)
-
-
-def run_or_sweep() -> None:
-    """Train the run, or all runs of a sweep."""
-    main()
-    report_diverged()
-
+from opt_parallel.commands.train import run
 
 if __name__ == "__main__":
-    command(run_or_sweep)
+    run()

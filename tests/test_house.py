@@ -25,8 +25,10 @@ FLOORS = [
     ["data.tasks", "checkpoint", "validation"],
     ["tools", "launching", "preflight", "pretrained"],
     ["run_folder", "start"],
-    ["loop"],
-    ["train"],
+    ["loop", "benchmarks"],
+    ["commands"],
+    ["completion"],
+    ["train", "__main__"],
     [""],  # opt_parallel/__init__.py, which names the classes of `pretrained`
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -34,13 +36,13 @@ MODULES = sorted([*(ROOT / "opt_parallel").rglob("*.py"), ROOT / "train.py"])
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # who may import what; everybody else may not
 RESERVED = {
-    "deepspeed": {"engine"},
-    "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight"},
+    "deepspeed": {"engine", "benchmarks.contenders"},
+    "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight", "benchmarks"},
     # a mistake in the command line is said before torch is imported, which takes seconds
     "torch": {"parallel", "report.metrics", "report.trackers", "data.samples", "data.kinds", "data.tasks", "model",
               "optim", "zero", "engine", "checkpoint", "validation", "tools", "preflight", "pretrained", "start",
               "loop", "huggingface.names", "huggingface.weights", "huggingface.arrays", "huggingface.pickled",
-              "huggingface.folder"},
+              "huggingface.folder", "benchmarks", "commands.benchmark", "commands.generate"},
 }  # fmt: skip
 
 

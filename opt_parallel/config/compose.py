@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -33,6 +34,8 @@ from opt_parallel.runtime.log import quiet_libraries
 from opt_parallel.runtime.process import set_ranks
 from opt_parallel.runtime.terminal import outlive
 
+# the repository's folder `configs`, which is also a part of the package
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
 PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.output_subdir", "hydra.sweep.dir", "hydra.sweep.subdir")
 TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 

@@ -90,7 +90,7 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "All keys, as in `python train.py --help`. `make docs` writes this page from the comments in `opt_parallel/`.",
+        "All keys, as in `opt-parallel train --help`. `make docs` writes this page from comments in `opt_parallel/`.",
         "Defaults are those of the dataclasses; files in `configs/` may set others.",
     ]
     group = None
@@ -104,21 +104,22 @@ def markdown() -> str:
 
 
 def hydra_help() -> str:
-    """The text of configs/hydra/help/keys.yaml, which `python train.py --help` prints."""
+    """The text of configs/hydra/help/keys.yaml, which `opt-parallel train --help` prints."""
     width = max(len(f"{key.name}={key.default}") for key in keys() if len(key.default) < 12)
     lines = [
-        "python train.py model=opt-125m data.train=/data/text steps=1000 …",
+        "opt-parallel ${hydra.job.name} model=opt-125m data.train=/data/text steps=1000 …",
         "",
         "Groups and their files in configs/, chosen as in task=finetune:",
         "",
         "$APP_CONFIG_GROUPS",
-        "Keys with the dataclasses' defaults; `python train.py --cfg job …` prints a command line's values:",
+        "Keys with the dataclasses' defaults; with `--cfg job`, the command prints the values of its arguments:",
         "",
         *(f"{key.name + '=' + key.default:{width}}  {key.explanation}" for key in keys()),
         "",
-        "-m runs every combination of comma-separated values. More: README.md, docs/configuration.md",
+        "-m runs every combination of comma-separated values. --config-dir DIR adds files of your own, such as "
+        "DIR/experiment/mine.yaml for experiment=mine. More: README.md, docs/configuration.md",
     ]
-    head = "# Written by make docs from the comments in opt_parallel/.\napp_name: train.py\ntemplate: |-\n"
+    head = "# Written by make docs from the comments in opt_parallel/.\napp_name: opt-parallel\ntemplate: |-\n"
     return head + "".join(f"  {line}\n" if line else "\n" for line in lines)
 
 

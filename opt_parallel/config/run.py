@@ -308,8 +308,8 @@ class Run(Section):
         tensor = self.parallel.tensor
         require(
             world_size % tensor == 0,
-            f"data({world_size // tensor}) × tensor({tensor}) ≠ world size {world_size}: start a multiple of "
-            f"{tensor} processes (torchrun --nproc-per-node={tensor} train.py …) or change parallel.tensor",
+            f"data({world_size // tensor}) × tensor({tensor}) ≠ world size {world_size}: start a multiple of {tensor} "
+            f"processes (torchrun --nproc-per-node={tensor} -m opt_parallel train …) or change parallel.tensor",
         )
         data = world_size // tensor
         stride = self.micro_batch * data

@@ -233,7 +233,7 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
         require(
             not (source.stream and corpus.hub),
             f"data.tokenizer=null: {corpus.names} is a stream, on which no tokenizer can be trained: name a "
-            "tokenizer, or train one with scripts/train_tokenizer.py",
+            "tokenizer, or train one with opt-parallel tokenizer",
         )
     weights = [Fraction(source.weight) for source in run.data.train_sources]
 

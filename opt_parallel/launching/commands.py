@@ -11,12 +11,14 @@ from pathlib import Path
 import yaml
 
 from opt_parallel.config.paths import reach
-from opt_parallel.launching.settings import Accelerate, DeepSpeed, Elastic, Launch, Torchrun
+from opt_parallel.launching.settings import ACCELERATE, TEMPLATES, Accelerate, DeepSpeed, Elastic, Launch, Torchrun
 from opt_parallel.runtime.errors import UserError
 
 # The signals that torchrun forwards by default, and SIGUSR1, which Slurm sends before the time limit.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 PORT = 29500
+# Launchers start `python -m opt_parallel train …` in each process. DeepSpeed has an option of another name for `-m`.
+TRAIN = ["-m", "opt_parallel", "train"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def torchrun_options(launch: Elastic, signals: str = SIGNALS) -> list[str]:
     ]  # fmt: skip
 
 
-def torchrun(launch: Torchrun, name: str, script: Path, overrides: Sequence[str]) -> Command:
+def torchrun(launch: Torchrun, name: str, overrides: Sequence[str]) -> Command:
     """The torchrun command, which the user runs once on every node. `name` is the rendezvous id."""
     if launch.endpoint is None:
         rendezvous = ["--standalone"]
@@ -79,22 +81,22 @@ def torchrun(launch: Torchrun, name: str, script: Path, overrides: Sequence[str]
         rendezvous = ["--rdzv-endpoint", endpoint, "--rdzv-id", name]
     by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # torchrun would stop on SIGHUP despite nohup
     signals = SIGNALS.replace("SIGHUP,", "") if by_nohup else SIGNALS
-    argv = ["torchrun", *torchrun_options(launch, signals), *rendezvous, str(script), *overrides]
+    argv = ["torchrun", *torchrun_options(launch, signals), *rendezvous, *TRAIN, *overrides]
     return Command(argv, torchrun_environment(launch))
 
 
-def deepspeed(launch: DeepSpeed, script: Path, overrides: Sequence[str]) -> Command:
+def deepspeed(launch: DeepSpeed, overrides: Sequence[str]) -> Command:
     """The command of DeepSpeed's launcher, which starts processes on the hosts of a hostfile by pdsh over ssh. Raises:
     UserError."""
     argv = ["deepspeed", "--no_local_rank", "--num_nodes", launch.nodes, "--num_gpus", str(launch.processes)]
     argv += ["--master_port", str(launch.port)]
     if launch.hostfile is None or launch.most == 1:
-        return Command([*argv, str(script), *overrides], network(launch))
+        return Command([*argv, "--module", *TRAIN[1:], *overrides], network(launch))
     if not reach("launch.hostfile=", launch.hostfile):
         raise UserError(f"launch.hostfile={launch.hostfile} does not exist: write a line `HOST slots=N` per node")
     argv += ["--hostfile", launch.hostfile, "--launcher", "pdsh"]
     argv += ["--master_addr", launch.address] if launch.address else []
-    argv += [str(script), *map(through_pdsh, overrides)]
+    argv += ["--module", *TRAIN[1:], *map(through_pdsh, overrides)]
     return Command(argv, network(launch), needs=["pdsh", "ssh"])
 
 
@@ -111,19 +113,20 @@ def through_pdsh(argument: str) -> str:
     return argument
 
 
-def accelerate(launch: Accelerate, script: Path, overrides: Sequence[str]) -> Command:
+def accelerate(launch: Accelerate, overrides: Sequence[str]) -> Command:
     """The `accelerate launch` command, which the user runs once on every node with the node's own `launch.rank`.
     Raises: UserError."""
     assert launch.config is not None
+    path = TEMPLATES / "accelerate" / launch.config if launch.config in ACCELERATE else Path(launch.config)
     try:
-        config = yaml.safe_load(Path(launch.config).read_text())
+        config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"launch.config={launch.config} cannot be read: choose a file of launch/accelerate/") from error
-    argv = ["accelerate", "launch", "--config_file", launch.config]
+        raise UserError(f"launch.config={launch.config} cannot be read: choose {', '.join(ACCELERATE)}") from error
+    argv = ["accelerate", "launch", "--config_file", str(path)]
     argv += ["--num_machines", launch.nodes, "--num_processes", str(launch.most * launch.processes)]
     argv += ["--machine_rank", str(launch.rank), "--main_process_port", str(launch.port)]
     argv += ["--main_process_ip", launch.address] if launch.address else []
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launch.shutdown_timeout), **network(launch)}
     if isinstance(config, dict) and config.get("use_cpu"):  # accelerate ignores use_cpu with several processes
         environment["ACCELERATE_USE_CPU"] = "true"
-    return Command([*argv, str(script), *overrides], environment)
+    return Command([*argv, *TRAIN, *overrides], environment)

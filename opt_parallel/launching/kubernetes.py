@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from opt_parallel.config.units import quantity_of
-from opt_parallel.launching.commands import PORT, threads, torchrun_environment, torchrun_options
+from opt_parallel.launching.commands import PORT, TRAIN, threads, torchrun_environment, torchrun_options
 from opt_parallel.launching.settings import Kubernetes
 
 LABEL = "batch.kubernetes.io/job-name"  # the Job controller sets this label on its pods
@@ -55,7 +55,7 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
         "name": "trainer",
         "image": launch.image,
         "command": ["torchrun"],
-        "args": [*map(literal, [*torchrun_options(launch), *rendezvous, f"{launch.code}/train.py", *overrides])],
+        "args": [*map(literal, [*torchrun_options(launch), *rendezvous, *TRAIN, *overrides])],
         "workingDir": launch.mount,
         "env": [{"name": name, "value": literal(value)} for name, value in variables.items()],
         "resources": {"requests": resources, "limits": dict(resources)},

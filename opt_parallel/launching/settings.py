@@ -6,12 +6,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from opt_parallel.config.model import Section, require
 from opt_parallel.config.paths import PATH
 from opt_parallel.config.units import bytes_of
 from opt_parallel.runtime.errors import UserError
 
+# the repository's folder `launch`, which is also a part of the package
+TEMPLATES = (Path(__file__).parent / "templates").resolve()
+# accelerate's configurations in TEMPLATES / "accelerate"
+ACCELERATE = ("cpu-one.yaml", "cpu-many.yaml", "gpu-one.yaml", "gpu-many.yaml")
 TIME_FORMATS = {  # time formats from the manual of sbatch
     r"(?P<m>\d+)(:(?P<s>\d+))?": "minutes or minutes:seconds",
     r"(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)": "hours:minutes:seconds",
@@ -180,7 +185,10 @@ class Accelerate(Launch):
     def check(self) -> None:
         super().check()
         require(self.shutdown_timeout >= 1, f"launch.shutdown_timeout={self.shutdown_timeout} must be at least 1")
-        require(self.config is not None, "launch.config is not set: choose a file of launch/accelerate/")
+        require(
+            self.config is not None,
+            f"launch.config is not set: choose {', '.join(ACCELERATE)}, or a configuration file of accelerate",
+        )
         require(0 <= self.rank < self.most, f"launch.rank={self.rank} must lie between 0 and {self.most - 1}")
         require(
             self.most == 1 or self.address is not None,
@@ -190,15 +198,14 @@ class Accelerate(Launch):
 
 @dataclass
 class Kubernetes(Elastic):
-    """torchrun in a Kubernetes Job. `code` is the path of this repository in the image. `claim` is the
-    PersistentVolumeClaim that all pods share, and `mount` is its mount path and the run's working folder. `secret`
-    names a Secret whose entries become environment variables. `grace` is the number of seconds between a pod's SIGTERM
-    and SIGKILL. `backoff` is the maximum number of failed pods that the Job replaces."""
+    """torchrun in a Kubernetes Job. `image` has this package. `claim` is the PersistentVolumeClaim that all pods share,
+    and `mount` is its mount path and the run's working folder. `secret` names a Secret whose entries become environment
+    variables. `grace` is the number of seconds between a pod's SIGTERM and SIGKILL. `backoff` is the maximum number of
+    failed pods that the Job replaces."""
 
     name: str | None = None
     namespace: str = "default"
     image: str | None = None
-    code: str = "/opt/opt-parallel"
     gpus: int = 0
     cpus: int = 1
     memory: str = "4Gi"
@@ -220,9 +227,7 @@ class Kubernetes(Elastic):
                 re.fullmatch(DNS_LABEL, value) is not None,
                 f"launch.{key}={value} is not a Kubernetes name: use lowercase letters, digits and -, at most 57",
             )
-        for key in ("code", "mount"):
-            value = getattr(self, key)
-            require(value.startswith("/"), f"launch.{key}={value} must be an absolute path, which starts with /")
+        require(self.mount.startswith("/"), f"launch.mount={self.mount} must be an absolute path, which starts with /")
         require(
             self.gpus in (0, self.processes),
             f"launch.processes={self.processes} differs from launch.gpus={self.gpus}, and each process uses one GPU: "

@@ -1,4 +1,4 @@
-"""A run's Slurm batch script, rendered from the template launch/slurm/job.sbatch."""
+"""A run's Slurm batch script, rendered from the template `TEMPLATE`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pathlib import Path
 
 import jinja2
 
-from opt_parallel.launching.commands import threads, torchrun_environment, torchrun_options
-from opt_parallel.launching.settings import Slurm
+from opt_parallel.launching.commands import TRAIN, threads, torchrun_environment, torchrun_options
+from opt_parallel.launching.settings import TEMPLATES, Slurm
 from opt_parallel.runtime.errors import UserError
 
-TEMPLATE = "launch/slurm/job.sbatch"
+TEMPLATE = TEMPLATES / "slurm" / "job.sbatch"
 
 
-def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[str]) -> str:
-    """The script for sbatch. `folder` is the run's folder and `root` is this repository's. All nodes must share the
-    run's folder and this repository.
+def job(launch: Slurm, name: str, folder: Path, overrides: Sequence[str]) -> str:
+    """The script for sbatch. All nodes must share `folder`, the run's folder.
 
     Raises: UserError for a character in `folder` that sbatch would replace."""
     for sign in "%\\":
@@ -30,8 +29,8 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
     )
     templates.filters["quote"] = lambda value: shlex.quote(str(value))
     variables = torchrun_environment(launch) | threads(launch.cpus_per_task, launch.processes)
-    agent = [*_container(launch, folder, root), "torchrun", *torchrun_options(launch)]
-    return templates.from_string((root / TEMPLATE).read_text()).render(
+    agent = [*_container(launch, folder), "torchrun", *torchrun_options(launch)]
+    return templates.from_string(TEMPLATE.read_text()).render(
         launch=launch,
         name=name,
         logs=folder / "logs",
@@ -40,7 +39,7 @@ def job(launch: Slurm, name: str, folder: Path, root: Path, overrides: Sequence[
         venv=None if launch.container else _venv(launch),
         variables=variables,
         agent=_one_option_per_line(agent),
-        training=shlex.join([str(root / "train.py"), *overrides]),
+        training=shlex.join([*TRAIN, *overrides]),
     )
 
 
@@ -49,19 +48,15 @@ def _venv(launch: Slurm) -> Path:
     return Path(launch.venv).absolute() if launch.venv else Path(sys.prefix)
 
 
-def _container(launch: Slurm, folder: Path, root: Path) -> list[str]:
-    """The `apptainer exec` command line, or nothing if no container is set. The command mounts the run's folder and
-    this repository into the container. Apptainer itself mounts the home folder and the working folder. Raises:
-    UserError."""
+def _container(launch: Slurm, folder: Path) -> list[str]:
+    """The `apptainer exec` command line, or nothing if no container is set. The command mounts the run's folder.
+    Apptainer itself mounts the home folder and the working folder. Raises: UserError."""
     if launch.container is None:
         return []
-    for path in (root, folder):
-        if set(str(path)) & set(",:"):
-            raise UserError(
-                f"{path} holds a comma or a colon, which separate paths for Apptainer: choose another folder"
-            )
+    if set(str(folder)) & set(",:"):
+        raise UserError(f"{folder} holds a comma or a colon, which separate paths for Apptainer: choose another folder")
     gpus = ["--nv"] if launch.gpus_per_node else []
-    return ["apptainer", "exec", *gpus, "--bind", f"{root},{folder}", os.path.expanduser(launch.container)]
+    return ["apptainer", "exec", *gpus, "--bind", str(folder), os.path.expanduser(launch.container)]
 
 
 def _one_option_per_line(argv: Sequence[str]) -> str:

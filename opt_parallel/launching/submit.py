@@ -1,4 +1,4 @@
-"""Start a run by a launch system. The command line is split into overrides of `launch` and of train.py, and both
+"""Start a run by a launch system. The command line is split into overrides of `launch` and of `train`, and both
 configurations are composed and checked."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from opt_parallel.checkpoint.inherit import start_from_checkpoint
-from opt_parallel.config.compose import TEXTS, register_schema, run_from, verbatim
+from opt_parallel.config.compose import CONFIGS, TEXTS, register_schema, run_from, verbatim
 from opt_parallel.config.model import require
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.paths import change_paths, local, refuse_breaks, text_keys
@@ -30,14 +30,14 @@ from opt_parallel.runtime.errors import UserError, one_line
 LAUNCH_TEXTS = {key for section in SECTIONS.values() for key in text_keys(section, "launch.")}
 
 
-def submit(root: Path, arguments: Sequence[str]) -> None:
-    """Start train.py of the repository `root` with `arguments`, or print what would be started (`launch.dry_run`).
+def submit(arguments: Sequence[str]) -> None:
+    """Start `train` with `arguments`, or print what would be started (`launch.dry_run`).
 
     A launcher that runs on this host replaces this process. Raises: UserError, and Hydra's and OmegaConf's errors."""
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
-    launch, run = composed(root / "configs", ours, theirs)
+    launch, run = composed(CONFIGS, ours, theirs)
     check(launch, run)
-    started = rendered(launch, run.run, root, theirs)
+    started = rendered(launch, run.run, theirs)
     if launch.dry_run:
         print(started, end="\n" if isinstance(started, Command) else "")
     elif isinstance(started, Command):
@@ -51,15 +51,15 @@ def submit(root: Path, arguments: Sequence[str]) -> None:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides of `launch` and the overrides of train.py. Raises: UserError for an option such as --help."""
+    """The overrides of `launch` and the overrides of `train`. Raises: UserError for an option such as --help."""
     ours: list[str] = []
     theirs: list[str] = []
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key.startswith("-"):
             raise UserError(
-                f"{argument} is not an override (key=value): submit.py starts one run; for several runs use train.py's "
-                "multirun, see launch/slurm/README.md"
+                f"{argument} is not an override (key=value): submit starts one run; for several runs use the multirun "
+                "of train: opt-parallel train -m …"
             )
         (ours if key == "launch" or key.startswith("launch.") else theirs).append(argument)
     return ours, theirs
@@ -112,18 +112,17 @@ def check(launch: Launch, run: Run) -> None:
     )
 
 
-def rendered(launch: Launch, run: RunConfig, root: Path, overrides: Sequence[str]) -> Command | str:
+def rendered(launch: Launch, run: RunConfig, overrides: Sequence[str]) -> Command | str:
     """The command to run, or the text of the batch script or of the manifests."""
-    script = root / "train.py"
     match launch:
         case Torchrun():
-            return torchrun(launch, run.name, script, overrides)
+            return torchrun(launch, run.name, overrides)
         case DeepSpeed():
-            return deepspeed(launch, script, overrides)
+            return deepspeed(launch, overrides)
         case Accelerate():
-            return accelerate(launch, script, overrides)
+            return accelerate(launch, overrides)
         case Slurm():
-            return job(launch, run.name, Path(run.dir).absolute(), root, overrides)
+            return job(launch, run.name, Path(run.dir).absolute(), overrides)
         case Kubernetes():
             return to_yaml(manifests(launch, overrides))
     raise AssertionError(launch)

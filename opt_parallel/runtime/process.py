@@ -48,7 +48,7 @@ def is_main() -> bool:
 def launcher_is_gone() -> bool:
     """Whether the launcher (torchrun, accelerate, DeepSpeed's) ended before this process, as after SIGKILL or a signal
     that the launcher does not forward. Without a launcher, the end of the parent process is ignored, because a shell
-    may end on purpose after `python train.py &`."""
+    may end on purpose after `opt-parallel train &`."""
     return os.getppid() != PARENT and any(name in os.environ for name in WATCHED)
 
 

@@ -86,7 +86,7 @@ def verify(folder: Path, against: Path | None = None, tensor: int = 1) -> Verdic
     opened = open_checkpoint(folder)
     reference = opened if against is None else open_checkpoint(against, "--against ", checksums=True)
     if not (opened.folder / CONFIG).is_file():
-        raise UserError(f"--checkpoint {folder} is not a Hugging Face folder: export it first (scripts/export.py)")
+        raise UserError(f"--checkpoint {folder} is not a Hugging Face folder: export it first (opt-parallel export)")
     labels = len(opened.labels.names)
     transformers = _transformers()
     opened.config.check_splits(tensor, "--tensor ")
@@ -133,7 +133,7 @@ def _require_memory(folder: Path, empty: nn.Module) -> None:
             f"{folder}: verifying its largest tensor", COPIES * 4 * max(sizes), "free memory, or raise the limit"
         )
     else:
-        way_out = "export it first (scripts/export.py), since safetensors are read one layer at a time"
+        way_out = "export it first (opt-parallel export), since safetensors are read one layer at a time"
         require_memory(f"{folder}: transformers' full model in fp32", 4 * (sum(sizes) + COPIES * max(sizes)), way_out)
 
 

@@ -116,10 +116,10 @@ def test_all_ranks_are_told(crew: Any, folders: dict[torch.dtype, Path]) -> None
 
 
 def said(monkeypatch: pytest.MonkeyPatch, *command: str) -> str:
-    """The error of a script's main function, where hardly any memory is free."""
+    """The error of a command's main function, where hardly any memory is free."""
     monkeypatch.setattr(memory, "memory_free", lambda processes=1: 10**6)
     monkeypatch.setattr(sys, "argv", list(command))
-    main = runpy.run_path(str(ROOT / "scripts" / command[0]), run_name="script")["main"]
+    main = runpy.run_path(str(ROOT / "opt_parallel" / "commands" / command[0]), run_name="script")["main"]
     with pytest.raises(UserError) as raised:
         main()
     return str(raised.value)
@@ -288,7 +288,7 @@ def test_pytorchs_own_files_are_verified_too(tmp_path: Path, monkeypatch: pytest
     assert verdict is not None
     assert verdict.agrees, verdict
     monkeypatch.setattr(memory, "memory_free", lambda: 10**6)
-    with pytest.raises(UserError, match=r"scripts/export\.py"):
+    with pytest.raises(UserError, match="opt-parallel export"):
         verify(tmp_path / "model")
 
 

@@ -111,7 +111,7 @@ def test_where_a_hub_id_may_stand_too(monkeypatch: pytest.MonkeyPatch) -> None:
         refused(load_script("generate").main, "--checkpoint ", url)
         monkeypatch.setattr(sys, "argv", ["x", "--vocab-size", "300", "--output", "new", "--input", "a", url])
         with pytest.raises(UserError, match=r"no such file|is a URL"):
-            load_script("train_tokenizer").main()
+            load_script("tokenizer").main()
     page = "https://huggingface.co/facebook/opt-125m/tree/main"
     with pytest.raises(UserError, match="write init_from=facebook/opt-125m"):
         run_of("model=opt-tiny", f"init_from={page}")

@@ -59,7 +59,7 @@ def shown(system: System, key: str = "run.name", text: str = "") -> str:
     else:
         given[name] = value
     launch = launch_from(OmegaConf.create(verbatim({"launch": given})))
-    return str(rendered(launch, run.run, ROOT, [f"{key}={value}"]))
+    return str(rendered(launch, run.run, [f"{key}={value}"]))
 
 
 def run_script(script: str, folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_manifest_keeps_its_fields() -> None:
     """And Kubernetes puts no variable of the container, as a Secret's, in the place of $(NAME)."""
     for text in SIGNS:
         launch = Kubernetes(
-            system=System.kubernetes, name="a", image=f"x{text}", claim=f"x{text}", secret=f"x{text}", code=f"/x{text}",
+            system=System.kubernetes, name="a", image=f"x{text}", claim=f"x{text}", secret=f"x{text}",
             mount=f"/x{text}", interface=f"x{text}",
         )  # fmt: skip
         overrides = [f"run.name=x{text}"]

@@ -200,7 +200,7 @@ def test_a_killed_node_is_survived(site: Site, victim: str) -> None:
 def test_a_crash_is_not_requeued(site: Site) -> None:
     job = site.submit("crashed", "launch.restarts=0", ENDLESS)
     site.wait_for_steps("crashed", 10)
-    trainers = [pid for pid in site.slurm.processes(f"SLURM_JOB_ID={job}") if "train.py" in command_of(pid)]
+    trainers = [pid for pid in site.slurm.processes(f"SLURM_JOB_ID={job}") if "opt_parallel" in command_of(pid)]
     subprocess.run(["kill", "-KILL", *map(str, trainers)], check=True)
     assert site.slurm.wait(job, "FAILED", "COMPLETED", "PENDING", timeout=TIMEOUT) == "FAILED"
     assert site.state("crashed") == "running"
@@ -209,7 +209,7 @@ def test_a_crash_is_not_requeued(site: Site) -> None:
 def command_of(pid: int) -> str:
     """A process's own words, where it is Python and not one of its launchers."""
     words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    return words[2] if len(words) > 2 and words[1] == "-u" else ""
+    return " ".join(words[2:]) if words[1:2] == ["-u"] else ""
 
 
 def test_srun_starts_train_py_without_torchrun(site: Site) -> None:

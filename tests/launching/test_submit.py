@@ -61,7 +61,7 @@ def words_of(shell: str) -> list[str]:
 
 def options_of(words: list[str]) -> dict[str, str]:
     """`{"--nnodes": "2", …}` of a launcher's words before the script."""
-    before = words[: words.index(str(ROOT / "train.py"))]
+    before = words[: words.index("opt_parallel")]
     return {word: value for word, value in zip(before, [*before[1:], ""], strict=True) if word.startswith("--")}
 
 
@@ -76,6 +76,8 @@ def test_what_is_started_has_train_s_own_words_untouched(system: str) -> None:
     else:
         words = words_of(shown)
     assert words[-len(RUN) :] == RUN
+    module = "--module" if system == "deepspeed" else "-m"
+    assert words[-len(RUN) - 3 : -len(RUN)] == [module, "opt_parallel", "train"]
 
 
 def test_torchrun_on_one_machine_and_on_many() -> None:
@@ -121,7 +123,7 @@ def test_torchrun_is_started_in_this_process_s_place(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "absent.txt" in done.stderr
     assert done.returncode == 1  # torchrun's
-    assert "train.py FAILED" in done.stderr
+    assert "opt_parallel FAILED" in done.stderr
 
 
 def test_slurm_s_script_has_what_was_asked_for() -> None:
@@ -165,7 +167,7 @@ def test_slurm_s_container_takes_the_environment_s_place() -> None:
     shown = dry(*VARIOUS["slurm"], "launch.container=/images/opt.sif", "launch.gpus_per_node=2", *RUN)
     words = words_of(shown[shown.index("srun ") : shown.index("status=")])
     assert words[words.index("apptainer") :][:7] == [
-        "apptainer", "exec", "--nv", "--bind", f"{ROOT},/tmp/a run's folder", "/images/opt.sif", "torchrun",
+        "apptainer", "exec", "--nv", "--bind", "/tmp/a run's folder", "/images/opt.sif", "torchrun",
     ]  # fmt: skip
     assert "export PATH" not in shown
 
@@ -211,9 +213,11 @@ def test_deepspeed_s_words_come_through_pdsh(tmp_path: Path) -> None:
 def test_accelerate_s_command_goes_with_its_file(name: str) -> None:
     config = ROOT / "launch" / "accelerate" / f"{name}.yaml"
     many = ["launch.nodes=2", "launch.rank=1", "launch.address=node1"] if name.endswith("many") else []
-    words = words_of(dry("launch=accelerate", f"launch.config={config}", "launch.processes=4", *many, "batch.global=8"))
+    arguments = ["launch=accelerate", f"launch.config={config}", "launch.processes=4", *many, "batch.global=8"]
+    words = words_of(dry(*arguments))
     options = options_of(words)
     assert options["--config_file"] == str(config)
+    assert words == words_of(dry(*[word.replace(str(config), config.name) for word in arguments]))
     assert options["--num_processes"] == ("8" if many else "4")
     assert options["--machine_rank"] == ("1" if many else "0")
     assert ("ACCELERATE_USE_CPU=true" in words) == name.startswith("cpu")
@@ -295,6 +299,7 @@ def test_a_broken_manifest_is_refused(fault: str) -> None:
         (["launch.nodes=2", "launch.endpoint=a", "parallel.tensor=2"], "parallel.allow_cross_node=true"),
         (["optimizer.lr=-1"], "optimizer.lr=-1"),
         (["--multirun"], "--multirun is not an override"),
+        (["launch=accelerate", "launch.config=gpu.yaml"], "choose cpu-one.yaml, cpu-many.yaml,"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_said_in_one_line(

@@ -1,4 +1,4 @@
-"""Parses the command-line arguments of train.py and the scripts without running these commands."""
+"""Parses the command-line arguments of commands and scripts without running them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, rendere
 
 
 def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
-    """The `Run` for these arguments of train.py, or with `evaluation` for these arguments of scripts/evaluate.py.
+    """The `Run` for these arguments of `train`, or with `evaluation` for these arguments of `evaluate`.
 
     With `tokenizer`, the special tokens are also read from the tokenizer, which may be on the hub."""
     overrides = checked(arguments, TEXTS)
@@ -47,16 +47,16 @@ def path_keys(section: type, prefix: str = "") -> list[str]:
 
 
 def dry(*arguments: str) -> str:
-    """The command, batch script or manifests that launch/submit.py would start for these arguments."""
+    """The command, batch script or manifests that `opt-parallel submit` would start for these arguments."""
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
     launch, run = composed(ROOT / "configs", ours, theirs)
     check(launch, run)
-    return str(rendered(launch, run.run, ROOT, theirs))
+    return str(rendered(launch, run.run, theirs))
 
 
 def load_script(name: str) -> Any:
-    """The file scripts/`name`.py, imported as a module."""
-    spec = spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    """The file SCRIPTS[name], imported as a new module."""
+    spec = spec_from_file_location(f"scripts_{name}", SCRIPTS[name])
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -66,7 +66,7 @@ def load_script(name: str) -> Any:
 
 
 def parser_of(name: str) -> ArgumentParser:
-    """The argument parser that a script's function `main` makes."""
+    """The argument parser of a command, or the one that a script's function `main` makes."""
 
     class Made(Exception):
         pass
@@ -80,7 +80,7 @@ def parser_of(name: str) -> ArgumentParser:
         module.main()
     except Made as made:
         return made.args[0]
-    raise AssertionError(f"scripts/{name}.py does not read its options with `parsed`")
+    raise AssertionError(f"{SCRIPTS[name]} does not read its options with `parsed`")
 
 
 def options_of(name: str) -> list[tuple[str | None, Action]]:
@@ -97,5 +97,6 @@ def options_of(name: str) -> list[tuple[str | None, Action]]:
     return list(walk(parser_of(name), None))
 
 
-# The scripts with options. Other scripts are left out, because their function `main` would do its work.
-SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "parsed(" in path.read_text())
+# The commands and scripts with options. Other scripts are left out, because their function `main` would do its work.
+FILES = [*(ROOT / "opt_parallel" / "commands").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+SCRIPTS = {path.stem: path for path in sorted(FILES) if "parsed(" in path.read_text()}

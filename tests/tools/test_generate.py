@@ -28,7 +28,7 @@ SAMPLED = ["--temperature", "1", "--top-p", "0.9", "--seed", "3", "--max-new-tok
 
 
 def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
+    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "opt_parallel" / "commands" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.race import Race, Result
+from opt_parallel.benchmarks.race import Race, Result
 from opt_parallel.config.run import Run
 from opt_parallel.report.plots import save_figure
 from opt_parallel.runtime.log import aligned

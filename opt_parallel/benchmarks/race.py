@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from benchmarks.contenders import CONTENDERS, PRODUCT, PRODUCT_SIZE, PRODUCTS, Contender
+from opt_parallel.benchmarks.contenders import CONTENDERS, PRODUCT, PRODUCT_SIZE, PRODUCTS, Contender
 from opt_parallel.config.run import Run
 from opt_parallel.parallel.topology import local_device
 from opt_parallel.report.metrics import forget_peak_memory, peak_memory

@@ -125,7 +125,7 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 def _ours(here: Path, workers: int) -> list[str]:
     size = load_tokenizer(str(here / "tokenizer")).get_vocab_size()
     return [
-        sys.executable, "scripts/prepare.py", "model=opt-tiny", f"model.vocab_size={size}",
+        sys.executable, "opt-parallel prepare", "model=opt-tiny", f"model.vocab_size={size}",
         f"data.train={here / 'text.jsonl'}", f"data.tokenizer={here / 'tokenizer'}", f"data.cache={here / 'cache'}",
         f"data.workers={workers}",
     ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""The files of Hydra's configuration, `pkg://opt_parallel.configs` for a search path."""

@@ -1,0 +1,1 @@
+"""The commands of `opt-parallel`, one module each. `run()` starts a command with the words of `sys.argv`."""

@@ -1,0 +1,302 @@
+"""Measure opt-parallel and other trainers in one run.
+
+    opt-parallel benchmark train --processes 2 model=opt-125m parallel.tensor=2 batch.micro=2
+    opt-parallel benchmark loss --tokens 1024 4096 --words 25136
+    opt-parallel benchmark io model=opt-1.3b parallel.tensor=2 precision=bf16
+    opt-parallel benchmark checkpoint precision=fp32
+    opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
+    opt-parallel benchmark prepare --megabytes 500 --workers 2
+
+The commands `train`, `io`, `checkpoint` and `generate` take configuration keys of `train` after their options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+from opt_parallel.config.options import parsed
+from opt_parallel.config.paths import make_folder
+from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
+from opt_parallel.config.units import bytes_of
+from opt_parallel.runtime.errors import UserError, reporting
+from opt_parallel.runtime.log import aligned, quiet_libraries
+from opt_parallel.runtime.machine import cpus
+
+NAMES = ("ours", "transformers", "autotp", "dtensor")
+AUTO = "auto (default): bf16 if this device supports it natively, else fp32"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    _add_training(verbs)
+    _add_files(verbs)
+    _add_text(verbs)
+    return parser
+
+
+def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = verbs.add_parser(
+        "train", help="compare the speed of training with transformers, DeepSpeed AutoTP and torch DTensor"
+    )
+    train.add_argument("--processes", type=_positive, default=1)
+    train.add_argument("--threads", type=_positive, help="threads of each process; default: CPU cores / processes")
+    train.add_argument("--contenders", type=_names, default=list(NAMES), help=f"default: {','.join(NAMES)}")
+    train.add_argument("--rounds", type=_positive, default=5)
+    train.add_argument(
+        "--steps", type=_positive, default=2, help="number of optimizer steps of each trainer in a round"
+    )
+    train.add_argument("--accumulation", type=_positive, default=1, help="number of micro-batches in a step")
+    train.add_argument("--name", help="name of the result files; default: date and time")
+    train.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    loss = verbs.add_parser("loss", help="measure the loss of the output projection, fused and plain")
+    loss.add_argument("--tokens", type=_positive, nargs="+", default=[1024])
+    loss.add_argument("--width", type=_positive, default=768)
+    loss.add_argument("--words", type=_positive, nargs="+", default=[50272])
+    loss.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=AUTO)
+    loss.add_argument("--threads", type=_positive, default=1)
+    loss.add_argument("--rounds", type=_positive, default=7)
+
+
+def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    io = verbs.add_parser("io", help="measure memory and time of importing and exporting a checkpoint")
+    io.add_argument("--max-shard-size", default="1GB")
+    io.add_argument("overrides", nargs="*", metavar="key=value")
+    checkpoint = verbs.add_parser(
+        "checkpoint", help="compare the speed of saving and loading checkpoints with DeepSpeed"
+    )
+    checkpoint.add_argument("--processes", type=_positive, default=4, help="number of processes with one thread each")
+    checkpoint.add_argument("--rounds", type=_positive, default=5)
+    checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
+    checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor=2 unless given")
+
+
+def _add_text(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = verbs.add_parser("generate", help="compare the speed of greedy generation in fp32 with transformers")
+    generate.add_argument(
+        "--batch", type=_positive, action="append", help="number of prompts in a batch; default: 1, then 8"
+    )
+    generate.add_argument("--prompt", type=_positive, default=16, help="number of tokens in a prompt")
+    generate.add_argument("--new", type=_positive, default=128, help="number of tokens to generate")
+    generate.add_argument("--threads", type=_positive, default=cpus())
+    generate.add_argument("--rounds", type=_positive, default=7)
+    generate.add_argument("overrides", nargs="*", metavar="key=value")
+    prepare = verbs.add_parser(
+        "prepare", help="compare the preparation of text with datasets.map, and resume a killed preparation"
+    )
+    prepare.add_argument(
+        "--megabytes",
+        type=_positive,
+        default=500,
+        help="size of the text, which is made of changed copies of a short text",
+    )
+    prepare.add_argument("--workers", type=_positive, default=2)
+    prepare.add_argument("--vocab-size", type=_positive, default=16384)
+    prepare.add_argument("--rounds", type=_positive, default=3)
+    prepare.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
+
+
+def main() -> None:
+    arguments = parsed(parser())
+    quiet_libraries()
+    runners = {
+        "train": run_race, "loss": run_loss, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation,
+        "prepare": run_preparation,
+    }  # fmt: skip
+    runners[arguments.verb](arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be an integer of at least 1")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} does not exist: choose from {','.join(NAMES)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text} names a trainer twice: name each once")
+    return names
+
+
+def run_race(arguments: argparse.Namespace) -> None:
+    world, threads = arguments.processes, arguments.threads or max(1, cpus() // arguments.processes)
+    run = settled(compared_run(arguments.overrides, arguments.accumulation))
+    check_setting(arguments, run)
+    os.environ["LOCAL_WORLD_SIZE"] = str(world)
+
+    import torch
+
+    from opt_parallel.benchmarks.race import race
+    from opt_parallel.benchmarks.report import rows_of, table, write
+    from opt_parallel.parallel.topology import local_device
+
+    device = local_device()
+    done = race(arguments.contenders, run, world, threads, arguments.steps, arguments.rounds)
+    if all(result.failure for result in done.results):
+        raise UserError("; ".join(f"{result.title} {result.failure}" for result in done.results))
+    rows = rows_of(done, run, world)
+    shape, rate = run.model, statistics.median(done.matmul_flops) / 1e12
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {threads} threads each"
+    title = (
+        f"OPT {shape.parameters() / 1e6:,.0f}M ({shape.num_hidden_layers} layers of {shape.hidden_size}), "
+        f"{run.precision.name.value}, ZeRO-{run.zero.stage}, micro-batch {run.micro_batch} × {run.data.sequence_length}"
+        f"{f' × {arguments.accumulation}' if arguments.accumulation > 1 else ''}, dropout {shape.dropout:g}, "
+        f"attention dropout {shape.attention_dropout:g}"
+    )
+    machine = f"{world} × {where}; a matrix product reaches {rate:.2f} TFLOP/s on each"
+    print(f"\n{title}\n{machine}\n\n{table(rows)}\n")
+    setting = {
+        "title": title, "machine": machine, "overrides": arguments.overrides, "processes": world, "threads": threads,
+        "steps": arguments.steps, "accumulation": arguments.accumulation, "torch": torch.__version__,
+        "matmul_flops": done.matmul_flops,
+    }  # fmt: skip
+    name = arguments.name or time.strftime("%Y-%m-%d-%H%M%S")
+    print("written: " + ", ".join(str(path) for path in write(arguments.output, name, title, setting, rows)))
+
+
+def check_setting(arguments: argparse.Namespace, run: Run) -> None:
+    """Create the output folder. Raises: UserError if the folder cannot be created, or if parallel.tensor does not
+    divide the number of processes."""
+    if arguments.processes % run.parallel.tensor:
+        raise UserError(f"--processes {arguments.processes} is not a multiple of parallel.tensor={run.parallel.tensor}")
+    make_folder("--output ", arguments.output)
+
+
+def compared_run(overrides: list[str], accumulation: int) -> Run:
+    """The run that `train` composes from `overrides`, with one data-parallel process and without warm-up.
+
+    Raises: UserError for settings that would apply to opt-parallel only."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from opt_parallel.config.compose import CONFIGS, explain, register_schema, run_from
+
+    if any(override.startswith("batch.global") for override in overrides):
+        raise UserError("batch.global follows from batch.micro × --accumulation × data: set those instead")
+    register_schema()
+    ours = ["run.name=benchmark", "schedule.warmup_steps=null", "schedule.warmup_tokens=null"]
+    composing = initialize_config_dir(str(CONFIGS), version_base="1.3")
+    with reporting((HydraException, OmegaConfBaseException), explain), composing:
+        run = run_from(compose("config", overrides=[*overrides, *ours]))
+    refused = {
+        "activation_checkpointing": (run.activation_checkpointing, ActivationCheckpointing.none),
+        "zero.offload": (run.zero.offload, Offload.none),
+    }
+    for key, (value, only) in refused.items():
+        if value is not only:
+            raise UserError(f"{key}={value.value} would apply to opt-parallel only: use {key}={only.value}")
+    if run.precision.name is Precision.fp16:
+        raise UserError("precision=fp16 makes trainers skip different steps: use precision=bf16 or precision=fp32")
+    return dataclasses.replace(run, batch={"global": run.micro_batch * accumulation, "micro": run.micro_batch})
+
+
+def settled(run: Run) -> Run:
+    """`run` with precision=auto replaced by bf16 or fp32. bf16 is not chosen on a device that only emulates it."""
+    from opt_parallel.parallel.precision import choose_precision_alone
+
+    precision, why = choose_precision_alone(run.precision.name, run.zero.stage)
+    if why:
+        print(f"precision={precision.value}: {why}")
+    return run.in_precision(precision)
+
+
+def run_loss(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from opt_parallel.benchmarks.loss import measure, row
+    from opt_parallel.parallel.topology import DTYPES
+
+    torch.set_num_threads(arguments.threads)
+    precision = settled(Run(precision=PrecisionConfig(Precision(arguments.precision)))).precision.name
+    dtype = DTYPES[precision]
+    lines = [
+        ["tokens × words", "fused (range)", "plain (range)", "plain ÷ fused (range)", "fused memory", "plain memory"]
+    ]
+    for tokens in arguments.tokens:
+        for words in arguments.words:
+            measured = measure(tokens, arguments.width, words, dtype, arguments.rounds)
+            lines.append(row(tokens, words, measured))
+    print(f"\n{precision.value}, width {arguments.width}, {arguments.threads} threads\n")
+    print(aligned(lines))
+
+
+def run_io(arguments: argparse.Namespace) -> None:
+    run = settled(compared_run(arguments.overrides, accumulation=1))
+    from opt_parallel.benchmarks.files import table_of
+
+    size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
+    rows = table_of(run.model, run.parallel.tensor, run.precision.name, size)
+    print(
+        f"\nOPT {run.model.parameters() / 1e6:,.0f}M, fp16 files of {arguments.max_shard_size} at most, imported as "
+        f"{run.precision.name.value}; total memory of a process\n"
+    )
+    print(aligned(rows))
+
+
+def run_checkpoint(arguments: argparse.Namespace) -> None:
+    run = settled(compared_run(["parallel.tensor=2", *arguments.overrides], accumulation=1))
+    check_setting(arguments, run)
+    os.environ["OMP_NUM_THREADS"] = "1"  # number of threads of the processes that `measure` starts
+    from opt_parallel.benchmarks.checkpoints import measure, table
+
+    measured = measure(run, arguments.processes, arguments.output, arguments.rounds)
+    tensor, data = run.parallel.tensor, arguments.processes // run.parallel.tensor
+    print(
+        f"\nOPT {run.model.parameters() / 1e6:,.0f}M, {run.precision.name.value}, ZeRO-{run.zero.stage}, "
+        f"tensor {tensor} × data {data}, {_processor()}, 1 thread each\n"
+    )
+    print(aligned(table(measured)))
+
+
+def run_generation(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from opt_parallel.benchmarks.generation import HEAD, measure, row
+    from opt_parallel.model.decoding import Decoding, check_fits
+
+    model = compared_run(arguments.overrides, accumulation=1).model
+    check_fits(model, Decoding(max_new_tokens=arguments.new), arguments.prompt)
+    torch.set_num_threads(arguments.threads)
+    lines = [*HEAD]
+    for batch in arguments.batch or [1, 8]:
+        lines.append(row(batch, measure(model, batch, arguments.prompt, arguments.new, arguments.rounds)))
+    print(
+        f"\nOPT {model.parameters() / 1e6:,.0f}M, fp32, {arguments.new} tokens after {arguments.prompt}, "
+        f"{_processor()}, {arguments.threads} threads\n"
+    )
+    print(aligned(lines))
+
+
+def run_preparation(arguments: argparse.Namespace) -> None:
+    make_folder("--output ", arguments.output)
+    from opt_parallel.benchmarks.preparation import measure
+
+    print(f"\n{arguments.megabytes} MB of text, {arguments.workers} workers, {_processor()}\n")
+    size = arguments.megabytes * 10**6
+    print(aligned(measure(arguments.output, size, arguments.workers, arguments.vocab_size, arguments.rounds)))
+
+
+def _processor() -> str:
+    """The name of the processor, which Linux reports in /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def run() -> None:
+    with reporting():
+        main()

@@ -1,0 +1,183 @@
+"""The command `opt-parallel`: its help, its mistakes, its completion, and a wheel outside of the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from command import ROOT, environment
+
+import opt_parallel
+from opt_parallel.__main__ import COMMANDS, HELP
+from opt_parallel.completion import SHELLS
+
+THIN = ["train.py", "launch/submit.py", *(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
+
+
+def outside(folder: Path, *arguments: str, package: Path = ROOT, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a Python command in `folder` with the package of the folder `package`."""
+    variables = environment(PYTHONPATH=str(package))
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy of the files that it needs."""
+    source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("opt_parallel", "configs", "launch"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    words = ["wheel", str(source), "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(made)]
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True)
+    (path,) = made.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path) -> Path:
+    """The content of the wheel, in a folder for PYTHONPATH."""
+    folder = wheel.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_every_command_has_a_line_in_the_help_and_a_module() -> None:
+    modules = {path.stem for path in (ROOT / "opt_parallel" / "commands").glob("[!_]*.py")}
+    assert modules == set(COMMANDS)
+    for name in COMMANDS:
+        assert callable(import_module(f"opt_parallel.commands.{name}").run)
+        assert HELP.count(f"\n  {name} ") == 1
+
+
+@pytest.mark.parametrize("path", THIN)
+def test_a_file_of_the_checkout_only_calls_its_command(path: str) -> None:
+    text = (ROOT / path).read_text()
+    own = path.startswith("scripts/") and "opt_parallel.commands" not in text
+    assert own == (Path(path).stem in ("demo_text", "reference", "wordnet_baselines", "wordnet_text"))
+    assert own or len(text.splitlines()) < 10
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], []])
+def test_the_front_page_imports_no_library(words: list[str], tmp_path: Path) -> None:
+    show = "import sys; from opt_parallel.__main__ import main; main(); print(*sys.modules, file=sys.stderr)"
+    done = outside(tmp_path, "-c", show, *words)
+    assert done.stdout == (f"opt-parallel {opt_parallel.__version__}\n" if words == ["--version"] else HELP)
+    assert not {"torch", "hydra", "numpy", "yaml"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "trian is not a command: did you mean opt-parallel train?"),
+        (["model=opt-tiny"], "model=opt-tiny is not a command: opt-parallel --help lists the commands"),
+        (["hf_token=hf_abcdefghijklmnopqrstuvwxyz0123"], "hf_token=… is not a command"),
+        (["--shell-completion", "csh"], "--shell-completion csh is not a shell: choose bash, zsh, fish"),
+        (["--shell-completion"], "--shell-completion is given no shell: choose bash, zsh, fish"),
+    ],
+)
+def test_a_mistake_in_the_first_word_is_one_line(words: list[str], line: str, tmp_path: Path) -> None:
+    done = outside(tmp_path, "-m", "opt_parallel", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {line}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("opt-parallel ex", "export"),
+        ("opt-parallel --v", "--version"),
+        ("opt-parallel --shell-completion ", "bash zsh fish"),
+        ("opt-parallel export --che", "--checkpoint"),
+        ("opt-parallel export --dtype b", "bfloat16"),
+        ("opt-parallel checkpoint ", "list show verify diff"),
+        ("opt-parallel checkpoint diff --m", "--most"),
+        ("opt-parallel compare runs/", ""),  # the shell completes files
+        ("opt-parallel train model=opt-t", "model=opt-tiny"),
+        ("opt-parallel train model=opt-tiny optimizer.l", "optimizer.lr="),
+        ("opt-parallel prepare zero.offload=", "zero.offload=none zero.offload=cpu"),
+        ("opt-parallel submit launch.no", "launch.nodes="),
+        ("opt-parallel submit launch=s", "launch=slurm"),
+        ("opt-parallel nothing ", ""),
+    ],
+)
+def test_completion(line: str, found: str, tmp_path: Path) -> None:
+    done = outside(tmp_path, "-m", "opt_parallel", "--complete", line)
+    assert (done.stdout.strip(), done.stderr, done.returncode) == (found, "", 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bash_completes_with_the_script_that_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "opt-parallel").write_text(f'#!/bin/sh\nexec {sys.executable} -m opt_parallel "$@"\n')
+    (tmp_path / "opt-parallel").chmod(0o755)
+    script = outside(tmp_path, "-m", "opt_parallel", "--shell-completion", "bash").stdout
+    assert script == SHELLS["bash"]
+    typed = "opt-parallel train model=opt-ti"
+    ask = f"COMP_LINE='{typed}'; COMP_POINT={len(typed)}; _opt_parallel; echo \"${{COMPREPLY[@]}}\""
+    variables = environment(PYTHONPATH=str(ROOT), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{ask}"], env=variables, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("model=opt-tiny\n", "")
+
+
+def test_the_wheel_holds_the_configurations_and_templates(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry,) = [name for name in names if name.endswith("entry_points.txt")]
+        assert "opt-parallel = opt_parallel.__main__:main" in archive.read(entry).decode()
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert len(files) > 30
+    assert {f"opt_parallel/{file}" for file in files} <= names
+    templates = [*(ROOT / "launch").rglob("*.yaml"), *(ROOT / "launch").rglob("*.sbatch")]
+    inside = {f"opt_parallel/launching/templates/{path.relative_to(ROOT / 'launch')}" for path in templates}
+    assert inside <= names
+    assert not [name for name in names if name.startswith(("tests", "scripts", "configs", "launch"))]
+
+
+def test_the_wheel_works_outside_of_the_checkout(site: Path, tmp_path: Path) -> None:
+    def said(*words: str) -> subprocess.CompletedProcess:
+        return outside(tmp_path, "-m", "opt_parallel", *words, package=site)
+
+    where = outside(tmp_path, "-c", "import opt_parallel; print(opt_parallel.__file__)", package=site)
+    assert where.stdout.strip() == str(site / "opt_parallel" / "__init__.py")
+    keys = said("train", "--help")
+    assert "opt-parallel train model=" in keys.stdout
+    assert "parallel.tensor=1" in keys.stdout
+    refused = said("train", "modle=opt-tiny")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "modle" in refused.stderr
+    slurm = said("submit", "launch=slurm", "launch.dry_run=true", "model=opt-tiny")
+    assert "-m opt_parallel train model=opt-tiny\n" in slurm.stdout
+    accelerate = said("submit", "launch=accelerate", "launch.config=cpu-one.yaml", "launch.dry_run=true")
+    assert f"{site}/opt_parallel/launching/templates/accelerate/cpu-one.yaml" in accelerate.stdout
+    assert "launch.partition: null" in said("submit", "--help").stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_the_user_stands_beside_the_installed_one(site: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "my" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ndefaults:\n  - override /model: opt-tiny\nsteps: 7\n")
+    words = ["train", "--config-dir", "my", "experiment=mine", "--cfg", "job"]
+    done = outside(tmp_path, "-m", "opt_parallel", *words, package=site)
+    assert "\nsteps: 7\n" in done.stdout, done.stderr
+    (tmp_path / "own.yaml").write_text(
+        "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://opt_parallel.configs']}\n"
+    )
+    done = outside(
+        tmp_path, "-m", "opt_parallel", "train", "--config-dir", ".", "--config-name", "own", "model=opt-tiny", "--cfg",
+        "job", package=site,
+    )  # fmt: skip
+    assert "hidden_size" in done.stdout, done.stderr
