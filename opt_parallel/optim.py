@@ -26,14 +26,23 @@ from opt_parallel.runtime.errors import Diverged
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """A function that builds an optimizer, and the names of the optimizer's state tensors.
+class OptimizerKind:
+    """A function that builds a torch optimizer, and the names of the optimizer's state tensors.
 
-    `moments` are torch's names of the state tensors, each in fp32 and as large as its parameter. Checkpoints store the
-    moments under torch's names. Under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the parameters, so
-    the optimizer must be elementwise. An optimizer that needs full matrices (Adafactor, Muon) would have to gather them
-    first. The optimizer's state of a parameter must consist of the moments and the number of updates, `step`. A resumed
-    run creates the optimizer's state before its first step.
+    `moments` are the names of the state tensors, torch's names if torch has the optimizer. Checkpoints store the
+    moments under these names. The optimizer must meet these requirements:
+
+    * The state of a parameter consists of the moments, each in fp32 with the parameter's shape, and of `step`, the
+      number of updates of the parameter.
+    * `step()` accepts a state that it did not create. In a resumed run, `zero.reset_moments` creates `step` (0-d
+      float32) and moments of zeros before the first step, and the checkpoint's values are then copied into the moments.
+    * The optimizer is elementwise, because under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the
+      parameters. An optimizer that needs full matrices (Adafactor, Muon) would have to gather them first.
+    * Counters belong to the state of a parameter, not to the optimizer or its groups. Under ZeRO-3, DeepSpeed calls
+      `step()` once for each flat partition, with this partition as the only parameter and the other groups empty.
+    * A weight that is zero stays zero if its gradients are zero, because such weights pad split tensors and partitions.
+    * Each step reads the learning rate from `group["lr"]`, which the engine sets.
+    * A parameter without a gradient is skipped, as by torch's optimizers.
     """
 
     build: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
@@ -51,7 +60,7 @@ def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim
     return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
 
 
-OPTIMIZERS = {OptimizerName.adamw: Optimizer(_adamw, ("exp_avg", "exp_avg_sq"))}
+OPTIMIZERS = {OptimizerName.adamw: OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"))}
 
 
 def saved_optimizer(config: dict[str, Any]) -> str:

@@ -42,15 +42,15 @@ class Fragment:
 
 def held_fragments(wrapped: Any, stage: int, data_rank: int, moments: tuple[str, ...]) -> Iterator[Fragment]:
     """This rank's fragments of the trained parameters, with at most one fragment for each parameter. `moments` are the
-    names of the moments, see `optim.Optimizer`."""
+    names of the moments, see `optim.OptimizerKind`."""
     base = base_optimizer(wrapped)
     for name, tensor, shard in trained(wrapped.module):
         address = _address(wrapped, stage, data_rank, tensor)
         if address is None:
             continue
         flat, start, offset, count = address
-        state = base.state.get(flat, {})
-        parts = {kind: state[kind].view(-1)[offset : offset + count] for kind in moments if kind in state}
+        state = base.state.get(flat, {})  # empty before the first step
+        parts = {kind: state[kind].view(-1)[offset : offset + count] for kind in moments} if state else {}
         yield Fragment(name, shard, start, flat.detach().view(-1)[offset : offset + count], parts)
 
 

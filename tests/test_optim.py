@@ -9,9 +9,16 @@ import pytest
 import torch
 from layouts import Layout, rate_at, run_for
 
-from opt_parallel.config.run import OptimizerConfig, PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
+from opt_parallel.config.run import (
+    OptimizerConfig,
+    OptimizerName,
+    PrecisionConfig,
+    Scaler,
+    ScheduleConfig,
+    ScheduleName,
+)
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.optim import LossScaler, build_optimizer, clip_gradients, gradient_norm
+from opt_parallel.optim import OPTIMIZERS, LossScaler, build_optimizer, clip_gradients, gradient_norm
 from opt_parallel.parallel.shard import fill, random_source
 from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.clock import Clock
@@ -50,6 +57,22 @@ def test_biases_and_layer_norms_do_not_decay() -> None:
         assert decays.pop(id(tensor)) == (0.0 if steady else 0.3), name
     assert not decays
     assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS, ids=lambda name: name.value)
+def test_checkpoints_store_the_complete_state_of_an_optimizer(name: OptimizerName) -> None:
+    """A state tensor that `moments` does not list would be lost at a resume."""
+    model = small_model()
+    optimizer = build_optimizer(model, OptimizerConfig(name=name))
+    for tensor in model.parameters():
+        tensor.grad = torch.randn_like(tensor)
+    optimizer.step()
+    for key, tensor in model.named_parameters():
+        state = optimizer.state[tensor]
+        assert state.keys() == {"step", *OPTIMIZERS[name].moments}, key
+        for moment in OPTIMIZERS[name].moments:
+            assert state[moment].dtype is torch.float32, (key, moment)
+            assert state[moment].shape == tensor.shape, (key, moment)
 
 
 def test_norm_and_clipping_are_torchs() -> None:

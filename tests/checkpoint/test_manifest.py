@@ -25,6 +25,7 @@ from opt_parallel.config.run import Run
 
 NAME = "decoder.final_layer_norm.weight"
 FIRST, SECOND = "rank-00000.safetensors", "rank-00001.safetensors"
+FUTURE = "an-optimizer-of-the-future"
 ALL_KINDS = ["weights", "exp_avg", "exp_avg_sq"]
 
 
@@ -406,10 +407,10 @@ def refusals(folder: Path) -> list[str]:
 def test_an_unknown_optimizer_is_refused(crew: Any, run: Path) -> None:
     """A later version's checkpoint: it is not damaged, and keeps its name."""
     step = run / "checkpoints" / "step-4"
-    edit(step, lambda manifest: manifest["config"]["optimizer"].update(name="lion"))
+    edit(step, lambda manifest: manifest["config"]["optimizer"].update(name=FUTURE))
     (lines,) = crew(1)(refusals, run)
     for line in lines:
-        assert line.startswith(f"{step} was trained with optimizer.name='lion', which this version does not have")
+        assert line.startswith(f"{step} was trained with optimizer.name={FUTURE!r}, which this version does not have")
         assert "adamw" in line
         assert line.endswith("or use the version that wrote it")
     assert (step / "manifest.json").is_file()
@@ -420,9 +421,9 @@ def test_another_optimizer_does_not_resume(crew: Any, tmp_path: Path) -> None:
     folder = with_tokenizer(tmp_path / "run")
     crew(1)(go, spread(folder, Layout()), 0, 0, (0,))
     step = folder / "checkpoints" / "step-0"
-    edit(step, lambda manifest: manifest["config"]["optimizer"].update(name="lion"))
+    edit(step, lambda manifest: manifest["config"]["optimizer"].update(name=FUTURE))
     (line,) = crew(1)(refused, folder)
-    assert line.startswith(f"{step} was trained with optimizer.name='lion', this run has adamw: ")
+    assert line.startswith(f"{step} was trained with optimizer.name={FUTURE!r}, this run has adamw: ")
     assert line.endswith(f"set the value back, or start in another run.dir with init_from={step}")
     edit(step, lambda manifest: manifest["config"].pop("optimizer"))  # a version that only had AdamW
     crew(1)(go, spread(folder, Layout()), 0, 1)
