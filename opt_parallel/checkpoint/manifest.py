@@ -139,6 +139,7 @@ class Manifest(TypedDict):
     updates: Count
     loss_scale: LossScale | None
     layout: Layout
+    device: NotRequired[str]
     versions: dict[str, str]
     config: Config
     text: NotRequired[dict[str, Any]]

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import torch
+
 from opt_parallel.checkpoint.damage import read_share
 from opt_parallel.checkpoint.folders import (
     BEST,
@@ -46,6 +48,7 @@ from opt_parallel.config.run import Run
 from opt_parallel.engine import Engine
 from opt_parallel.model.build import network
 from opt_parallel.optim import saved_optimizer
+from opt_parallel.parallel.precision import device_model
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.parallel.topology import ALONE, Topology
 from opt_parallel.runtime.clock import Clock
@@ -86,6 +89,7 @@ class Store:
         self.tokenizer_files = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
         self.labels, self.base, self.text = labels, base, dict(text or {})
         self.wandb_id = wandb_id
+        self.device = ", ".join(sorted({*topology.exchange(device_model(topology.device))}))
         self.root = run.folder / "checkpoints"
         self.saver = Saver(topology)
         self.saving: Path | None = None  # the folder of the last checkpoint that was passed to the saver
@@ -265,6 +269,7 @@ class Store:
                 "zero.offload": self.run.zero.offload.value,
                 "precision": self.run.precision.name.value,
             },
+            "device": self.device,
             "versions": self._versions(),
             "config": recorded(self.run),
             "text": self.text,
@@ -351,11 +356,13 @@ class Store:
             )
 
     def _print_changes(self, manifest: dict[str, Any]) -> None:
-        """Print a table of the settings and of the versions of libraries that have changed since the checkpoint."""
+        """Print a table of what has changed since the checkpoint: settings, versions of libraries, text, devices and
+        the number of processes. What an older checkpoint does not state counts as unchanged."""
         change_paths(manifest["config"], Run, absolute)  # older checkpoints contain the paths as the user typed them
-        then = manifest["config"] | manifest["versions"] | {"text": manifest.get("text", self.text)}
-        now = recorded(self.run) | self._versions() | {"text": self.text}
-        then["processes"], now["processes"] = manifest["layout"]["world size"], self.topology.world.size
+        own = self._versions() | {"text": self.text, "device": self.device, "processes": self.topology.world.size}
+        stated = {name: manifest[name] for name in ("text", "device") if name in manifest}
+        stated |= manifest["versions"] | {"processes": manifest["layout"]["world size"]}
+        then, now = manifest["config"] | own | stated, recorded(self.run) | own
         rows = [row for row in changes(then, now) if row[0] not in NOT_COMPARED]
         if rows:
             say("changed since the checkpoint:")
@@ -363,7 +370,8 @@ class Store:
                 say(f"  {line}")
 
     def _versions(self) -> dict[str, str]:
-        return {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
+        cuda = {"cuda": torch.version.cuda or "none"}
+        return {"python": platform.python_version(), **{name: version(name) for name in RECORDED}, **cuda}
 
 
 def _labels_as_json(labels: Labels) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision,
 from opt_parallel.config.units import bytes_of
 from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import aligned, quiet_libraries
-from opt_parallel.runtime.machine import cpus
+from opt_parallel.runtime.machine import cpu_model, cpus
 
 NAMES = ("ours", "transformers", "autotp", "dtensor")
 AUTO = "auto (default): bf16 if this device supports it natively, else fp32"
@@ -147,7 +146,7 @@ def run_race(arguments: argparse.Namespace) -> None:
         raise UserError("; ".join(f"{result.title} {result.failure}" for result in done.results))
     rows = rows_of(done, run, world)
     shape, rate = run.model, statistics.median(done.matmul_flops) / 1e12
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {threads} threads each"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_model()}, {threads} threads each"
     title = (
         f"OPT {shape.parameters() / 1e6:,.0f}M ({shape.num_hidden_layers} layers of {shape.hidden_size}), "
         f"{run.precision.name.value}, ZeRO-{run.zero.stage}, micro-batch {run.micro_batch} × {run.data.sequence_length}"
@@ -255,7 +254,7 @@ def run_checkpoint(arguments: argparse.Namespace) -> None:
     tensor, data = run.parallel.tensor, arguments.processes // run.parallel.tensor
     print(
         f"\nOPT {run.model.parameters() / 1e6:,.0f}M, {run.precision.name.value}, ZeRO-{run.zero.stage}, "
-        f"tensor {tensor} × data {data}, {_processor()}, 1 thread each\n"
+        f"tensor {tensor} × data {data}, {cpu_model()}, 1 thread each\n"
     )
     print(aligned(table(measured)))
 
@@ -274,7 +273,7 @@ def run_generation(arguments: argparse.Namespace) -> None:
         lines.append(row(batch, measure(model, batch, arguments.prompt, arguments.new, arguments.rounds)))
     print(
         f"\nOPT {model.parameters() / 1e6:,.0f}M, fp32, {arguments.new} tokens after {arguments.prompt}, "
-        f"{_processor()}, {arguments.threads} threads\n"
+        f"{cpu_model()}, {arguments.threads} threads\n"
     )
     print(aligned(lines))
 
@@ -283,18 +282,9 @@ def run_preparation(arguments: argparse.Namespace) -> None:
     make_folder("--output ", arguments.output)
     from opt_parallel.benchmarks.preparation import measure
 
-    print(f"\n{arguments.megabytes} MB of text, {arguments.workers} workers, {_processor()}\n")
+    print(f"\n{arguments.megabytes} MB of text, {arguments.workers} workers, {cpu_model()}\n")
     size = arguments.megabytes * 10**6
     print(aligned(measure(arguments.output, size, arguments.workers, arguments.vocab_size, arguments.rounds)))
-
-
-def _processor() -> str:
-    """The name of the processor, which Linux reports in /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def run() -> None:

@@ -75,6 +75,7 @@ def show(arguments: argparse.Namespace) -> int:
         "layout": layout_of(manifest),
         "losses": f"training {_loss(losses['train'])}, validation {_loss(losses['validation'])}",
         "loss scale": _pairs(manifest["loss_scale"]) if manifest["loss_scale"] else "none",
+        "device": manifest.get("device", "not recorded"),
         "versions": _pairs(manifest["versions"]),
         "format": str(manifest["format"]),
     }
@@ -122,12 +123,11 @@ def diff(arguments: argparse.Namespace) -> int:
     a, b = CheckpointReader(arguments.a), CheckpointReader(arguments.b)
     for reader in (a, b):
         check_sizes(reader)
-    sections = ("clock", "updates", "loss_scale", "layout", "versions", "config")
-    before, after = ({name: each.manifest[name] for name in sections} for each in (a, b))
+    sections = ("clock", "updates", "loss_scale", "layout", "device", "versions", "config", "text", "base")
+    before, after = ({name: each.manifest.get(name) for name in sections} for each in (a, b))
     rows = changes(before, after)
-    print(
-        aligned([["differs", str(a.folder), str(b.folder)], *rows]) if rows else "all settings and versions are equal"
-    )
+    heading = ["differs", str(a.folder), str(b.folder)]
+    print(aligned([heading, *rows]) if rows else "all settings, versions, devices and texts are equal")
     apart = only_in_one(a, b)
     print("".join(f"\n{line}" for line in apart), end="\n" if apart else "")
     found = sorted(differences(a, b), key=lambda each: -each.rank)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence, Set
-from pathlib import Path
 
 import torch
 
 from opt_parallel.config.run import Precision
 from opt_parallel.parallel.topology import Topology, local_device
 from opt_parallel.runtime.log import say
+from opt_parallel.runtime.machine import CPUINFO, cpu_model
 
-CPUINFO = Path("/proc/cpuinfo")
 # A CPU supports a precision if it has one of these flags. The last flag of each set is of ARM, the others are of x86.
 FLAGS = {Precision.bf16: {"avx512_bf16", "amx_bf16", "bf16"}, Precision.fp16: {"avx512_fp16", "amx_fp16", "asimdhp"}}
 # Values of ONEDNN_MAX_CPU_ISA with which oneDNN, torch's library for matrix products, uses no fp16 instructions. With
@@ -117,3 +116,8 @@ def _emulating(precision: Precision, natives: Sequence[Set[Precision]], names: S
 def device_name(device: torch.device) -> str:
     """The name of `device` in messages."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
+def device_model(device: torch.device) -> str:
+    """The model of `device`, on which the rounding of results depends."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import getpass
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-PROC = Path("/proc/self")
+PROC, CPUINFO = Path("/proc/self"), Path("/proc/cpuinfo")
 # environment variables in which Slurm, PBS, TORQUE, Grid Engine and LSF give a job's number of CPUs
 CPUS_GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "PBS_NUM_PPN", "NSLOTS", "LSB_DJOB_NUMPROC")
 
@@ -20,6 +21,16 @@ def cpus() -> int:
     (rounded down) and the number of CPUs that the batch system allocated, but at least 1."""
     quotas = [int(quota) for quota in _quotas()]
     return max(1, min([_affinity(), *quotas, *_given()]))
+
+
+def cpu_model() -> str:
+    """The model of this host's CPU, or its architecture, such as aarch64, if the system does not state the model."""
+    try:
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    line = re.search(r"^model name\s*:(.+)$", text, re.MULTILINE)
+    return line[1].strip() if line else platform.machine()
 
 
 def limit_threads() -> None:

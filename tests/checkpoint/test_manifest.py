@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import zlib
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from layouts import Layout
 from tampering import edit
 from test_resume import go, run_of, with_tokenizer
 
 from opt_parallel.checkpoint.folders import retire
 from opt_parallel.config.run import Run
+from opt_parallel.parallel.precision import device_model
+from opt_parallel.parallel.topology import local_device
 
 NAME = "decoder.final_layer_norm.weight"
 FIRST, SECOND = "rank-00000.safetensors", "rank-00001.safetensors"
@@ -443,6 +447,29 @@ def test_an_earlier_versions_manifest_is_read(crew: Any, run: Path) -> None:
     edit(step, lambda manifest: [manifest.pop(key) for key in ("text", "base")], checksum=False)
     (answers,) = crew(1)(read_by_all, run)
     assert answers == [f"read {digest(step)}"] * 3
+
+
+def test_another_device_is_a_change_and_an_unknown_one_is_not(crew: Any, run: Path) -> None:
+    step = run / "checkpoints" / "step-4"
+    device = json.loads((step / "manifest.json").read_text())["device"]
+    assert device == device_model(local_device())
+    edit(step, lambda manifest: manifest.update(device="a lost GPU"))
+    edit(step, lambda manifest: manifest["versions"].update(cuda="1.0"))
+    (table,) = crew(1)(said_at_a_resume, run)
+    assert ["cuda", "1.0", torch.version.cuda or "none"] in [line.split() for line in table.splitlines()]
+    assert ["device", "a lost GPU", device] in [re.split("  +", line.strip()) for line in table.splitlines()]
+    edit(step, lambda manifest: [manifest.pop("device"), manifest["versions"].pop("cuda")])  # an earlier version's
+    (table,) = crew(1)(said_at_a_resume, run)
+    names = {line.split()[0] for line in table.splitlines()}
+    assert "parallel.tensor" in names
+    assert not {"cuda", "device"} & names
+
+
+def said_at_a_resume(folder: Path) -> str:
+    """Resume on a worker process without a step, and return what is printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        go(spread(folder, Layout()), 4, 4)
+    return out.getvalue()
 
 
 def test_names_that_no_save_gives_are_left_alone(crew: Any, run: Path) -> None:

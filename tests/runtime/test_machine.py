@@ -4,6 +4,7 @@ the kernel writes them, for the version of control groups that it does not have.
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +50,21 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 V2 = [("/", "fs", "cgroup2", "rw,nsdelegate")]
 V1 = [("/", "fs/cpu", "cgroup", "rw,cpu,cpuacct"), ("/", "fs/memory", "cgroup", "rw,memory")]
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        ("processor\t: 0\nmodel\t\t: 1\nmodel name\t: A CPU (R) @ 2 GHz\nmodel name\t: another\n", "A CPU (R) @ 2 GHz"),
+        ("CPU implementer\t: 0x41\n", platform.machine()),  # ARM states no name
+    ],
+)
+def test_the_model_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, model: str) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert machine.cpu_model() == model
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "missing")
+    assert machine.cpu_model()
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,22 @@ def test_diff_across_layouts(
     assert ["layout.tensor", "1", "2"] in [line.split() for line in lines]
     assert ["config.parallel.tensor", "1", "2"] in [line.split() for line in lines]
     _, text = said(capsys, monkeypatch, "diff", two, two)
-    assert "all settings and versions are equal" in text
+    assert "all settings, versions, devices and texts are equal" in text
     assert "tensors are equal" in text
+
+
+def test_diff_names_another_text_device_and_base(
+    runs: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (run / "checkpoints" / "step-4" for run in (runs["two"], copy))
+    edit(b, lambda manifest: manifest["text"].update(train="another-text"))
+    edit(b, lambda manifest: manifest.update(device="another-device", base={"checkpoint": "model", "checksum": "sum"}))
+    edit(b, lambda manifest: manifest["config"]["task"]["lora"].update(rank=8))
+    _, text = said(capsys, monkeypatch, "diff", a, b)
+    rows = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line}
+    assert rows["text.train"] == "another-text"
+    assert rows["device"] == "another-device"
+    assert (rows["base.checkpoint"], rows["base.checksum"]) == ("model", "sum")
 
 
 @pytest.mark.parametrize(
