@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import numa
 from torch import Tensor, nn
 
 from opt_parallel.config.model import Labels
@@ -35,6 +37,12 @@ from opt_parallel.zero import (
     reset_moments,
     updates_made,
 )
+
+# DeepSpeed would compile a test program for each of its operators, and a CPU collective that only its inference uses.
+# An empty table of available operators prevents both, so no compiler is needed.
+deepspeed.ops.__compatible_ops__ = {}
+# On CPUs, DeepSpeed starts `numactl` for every block whose gradients ZeRO-3 reduces. The answer does not change.
+numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,6 @@ class Engine:
         """The run's model with weights from `source`, wrapped by DeepSpeed. `labels` are the labels of a classifier."""
         model = network(run.model, run.task.lora, labels, topology.tensor, run.activation_checkpointing)
         settings = deepspeed_settings(run, topology)
-        # Without this line, DeepSpeed compiles a CPU collective that only its inference uses, and fails without a
-        # compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Without this line, DeepSpeed refuses fp16 on CPUs without fp16 instructions, although torch emulates fp16
         # there.
         get_accelerator().is_fp16_supported = lambda: True

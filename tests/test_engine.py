@@ -105,7 +105,7 @@ REDUCED = [
 
 @pytest.mark.parametrize("layout", REDUCED, ids=str)
 def test_reduced_precision_follows_fp32(crew: Any, layout: Layout) -> None:
-    answers = crew(layout.world)(train, run_for(layout, steps=8, lr=2e-3))
+    answers = crew(layout.world)(train, run_for(layout, steps=8, lr=2e-3, batch=8))
     losses, norms, _ = long_truth()
     for rank_losses, rank_norms, _ in answers:
         assert rank_losses == pytest.approx(losses, abs=FOLLOWS[layout.precision])
@@ -116,7 +116,7 @@ def test_reduced_precision_follows_fp32(crew: Any, layout: Layout) -> None:
 
 @functools.cache
 def long_truth() -> Any:
-    return train_plainly(run_for(Layout(), steps=8, lr=2e-3))
+    return train_plainly(run_for(Layout(), steps=8, lr=2e-3, batch=8))
 
 
 def diverge(run: Any) -> str:

@@ -21,10 +21,10 @@ LAYOUTS = {
     "t1d1z0": Layout(),
     "t1d2z1": Layout(data=2, stage=1),
     "t2d1z2": Layout(tensor=2, stage=2),
-    "t2d2z3": Layout(tensor=2, data=2, stage=3),
+    "t2d2z3": Layout(tensor=2, data=2, stage=3, micro=2),
     "t1d4z3": Layout(data=4, stage=3),
-    "t4d1z1": Layout(tensor=4, stage=1),
-    "t2d2z1-offload": Layout(tensor=2, data=2, stage=1, offload=True),
+    "t4d1z1": Layout(tensor=4, stage=1, micro=2),
+    "t2d2z1-offload": Layout(tensor=2, data=2, stage=1, micro=2, offload=True),
     "t1d2z2m2": Layout(data=2, stage=2, micro=2),
 }
 MIXED = [name for name, layout in LAYOUTS.items() if layout.stage > 0]  # those that keep fp32 masters
@@ -98,7 +98,7 @@ def agreed(answers: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def half(request: pytest.FixtureRequest) -> int:
     """The step after which runs are saved; they end at twice that."""
-    return 10 if request.config.getoption("all_pairs") else 3
+    return 10 if request.config.getoption("all_pairs") else 2
 
 
 @pytest.fixture(scope="module")

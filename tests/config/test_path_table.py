@@ -102,9 +102,14 @@ def composed(key: str, value: str, *more: str) -> Run:
 
 
 def use_text(key: str) -> Callable[[str], Any]:
-    return lambda value: [
-        path for corpus in corpora(composed(key, value).data) for path in corpus.files if "text.j" in path.name
-    ]
+    """Finds the texts of `key`. Without `data.train`, Python's documentation would be prepared for each of them."""
+
+    def use(value: str) -> list[Path]:
+        text = [] if key == "data.train" else [f"data.train={write_text(Path.cwd())}"]
+        found = [corpus for corpus in corpora(composed(key, value, *text).data) if corpus.key == key]
+        return [path for corpus in found for path in corpus.files]
+
+    return use
 
 
 def use_cache(value: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import python, small
+from command import launch, python, small
 from composing import SCRIPTS, options_of, parser_of
 from omegaconf import OmegaConf
 
@@ -82,7 +82,7 @@ def test_no_key_of_ours_looks_like_one() -> None:
 def test_what_the_environment_holds_is_written_nowhere(tmp_path: Path) -> None:
     secrets = {"WANDB_API_KEY": CANARY, "HF_TOKEN": "hf_canaryCanaryCanary", "DB_PASSWORD": "a canary's password"}
     arguments = [*small(tmp_path), "steps=2", "logging.wandb=offline", "logging.tensorboard=true"]
-    process = python("train.py", "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'run'}", "seed=1", **secrets)
+    process = launch(1, "train.py", "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'run'}", "seed=1", **secrets)
     assert process.returncode == 0, process.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}

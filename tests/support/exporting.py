@@ -13,7 +13,8 @@ from layouts import Layout, micro_batches, run_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LAYOUT = Layout(tensor=2, data=2, stage=3)  # splits tensors in all ways: tensor parallelism, ZeRO and padding
+# This layout splits tensors in all ways: tensor parallelism, ZeRO and padding.
+LAYOUT = Layout(tensor=2, data=2, stage=3, micro=2)
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import json
 import multiprocessing.process
 import os
@@ -31,6 +32,9 @@ REQUEST_BYTES = 1 << 20
 PRELOADED = (
     "torch", "torch._inductor.compile_fx", "deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure",
     "opt_parallel.config.compose", "opt_parallel.loop", "opt_parallel.tools.verify", "opt_parallel.tools.evaluate",
+    "opt_parallel.launching.sweep", "deepspeed.module_inject.auto_ep_layer", "torch._dynamo.repro.after_dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "torch.profiler._cupti_monitor", "omegaconf._impl",
+    "pydantic.type_adapter", "antlr4.LL1Analyzer",
 )  # fmt: skip
 
 
@@ -147,8 +151,13 @@ def preload() -> None:
     from opt_parallel.runtime.log import quiet_libraries
 
     quiet_libraries()
+    from hydra.core.plugins import Plugins
+    from matplotlib.figure import Figure
+
     for module in PRELOADED:
         import_module(module)
+    Plugins.instance()  # looks for Hydra's plugins
+    Figure().savefig(io.BytesIO())  # reads the fonts
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads are alive after the imports"
     gc.freeze()

@@ -76,7 +76,9 @@ def _pairs(layout: Layout) -> set[Any]:
     return set(itertools.combinations(dataclasses.asdict(layout).items(), 2))
 
 
-def run_for(layout: Layout, model: dict[str, Any] | None = None, steps: int = 5, lr: float = 1e-3) -> Run:
+def run_for(
+    layout: Layout, model: dict[str, Any] | None = None, steps: int = 4, lr: float = 1e-3, batch: int = 4
+) -> Run:
     return Run(
         model=ModelConfig(**{**TINY, "layerdrop": 0.2, **(model or {})}),
         parallel=ParallelConfig(tensor=layout.tensor),
@@ -91,7 +93,7 @@ def run_for(layout: Layout, model: dict[str, Any] | None = None, steps: int = 5,
         optimizer=OptimizerConfig(lr=lr, clip=0.5, eps=1e-6),
         schedule=ScheduleConfig(warmup_steps=2),
         data=dataclasses.replace(Run().data, sequence_length=16),
-        batch={"global": 8, "micro": layout.micro},
+        batch={"global": batch, "micro": layout.micro},
         activation_checkpointing=ActivationCheckpointing("full" if layout.recompute else "none"),
         steps=steps,
     )
