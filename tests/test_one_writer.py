@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import ROOT, environment, launch, small, train_rows
+from command import launch, small, start, train_rows
+from fork_server import Forked
 
-RUN = ["steps=40", "checkpoint.every=10", "checkpoint.keep=9"]
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-class Start:
-    """A start of train.py, alone or of two ranks, whose output goes to files."""
-
-    def __init__(self, output: Path, arguments: list[str], ranks: int = 1) -> None:
-        self.output = output
-        command = [sys.executable, *(LAUNCHER if ranks == 2 else []), "train.py", *arguments]
-        with output.open("wb") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
-
-    def end(self) -> tuple[int, list[str]]:
-        status = self.process.wait(timeout=240)
-        return status, self.output.read_text().splitlines()
+RUN = ["steps=15", "checkpoint.every=5", "checkpoint.keep=9"]
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
@@ -39,10 +24,10 @@ def weights(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in paths}
 
 
-def wait_for(happened: Callable[[], bool], start: Start) -> None:
+def wait_for(happened: Callable[[], bool], process: Forked) -> None:
     deadline = time.monotonic() + 120
     while not happened():
-        assert start.process.poll() is None, start.output.read_text()
+        assert not process.ended_within(0)
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -75,9 +60,9 @@ def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_pa
     """Of the same run, and of one with other settings, while the first trains."""
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]
-    first = Start(tmp_path / "first", arguments)
+    first = start(tmp_path / "first", "train.py", *arguments)
     wait_for((run / "checkpoints" / "step-10").is_dir, first)
-    first.process.send_signal(signal.SIGSTOP)  # so that it does not end too soon
+    os.kill(first.pid, signal.SIGSTOP)  # so that it does not end too soon
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for other in ([], ["optimizer.lr=5e-3", "seed=7"]):
         second = launch(1, "train.py", *arguments, *other)
@@ -85,8 +70,9 @@ def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_pa
         assert_names(second.stderr.splitlines(), run)
         assert second.stdout == ""
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    first.process.send_signal(signal.SIGCONT)
-    assert first.end()[0] == 0
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.ended_within(240)
+    assert first.status == 0, (tmp_path / "first").read_text()
     assert_undisturbed(run, straight[0])
 
 
@@ -94,10 +80,10 @@ def test_a_killed_one_keeps_nobody_out(straight: tuple[Path, list[str]], tmp_pat
     """And what it left goes, in a run with something left to do."""
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]
-    first = Start(tmp_path / "first", arguments)
+    first = start(tmp_path / "first", "train.py", *arguments)
     wait_for((run / "checkpoints" / "step-10").is_dir, first)
-    first.process.kill()
-    first.process.wait()
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.ended_within(60)
     leftovers = ["state.elsewhere-01234567.partial", "checkpoints/step-20.partial77", "checkpoints/step-30.partial"]
     for name in leftovers:
         (run / name).mkdir(parents=True)

@@ -57,7 +57,7 @@ def go_back(run: Run, saved_at: int) -> tuple[list[float], list[float]]:
     "layout",
     [
         Layout(2, 1, 0), Layout(1, 2, 1, precision="bf16"), Layout(2, 1, 2, precision="bf16"),
-        Layout(2, 2, 3, precision="bf16"), Layout(1, 2, 2, precision="fp16", offload=True),
+        Layout(2, 2, 3, 2, precision="bf16"), Layout(1, 2, 2, precision="fp16", offload=True),
     ],
     ids=str,
 )  # fmt: skip

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import ROOT, environment, launch, python, small, torchrun, train_rows
+from command import ROOT, environment, launch, python, small, start, torchrun, train_rows
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["modle.dropout=0.1"], ["modle does not exist", "did you mean model?"]),
@@ -98,23 +98,30 @@ def test_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
 def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, processes: int) -> None:
     """By Ctrl-C, which a terminal sends to every process; of two ranks by a launcher's signal, to one of them."""
     arguments = [*small(tmp_path), "steps=600", f"parallel.tensor={processes}", "model.layerdrop=0.2"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
-    command = [sys.executable, *launcher, "train.py", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.PIPE, start_new_session=True) as process:  # fmt: skip
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+
+    def wait_for_three_steps() -> None:
         while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             time.sleep(0.02)
-        if processes == 1:
-            os.killpg(process.pid, signal.SIGINT)
-        else:
+
+    if processes == 1:
+        process = start(tmp_path / "output", "train.py", *arguments)
+        wait_for_three_steps()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.ended_within(100)
+        status, output = process.status, (tmp_path / "output").read_text()
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+        with subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.PIPE, start_new_session=True) as launcher:  # fmt: skip
+            wait_for_three_steps()
             header = (tmp_path / "run" / "logs" / "rank-00001.log").read_text().partition("\n")[0]
             os.kill(int(header.rpartition("process ")[2]), signal.SIGUSR1)
-        output, errors = process.communicate(timeout=100)
-    assert "the same command continues the run" in output
-    assert process.returncode == (130 if processes == 1 else 1)
-    if processes == 2:
+            output, errors = launcher.communicate(timeout=100)
+        status = launcher.returncode
         assert errors.count("exitcode  : 75") == errors.count("exitcode  :") == 2  # torchrun's own is always 1
+    assert "the same command continues the run" in output
+    assert status == (130 if processes == 1 else 1)
     assert (tmp_path / "run" / "state").read_text() == "stopped\n"
     steps = [row["step"] for row in train_rows(tmp_path / "run")]
     assert 3 <= len(steps) < 600

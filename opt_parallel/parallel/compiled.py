@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from opt_parallel.runtime.log import say
 
@@ -40,6 +39,8 @@ def _fast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _works(device: str) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # importing torch._dynamo takes seconds
+
     try:
         torch.compile(torch.exp)(torch.ones(8, device=device))
     except TorchDynamoException as error:

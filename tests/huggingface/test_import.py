@@ -100,23 +100,28 @@ def test_a_run_at_zero_3_starts_from_the_weights(checkpoint: Path, tmp_path: Pat
     assert train_rows(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)  # fp32, another order
 
 
-def test_a_hub_id_then_one_of_our_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
-    """The hub's cache in its own layout, refs/main names the snapshot; what it starts is itself started from.
-
-    A run that resumes does not read the weights again."""
+def test_a_hub_id(checkpoint: Path, tmp_path: Path) -> None:
+    """The hub's cache in its own layout; refs/main names the snapshot."""
     repository = tmp_path / "hub" / "models--someone--theirs"
     shutil.copytree(checkpoint, repository / "snapshots" / "0123abcd")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abcd")
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    first = tmp_path / "first"
-    arguments = ["steps=2", f"run.dir={first}", "model.dropout=0.3"]
-    process = python(*start(tmp_path, "someone/theirs", *arguments, "stop_at=1"), **offline)
+    process = python(*start(tmp_path, "someone/theirs", "steps=1"), **offline)
     assert process.returncode == 0, process.stderr
     assert "starting from someone/theirs: from-theirs," in process.stdout
-    for file in repository.rglob("*.safetensors"):
+
+
+def test_one_of_our_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    """A run that resumes does not read the initial weights again. Another run starts from its checkpoint."""
+    theirs, first = tmp_path / "theirs", tmp_path / "first"
+    shutil.copytree(checkpoint, theirs)
+    arguments = ["steps=2", f"run.dir={first}", "model.dropout=0.3"]
+    process = python(*start(tmp_path, theirs, *arguments, "stop_at=1"))
+    assert process.returncode == 0, process.stderr
+    for file in theirs.rglob("*.safetensors"):
         file.unlink()
-    process = python(*start(tmp_path, "someone/theirs", *arguments), **offline)
+    process = python(*start(tmp_path, theirs, *arguments))
     assert "continuing at step 1" in process.stdout, process.stderr
     step = first / "checkpoints" / "step-2"
     process = python(*start(tmp_path, step, "steps=1", "model.attention_dropout=0.2"))

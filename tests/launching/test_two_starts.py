@@ -23,9 +23,10 @@ from command import ROOT, environment, python, small
 from faults import faults, why_not
 from hosts import Host, two_hosts
 from hosts import why_not as why_no_hosts
-from test_one_writer import LAUNCHER, RUN, assert_names, assert_undisturbed
+from test_one_writer import RUN, assert_names, assert_undisturbed
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TIMEOUT = 300.0
 KERNEL = "/proc/sys/kernel/random/boot_id"
 OTHER = ["optimizer.lr=5e-3", "seed=7"]

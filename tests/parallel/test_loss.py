@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from command import ROOT, python
+from command import launch
 from plain_loss import plain_linear_cross_entropy, vocab_parallel_cross_entropy
 from torch import Tensor
 from torch.nn import functional as F
@@ -237,7 +237,8 @@ def test_compiled_it_equals_the_plain_loss(crew: Any) -> None:
 
 
 def print_two_losses() -> None:
-    """In a process of its own."""
+    """In a process of its own, without a compiler."""
+    torch._inductor.config.cpp.cxx = ("/nonexistent/g++",)
     with mock.patch.object(compiled, "COMPILED_FROM", 0), in_chunks(CHUNK, 1, torch.float64):
         hidden, weight, labels, words = leaves("random", torch.float64)
         for _ in range(2):
@@ -248,14 +249,13 @@ def print_two_losses() -> None:
 
 def alone(function: str, *arguments: str, **env: str) -> list[str]:
     """What a function of this file prints in a process of its own, line by line."""
-    here = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests" / "support")])
-    process = python("-c", f"import test_loss; test_loss.{function}(*{arguments})", PYTHONPATH=here, **env)
+    process = launch(1, "tests/support/call.py", __file__, function, *arguments, **env)
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()
 
 
 def test_without_a_compiler_it_says_so_and_works(tmp_path: Path) -> None:
-    said, *losses = alone("print_two_losses", CXX="/nonexistent/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    said, *losses = alone("print_two_losses", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert said.startswith("torch.compile does not work here")
     hidden, weight, labels, words = leaves("random", torch.float64)
     expected = plain_linear_cross_entropy(hidden, weight, labels, words, ALONE).item()
@@ -333,7 +333,7 @@ def test_ranks_of_unequal_words_agree_about_the_chunks(monkeypatch: pytest.Monke
     assert all(shapes == exchanged[0] for shapes in exchanged.values()), exchanged
 
 
-TOKENS, WORDS = (2048, 8192), 20_000
+TOKENS, WORDS = (2048, 8192), 10_000
 LOGITS = 2 * 2**20  # bytes of a chunk's logits in the memory's test
 
 

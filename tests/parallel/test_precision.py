@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import cold_python, small, write_text
+from command import launch, small, write_text
 from layouts import Layout, run_for
 from omegaconf import OmegaConf
 
@@ -160,7 +160,7 @@ def test_a_named_one_is_taken_with_a_warning(crew: Any, tmp_path: Path) -> None:
 def test_fp16_on_a_cpu_without_it(tmp_path: Path) -> None:
     """oneDNN held to AVX2, which has no fp16 arithmetic, on whatever CPU this is."""
     arguments = [*small(tmp_path), "precision=fp16", "steps=1"]
-    done = cold_python("train.py", *arguments, ONEDNN_MAX_CPU_ISA="AVX2")
+    done = launch(1, "train.py", *arguments, ONEDNN_MAX_CPU_ISA="AVX2")
     assert done.returncode == 0, done.stderr
     assert "warning: the CPU emulates fp16" in done.stdout
     assert written(tmp_path, 1) == {"fp16"}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 # This layout splits tensors in all ways: tensor parallelism, ZeRO and padding.
 LAYOUT = Layout(tensor=2, data=2, stage=3, micro=2)
+SMALLER = Layout(tensor=2, stage=1, micro=4)  # for the variants whose tensors have the shapes of other variants
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
@@ -27,13 +28,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(crew: Any, folder: Path, variant: str) -> Path:
-    """Train two steps in `LAYOUT`, and save a checkpoint under `folder`."""
+    """Train two steps in the variant's layout, and save a checkpoint under `folder`."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
-    crew(LAYOUT.world)(_save, str(folder), variant)
+    layout = LAYOUT if variant in ("pre-norm", "350m", "bare") else SMALLER
+    crew(layout.world)(_save, str(folder), variant, layout)
     return folder / "run" / "checkpoints" / "step-2"
 
 
-def _save(folder: str, variant: str) -> None:
+def _save(folder: str, variant: str, layout: Layout) -> None:
     """Train two steps and save a checkpoint, on each worker process."""
     from opt_parallel.checkpoint.store import Store
     from opt_parallel.config.model import Activation
@@ -49,7 +51,7 @@ def _save(folder: str, variant: str) -> None:
         model["activation_function"] = Activation(model["activation_function"])
     # The learning rate is large, so that biases and LayerNorm weights differ clearly from 0 and 1 after the steps.
     run = dataclasses.replace(
-        run_for(LAYOUT, model, steps=2, lr=0.05), run=RunConfig(variant, str(Path(folder) / "run"))
+        run_for(layout, model, steps=2, lr=0.05), run=RunConfig(variant, str(Path(folder) / "run"))
     )
     tokenizer = Path(folder) / "tokenizer"
     with Topology.open(run.parallel.tensor) as topology:

@@ -71,15 +71,18 @@ class Forked:
 
     def __init__(self, connection: socket.socket) -> None:
         self.answers = connection.makefile("rb")
-        self.connection, self.status = connection, 0
+        self.connection, self.status, self.ended = connection, 0, False
         self.pid = int(self.answers.readline())
 
     def ended_within(self, seconds: float) -> bool:
+        if self.ended:
+            return True
         if not select.select([self.connection], [], [], seconds)[0]:
             return False
         status, used = self.answers.readline().split()
         self.status = int(status)
         Forked.all_seconds += float(used)
+        self.ended = True
         return True
 
     def kill(self) -> None:
