@@ -123,3 +123,14 @@ def test_no_circle_inside_a_folder() -> None:
         for leaf in leaves:
             del graph[leaf]
     assert not graph, f"modules import each other in a circle: {sorted(graph)}"
+
+
+def test_a_test_file_runs_alone() -> None:
+    """What several test files use is in tests/support, which is on the path whichever of them runs."""
+    shared = [
+        f"{path.relative_to(ROOT)} imports {imported}"
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for imported in imports_of(ast.parse(path.read_text()))
+        if imported.startswith("test_")
+    ]
+    assert not shared

@@ -9,19 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import launch, small, start, train_rows
+from command import launch, small, start
 from fork_server import Forked
-
-RUN = ["steps=15", "checkpoint.every=5", "checkpoint.keep=9"]
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(row["step"], row["loss"], row["lr"]) for row in train_rows(run)]
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    paths = sorted((run / "checkpoints").glob("step-*/*.safetensors"))
-    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+from two_starts import RUN, assert_names, assert_undisturbed
 
 
 def wait_for(happened: Callable[[], bool], process: Forked) -> None:
@@ -32,13 +22,6 @@ def wait_for(happened: Callable[[], bool], process: Forked) -> None:
         time.sleep(0.01)
 
 
-def assert_names(lines: list[str], run: Path) -> None:
-    """Exactly one line says that another trains there, and who."""
-    (line,) = [line for line in lines if line.startswith("error: ")]
-    for part in (f"run.dir={run}", "another run writes to this folder", "process ", " on ", "since "):
-        assert part in line
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run that nobody disturbs, and its arguments."""
@@ -47,13 +30,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     process = launch(1, "train.py", *arguments)
     assert process.returncode == 0, process.stderr
     return folder / "run", arguments
-
-
-def assert_undisturbed(run: Path, straight: Path) -> None:
-    assert losses(run) == losses(straight)
-    assert weights(run) == weights(straight)
-    assert (run / "config.yaml").read_text().replace(str(run), str(straight)) == (straight / "config.yaml").read_text()
-    assert (run / "state").read_text() == "done\n"
 
 
 def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from command import launch, small
 from faults import faults, why_not
-from test_one_writer import losses
+from two_starts import losses
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 RANKS = [1, pytest.param(2, marks=pytest.mark.long)]

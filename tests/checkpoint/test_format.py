@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from command import ROOT
 from layouts import TINY, Layout
-from test_resume import go, run_of, with_tokenizer
+from resumed_runs import go, run_of, with_tokenizer
 
 from opt_parallel.checkpoint import reader as reshard
 from opt_parallel.checkpoint.reader import CheckpointReader

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 from layouts import Layout
+from resumed_runs import go, run_of, with_tokenizer
 from tampering import edit
-from test_resume import go, run_of, with_tokenizer
 
 from opt_parallel.checkpoint.folders import retire
 from opt_parallel.config.run import Run

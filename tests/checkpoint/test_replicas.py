@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from layouts import Layout, micro_batches
 from lora_runs import run_on, write_base
-from test_resume import run_of, with_tokenizer
+from resumed_runs import run_of, with_tokenizer
 
 from opt_parallel.config.run import Run
 

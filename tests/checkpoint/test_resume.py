@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import Layout, assemble, micro_batches, run_for, weights_of
+from layouts import Layout, assemble
+from resumed_runs import go, run_of, with_tokenizer
 
 from opt_parallel.checkpoint.reader import CheckpointReader
-from opt_parallel.config.run import PrecisionConfig, Run, RunConfig
+from opt_parallel.config.run import RunConfig
 from opt_parallel.parallel.shard import Constant, Shard
 
 LAYOUTS = {
@@ -32,60 +33,6 @@ MIXED = [name for name, layout in LAYOUTS.items() if layout.stage > 0]  # those 
 FOLLOWS = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.01}
 
 Straight = Callable[..., tuple[list[dict[str, Any]], Path]]
-
-
-def run_of(
-    folder: Path,
-    layout: Layout,
-    steps: int,
-    precision: str = "fp32",
-    model: dict[str, Any] | None = None,
-    scale: float = 16.0,
-) -> Run:
-    """The run, spread as `layout` says, whose files lie in `folder`. fp16's loss scale begins at `scale`, doubles after
-    three good steps and then waits for longer."""
-    run = run_for(dataclasses.replace(layout, precision=precision), {"dropout": 0.1, **(model or {})}, steps)
-    scaler = PrecisionConfig(run.precision.name, initial_scale=scale, window=3)
-    return dataclasses.replace(run, run=RunConfig("test", str(folder)), precision=scaler)
-
-
-def go(run: Run, first: int, last: int, saves: tuple[int, ...] = ()) -> dict[str, Any]:
-    """On the crew: steps `first` to `last` of the run, from its newest checkpoint or from the start, saved after the
-    steps `saves`. The losses, which steps fp16 skipped, the optimizer's updates and the state of the loss scale at the
-    end, and this rank's weights when it was saved last."""
-    from opt_parallel.checkpoint.store import Store
-    from opt_parallel.parallel.topology import Topology
-    from opt_parallel.runtime.clock import Clock
-    from opt_parallel.start import build_engine
-
-    losses, skipped, weights = [], [], {}
-    with Topology.open(run.parallel.tensor) as topology:
-        store = Store(run, topology, run.folder / "tokenizer")
-        checkpoint = store.find()
-        engine = build_engine(run, topology, store, checkpoint)
-        clock = checkpoint.clock if checkpoint else Clock()
-        assert clock.step == first
-        while True:
-            if clock.step in saves:
-                store.save(engine, clock)
-                weights = weights_of(engine)
-            if clock.step == last:
-                break
-            result = engine.step(micro_batches(run, clock.step, topology.data.rank, topology.data.size), clock)
-            clock = clock.after(run.global_batch, result.tokens)
-            losses.append(float(result.loss))
-            skipped.append(result.skipped)
-        store.finish()
-        scale = None if engine.scaler is None else engine.scaler.state()
-        ended = {"losses": losses, "skipped": skipped, "updates": engine.updates, "scale": scale, "weights": weights}
-        engine.close()
-    return ended
-
-
-def with_tokenizer(folder: Path) -> Path:
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    return folder
 
 
 def agreed(answers: list[dict[str, Any]]) -> dict[str, Any]:

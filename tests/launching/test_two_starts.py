@@ -23,7 +23,7 @@ from command import ROOT, environment, python, small
 from faults import faults, why_not
 from hosts import Host, two_hosts
 from hosts import why_not as why_no_hosts
-from test_one_writer import RUN, assert_names, assert_undisturbed
+from two_starts import RUN, assert_names, assert_undisturbed
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

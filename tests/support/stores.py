@@ -40,3 +40,13 @@ def feed_of(rows: Rows, seed: int, global_batch: int, micro_batch: int, data_ran
     """The `Feed` of a run with one source of training data."""
     source = Source("train", Fraction(1), rows, Shuffled(seed, len(rows)))
     return Feed(Mixture([source]), global_batch, micro_batch, data_rank, data_size)
+
+
+def ids_of(mixture: Mixture, data: int, micro: int, first: int, last: int, step: int = 16) -> dict[int, list[int]]:
+    """The token ids by sample, of samples `first` to `last`, as the data ranks read them in steps of `step` samples."""
+    found: dict[int, list[int]] = {}
+    for start in range(first, last, step):
+        for rank in range(data):
+            for batch in Feed(mixture, step, micro, rank, data).at(start):
+                found |= dict(zip(batch.samples.tolist(), batch.ids.tolist(), strict=True))
+    return found

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import counting_rows
+from stores import counting_rows, ids_of
 
-from opt_parallel.data.samples.batches import Feed
 from opt_parallel.data.samples.mixture import Mixture, Source, cycle_of, turns_of
 from opt_parallel.data.samples.order import Shuffled
 from opt_parallel.data.samples.samples import Rows
@@ -84,15 +83,6 @@ def test_each_source_has_epochs_of_its_own(tmp_path: Path) -> None:
             assert rows != sorted(rows)
     assert seen["code"][:17] != seen["code"][17:34]
     assert mixture.epochs(400) == {"web": 2.4, "books": pytest.approx(120 / 70), "code": pytest.approx(40 / 17)}
-
-
-def ids_of(mixture: Mixture, data: int, micro: int, first: int, last: int, step: int = 16) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for start in range(first, last, step):
-        for rank in range(data):
-            for batch in Feed(mixture, step, micro, rank, data).at(start):
-                found |= dict(zip(batch.samples.tolist(), batch.ids.tolist(), strict=True))
-    return found
 
 
 def test_the_first_400_samples_are_the_same_in_every_layout_and_after_a_resume(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from layouts import Layout, run_for
+from resumed_runs import with_tokenizer
 from stores import counting_rows, feed_of
-from test_resume import with_tokenizer
 
 from opt_parallel.config.run import Run, RunConfig
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from command import ROOT, SMALL, python
-from test_mixture import ids_of
+from stores import ids_of
 
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.config.run import DataConfig, Run
