@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-
-def peak_memory() -> int:
-    """The process's own peak in bytes; ru_maxrss would begin with its parent's."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+from memory import forget_peak, peak_memory
 
 
 def build_block() -> tuple[int, int, int, int, float]:
@@ -25,7 +20,7 @@ def build_block() -> tuple[int, int, int, int, float]:
     small = ModelConfig(hidden_size=128, num_hidden_layers=96, num_attention_heads=32, ffn_dim=512)
     with Topology.open(8) as topology:
         for config in (small, large):  # the small one first, for the code and buffers that its libraries take anyway
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            forget_peak()
             before = peak_memory()
             with torch.device("meta"):
                 block = Block(config, 0, topology.tensor)

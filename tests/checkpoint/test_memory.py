@@ -193,11 +193,11 @@ def test_values_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
 def compared() -> int:
     """On the crew: by how much comparing two tensors of 128 MB raises the process's peak."""
-    from test_large import peak_memory
+    from memory import forget_peak, peak_memory
 
     one, other = (torch.full((2**26,), 0.5, dtype=BF16) for _ in range(2))
     names.compare_values(one[:9], other[:9])
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    forget_peak()
     before = peak_memory()
     assert names.compare_values(one, other) == (0, 0.0)
     return peak_memory() - before
@@ -249,10 +249,10 @@ def test_a_model_filled_in_turn_holds_one_module(folders: dict[torch.dtype, Path
 def verified(small: Path, large: Path) -> tuple[int, int, bool]:
     """On the crew: the process's peak before and after it verifies `large`; and whether that agrees. A small one comes
     first, for what the libraries take anyway."""
-    from test_large import peak_memory
+    from memory import forget_peak, peak_memory
 
     verify(small)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    forget_peak()
     before = peak_memory()
     verdict = verify(large)
     assert verdict is not None

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from command import launch
+from memory import forget_peak, peak_memory
 from plain_loss import plain_linear_cross_entropy, vocab_parallel_cross_entropy
 from torch import Tensor
 from torch.nn import functional as F
@@ -337,11 +338,6 @@ TOKENS, WORDS = (2048, 8192), 10_000
 LOGITS = 2 * 2**20  # bytes of a chunk's logits in the memory's test
 
 
-def peak_memory() -> int:
-    """The process's own peak in bytes."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-
-
 def print_peaks() -> None:
     """In a process of its own: bytes that a forward and backward takes at most above its inputs, for each number of
     tokens; last those of the plain loss, for the smallest number."""
@@ -354,7 +350,7 @@ def print_peaks() -> None:
             weight.grad = None
             hidden = torch.randn(tokens, WIDTH, requires_grad=True)
             labels = torch.randint(0, WORDS, (tokens,))
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            forget_peak()
             before = peak_memory()
             function(hidden, weight, labels, range(WORDS), ALONE).backward()
             peaks.append(peak_memory() - before)

@@ -359,7 +359,7 @@ def test_the_card_tells_what_is_known(trained: Callable[[str], Path], tmp_path: 
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     facts = dict(re.findall(r"^\| (.+) \| (.+) \|$", card.text, flags=re.MULTILINE))
     assert facts["steps"] == "2 of 2"
-    assert facts["sequences"] == "16"
+    assert facts["sequences"] == "8"
     assert facts["training loss, nats per token, step 2"] == "6.2500"
     assert facts["validation loss, nats per token, step 2"] == "6.1250"
     assert facts["parameters"] == f"{open_checkpoint(source).config.parameters():,}"
