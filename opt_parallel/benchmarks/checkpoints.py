@@ -37,7 +37,7 @@ from opt_parallel.zero import Fragment, base_optimizer, held_fragments
 
 Rounds = dict[str, list[float]]
 
-TOKENS = 16  # length of the sample on which each data rank trains for one step, so that moments exist
+TOKENS = 16  # number of tokens of each data rank in the one training step, which creates the optimizer's moments
 
 
 def measure(run: Run, processes: int, folder: Path, rounds: int) -> Rounds:

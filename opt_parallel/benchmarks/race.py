@@ -197,7 +197,7 @@ def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_poi
                 step(number)
             done += 1 + arguments[0]
             pipe.send((True, _now(device) - start))
-    except EOFError:  # all rounds have ended
+    except EOFError:  # the main process closed the pipe after the last round
         return
     except BaseException as error:
         traceback.print_exc()

@@ -45,7 +45,7 @@ class StoredFile:
     def read(self, key: str, first: int, into: Tensor) -> None:
         """Read the elements of the tensor `key` from index `first` on into `into`, a contiguous tensor on the CPU.
 
-        Raises: Damaged if the file does not contain these elements."""
+        Raises: Damaged if the file cannot be read, has no tensor `key`, or if the tensor has fewer elements."""
         start, end = self.offsets.get(key, (0, 0))
         offset, left = start + 4 * first, memoryview(into.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
         try:

@@ -2,8 +2,8 @@
 
 `Saver.start` copies the values that the rank saves into a buffer in host memory, and returns. A thread writes the
 buffer to the file, calls fsync, and waits for the threads of the other ranks. Then rank 0 completes the checkpoint. The
-threads communicate in their own process group. The buffer is reused for each checkpoint. The buffer needs 12 bytes for
-each parameter that the rank saves (an fp32 weight and two moments), and is pinned if there is a GPU.
+threads communicate in their own process group. The buffer is reused for each checkpoint, and is pinned if there is a
+GPU. For each element that the rank saves, it has 4 bytes for the fp32 weight and 4 for each moment, so 12 with AdamW.
 """
 
 from __future__ import annotations

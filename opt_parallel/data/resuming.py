@@ -98,8 +98,8 @@ def _warn(
     for each in sources:
         if (was := former[each.name]) is not None and not _is_text(each, texts.get(was)):
             say(
-                f"warning: the training text of {each.name} differs from the checkpoint's; new samples come from the "
-                "new text"
+                f"warning: the training text of {each.name} differs from the checkpoint's (its files, or the settings "
+                "that select and encode documents); new samples come from the new text"
             )
     then = manifest["config"]["seed"]
     if seed != then:

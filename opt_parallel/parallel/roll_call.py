@@ -39,8 +39,8 @@ class RollCall:
     def ask(self) -> tuple[str, bool]:
         """A description of the missing ranks, and whether this rank prints the description.
 
-        Call this method after a collective of this rank has failed. On each host, the lowest rank that answers and
-        whose collective failed prints the description."""
+        Call this method after a collective of this rank has failed. On each host only one rank prints the description:
+        the lowest rank that has called this method."""
         found: list[tuple[str, bool]] = []
         asking = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
         asking.start()

@@ -112,7 +112,8 @@ def _take(number: int, path: Path, key: str, this: Writer, silent: float) -> Non
         time.sleep(POLL)
         locked = hold(number)
     other = _writer_in(path)
-    same_kernel = other is None or other.kernel == this.kernel  # on the same kernel the result of flock is final
+    # Processes on the same kernel always see each other's locks, so `locked` is certain. Between hosts it may not be.
+    same_kernel = other is None or other.kernel == this.kernel
     if locked is False and same_kernel:
         raise UserError(refusal.format(other or "unnamed"))
     if other is not None and not (locked and same_kernel):

@@ -155,5 +155,6 @@ def _spelled(tokenizer: Tokenizer, spelled: SpecialTokens) -> Iterator[None]:
 def decode_continuation(tokenizer: Tokenizer, ids: list[int], prompt: int) -> str:
     """The text of `ids` after the first `prompt` ids.
 
-    All ids are decoded, because some tokenizers drop the leading space of the text that they decode."""
+    The function decodes all ids and then removes the text of the prompt. Some tokenizers drop a space at the start of
+    a decoded text, so without the prompt the space between prompt and continuation would be lost."""
     return tokenizer.decode(ids).removeprefix(tokenizer.decode(ids[:prompt]))

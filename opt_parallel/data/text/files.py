@@ -146,7 +146,7 @@ def _lines(file: BinaryIO, where: str, first: int = 1) -> Iterator[tuple[int, by
     while line := file.readline(LONGEST_LINE + 1):
         require(
             len(line) <= LONGEST_LINE,
-            f"{where}, line {number} is longer than {LONGEST_LINE >> 20} MiB: write a record per line or leave it out",
+            f"{where}, line {number} is longer than {LONGEST_LINE >> 20} MiB: shorten or remove the line",
         )
         yield number, line
         number += 1

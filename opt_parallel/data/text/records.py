@@ -16,7 +16,9 @@ LEFT_OUT = "bad records left out"
 
 @dataclass(frozen=True)
 class Record:
-    """A row of the user's data. A text file is a record `{"text": …}`. `where` is the record's location in messages."""
+    """A row of the user's data. `fields` maps the names of its fields to values. `where` is its location in messages.
+
+    A file that is one document, such as a .txt file, is a record with one field, whose name is `data.text_field`."""
 
     where: str
     fields: Mapping[str, Any]
