@@ -33,6 +33,16 @@ class VocabParallelEmbedding(nn.Module):
         self.start, self.stop = _vocabulary_part(self.weight)
         self.pad_token_id = pad_token_id
 
+    @property
+    def num_embeddings(self) -> int:
+        """The number of rows on all ranks, as torch calls it."""
+        return self.vocab_size
+
+    @property
+    def embedding_dim(self) -> int:
+        """The width, as torch calls it."""
+        return self.weight.size(1)
+
     def forward(self, ids: Tensor) -> Tensor:
         _require((ids >= 0) & (ids < self.vocab_size), "an id is not in the vocabulary")
         elsewhere = (ids < self.start) | (ids >= self.stop)

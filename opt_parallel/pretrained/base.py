@@ -19,11 +19,11 @@ from opt_parallel.huggingface.hub import WEIGHTS, Download, find_checkpoint, upl
 from opt_parallel.huggingface.names import to_hf
 from opt_parallel.model.opt import Block
 from opt_parallel.parallel.shard import Source, fill, gather_parameter, marked, random_source
-from opt_parallel.parallel.topology import ALONE, Group
+from opt_parallel.parallel.topology import ALONE, Group, local_device
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
 from opt_parallel.pretrained.config import HUB, OPTConfig, dtype_of
 from opt_parallel.pretrained.module import OPTModule
-from opt_parallel.pretrained.resizing import embedding_of, resized
+from opt_parallel.pretrained.resizing import embedding_of, resized, without_padding
 from opt_parallel.runtime.errors import UserError, WrongArgument, refusing
 
 PREFIX = "model."  # of the decoder's parameters in a model with a head
@@ -63,6 +63,8 @@ class PretrainedOPT(OPTModule):
             network.check_splits(tensor.size, "the tensor degree ")
         with torch.device("meta"):
             self._build(network)
+        if self.config.pad_token_id is None:
+            without_padding(self.get_input_embeddings())
         place = torch.get_default_device() if device is None else torch.device(device)
         if place.type != "meta":
             fill(self, _without_prefix(random_source(seed)), place, dtype or torch.get_default_dtype())
@@ -88,8 +90,10 @@ class PretrainedOPT(OPTModule):
         config: OPTConfig | None = None,
         tensor: Group = ALONE,
         device: torch.device | str = "cpu",
+        device_map: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        use_safetensors: bool | None = None,
         from_tf: bool = False,
         from_flax: bool = False,
         ignore_mismatched_sizes: bool = False,
@@ -101,17 +105,19 @@ class PretrainedOPT(OPTModule):
         Args:
             config: in place of the checkpoint's; its network must be the checkpoint's.
             tensor: the tensor group; each rank reads its part only.
+            device_map: the device by transformers' name; "auto": this process's GPU, or the CPU.
             dtype: of the weights; None or "auto": the checkpoint's. `torch_dtype` is its older name.
-            from_tf, from_flax: read tf_model.h5 or flax_model.msgpack; else the first format that is there.
+            use_safetensors, from_tf, from_flax: read safetensors (False: pytorch_model.bin), tf_model.h5 or
+                flax_model.msgpack; else the first format that is there.
             ignore_mismatched_sizes: whether a classifier's head for another number of labels is replaced by a new one.
             seed: of a new head, and of dropout.
             arguments: revision, cache_dir, token, local_files_only choose the files; any other replaces a value of the
                 configuration, such as num_labels, problem_type or output_attentions.
 
         Raises: UserError if it cannot be read, is not an OPT or not this network; WrongArgument."""
-        wanted = {(True, False): WEIGHTS[2:3], (False, True): WEIGHTS[3:4]}.get((from_tf, from_flax), WEIGHTS)
+        formats = _formats(use_safetensors, from_tf, from_flax)
         chosen = {key: arguments.pop(key) for key in HUB if key in arguments}
-        download = Download(**chosen, weights=None if wanted == WEIGHTS else wanted[0])
+        download = Download(**chosen, weights=formats[0] if len(formats) == 1 else None)
         for key in NO_EFFECT:
             arguments.pop(key, None)
         _check_known(cls.__name__, arguments)
@@ -121,12 +127,13 @@ class PretrainedOPT(OPTModule):
         else:
             config = OPTConfig.from_dict(_ours(config).to_dict(), **arguments)
         model = cls(config, tensor=tensor, seed=seed, device="meta")
-        opened = open_folder(folder, config.network(), formats=wanted)
+        opened = open_folder(folder, config.network(), formats=formats)
         source = model._source(opened, ignore_mismatched_sizes)
         asked = torch_dtype if dtype is None else dtype
         config.dtype = (config.dtype or opened.dtype) if asked in (None, "auto") else dtype_of(asked)
         assert config.dtype is not None
-        opened.fill(model, _without_prefix(source), tensor, torch.device(device), config.dtype)
+        place = device if device_map is None else local_device() if device_map == "auto" else device_map
+        opened.fill(model, _without_prefix(source), tensor, torch.device(place), config.dtype)
         model._read_files(folder)
         return model.eval()
 
@@ -256,6 +263,15 @@ def _ours(config: Any) -> OPTConfig:
     raise WrongArgument(
         f"config is a {type(config).__name__}: give an OPTConfig; to load a checkpoint by its name, use from_pretrained"
     )
+
+
+def _formats(use_safetensors: bool | None, from_tf: bool, from_flax: bool) -> tuple[str, ...]:
+    """The formats of weights to look for. Raises: WrongArgument."""
+    chosen = (use_safetensors is True, use_safetensors is False, from_tf, from_flax)
+    found = tuple(name for name, each in zip(WEIGHTS, chosen, strict=True) if each)
+    if len(found) > 1:
+        raise WrongArgument(f"from_pretrained: the arguments ask for {' and '.join(found)}: choose one format")
+    return found or WEIGHTS
 
 
 def _check_known(where: str, arguments: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ class OPTModel(PretrainedOPT):
         return_dict: bool | None = None,
         *,
         position_ids: Tensor | None = None,
-    ) -> Any:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Hidden states (B, S, E), after the last LayerNorm and projection: BaseModelOutputWithPast, or a tuple.
 
         Args:
@@ -212,7 +212,7 @@ class OPTForCausalLM(PretrainedOPT):
         *,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-    ) -> Any:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, S, V) and, with `labels` (B, S), the mean next-token cross entropy: CausalLMOutputWithPast, or a
         tuple.
 
@@ -246,7 +246,7 @@ class OPTForCausalLM(PretrainedOPT):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         streamer: Any = None,
-        seed: int = 0,
+        seed: int | None = None,
         **settings: Any,
     ) -> Tensor:
         """Continue prompts (B, P), padded on the left; returns prompts with n new tokens (B · texts, P + n).
@@ -257,7 +257,8 @@ class OPTForCausalLM(PretrainedOPT):
                 `self.generation_config`, which `from_pretrained` reads from generation_config.json.
             attention_mask: (B, P), 0 for padding; None: the padding token is padding.
             streamer: an object with `put(tokens)` and `end()`, such as transformers' TextStreamer.
-            seed: of sampling. A token depends on the seed, its row and its position only.
+            seed: of sampling. A token depends on the seed, its row and its position only. None: drawn from torch's
+                generator, which `torch.manual_seed` sets; in a tensor group the first rank's counts.
             settings: the fields of `GenerationConfig`.
 
         Raises: WrongArgument."""
@@ -266,7 +267,8 @@ class OPTForCausalLM(PretrainedOPT):
         prompts, given = input_ids if inputs is None else inputs, generation_config
         with refusing("generate"):
             chosen = [self.generation_config, *([] if given is None else [GenerationConfig.of(given)])]
-            return continued(self, self.config, prompts, attention_mask, chosen, settings, streamer, seed)
+            number = int(torch.randint(2**31, ())) if seed is None else seed
+            return continued(self, self.config, prompts, attention_mask, chosen, settings, streamer, number)
 
 
 class OPTForSequenceClassification(PretrainedOPT):
@@ -305,12 +307,13 @@ class OPTForSequenceClassification(PretrainedOPT):
         return_dict: bool | None = None,
         *,
         position_ids: Tensor | None = None,
-    ) -> Any:
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Scores (B, N) of N labels and, with `labels`, their loss by `config.problem_type`, see `classification_loss`:
         SequenceClassifierOutputWithPast, or a tuple.
 
         Without a problem type the first labels decide, and set it: regression if N = 1, single label for integers, else
-        multi label (B, N). With `inputs_embeds` the last position is read. The other arguments are OPTModel's.
+        multi label (B, N). With `inputs_embeds`, or without a padding token, the last position is read. The other
+        arguments are OPTModel's.
 
         Raises: ValueError."""
         decoded = self.model(
@@ -318,8 +321,8 @@ class OPTForSequenceClassification(PretrainedOPT):
             output_hidden_states, True, position_ids=position_ids,
         )  # fmt: skip
         hidden = decoded.last_hidden_state
-        ids = None if input_ids is None else input_ids.view(hidden.shape[:2])
-        scores = self.score(last_tokens(hidden, ids, self.config.pad_token_id))
+        ids, pad = None if input_ids is None else input_ids.view(hidden.shape[:2]), self.config.pad_token_id
+        scores = self.score(last_tokens(hidden, None if pad is None else ids, pad or 0))
         loss = None
         if labels is not None:
             problem_type = self.config.labels().problem_type or problem_type_of(self.num_labels, labels)

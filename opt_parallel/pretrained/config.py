@@ -33,10 +33,8 @@ ELSEWHERE = {
     "chunk_size_feed_forward": 0,
     "is_encoder_decoder": False,
 }
-DROPPED = (
-    "model_type",
-    "attn_implementation",
-)  # of the class; attention is fused wherever its weights are not returned
+# the class has the first; attention is fused wherever its weights are not returned, whatever the second says
+DROPPED = ("model_type", "attn_implementation")
 # not shown where they have their default
 QUIET = (
     *ELSEWHERE, "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
@@ -76,7 +74,7 @@ class OPTConfig:
         layerdrop: float = 0.0,
         init_std: float = 0.02,
         use_cache: bool = True,
-        pad_token_id: int = 1,
+        pad_token_id: int | None = 1,
         bos_token_id: int = 2,
         eos_token_id: int = 2,
         enable_bias: bool = True,
@@ -143,6 +141,11 @@ class OPTConfig:
         self.dtype = dtype_of(dtype)
 
     @property
+    def use_return_dict(self) -> bool:
+        """`return_dict` by its older name."""
+        return self.return_dict
+
+    @property
     def name_or_path(self) -> str:
         """The name that the checkpoint was loaded by."""
         return self._name_or_path
@@ -152,6 +155,8 @@ class OPTConfig:
         values = dict(vars(self))
         if callable(self.activation_function):
             values["activation_function"] = "relu"  # replaced in each layer after building
+        if self.pad_token_id is None:
+            values["pad_token_id"] = 0  # after building, no token is padding
         with refusing("OPTConfig"):
             return replace(network_of(values, ""), init=Init.huggingface)
 

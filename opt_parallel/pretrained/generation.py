@@ -125,7 +125,7 @@ def continued(
         raise UserError(f"{name}={values[name]!r:.200} of the generation config is not supported: set it to None")
     _check(values, typed)
     ids, mask, ends = _prompts(model, config, inputs, mask, values)
-    values.setdefault("pad_token_id", config.pad_token_id)
+    values.setdefault("pad_token_id", ends[0] if config.pad_token_id is None else config.pad_token_id)
     decoding = _decoding(model.decoder.config, values, typed, ids.size(1), ends, seed)
     try:
         if streamer is None:
@@ -189,7 +189,7 @@ def _prompts(
     ends = tuple(given) if isinstance(given, list | tuple) else (given,)
     if not ends or not all(type(end) is int for end in ends):
         raise UserError(f"eos_token_id={given!r:.80} must be a token id, or several")
-    pad = values.get("pad_token_id", config.pad_token_id)
+    pad = values.get("pad_token_id", ends[0] if config.pad_token_id is None else config.pad_token_id)
     if mask is not None:
         check_mask(mask, *ids.shape)
     elif pad not in ends and bool((ids == pad).any()):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opt_parallel.checkpoint.grown import Grown
 from opt_parallel.model.opt import Decoder
-from opt_parallel.parallel.shard import Shard, filled, gather_parameter, shard_of
+from opt_parallel.parallel.shard import Normal, Shard, filled, gather_parameter, mark, shard_of
 from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
 from opt_parallel.runtime.errors import UserError, WrongArgument
@@ -79,4 +79,13 @@ def _embedding(decoder: Decoder, full: Tensor, rows: int, trained: bool, group: 
     source = Grown(_Held(full.cpu()), full.size(0))
     new.weight = filled(new.weight, NAME, source, old.weight.device, old.weight.dtype)
     new.weight.requires_grad_(trained)
+    new.pad_token_id = old.pad_token_id
     return new.train(old.training)
+
+
+def without_padding(embedding: VocabParallelEmbedding) -> None:
+    """Make every row of an embedding that is not filled yet an ordinary one: random, with a gradient."""
+    shard = shard_of(embedding.weight)
+    assert isinstance(shard.initial, Normal)
+    mark(embedding.weight, replace(shard, initial=replace(shard.initial, zero_row=None)))
+    embedding.pad_token_id = -1  # the id of no token

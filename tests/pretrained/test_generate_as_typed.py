@@ -167,12 +167,16 @@ def test_sampled_texts(models: tuple[OPTForCausalLM, Any]) -> None:
     """Several of each prompt, which differ, and the same texts when they are sampled again."""
     ours, _ = models
     ids, mask = prompts()
-    first = ours.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=4, max_new_tokens=9)
+    settings = {"attention_mask": mask, "do_sample": True, "num_return_sequences": 4, "max_new_tokens": 9}
+    torch.manual_seed(5)
+    first, second = ours.generate(ids, **settings), ours.generate(ids, **settings)
     assert first.size(0) == 12
     assert torch.equal(first[:, : ids.size(1)], ids.repeat_interleave(4, dim=0))
     assert len({tuple(row) for row in first.tolist()}) == 12
-    assert torch.equal(first, ours.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=4,
-                                            max_new_tokens=9))  # fmt: skip
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(first, ours.generate(ids, **settings))
+    assert torch.equal(ours.generate(ids, seed=3, **settings), ours.generate(ids, seed=3, **settings))
 
 
 def test_a_drawn_token_has_transformers_probabilities() -> None:

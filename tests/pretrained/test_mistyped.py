@@ -82,6 +82,12 @@ def test_from_pretrained(models: Any, tmp_path: Path) -> None:
         (OPTForSequenceClassification, tmp_path / "model", {"num_labels": 2}, "score.weight has shape (3, 48), not (2"),
         (OPTForSequenceClassification, tmp_path / "model", {"dtype": "float33"}, "dtype='float33' is not a dtype"),
         (OPTForSequenceClassification, tmp_path / "model", {"from_tf": True}, "it has none of tf_model.h5"),
+        (
+            OPTForCausalLM,
+            tmp_path / "model",
+            {"from_tf": True, "from_flax": True},
+            "tf_model.h5 and flax_model.msgpack",
+        ),
         (OPTForSequenceClassification, tmp_path / "model", {"hidden_size": 96, "word_embed_proj_dim": 96}, "not (96"),
     ]
     for kind, name, arguments, words in calls:

@@ -178,3 +178,26 @@ def test_weights_are_drawn_as_documented() -> None:
     assert OPTModel(Theirs(**SMALL)).config == OPTConfig(**SMALL)  # transformers' configuration will do
     with pytest.raises(ValueError, match="config is a str: give an OPTConfig; to load a checkpoint by its name"):
         OPTModel("facebook/opt-125m")  # type: ignore[arg-type]
+
+
+def test_no_token_need_be_padding(tmp_path: Path) -> None:
+    """Then a classifier reads the last position, and every row of the embedding is random and trained."""
+    from transformers import OPTConfig as Theirs
+    from transformers import OPTForSequenceClassification as Classifier
+
+    ours = OPTForSequenceClassification(OPTConfig(**SMALL, pad_token_id=None, dropout=0.0))
+    theirs = Classifier(Theirs(**SMALL, pad_token_id=None, dropout=0.0))
+    embedding = ours.get_input_embeddings()
+    assert bool(embedding.weight.any(dim=1).all())
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.tensor([[5, 1, 0, 1]])  # transformers refuses a batch
+    for model in (ours, theirs):
+        model(ids, labels=torch.tensor([1])).loss.backward()
+    torch.testing.assert_close(embedding.weight.grad, theirs.get_input_embeddings().weight.grad)
+    assert bool(embedding.weight.grad[0].any())
+    assert ours(ids.expand(2, 4)).logits.shape == (2, 2)
+    ours.resize_token_embeddings(140)
+    assert ours.get_input_embeddings().pad_token_id == -1
+    ours.save_pretrained(tmp_path / "out")
+    assert OPTForSequenceClassification.from_pretrained(tmp_path / "out").config.pad_token_id is None
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (131, 48)
