@@ -42,10 +42,10 @@ endif
 	$(BIN)/python scripts/generate.py --checkpoint $(DEMO)/export --prompt "$(PROMPT)" --temperature 0.7 --top-p 0.9
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --long --all-pairs
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --long --all-pairs
 	$(MAKE) test-interop
 
 test-slurm: .venv/installed
@@ -71,7 +71,7 @@ check: .venv/installed
 
 # docs/matrix.md, from a run of all tests
 matrix: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --matrix
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --matrix
 
 docs: .venv/installed
 	$(BIN)/python scripts/reference.py

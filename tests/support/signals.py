@@ -47,7 +47,7 @@ CELLS = [
     if (launcher, name) != ("python", "KILL")
 ]
 ROWS, LENGTH, LONGER = 12, 2000, 3  # Losses before the signal, steps of a run, and steps after resuming.
-STRAIGHT = 200  # Steps of the uninterrupted run.
+STRAIGHT = 100  # Steps of the uninterrupted run.
 TIMEOUT = 600.0
 MARK = "OPT_PARALLEL_TEST_RUN"  # The environment variable that all processes of a run inherit.
 
