@@ -67,7 +67,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_house.py
+	$(BIN)/python -m pytest tests/test_house.py tests/test_docker.py
 
 # docs/matrix.md, from a run of all tests
 matrix: .venv/installed

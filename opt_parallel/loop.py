@@ -25,6 +25,7 @@ from opt_parallel.parallel.topology import Topology
 from opt_parallel.preflight import check_same, make_run_folder, preflight
 from opt_parallel.report.metrics import Metrics
 from opt_parallel.report.plots import draw_confusion
+from opt_parallel.report.profiling import profiled
 from opt_parallel.run_folder import (
     EXPORT,
     apply_retention,
@@ -105,23 +106,25 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
 
     status = 0
     try:
-        while clock.step < run.stop and not status:
-            result = engine.step(read_together(loader.next, topology), clock)
-            clock = clock.after(run.global_batch, result.tokens)
-            metrics.step(
-                clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,
-                loader.waited, mixture.epochs(clock.samples),
-            )  # fmt: skip
+        with profiled(run.logging.profile, run.folder, topology.world.rank) as step_ends:
+            while clock.step < run.stop and not status:
+                result = engine.step(read_together(loader.next, topology), clock)
+                clock = clock.after(run.global_batch, result.tokens)
+                metrics.step(
+                    clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,
+                    loader.waited, mixture.epochs(clock.samples),
+                )  # fmt: skip
+                step_ends()
 
-            last = clock.step == run.stop
-            status = 0 if last else topology.largest(interrupt.status)
-            best = None
-            if not status and _due(run.evaluation.every, clock, last):
-                with metrics.pause():
-                    best = store.if_best(_evaluate(engine, clock, inputs, metrics))
-            if status or last or best is not None or _due(run.checkpoint.every, clock, last):
-                with metrics.pause():
-                    store.save(engine, clock, best)
+                last = clock.step == run.stop
+                status = 0 if last else topology.largest(interrupt.status)
+                best = None
+                if not status and _due(run.evaluation.every, clock, last):
+                    with metrics.pause():
+                        best = store.if_best(_evaluate(engine, clock, inputs, metrics))
+                if status or last or best is not None or _due(run.checkpoint.every, clock, last):
+                    with metrics.pause():
+                        store.save(engine, clock, best)
         loader.close()
         store.finish()
     except UserError as error:

@@ -181,3 +181,29 @@ def test_a_folder_of_the_user_stands_beside_the_installed_one(site: Path, tmp_pa
         "job", package=site,
     )  # fmt: skip
     assert "hidden_size" in done.stdout, done.stderr
+
+
+@pytest.mark.long
+def test_a_run_from_text_to_export_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    """With the wheel alone, by one process and by two under torchrun."""
+    small = [
+        "model=opt-tiny", "precision=fp32", "data.sequence_length=16", "batch.global=4", "batch.micro=2", "steps=3",
+        "logging.wandb=disabled", "schedule.warmup_steps=0", "data.train=python:validation",
+    ]  # fmt: skip
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opt_parallel", "train"]
+    commands = {
+        "prepare": [*small],
+        "train": [*small, "run.name=one"],
+        "export": ["--checkpoint", "runs/one/checkpoints/step-3", "--output", "export"],
+        "verify": ["--checkpoint", "export"],
+        "generate": ["--checkpoint", "export", "--prompt", "The function", "--max-new-tokens", "4"],
+        "torchrun": [*two, *small, "run.name=two", "parallel.tensor=2"],
+        "compare": ["runs/one", "runs/two"],
+    }
+    for name, words in commands.items():
+        command = words if name == "torchrun" else ["-m", "opt_parallel", name, *words]
+        done = outside(tmp_path, *command, package=site, timeout=600)
+        assert done.returncode == 0, (name, done.stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "compare.png", "export", "runs"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"one", "two"}
+    assert "data(1) × tensor(2)" in (tmp_path / "runs" / "two" / "logs" / "rank-00000.log").read_text()

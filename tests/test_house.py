@@ -39,10 +39,10 @@ RESERVED = {
     "deepspeed": {"engine", "benchmarks.contenders"},
     "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight", "benchmarks"},
     # a mistake in the command line is said before torch is imported, which takes seconds
-    "torch": {"parallel", "report.metrics", "report.trackers", "data.samples", "data.kinds", "data.tasks", "model",
-              "optim", "zero", "engine", "checkpoint", "validation", "tools", "preflight", "pretrained", "start",
-              "loop", "huggingface.names", "huggingface.weights", "huggingface.arrays", "huggingface.pickled",
-              "huggingface.folder", "benchmarks", "commands.benchmark", "commands.generate"},
+    "torch": {"parallel", "report.metrics", "report.profiling", "report.trackers", "data.samples", "data.kinds",
+              "data.tasks", "model", "optim", "zero", "engine", "checkpoint", "validation", "tools", "preflight",
+              "pretrained", "start", "loop", "huggingface.names", "huggingface.weights", "huggingface.arrays",
+              "huggingface.pickled", "huggingface.folder", "benchmarks", "commands.benchmark", "commands.generate"},
 }  # fmt: skip
 
 

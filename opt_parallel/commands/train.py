@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import hydra
@@ -10,16 +11,17 @@ from omegaconf import DictConfig, open_dict
 
 from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
 from opt_parallel.config.compose import CONFIGS, command, run_from, take
-from opt_parallel.launching.sweep import folder_name, is_sweep, report_diverged, reported, swept_values
+from opt_parallel.launching.sweep import folder_name, is_sweep, minimised, report_diverged, reported, swept_values
 from opt_parallel.runtime.process import set_ranks, world_size
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
     """Train one run from its composed configuration. Hydra's multirun calls this function for each combination of
-    values."""
+    values. A sweeper minimises the result, which is infinite for a run that diverges."""
     set_ranks()  # submitit starts a sweep's job in this function, not in `command`
-    status = 0
+    status: int = 0
+    loss: float | None = math.inf
     with reported():
         start_from_checkpoint(config, HydraConfig.get().overrides.task)
         take_special_tokens(config, HydraConfig.get().overrides.task)
@@ -32,8 +34,10 @@ def main(config: DictConfig) -> None:
         from opt_parallel.loop import train  # imported late, since importing torch takes seconds
 
         status = train(run)
+        loss = minimised(run) if is_sweep() else None
     if status:
         sys.exit(status)
+    return loss
 
 
 def run_or_sweep() -> None:

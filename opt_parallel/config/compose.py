@@ -37,6 +37,12 @@ from opt_parallel.runtime.terminal import outlive
 # the repository's folder `configs`, which is also a part of the package
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
 PATHS_OF_HYDRA = ("hydra.run.dir", "hydra.output_subdir", "hydra.sweep.dir", "hydra.sweep.subdir")
+# values that exist only if a package is installed
+PLUGINS = {
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
+    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
+}
 TEXTS = {*text_keys(Run), *PATHS_OF_HYDRA}
 
 
@@ -138,6 +144,8 @@ def explain(error: BaseException) -> str:
 def _explained(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if plugin := PLUGINS.get(f"{group}={choice}"):
+            return f"{group}={choice} is a plugin of Hydra that is not installed: pip install {plugin}"
         return f"{group}={choice} does not exist: choose {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         why = one_line(Exception(str(error.__cause__ or error).partition("See https")[0]))

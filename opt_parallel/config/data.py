@@ -80,6 +80,8 @@ class DataConfig(Section):
     special_tokens: SpecialTokens = SpecialTokens.text
     # train while the text is read, instead of preparing it first
     stream: bool = False
+    # number of samples of each training source to use, over and over; null: all
+    samples: int | None = None
     # drop repeated texts within a source
     deduplicate: bool = False
     # share of the training documents held out for validation if validation is null and evaluation.every > 0
@@ -95,6 +97,9 @@ class DataConfig(Section):
         require(self.sequence_length >= 1, f"data.sequence_length={self.sequence_length} must be at least 1")
         require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be a share: 0 (nothing) or more, below 1")
         require(self.workers >= 0, f"data.workers={self.workers} must not be negative (0: one for each CPU)")
+        require(
+            self.samples is None or self.samples >= 1, f"data.samples={self.samples} must be at least 1 (null: all)"
+        )
         sources = self.train_sources + self.validation_sources
         names = [source.name for source in self.train_sources]
         for number, name in enumerate(names):
@@ -102,6 +107,10 @@ class DataConfig(Section):
                 name not in names[:number],
                 f"data.train[{number}] has the name {name!r} of another source: give it another name, name: …",
             )
+        require(
+            self.samples is None or not any(source.stream for source in sources),
+            f"data.samples={self.samples} needs prepared text: set stream to false, or data.samples to null",
+        )
         require(
             not (self.deduplicate and any(source.stream for source in sources)),
             "data.deduplicate=true needs all text before the first step, and a stream is read during training: set "

@@ -91,10 +91,13 @@ class LoggingConfig(Section):
     wandb: Wandb = Wandb.offline
     # write TensorBoard's files to run.dir
     tensorboard: bool = True
+    # steps to trace with torch.profiler, after the first two of a start; the traces are in run.dir/profile; 0: none
+    profile: int = 0
     # peak TFLOP/s of one device, for mfu and hfu; null: looked up by the device's name
     peak_tflops: float | None = None
 
     def check(self) -> None:
+        require(self.profile >= 0, f"logging.profile={self.profile} must not be negative (0: none)")
         require(
             self.peak_tflops is None or self.peak_tflops > 0, f"logging.peak_tflops={self.peak_tflops} must be positive"
         )

@@ -66,7 +66,7 @@ def _mixture(run: Run, prepared: Prepared, clock: Clock) -> tuple[Mixture, list[
             samples, ordered = Rows(store, length), Streamed(seed, BLOCK, store.arrived)
         else:
             samples = open_samples(run, source.store, "data.train", prepared.labels)
-            ordered = Shuffled(seed, len(samples))
+            ordered = Shuffled(seed, min(len(samples), run.data.samples or len(samples)))
         sources.append(Source(source.name, source.weight, samples, ordered, clock.taken.get(source.name, 0)))
     mixture = Mixture(sources, clock.mixed)
     taken = mixture.taken(run.samples_at_end(clock))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -20,11 +21,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from opt_parallel.config.compose import explain, one_line_errors
+from opt_parallel.config.run import Run
 from opt_parallel.runtime.errors import Diverged, UserError
 from opt_parallel.runtime.log import quiet_libraries
 from opt_parallel.runtime.process import is_main, world_size
 from opt_parallel.runtime.terminal import open_streams, outlive
+from opt_parallel.storage.rows import METRICS, rows_of
 
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 DIVERGED: list[str] = []  # The swept values of each run of this process that diverged.
 LONGEST_NAME = 200  # Maximum length of a folder name in bytes; most file systems allow 255, some fewer.
@@ -50,6 +54,21 @@ def is_sweep() -> bool:
 def runs_elsewhere() -> bool:
     """Whether the current job does not run in the process of the command, as with Hydra's submitit launcher."""
     return is_sweep() and HydraConfig.get().launcher._target_ != BASIC_LAUNCHER
+
+
+def minimised(run: Run) -> float | None:
+    """The last validation loss of a run, for a sweeper that minimises it, such as Optuna's. The loss is None if the run
+    does not validate, and infinite if the loss is not finite. Raises: UserError if the sweeper needs a loss."""
+    losses = [row["loss"] for row in rows_of(run.folder / METRICS) if row["kind"] == "validation"]
+    if not losses:
+        if HydraConfig.get().sweeper._target_ != BASIC_SWEEPER:
+            raise UserError(
+                f"evaluation.every={run.evaluation.every}, but the sweeper minimises the validation loss: set the "
+                "steps between two validations",
+                shared=True,
+            )
+        return None
+    return math.inf if losses[-1] is None else losses[-1]
 
 
 @contextmanager

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from command import launch, python, small, train_rows
+from hydra.errors import MissingConfigException
 
+from opt_parallel.config.compose import explain
 from opt_parallel.launching.sweep import LONGEST_NAME, folder_name
+from opt_parallel.storage.rows import rows_of
 
 
 @pytest.mark.parametrize(
@@ -98,3 +102,38 @@ def test_a_mistake_in_a_job_elsewhere_is_said_once_the_others_have_ended(tmp_pat
     folders = sorted(path.parent for path in (tmp_path / "run").rglob("metrics.jsonl"))
     assert [folder.name for folder in folders] == ["model.dropout=0.0", "model.dropout=0.1"]
     assert [len(train_rows(folder)) for folder in folders] == [2, 2]
+
+
+def test_optuna_minimises_the_validation_loss(tmp_path: Path) -> None:
+    """A run that diverges is the worst result, and no error of the search."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+    search = [
+        "hparams_search=optuna",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.params={optimizer.lr: 'choice(1e-4,1e-2,1e30)'}",
+    ]
+    arguments = [*small(tmp_path), *search, "data.held_out=0.2", "hydra.sweeper.sampler.seed=3", "optimizer.clip=0"]
+    process = python("train.py", *arguments)
+    losses = {}
+    for folder in (tmp_path / "run").glob("optimizer.lr=*"):
+        rows = [row for row in rows_of(folder / "metrics.jsonl") if row["kind"] == "validation"]
+        losses[folder.name] = rows[-1]["loss"] if rows else None
+    found = yaml.safe_load((tmp_path / "run" / "optimization_results.yaml").read_text())
+    reached = {name: loss for name, loss in losses.items() if loss is not None}
+    best = min(reached, key=lambda name: reached[name])
+    chosen = ",".join(f"{key}={value}" for key, value in found["best_params"].items())
+    assert (chosen, found["best_value"]) == (best, reached[best])
+    assert len(reached) < len(losses)
+    assert process.returncode == 2
+    assert " diverged: " in process.stderr
+    again = python("train.py", *arguments)  # chooses the same values, whose runs are finished
+    assert again.stdout.count(" is finished: ") >= len(reached)
+    assert {folder.name for folder in (tmp_path / "run").glob("optimizer.lr=*")} == set(losses)
+    refused = python("train.py", *arguments, "evaluation.every=0", f"run.dir={tmp_path / 'other'}")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "the sweeper minimises the validation loss" in refused.stderr
+
+
+def test_a_plugin_that_is_not_installed_is_named() -> None:
+    error = MissingConfigException("no sweeper", "hydra/sweeper/optuna", ["basic"])
+    assert explain(error).endswith("pip install hydra-optuna-sweeper")
