@@ -17,6 +17,7 @@ import dataclasses
 import os
 import statistics
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from opt_parallel.config.options import parsed
@@ -132,6 +133,8 @@ def run_race(arguments: argparse.Namespace) -> None:
     world, threads = arguments.processes, arguments.threads or max(1, cpus() // arguments.processes)
     run = settled(compared_run(arguments.overrides, arguments.accumulation))
     check_setting(arguments, run)
+    if set(arguments.contenders) != {"ours"}:
+        check_transformers()
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
 
     import torch
@@ -162,6 +165,12 @@ def run_race(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     name = arguments.name or time.strftime("%Y-%m-%d-%H%M%S")
     print("written: " + ", ".join(str(path) for path in write(arguments.output, name, title, setting, rows)))
+
+
+def check_transformers() -> None:
+    """Raise UserError if transformers, with which the benchmark compares, is not installed."""
+    if find_spec("transformers") is None:
+        raise UserError("this benchmark compares with transformers, which is not installed: pip install transformers")
 
 
 def check_setting(arguments: argparse.Namespace, run: Run) -> None:
@@ -260,6 +269,7 @@ def run_checkpoint(arguments: argparse.Namespace) -> None:
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
+    check_transformers()
     import torch
 
     from opt_parallel.benchmarks.generation import HEAD, measure, row

@@ -11,7 +11,15 @@ from omegaconf import DictConfig, open_dict
 
 from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
 from opt_parallel.config.compose import CONFIGS, command, run_from, take
-from opt_parallel.launching.sweep import folder_name, is_sweep, minimised, report_diverged, reported, swept_values
+from opt_parallel.launching.sweep import (
+    check_sweep,
+    folder_name,
+    is_sweep,
+    minimised,
+    report_diverged,
+    reported,
+    swept_values,
+)
 from opt_parallel.runtime.process import set_ranks, world_size
 
 
@@ -30,6 +38,8 @@ def main(config: DictConfig) -> float | None:
                 take(config, "run.dir", f"{config.run.dir}/{folder_name(swept_values())}")
         run = run_from(config)
         run.check_world(world_size())
+        if is_sweep():
+            check_sweep(run)
 
         from opt_parallel.loop import train  # imported late, since importing torch takes seconds
 

@@ -56,17 +56,20 @@ def runs_elsewhere() -> bool:
     return is_sweep() and HydraConfig.get().launcher._target_ != BASIC_LAUNCHER
 
 
+def check_sweep(run: Run) -> None:
+    """Raise UserError if a sweeper minimises the validation loss, such as Optuna's, and the run does not validate."""
+    if HydraConfig.get().sweeper._target_ != BASIC_SWEEPER and run.evaluation.every == 0:
+        raise UserError(
+            "evaluation.every=0, but the sweeper minimises the validation loss: set the steps between two validations",
+            shared=True,
+        )
+
+
 def minimised(run: Run) -> float | None:
-    """The last validation loss of a run, for a sweeper that minimises it, such as Optuna's. The loss is None if the run
-    does not validate, and infinite if the loss is not finite. Raises: UserError if the sweeper needs a loss."""
+    """The last validation loss of a run. The loss is None if the run does not validate, and infinite if the loss is not
+    finite."""
     losses = [row["loss"] for row in rows_of(run.folder / METRICS) if row["kind"] == "validation"]
     if not losses:
-        if HydraConfig.get().sweeper._target_ != BASIC_SWEEPER:
-            raise UserError(
-                f"evaluation.every={run.evaluation.every}, but the sweeper minimises the validation loss: set the "
-                "steps between two validations",
-                shared=True,
-            )
         return None
     return math.inf if losses[-1] is None else losses[-1]
 

@@ -191,7 +191,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UserError("verification needs transformers: pip install 'opt-parallel[dev]'") from error
+        raise UserError("verification needs transformers: pip install transformers") from error
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # transformers' warnings are part of the verdict
     return transformers
