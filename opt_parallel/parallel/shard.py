@@ -1,7 +1,8 @@
 """Describes which part of a full tensor each parameter of a tensor-parallel model holds.
 
-The full (logical) tensor is the same parameter of an unsplit model. The description (`Shard`) is an attribute of the
-parameter, called its mark. All other code reads the mark, and never derives it from a parameter's name.
+The full tensor is the same parameter of an unsplit model, which names of functions call `logical`. The description
+(`Shard`) is an attribute of the parameter, called its mark. All other code reads the mark, and never derives it from a
+parameter's name.
 """
 
 from __future__ import annotations
