@@ -13,7 +13,7 @@ import pytest
 from layouts import Layout, run_for, train, train_plainly
 
 GOLDEN = Path(__file__).parent / "golden.json"
-RUN = run_for(Layout(1, 1, 1, 2), {"attention_dropout": 0.0}, steps=10, batch=8)
+RUN = run_for(Layout(1, 1, 1, 2), {"attention_dropout": 0.0}, steps=10)
 
 
 def test_losses_have_not_changed(crew: Any) -> None:

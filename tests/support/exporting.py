@@ -51,7 +51,7 @@ def _save(folder: str, variant: str, layout: Layout) -> None:
         model["activation_function"] = Activation(model["activation_function"])
     # The learning rate is large, so that biases and LayerNorm weights differ clearly from 0 and 1 after the steps.
     run = dataclasses.replace(
-        run_for(layout, model, steps=2, lr=0.05), run=RunConfig(variant, str(Path(folder) / "run"))
+        run_for(layout, model, steps=2, lr=0.05, batch=4), run=RunConfig(variant, str(Path(folder) / "run"))
     )
     tokenizer = Path(folder) / "tokenizer"
     with Topology.open(run.parallel.tensor) as topology:

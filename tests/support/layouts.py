@@ -77,7 +77,7 @@ def _pairs(layout: Layout) -> set[Any]:
 
 
 def run_for(
-    layout: Layout, model: dict[str, Any] | None = None, steps: int = 4, lr: float = 1e-3, batch: int = 4
+    layout: Layout, model: dict[str, Any] | None = None, steps: int = 5, lr: float = 1e-3, batch: int = 8
 ) -> Run:
     return Run(
         model=ModelConfig(**{**TINY, "layerdrop": 0.2, **(model or {})}),

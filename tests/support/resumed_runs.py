@@ -21,7 +21,7 @@ def run_of(
 ) -> Run:
     """The small run in `layout`, with its files in `folder`. The loss scale of fp16 starts at `scale` and doubles after
     three steps without overflow."""
-    run = run_for(dataclasses.replace(layout, precision=precision), {"dropout": 0.1, **(model or {})}, steps)
+    run = run_for(dataclasses.replace(layout, precision=precision), {"dropout": 0.1, **(model or {})}, steps, batch=4)
     scaler = PrecisionConfig(run.precision.name, initial_scale=scale, window=3)
     return dataclasses.replace(run, run=RunConfig("test", str(folder)), precision=scaler)
 
