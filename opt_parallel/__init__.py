@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from opt_parallel.pretrained.config import OPTConfig
     from opt_parallel.pretrained.generation import GenerationConfig
 
-__version__ = "0.1.0"  # as in pyproject.toml
+__version__ = "0.1.0"
 __all__ = [
     "GenerationConfig",
     "OPTConfig",
