@@ -97,10 +97,10 @@ REDUCED = [
     Layout(1, 2, 1, 1, precision="bf16"),
     Layout(2, 1, 2, 2, precision="bf16"),
     Layout(1, 2, 2, 2, precision="bf16", offload=True),
-    Layout(2, 2, 3, 2, precision="bf16"),
+    Layout(2, 2, 3, 4, precision="bf16"),
     Layout(2, 1, 1, 2, precision="fp16"),
     Layout(1, 2, 2, 2, precision="fp16"),
-    Layout(2, 2, 3, 2, precision="fp16"),
+    Layout(2, 2, 3, 4, precision="fp16"),
 ]
 
 

@@ -68,3 +68,15 @@ def test_a_killed_one_keeps_nobody_out(straight: tuple[Path, list[str]], tmp_pat
     assert "continuing at step" in second.stdout
     assert_undisturbed(run, straight[0])
     assert not list(run.rglob("*.partial*"))
+
+
+def test_of_two_starts_at_once_one_trains(straight: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*straight[1], f"run.dir={run}"]
+    outputs = [tmp_path / "one", tmp_path / "other"]
+    both = [start(output, "train.py", *arguments) for output in outputs]
+    assert all(process.ended_within(240) for process in both)
+    texts = {process.status: output.read_text() for process, output in zip(both, outputs, strict=True)}
+    assert sorted(texts) == [0, 2], texts
+    assert_names(texts[2].splitlines(), run)
+    assert_undisturbed(run, straight[0])

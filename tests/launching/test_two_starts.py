@@ -63,7 +63,6 @@ CELLS = [
         ),
     ]
 ]
-DEFAULT = {Cell(1, None, other=True)}
 needs_hosts = pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
 
 
@@ -146,7 +145,7 @@ def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def marks_of(cell: Cell) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.long] * (cell not in DEFAULT) + [needs_hosts] * (cell.hosts == 2)
+    return [pytest.mark.long] + [needs_hosts] * (cell.hosts == 2)
 
 
 @pytest.mark.parametrize(
