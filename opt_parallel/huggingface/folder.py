@@ -28,10 +28,13 @@ from opt_parallel.parallel.shard import Shard, Source
 from opt_parallel.parallel.topology import ALONE, Group
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import say
-from opt_parallel.storage.atomic import new_folder
+from opt_parallel.storage.atomic import into_folder, new_folder
 from opt_parallel.storage.foreign import file_in, read_json
 
 CHECKSUMS, GENERATION_CONFIG = "checksums.json", "generation_config.json"
+MODEL_FILES = (
+    CONFIG, GENERATION_CONFIG, CHECKSUMS, "*.safetensors", "pytorch_model*.bin", "*.h5", "*.msgpack", "*.index.json",
+)  # fmt: skip
 STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # the names of dtypes in safetensors
 
 Shapes = dict[str, tuple[int, ...]]  # the names and shapes of the tensors in one file, in order
@@ -48,6 +51,7 @@ def write_folder(
     to_theirs: Callable[[str, Tensor], dict[str, Tensor]] = to_hf,
     group: Group = ALONE,
     replace: bool = False,
+    add: bool = False,
     names: tuple[str, str] = (WEIGHTS, CONFIG),
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
@@ -62,6 +66,7 @@ def write_folder(
         files: other files to write, by name.
         to_theirs: maps a full tensor to the tensors in the files, by name.
         replace: whether to replace an earlier export at `output`. Any other folder at `output` is an error.
+        add: whether to move the files into the folder `output`, which exists and holds no model.
         names: the file names of the weights (if they are in one file) and of the configuration.
         beside: writes subfolders into the temporary folder, on rank 0.
 
@@ -76,7 +81,7 @@ def write_folder(
                 raise UserError(
                     f"{output} exists and was not written by an export: move it away, or choose another run.dir"
                 )
-            with new_folder(output, replace) as partial:
+            with into_folder(output, names[1]) if add else new_folder(output, replace) as partial:
                 shards = _plan(parameters, to_theirs, dtype, max_shard_size)
                 _write_weights(partial, shards, tensors, dtype, names[0])
                 for name, data in (files or {}).items():
@@ -90,6 +95,12 @@ def write_folder(
             pass
     if int(all_reduce(torch.tensor(int(failure is not None)), group)):  # every rank calls this
         raise _explained(output, failure)
+
+
+def model_file(folder: Path, *others: str) -> str | None:
+    """The name of a file in `folder` that belongs to a model or is one of `others`, or None."""
+    patterns = (*MODEL_FILES, *others)
+    return next((path.name for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
 def generation_config(model: ModelConfig) -> bytes:

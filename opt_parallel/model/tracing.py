@@ -36,8 +36,12 @@ class Trace:
 def traced(decoder: Decoder, trace: Trace, head_mask: Tensor | None) -> Iterator[None]:
     """Within the context, forwards fill `trace` and scale each head's output by `head_mask` (L, A).
 
+    Without anything to trace, no method is replaced, so `torch.compile` can trace the forward.
     Attention weights are not available from the fused attention, so a layer computes them without it.
     """
+    if head_mask is None and trace.hidden_states is None and trace.attentions is None and trace.mask is None:
+        yield
+        return
     attentions = []
     if trace.attentions is not None or trace.mask is not None or head_mask is not None:
         attentions = [block.self_attn for block in decoder.layers if isinstance(block, Block)]
@@ -48,9 +52,9 @@ def traced(decoder: Decoder, trace: Trace, head_mask: Tensor | None) -> Iterator
     try:
         yield
     finally:
-        del decoder.run_block
+        vars(decoder).pop("run_block")  # not `del`, which torch.compile does not trace
         for attention in attentions:
-            del attention.attend
+            vars(attention).pop("attend")
 
 
 def _run_block(decoder: Decoder, trace: Trace, block: Block, hidden: Tensor, context: Context) -> Tensor:

@@ -11,23 +11,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from opt_parallel.checkpoint.manifest import MANIFEST
 from opt_parallel.checkpoint.sources import Opened, open_folder
 from opt_parallel.config.model import MAY_DIFFER, ModelConfig
 from opt_parallel.config.units import bytes_of
-from opt_parallel.huggingface.folder import write_folder
+from opt_parallel.huggingface.folder import model_file, write_folder
 from opt_parallel.huggingface.hub import WEIGHTS, Download, find_checkpoint, upload
 from opt_parallel.huggingface.names import to_hf
 from opt_parallel.model.opt import Block
 from opt_parallel.parallel.shard import Source, fill, gather_parameter, marked, random_source
-from opt_parallel.parallel.topology import ALONE, Group, local_device
+from opt_parallel.parallel.topology import ALONE, Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
+from opt_parallel.pretrained.arguments import place_of, without_effect
 from opt_parallel.pretrained.config import HUB, OPTConfig, dtype_of
 from opt_parallel.pretrained.module import OPTModule
 from opt_parallel.pretrained.resizing import embedding_of, resized, without_padding
 from opt_parallel.runtime.errors import UserError, WrongArgument, refusing
 
 PREFIX = "model."  # of the decoder's parameters in a model with a head
-NO_EFFECT = ("low_cpu_mem_usage", "trust_remote_code")  # memory is low anyway, and no code of a checkpoint ever runs
 
 
 class PretrainedOPT(OPTModule):
@@ -87,10 +88,10 @@ class PretrainedOPT(OPTModule):
         cls,
         name: str | Path,
         *,
-        config: OPTConfig | None = None,
+        config: OPTConfig | str | Path | None = None,
         tensor: Group = ALONE,
         device: torch.device | str = "cpu",
-        device_map: torch.device | str | None = None,
+        device_map: torch.device | str | Mapping[str, Any] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         use_safetensors: bool | None = None,
@@ -103,9 +104,10 @@ class PretrainedOPT(OPTModule):
         """The model of a checkpoint: a Hugging Face folder or hub id, or a training checkpoint; in evaluation mode.
 
         Args:
-            config: in place of the checkpoint's; its network must be the checkpoint's.
+            config: in place of the checkpoint's, also by the name of its folder; its network must be the
+                checkpoint's.
             tensor: the tensor group; each rank reads its part only.
-            device_map: the device by transformers' name; "auto": this process's GPU, or the CPU.
+            device_map: the device by transformers' name, also {"": device}; "auto": this process's GPU, or the CPU.
             dtype: of the weights; None or "auto": the checkpoint's. `torch_dtype` is its older name.
             use_safetensors, from_tf, from_flax: read safetensors (False: pytorch_model.bin), tf_model.h5 or
                 flax_model.msgpack; else the first format that is there.
@@ -118,13 +120,13 @@ class PretrainedOPT(OPTModule):
         formats = _formats(use_safetensors, from_tf, from_flax)
         chosen = {key: arguments.pop(key) for key in HUB if key in arguments}
         download = Download(**chosen, weights=formats[0] if len(formats) == 1 else None)
-        for key in NO_EFFECT:
-            arguments.pop(key, None)
+        arguments = without_effect(f"{cls.__name__}.from_pretrained", arguments)
         _check_known(cls.__name__, arguments)
         folder = find_checkpoint(name, "", download)
         if config is None:
             config = OPTConfig.read(folder, str(name), arguments)
         else:
+            config = OPTConfig.from_pretrained(config) if isinstance(config, str | Path) else config
             config = OPTConfig.from_dict(_ours(config).to_dict(), **arguments)
         model = cls(config, tensor=tensor, seed=seed, device="meta")
         opened = open_folder(folder, config.network(), formats=formats)
@@ -132,8 +134,7 @@ class PretrainedOPT(OPTModule):
         asked = torch_dtype if dtype is None else dtype
         config.dtype = (config.dtype or opened.dtype) if asked in (None, "auto") else dtype_of(asked)
         assert config.dtype is not None
-        place = device if device_map is None else local_device() if device_map == "auto" else device_map
-        opened.fill(model, _without_prefix(source), tensor, torch.device(place), config.dtype)
+        opened.fill(model, _without_prefix(source), tensor, place_of(device, device_map), config.dtype)
         model._read_files(folder)
         return model.eval()
 
@@ -145,19 +146,33 @@ class PretrainedOPT(OPTModule):
         """Read what the checkpoint has besides configuration and weights."""
 
     def save_pretrained(
-        self, folder: str | Path, max_shard_size: str | int = "5GB", safe_serialization: bool = True
+        self,
+        folder: str | Path,
+        max_shard_size: str | int = "5GB",
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+        **arguments: Any,
     ) -> None:
-        """Write a folder for `from_pretrained`, here and in transformers, in the weights' dtype. Atomic.
+        """Write a folder for `from_pretrained`, here and in transformers, in the weights' dtype: complete or not at
+        all. A folder that exists and holds no model gets the files, config.json last.
+
+        is_main_process: False: nothing is written; without effect in a tensor group, which needs all its ranks.
+        arguments: those of transformers that have no effect.
 
         Every rank of the tensor group must call this; the first rank writes, one tensor at a time. If several tensor
         groups hold the same model, only one group may call it. Raises: UserError; WrongArgument if `config` no longer
         describes the model."""
         if not safe_serialization:
             raise WrongArgument("safe_serialization=False: weights are written as safetensors only; leave it out")
-        if Path(folder).exists():
-            raise UserError(
-                f"{folder} exists: remove it or choose another folder; save a tokenizer into it after the model"
-            )
+        if unknown := list(without_effect("save_pretrained", arguments)):
+            raise WrongArgument(f"save_pretrained has no argument {unknown[0]}: check its spelling")
+        exists = Path(folder).exists()
+        if exists and not Path(folder).is_dir():
+            raise UserError(f"{folder} is a file: choose another folder")
+        if exists and (present := model_file(Path(folder), MANIFEST)):
+            raise UserError(f"{folder} exists and has the {present} of a model: remove it or choose another folder")
+        if not is_main_process and self.group.size == 1:
+            return
         content = self._content()
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor, _ in marked(self)}
         write_folder(
@@ -168,6 +183,7 @@ class PretrainedOPT(OPTModule):
             self.dtype,
             bytes_of(max_shard_size, "max_shard_size="),
             files=self._files(),
+            add=exists,
             to_theirs=self._to_theirs,
             group=self.group,
         )
@@ -275,7 +291,7 @@ def _formats(use_safetensors: bool | None, from_tf: bool, from_flax: bool) -> tu
 
 
 def _check_known(where: str, arguments: Mapping[str, Any]) -> None:
-    known = {*vars(OPTConfig()), "num_labels", "label2id", "attn_implementation"}
+    known = {*vars(OPTConfig()), "num_labels", "label2id"}
     for name in arguments:
         if name not in known:
             raise WrongArgument(

@@ -23,8 +23,10 @@ from opt_parallel.huggingface.config import (
     read_values,
 )
 from opt_parallel.huggingface.hub import Download, find_checkpoint
-from opt_parallel.runtime.errors import UserError, WrongArgument, refusing
+from opt_parallel.pretrained.arguments import without_effect
+from opt_parallel.runtime.errors import UserError, WrongArgument, one_line, refusing
 from opt_parallel.storage.atomic import write_bytes
+from opt_parallel.storage.foreign import read_json
 
 # what other configurations use; the class of transformers has these too
 ELSEWHERE = {
@@ -184,6 +186,7 @@ class OPTConfig:
 
         Raises: UserError if it cannot be read or is not an OPT; WrongArgument."""
         download = Download(**{key: arguments.pop(key) for key in HUB if key in arguments})
+        arguments = without_effect("OPTConfig.from_pretrained", arguments)
         return cls.read(find_checkpoint(name, "", download), str(name), arguments)
 
     @classmethod
@@ -237,9 +240,23 @@ class OPTConfig:
         dtype = values.pop("dtype", None)  # written by its older name, which every version of transformers reads
         return values if dtype is None else {**values, "torch_dtype": dtype}
 
-    def to_json_string(self) -> str:
-        """config.json as text. Raises: WrongArgument, as `content`."""
-        return as_json(self.content()).decode()
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """config.json as text; with `use_diff=False` also the defaults that it leaves out. Raises: WrongArgument, as
+        `content`."""
+        content = self.content()
+        return as_json(content if use_diff else {**self.to_dict(), **content}).decode()
+
+    def to_json_file(self, path: str | Path, use_diff: bool = True) -> None:
+        """Write `to_json_string` to a file. Raises: WrongArgument, as `content`."""
+        write_bytes(Path(path), self.to_json_string(use_diff).encode())
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> Self:
+        """The configuration in a file, as `to_json_file` writes it. Raises: UserError; WrongArgument."""
+        try:
+            return cls.from_dict(read_json(Path(path)))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}): give the path of a config.json") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json into `folder`, which may exist. Raises: WrongArgument if it cannot be read again."""

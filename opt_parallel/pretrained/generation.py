@@ -69,6 +69,13 @@ class GenerationConfig:
     use_cache: bool | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
+    def update(self, **settings: Any) -> dict[str, Any]:
+        """Set settings; returns those that it does not know."""
+        unknown = {name: value for name, value in settings.items() if name not in vars(self)}
+        for name in settings.keys() - unknown.keys():
+            setattr(self, name, settings[name])
+        return unknown
+
     @classmethod
     def of(cls, values: Any) -> Self:
         """Settings from a dictionary, or from an object with `to_dict`, such as transformers' GenerationConfig."""
@@ -143,7 +150,8 @@ def continued(
 
 def _matters(name: str, value: Any) -> bool:
     """Whether a setting that we do not have would change something."""
-    return bool(value) and NEUTRAL.get(name) not in (value, ...) and not name.startswith(OF_ASSISTANTS)
+    given = value is not None if isinstance(value, Tensor) else bool(value)
+    return given and NEUTRAL.get(name) not in (value, ...) and not name.startswith(OF_ASSISTANTS)
 
 
 def _check(values: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
@@ -152,7 +160,7 @@ def _check(values: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
         for name in names:
             if name in values and type(values[name]) not in TYPES[kind]:
                 raise UserError(f"{name}={values[name]!r:.80} must be {kind}")
-    if values.get("use_cache") is False:
+    if typed.get("use_cache") is False:
         raise UserError("use_cache=False is not supported: generation always uses its cache; leave it out")
     if typed.get("max_length") is not None and typed.get("max_new_tokens") is not None:
         raise UserError(
@@ -161,7 +169,7 @@ def _check(values: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
         )
     sampled = values.get("do_sample", False)
     for name, neutral in SAMPLING.items():
-        if not sampled and typed.get(name) not in (None, neutral, 0 if name == "top_k" else neutral):
+        if not sampled and typed.get(name) not in (None, neutral, 1.0 if name == "top_p" else 0):
             raise UserError(f"{name}={typed[name]} affects sampling only: set do_sample=True, or leave {name} out")
     if sampled and values.get("temperature") == 0:
         raise UserError("do_sample=True with temperature=0 is greedy: leave both out")

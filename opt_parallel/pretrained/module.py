@@ -56,6 +56,15 @@ class OPTModule(nn.Module):
             if not name.endswith(left_out) and (parameter.requires_grad or not only_trainable)
         )
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The bytes of this process's parameters and, unless `return_buffers=False`, of its buffers."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in held)
+
+    def can_generate(self) -> bool:
+        """Whether the model has `generate`."""
+        return hasattr(self, "generate")
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """Recompute every layer in the backward. Only `use_reentrant=False` exists. Raises: WrongArgument."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)

@@ -97,6 +97,19 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     _confirm_names(path.parent)
 
 
+@contextmanager
+def into_folder(path: Path, last: str) -> Iterator[Path]:
+    """Yield a temporary folder inside the existing folder `path`. When the block ends, its files are moved into `path`,
+    the file `last` after all others. After an error it is removed. Raises: OSError."""
+    with _unfinished(path / "adding", folder=True) as (partial, _):
+        yield partial
+        fsync_tree(partial)
+        for name in sorted(os.listdir(partial), key=lambda name: name == last):
+            if name != HELD:
+                os.replace(partial / name, path / name)
+    _confirm_names(path)
+
+
 def beside(path: Path) -> Path:
     """A temporary name for `path`, unique to this process."""
     return path.with_name(f"{path.name}.{process.host()}-{secrets.token_hex(4)}{PARTIAL}")

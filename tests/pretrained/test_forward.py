@@ -393,7 +393,8 @@ def test_what_we_save_is_what_transformers_saved(
 
 
 def test_saving_never_overwrites(crew: Any, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"UserError.* exists: remove it"):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(AssertionError, match=r"UserError.* exists and has the .* of a model: remove it"):
         crew(2)(saved, str(folder), 2, str(tmp_path), "OPTModel", "float32")
 
 
