@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tomllib
+from importlib import metadata
 from pathlib import Path
 
 from command import cold_python
@@ -30,7 +30,7 @@ print(json.dumps([before, names, "torch" in sys.modules, opt_parallel.__version_
     assert {"OPTConfig", "OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "GenerationConfig"} < set(names)
     assert after
     assert missing == []
-    assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version == metadata.version("opt-parallel")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

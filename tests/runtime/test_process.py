@@ -23,9 +23,9 @@ OPEN_MPI = {
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        os, "environ", {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    )
+    """Without the variables that a library may have set in this process."""
+    gone = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in gone})
 
 
 def place_with(variables: dict[str, str]) -> list[str | None]:

@@ -54,7 +54,9 @@ def test_columns_of_an_encoders_own(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"store.json cannot be read \(No such file.*; remove it, and it is built"):
+    with pytest.raises(
+        UserError, match=r"store.json cannot be read \(No such file.*; remove it, and the next start builds"
+    ):
         TokenStore(tmp_path)
     (tmp_path / "store.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match=r"store.json has the wrong content .*; remove it, "):
