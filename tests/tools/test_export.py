@@ -275,7 +275,7 @@ def test_killed_in_mid_write(tmp_path: Path, how: signal.Signals) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "half of it is written\n"
         os.kill(process.pid, how)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     assert not output.exists()
     if how is signal.SIGINT:
         assert (process.returncode, errors) == (130, "error: interrupted\n")
