@@ -116,9 +116,8 @@ class Topology:
         finally:
             if roll_call:
                 roll_call.close()
-        for (
-            handle
-        ) in handles:  # not after an error, because this would wait for collectives that other ranks never join
+        # After an error this is not reached: it would wait for collectives that other ranks never join.
+        for handle in handles:
             dist.destroy_process_group(handle)
 
     @property

@@ -357,7 +357,6 @@ def print_peaks() -> None:
     print(json.dumps(peaks[2:]))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_that_of_a_chunk() -> None:
     """A chunk's logits and both gradients, once while they grow and once when they are returned; never tokens × words.
 
