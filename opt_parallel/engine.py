@@ -13,6 +13,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import numa
 from torch import Tensor, nn
 
@@ -220,6 +222,15 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's buffers and hooks, so that this process can build another engine."""
         self.wrapped.destroy()
+        _forget_models()
+
+
+def _forget_models() -> None:
+    """Remove the models of ZeRO-3 from the two places where DeepSpeed keeps them until the process ends: a global list,
+    and the cache of a decorated method. A model that stays keeps its process groups and their threads."""
+    FWD_MODULE_STACK.clear()
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    cached.__closure__[0].cell_contents.cache_clear()
 
 
 def _diverged(step: int) -> Diverged:

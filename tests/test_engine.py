@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ import pytest
 import torch
 from layouts import STYLE_350M, Layout, assemble, micro_batches, pairwise, run_for, train, train_plainly
 
-from opt_parallel.config.run import Scaler
+from opt_parallel.config.run import Run, Scaler
 from opt_parallel.runtime.clock import Clock
 
 # float32 sums in another order, carried through four Adam steps
@@ -164,3 +165,18 @@ def test_a_growing_loss_scale_changes_nothing(crew: Any, stage: int) -> None:
     found = crew(2)(train, growing)[0]
     assert found[0] == pytest.approx(constant[0], rel=1e-3)
     assert found[1] == pytest.approx(constant[1], rel=1e-2)
+
+
+def models_left(run: Run) -> int:
+    """The number of models that this process still holds after a run has closed its engine."""
+    from opt_parallel.model.heads import CausalLM
+
+    train(run)
+    gc.collect()
+    return sum(type(each) is CausalLM for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_closed_engine_frees_its_model(crew: Any, stage: int) -> None:
+    """A model holds its process groups, and each group has threads. A sweep builds one engine after the other."""
+    assert crew(2)(models_left, run_for(Layout(1, 2, stage), **SMALL)) == [0, 0]

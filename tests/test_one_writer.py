@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from command import launch, small, start
-from fork_server import Forked
 from two_starts import RUN, assert_names, assert_undisturbed
 
 
-def wait_for(happened: Callable[[], bool], process: Forked) -> None:
+def wait_for(happened: Callable[[], bool], ended: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not happened():
-        assert not process.ended_within(0)
+        assert not ended()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -37,7 +36,7 @@ def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_pa
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]
     first = start(tmp_path / "first", "train.py", *arguments)
-    wait_for((run / "checkpoints" / "step-10").is_dir, first)
+    wait_for((run / "checkpoints" / "step-10").is_dir, lambda: first.ended_within(0))
     os.kill(first.pid, signal.SIGSTOP)  # so that it does not end too soon
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for other in ([], ["optimizer.lr=5e-3", "seed=7"]):
@@ -57,7 +56,7 @@ def test_a_killed_one_keeps_nobody_out(straight: tuple[Path, list[str]], tmp_pat
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]
     first = start(tmp_path / "first", "train.py", *arguments)
-    wait_for((run / "checkpoints" / "step-10").is_dir, first)
+    wait_for((run / "checkpoints" / "step-10").is_dir, lambda: first.ended_within(0))
     os.kill(first.pid, signal.SIGKILL)
     assert first.ended_within(60)
     leftovers = ["state.elsewhere-01234567.partial", "checkpoints/step-20.partial77", "checkpoints/step-30.partial"]
@@ -75,6 +74,13 @@ def test_of_two_starts_at_once_one_trains(straight: tuple[Path, list[str]], tmp_
     arguments = [*straight[1], f"run.dir={run}"]
     outputs = [tmp_path / "one", tmp_path / "other"]
     both = [start(output, "train.py", *arguments) for output in outputs]
+    one, other = both
+    wait_for((run / "checkpoints" / "step-10").is_dir, lambda: one.ended_within(0) and other.ended_within(0))
+    header = (run / "logs" / "rank-00000.log").read_text().partition("\n")[0]
+    first = int(header.rpartition("process ")[2])
+    os.kill(first, signal.SIGSTOP)  # so that it does not end before the other starts
+    assert all(process.ended_within(240) for process in both if process.pid != first)
+    os.kill(first, signal.SIGCONT)
     assert all(process.ended_within(240) for process in both)
     texts = {process.status: output.read_text() for process, output in zip(both, outputs, strict=True)}
     assert sorted(texts) == [0, 2], texts

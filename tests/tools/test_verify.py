@@ -118,7 +118,7 @@ def test_damaged_weights_are_seen_where_they_are_used(exported: tuple[Path, Path
     assert line in done.stderr
     done = python(*words, str(wrong))
     assert done.returncode == 0
-    assert f"warning: {wrong}, {KEY}: differs from checksums.json: damaged, so export or copy" in done.stdout
+    assert f"warning: {wrong}, {KEY}: differs from checksums.json: if the folder is damaged" in done.stdout
     assert "warning" not in python(*words, str(folder)).stdout
 
 
