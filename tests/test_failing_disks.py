@@ -89,10 +89,8 @@ ROWS = [
 ]
 TELLING = {
     ("metrics.jsonl, from step 2 to 4", "ENOSPC"),
-    ("logs/rank-00000.log", "EROFS"),
     ("a save: rank-00000.safetensors", "ENOSPC"),
     ("a save: manifest.json", "EINVAL"),
-    ("an older checkpoint's files", "EROFS"),
     ("run.dir, from step 2 on", "EROFS"),
     ("data.cache: a store's part", "ENOSPC"),
 }

@@ -286,7 +286,8 @@ def test_a_device_that_hangs_is_named(crew: Any, tmp_path: Path, sick: int) -> N
     assert seconds < 7  # it did not wait for the other
 
 
-@pytest.mark.parametrize("wrong", [pytest.param("settings", marks=pytest.mark.long), "text"])
+@pytest.mark.long
+@pytest.mark.parametrize("wrong", ["settings", "text"])
 def test_started_by_torchrun_all_end_with_one_line(tmp_path: Path, wrong: str) -> None:
     """Rank 1 has another command line, or stands where the text is not: no rank hangs, and rank 0 alone speaks."""
     arguments = small(tmp_path)

@@ -61,7 +61,7 @@ def go_back(run: Run, saved_at: int) -> tuple[list[float], list[float]]:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("saved_at", [0, 2])
+@pytest.mark.parametrize("saved_at", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_going_back_in_mid_run_is_the_same_run(crew: Any, tmp_path: Path, layout: Layout, saved_at: int) -> None:
     run = run_of(with_tokenizer(tmp_path / "run"), layout, 8, layout.precision)
     threshold = 10**6 if saved_at else 0  # parameters that stay gathered, and none

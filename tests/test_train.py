@@ -69,7 +69,7 @@ def test_an_unwritable_run_folder(tmp_path: Path) -> None:
     assert f"run.dir={blocked}" in said(python("train.py", *small(tmp_path), f"run.dir={blocked}"))
 
 
-@pytest.mark.parametrize("mistake", ["unknown key", "missing file"])
+@pytest.mark.parametrize("mistake", ["unknown key", pytest.param("missing file", marks=pytest.mark.long)])
 def test_under_a_launcher_one_rank_speaks_and_all_end_with_2(tmp_path: Path, mistake: str) -> None:
     arguments, words = MISTAKES[mistake]
     process = torchrun(2, "train.py", *small(tmp_path), *arguments)

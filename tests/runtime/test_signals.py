@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from signals import CELLS, end_one, end_with_children
 
-SHARE = {("python", "closed terminal", "HUP"), ("torchrun", "terminal", "USR1")}
+SHARE = {("python", "closed terminal", "HUP")}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import io
 import json
 import multiprocessing.process
 import os
@@ -149,21 +148,61 @@ def become(request: dict[str, Any]) -> None:
 
 
 def preload() -> None:
-    """Import the libraries that commands need. No import may leave a thread, because a fork would lose the thread."""
+    """Import the libraries that commands need, and do once what is slow only the first time. Nothing may leave a
+    thread, because a fork would lose the thread."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from opt_parallel.runtime.log import quiet_libraries
 
     quiet_libraries()
-    from hydra.core.plugins import Plugins
-    from matplotlib.figure import Figure
-
     for module in PRELOADED:
         import_module(module)
-    Plugins.instance()  # looks for Hydra's plugins
-    Figure().savefig(io.BytesIO())  # reads the fonts
+    compose_once()
+    train_once()
+    draw_once()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads are alive after the imports"
     gc.freeze()
+
+
+def compose_once() -> None:
+    """Find Hydra's plugins, and let its parser build its tables."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.plugins import Plugins
+
+    from opt_parallel.config.compose import CONFIGS, register_schema
+
+    Plugins.instance()
+    register_schema()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        compose("config", ["model=opt-tiny", "data.train=text.jsonl", "batch.global=4"], return_hydra_config=True)
+
+
+def train_once() -> None:
+    """Compute one step of a tiny network, without DeepSpeed and process groups, which a fork would lose."""
+    import torch
+
+    from opt_parallel.config.model import ModelConfig
+    from opt_parallel.model.heads import CausalLM
+    from opt_parallel.parallel.random import Draw
+    from opt_parallel.parallel.shard import fill, random_source
+    from opt_parallel.parallel.topology import ALONE
+
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), ALONE)
+    fill(model, random_source(0), torch.device("cpu"), torch.float32)
+    ids = torch.arange(8).view(1, 8)
+    model(ids, ids, draw=Draw(0, 0, 0, 0, torch.zeros(1, dtype=torch.int64))).backward()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+
+
+def draw_once() -> None:
+    """Let matplotlib read its fonts."""
+    from opt_parallel.report.plots import draw
+
+    rows = [{"kind": "train", "step": step, "loss": 1.0} for step in (1, 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder) / "curve.png", "title", rows, 1.0)
 
 
 if __name__ == "__main__":
