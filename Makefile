@@ -78,6 +78,7 @@ docs: .venv/installed
 
 bench: .venv/installed
 	$(BENCH) loss --words 25136 50272 --tokens 1024
+	$(BENCH) host --tensor 2
 	$(BENCH) generate model=opt-125m
 	$(BENCH) io model=opt-1.3b parallel.tensor=2 precision=bf16
 	$(BENCH) checkpoint model=opt-125m precision=fp32

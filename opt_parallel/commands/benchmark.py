@@ -2,6 +2,7 @@
 
     opt-parallel benchmark train --processes 2 model=opt-125m parallel.tensor=2 batch.micro=2
     opt-parallel benchmark loss --tokens 1024 4096 --words 25136
+    opt-parallel benchmark host --tensor 2
     opt-parallel benchmark io model=opt-1.3b parallel.tensor=2 precision=bf16
     opt-parallel benchmark checkpoint precision=fp32
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
@@ -63,6 +64,9 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     loss.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=AUTO)
     loss.add_argument("--threads", type=_positive, default=1)
     loss.add_argument("--rounds", type=_positive, default=7)
+    host = verbs.add_parser("host", help="measure the CPU time to start the operations of a decoder layer")
+    host.add_argument("--tensor", type=_positive, default=2, help="tensor-parallel degree")
+    host.add_argument("--rounds", type=_positive, default=20)
 
 
 def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -107,8 +111,8 @@ def main() -> None:
     arguments = parsed(parser())
     quiet_libraries()
     runners = {
-        "train": run_race, "loss": run_loss, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation,
-        "prepare": run_preparation,
+        "train": run_race, "loss": run_loss, "host": run_host, "io": run_io, "checkpoint": run_checkpoint,
+        "generate": run_generation, "prepare": run_preparation,
     }  # fmt: skip
     runners[arguments.verb](arguments)
 
@@ -238,6 +242,14 @@ def run_loss(arguments: argparse.Namespace) -> None:
             lines.append(row(tokens, words, measured))
     print(f"\n{precision.value}, width {arguments.width}, {arguments.threads} threads\n")
     print(aligned(lines))
+
+
+def run_host(arguments: argparse.Namespace) -> None:
+    from opt_parallel.benchmarks.host import HEAD, measure, row
+
+    measured = measure(list(ActivationCheckpointing), arguments.tensor, arguments.rounds)
+    print(f"\nCPU time of one layer, forward and backward, tensor {arguments.tensor}, dropout 0.1, {cpu_model()}\n")
+    print(aligned([HEAD, *(row(mode, times) for mode, times in measured.items())]))
 
 
 def run_io(arguments: argparse.Namespace) -> None:

@@ -54,8 +54,11 @@ class ScheduleName(Enum):
 
 
 class ActivationCheckpointing(Enum):
+    """What a layer keeps between its forward and its backward. The backward computes the rest again."""
+
     none = "none"
     full = "full"
+    offload = "offload"
 
 
 @dataclass
@@ -221,7 +224,8 @@ class Run(Section):
     run: RunConfig = field(default_factory=RunConfig)
     # global: sequences of one optimizer step; micro: sequences of one forward of one data-parallel rank
     batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})
-    # full: recompute each layer in the backward instead of keeping its activations
+    # full: keep only each layer's input and recompute the layer in the backward; offload: full, with the inputs in the
+    # host's memory
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     # number of optimizer steps of the run and of its learning-rate schedule
     steps: int = 1000

@@ -7,19 +7,19 @@ and t the number of ranks in a tensor group. Each rank computes A/t heads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from opt_parallel.config.model import POSITION_OFFSET, Activation, Init, ModelConfig
 from opt_parallel.config.run import ActivationCheckpointing
 from opt_parallel.model.cache import Cache, positions_held
 from opt_parallel.parallel.linear import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear
 from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.recompute import HostInputs, recomputed
 from opt_parallel.parallel.shard import Normal, replicated
 from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
@@ -37,12 +37,14 @@ class Context:
     """Arguments that all layers of one forward pass share.
 
     `mask` (B, 1, S, K) is true where a query may attend to a key. Without a mask, attention is causal. `draw` is the
-    position of a training forward pass in the run, and None in evaluation.
+    position of a training forward pass in the run, and None in evaluation. `inputs` are the layers' inputs that are in
+    the host's memory.
     """
 
     mask: Tensor | None = None
     draw: Draw | None = None
     cache: Cache | None = None
+    inputs: HostInputs = field(default_factory=HostInputs)
 
 
 class Attention(nn.Module):
@@ -69,7 +71,7 @@ class Attention(nn.Module):
         dropout = 0.0
         if context.draw is not None and self.dropout > 0.0:
             dropout = self.dropout
-            context.draw.seed_attention(self.layer, self.group)
+            context.draw.seed_attention(self.layer, self.group, hidden.device)
         mixed = self.attend(query, key, value, context.mask, dropout)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
@@ -205,11 +207,12 @@ class Decoder(nn.Module):
             # With ZeRO-3 or CPU offload, a layer that does not run would keep its previous gradient.
             # So the layer runs on one token, and its output is multiplied by zero, which makes the gradient zero.
             return hidden + (0.0 * block(hidden[:1, :1], Context())).sum()
-        if context.draw is not None and self.recompute is ActivationCheckpointing.full:
-            recomputed = checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
-            assert isinstance(recomputed, Tensor)
-            return recomputed
-        return block(hidden, context)
+        if context.draw is None or self.recompute is ActivationCheckpointing.none:
+            return block(hidden, context)
+        if self.recompute is ActivationCheckpointing.full:
+            return recomputed(block, hidden, context)
+        with context.inputs.saving():
+            return recomputed(block, hidden, context)
 
 
 class PositionEmbedding(nn.Module):

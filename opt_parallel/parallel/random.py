@@ -51,27 +51,30 @@ class Draw:
         """Whether LayerDrop (Fan et al. 2020) skips `layer`. All ranks skip the same layers in a step."""
         return p > 0.0 and uniform("layerdrop", self.seed, self.step, layer) < p
 
-    def seed_attention(self, layer: int, group: Group) -> None:
-        """Seed the device's generator for one layer's attention dropout.
+    def seed_attention(self, layer: int, group: Group, device: torch.device) -> None:
+        """Seed the generator of `device` for one layer's attention dropout.
 
-        The ranks of a tensor group get different seeds, because they compute different heads."""
+        The ranks of a tensor group get different seeds, because they compute different heads. `torch.manual_seed` would
+        seed the generators of all kinds of devices, which takes hundreds of times longer."""
         key = ("attention", self.seed, self.step, self.micro, self.data_rank, group.rank, layer)
-        torch.manual_seed(number(*key, bits=63))
+        generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+        generator.manual_seed(number(*key, bits=63))
 
 
 class _Dropout(torch.autograd.Function):
-    """Dropout whose backward pass computes the mask again, which is faster than storing the mask and saves memory."""
+    """Dropout whose backward pass computes the mask again, which is faster than storing the mask and saves memory.
+
+    `samples` and `key` have no gradient and are small, so they are attributes of `ctx` and not saved tensors. If they
+    were saved tensors, recomputation would have to compute everything up to a block's last dropout."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
-        ctx.save_for_backward(samples, key)
-        ctx.p = p
+        ctx.samples, ctx.p, ctx.key = samples, p, key
         return _dropped(hidden, samples, p, key)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        samples, key = ctx.saved_tensors
-        return _dropped(gradient, samples, ctx.p, key), None, None, None
+        return _dropped(gradient, ctx.samples, ctx.p, ctx.key), None, None, None
 
 
 @compiled

@@ -117,7 +117,7 @@ class _Recorder(Metrics):
     def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock, wandb_id: str | None) -> None:
         self._run, self._device = run, device
         self._opened = self._clock = clock
-        length, recompute = run.data.sequence_length, run.activation_checkpointing is ActivationCheckpointing.full
+        length, recompute = run.data.sequence_length, run.activation_checkpointing is not ActivationCheckpointing.none
         peak = _peak_flops(run.logging.peak_tflops, run.precision.name, device)
         self._peak = None if peak is None else peak * world_size
         frozen = run.task.lora.rank > 0

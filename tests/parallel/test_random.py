@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opt_parallel.parallel import compiled
-from opt_parallel.parallel.random import Draw, hash_dropped
+from opt_parallel.parallel.random import Draw, hash_dropped, number
 from opt_parallel.parallel.topology import ALONE, Group
 
 DRAW = Draw(seed=1, step=3, micro=0, data_rank=0, samples=torch.arange(64))
@@ -72,7 +72,7 @@ def test_layerdrop_rate() -> None:
 
 def test_attention_seed_depends_on_everything_it_names() -> None:
     def drawn(draw: Draw, layer: int, group: Group) -> float:
-        draw.seed_attention(layer, group)
+        draw.seed_attention(layer, group, torch.device("cpu"))
         return float(torch.rand(()))
 
     first = drawn(DRAW, 0, ALONE)
@@ -101,3 +101,14 @@ def test_compiled_is_bit_for_bit_the_same(dtype: torch.dtype) -> None:
             eager.backward(upstream[start : start + 16])
             assert torch.equal(eager, whole[start : start + 16])
             assert torch.equal(few.grad, hidden.grad[start : start + 16])
+
+
+def test_attention_is_seeded_as_by_torch_but_on_one_device_only() -> None:
+    DRAW.seed_attention(3, ALONE, torch.device("cpu"))
+    drawn = torch.rand(4)
+    torch.manual_seed(number("attention", 1, 3, 0, 0, 0, 3, bits=63))
+    assert torch.equal(torch.rand(4), drawn)
+    before = torch.cuda._lazy_seed_tracker.get_calls()
+    DRAW.seed_attention(3, ALONE, torch.device("cpu"))
+    after = torch.cuda._lazy_seed_tracker.get_calls()
+    assert [id(call) for call in after] == [id(call) for call in before], "CUDA's generators would be seeded too"

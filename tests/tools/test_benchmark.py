@@ -103,3 +103,10 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
     status, _, said = benchmark(*arguments)
     assert status == 2
     assert words in said.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_the_time_to_start_a_layer() -> None:
+    status, printed, said = benchmark("host", "--rounds", "1")
+    assert status == 0, said
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["none", "full", "offload"]

@@ -1,0 +1,92 @@
+"""Recomputation of activations in the backward pass, and storage of activations in the host's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Tensor], hidden: Tensor, *arguments: Any) -> Tensor:
+    """`function(hidden, *arguments)`, which keeps only `hidden` for the backward and computes the rest again.
+
+    The recomputation ends with the last tensor that the backward needs. So a product at the end of `function`, the
+    collective that sums it, and dropout are not repeated."""
+    result = checkpoint(function, hidden, *arguments, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class HostInputs:
+    """The inputs of one forward pass's layers, which are in the host's memory from the forward to the backward.
+
+    On a GPU, a stream of its own copies them. An input is copied to the host while its layer computes. In the backward,
+    it is copied to the device while the layer after it computes."""
+
+    def __init__(self) -> None:
+        self.last: _HostCopy | None = None
+
+    def saving(self) -> saved_tensors_hooks:
+        """A context in which tensors that are saved for the backward are saved in the host's memory."""
+        return saved_tensors_hooks(self._save, _HostCopy.take)
+
+    def _save(self, tensor: Tensor) -> _HostCopy:
+        self.last = _HostCopy(tensor.detach(), self.last)
+        return self.last
+
+
+class _HostCopy:
+    """A copy of a tensor in the host's memory, and `earlier`, the copy that was made before it.
+
+    `tensor` is the tensor on its device while a copy from it or to it is under way, and else None. The current stream
+    waits for such a copy before `tensor` is released. So the memory of `tensor` is reused in the order of the current
+    stream, even if the host is many layers ahead of the device."""
+
+    def __init__(self, tensor: Tensor, earlier: _HostCopy | None) -> None:
+        self.earlier, self.tensor, self.device = earlier, tensor, tensor.device
+        self.host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._copy(self.host, tensor)
+        if earlier is not None:
+            earlier._release()
+
+    def take(self) -> Tensor:
+        """The tensor on its device. The copy of the earlier tensor to the device starts too."""
+        self._fetch()
+        if self.earlier is not None:
+            self.earlier._fetch()
+        return self._release()
+
+    def _fetch(self) -> None:
+        if self.tensor is None:
+            self.tensor = torch.empty_like(self.host, device=self.device, pin_memory=False)
+            self._copy(self.tensor, self.host)
+
+    def _release(self) -> Tensor:
+        assert self.tensor is not None
+        tensor, self.tensor = self.tensor, None
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+        return tensor
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy on the stream for copies, after all work that the current stream already has."""
+        beside: AbstractContextManager[Any] = nullcontext()
+        if self.device.type == "cuda":
+            stream = _copying_stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            beside = torch.cuda.stream(stream)
+        with beside:
+            target.copy_(source, non_blocking=True)
+            if self.device.type == "cuda":
+                self.copied = torch.cuda.current_stream(self.device).record_event()
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,128 @@
+"""Recomputation: the same bits, no collective more than needed, and the memory that each mode keeps."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from layouts import STYLE_350M, TINY
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opt_parallel.config.model import Activation, ModelConfig
+from opt_parallel.config.run import ActivationCheckpointing
+from opt_parallel.config.task import LoraConfig
+from opt_parallel.model.build import network
+from opt_parallel.model.heads import CausalLM
+from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.recompute import HostInputs
+from opt_parallel.parallel.shard import fill, random_source
+from opt_parallel.parallel.topology import ALONE, Group
+
+MODES = list(ActivationCheckpointing)
+ROWS, LENGTH = 2, 16
+
+
+def model_of(
+    mode: ActivationCheckpointing, changes: dict[str, Any], group: Group = ALONE, lora: LoraConfig | None = None
+) -> CausalLM:
+    model = network(ModelConfig(**{**TINY, **changes}), lora or LoraConfig(), None, group, mode)
+    assert isinstance(model, CausalLM)
+    fill(model, random_source(1), torch.device("cpu"), torch.float32)
+    return model
+
+
+def loss_of(model: CausalLM) -> Tensor:
+    ids = torch.arange(5, 5 + ROWS * LENGTH).view(ROWS, LENGTH)
+    return model(ids, ids, draw=Draw(seed=1, step=0, micro=0, data_rank=0, samples=torch.arange(ROWS)))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "standard": {"layerdrop": 0.3, "attention_dropout": 0.1},
+    "gelu": {"activation_function": Activation.gelu},
+    "silu": {"activation_function": Activation.silu},
+    "gelu_new, no biases": {"activation_function": Activation.gelu_new, "enable_bias": False},
+    "350m": STYLE_350M,
+}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_mode_computes_the_same_bits(variant: str, rank: int) -> None:
+    lora = LoraConfig(rank=rank, targets=["q_proj", "v_proj", "out_proj", "fc1", "fc2"])
+    results = []
+    for mode in MODES:
+        model = model_of(mode, VARIANTS[variant], lora=lora)
+        loss = loss_of(model)
+        loss.backward()
+        results.append((loss.detach(), [tensor.grad for tensor in model.parameters() if tensor.grad is not None]))
+    (expected, gradients), *others = results
+    assert len(gradients) > 20
+    for found, there in others:
+        assert torch.equal(found, expected)
+        assert len(there) == len(gradients)
+        assert all(torch.equal(one, other) for one, other in zip(there, gradients, strict=True))
+
+
+class Watch(TorchDispatchMode):
+    """Counts collectives by phase, and knows the storages that operations have made and that still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase, self.collectives, self.alive = "forward", Counter[str](), {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = str(function)
+        if "c10d" in name and ("reduce" in name or "gather" in name):
+            self.collectives[self.phase] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        return result
+
+
+def collectives(layers: int, mode: ActivationCheckpointing, changes: dict[str, Any]) -> dict[str, int]:
+    from opt_parallel.parallel.topology import Topology
+
+    with Topology.open(2) as topology:
+        model = model_of(mode, {"num_hidden_layers": layers, **changes}, topology.tensor)
+        with Watch() as watch:
+            loss = loss_of(model)
+            watch.phase = "backward"
+            loss.backward()
+    return dict(watch.collectives)
+
+
+@pytest.mark.parametrize(("changes", "again"), [({}, 1), (STYLE_350M, 2)], ids=["standard", "350m"])
+def test_recomputation_repeats_only_the_collectives_that_it_must(crew: Any, changes: Any, again: int) -> None:
+    """The sum after attention is needed for the rest of the layer. The one after the feed-forward is needed only by a
+    LayerNorm behind it."""
+    plain, full = (crew(2)(collectives, 4, mode, changes)[0] for mode in MODES[:2])
+    assert full == {"forward": plain["forward"], "backward": plain["backward"] + 4 * again}
+
+
+def test_inputs_on_the_host_come_back_one_ahead() -> None:
+    inputs, tensors = HostInputs(), [torch.full((4,), float(n), requires_grad=True) for n in range(3)]
+    with inputs.saving():
+        squares = [tensor**2 for tensor in tensors]
+    last = inputs.last
+    assert last is not None
+    middle = last.earlier
+    assert middle is not None
+    first = middle.earlier
+    assert first is not None
+    assert first.earlier is None
+    assert first.tensor is None is middle.tensor, "an earlier input stays on the device"
+    squares[2].sum().backward()
+    assert middle.tensor is not None, "the next input is not on its way"
+    assert last.tensor is None is first.tensor
+    for square in squares[1::-1]:
+        square.sum().backward()
+    assert [tensor.grad.tolist() for tensor in tensors] == [[2.0 * n] * 4 for n in range(3)]  # type: ignore[union-attr]
