@@ -185,3 +185,41 @@ def models_left(run: Run) -> int:
 def test_a_closed_engine_frees_its_model(crew: Any, stage: int) -> None:
     """A model holds its process groups, and each group has threads. A sweep builds one engine after the other."""
     assert crew(2)(models_left, run_for(Layout(1, 2, stage), **SMALL)) == [0, 0]
+
+
+def gathered_after_forward(run: Run) -> list[str]:
+    """On the crew: the parameters whose full values ZeRO-3 still holds between the first forward and its backward."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.parallel.topology import Topology
+
+    with Topology.open(run.parallel.tensor) as topology:
+        engine = Engine.build(run, topology, random_source(run.seed))
+        gathered: dict[str, StorageWeakRef] = {}
+
+        def watch(prefix: str, module: torch.nn.Module) -> None:
+            for name, tensor in module.named_parameters(recurse=False):
+                assert tensor.numel() > 0
+                gathered[f"{prefix}.{name}"] = StorageWeakRef(tensor.untyped_storage())
+
+        for prefix, module in engine.wrapped.module.named_modules():
+            # DeepSpeed's hook, which gathers the parameters, was registered before this hook.
+            module.register_forward_pre_hook(lambda module, _, prefix=prefix: watch(prefix, module))
+        engine.wrapped.train()
+        [batch] = micro_batches(run, 0, topology.data.rank, topology.data.size)
+        loss = engine._loss(batch, 0, 0)
+        held = [name for name, storage in gathered.items() if not storage.expired()]
+        assert len(gathered) > len(list(engine.wrapped.module.parameters()))  # the head's weight is the embedding's
+        engine.wrapped.backward(loss)
+        engine.close()
+    return held
+
+
+@pytest.mark.parametrize("style", ["standard", "350m"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_zero_3_frees_each_weight_after_its_layer(crew: Any, tensor: int, style: str) -> None:
+    model = {**(STYLE_350M if style == "350m" else {}), "layerdrop": 0.0}
+    run = run_for(Layout(tensor, 2, 3, 2), model, steps=4, batch=4)
+    assert crew(2 * tensor)(gathered_after_forward, run) == [[]] * 2 * tensor

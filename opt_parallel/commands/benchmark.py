@@ -3,6 +3,7 @@
     opt-parallel benchmark train --processes 2 model=opt-125m parallel.tensor=2 batch.micro=2
     opt-parallel benchmark loss --tokens 1024 4096 --words 25136
     opt-parallel benchmark host --tensor 2
+    opt-parallel benchmark collectives
     opt-parallel benchmark io model=opt-1.3b parallel.tensor=2 precision=bf16
     opt-parallel benchmark checkpoint precision=fp32
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
@@ -67,6 +68,8 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     host = verbs.add_parser("host", help="measure the CPU time to start the operations of a decoder layer")
     host.add_argument("--tensor", type=_positive, default=2, help="tensor-parallel degree")
     host.add_argument("--rounds", type=_positive, default=20)
+    collectives = verbs.add_parser("collectives", help="measure the time that collectives take on the host")
+    collectives.add_argument("--rounds", type=_positive, default=7)
 
 
 def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -111,8 +114,8 @@ def main() -> None:
     arguments = parsed(parser())
     quiet_libraries()
     runners = {
-        "train": run_race, "loss": run_loss, "host": run_host, "io": run_io, "checkpoint": run_checkpoint,
-        "generate": run_generation, "prepare": run_preparation,
+        "train": run_race, "loss": run_loss, "host": run_host, "collectives": run_collectives, "io": run_io,
+        "checkpoint": run_checkpoint, "generate": run_generation, "prepare": run_preparation,
     }  # fmt: skip
     runners[arguments.verb](arguments)
 
@@ -250,6 +253,13 @@ def run_host(arguments: argparse.Namespace) -> None:
     measured = measure(list(ActivationCheckpointing), arguments.tensor, arguments.rounds)
     print(f"\nCPU time of one layer, forward and backward, tensor {arguments.tensor}, dropout 0.1, {cpu_model()}\n")
     print(aligned([HEAD, *(row(mode, times) for mode, times in measured.items())]))
+
+
+def run_collectives(arguments: argparse.Namespace) -> None:
+    from opt_parallel.benchmarks.collectives import measure, table
+
+    print(f"\na fake group, {cpu_model()}\n")
+    print(aligned(table(measure(arguments.rounds))))
 
 
 def run_io(arguments: argparse.Namespace) -> None:

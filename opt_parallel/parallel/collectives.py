@@ -1,11 +1,16 @@
-"""Four collectives with a gradient, named after their forward pass, and four collectives without a gradient.
+"""Collectives of a process group, with and without a gradient.
 
-All except `all_reduce_in_place` return a new tensor, because torch.compile would lose the gradient of a tensor that is
-overwritten. A group of size 1 does not communicate.
+The collectives with a gradient are named after their forward pass. All except `all_reduce_in_place` and
+`start_all_reduce` return a new tensor. A group of size 1 does not communicate.
+
+The functions of `torch.distributed` are called directly, because torch's functional collectives take ten times as long
+on the host. torch.compile needs the functional collectives, because it loses the gradient of a tensor that is
+overwritten. So `copy`, `reduce`, `gather`, `scatter` and the parallel layers use them while torch.compile traces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +20,20 @@ from torch import Tensor
 
 from opt_parallel.parallel.topology import Group
 
+# torch 2.13 renamed this function, and warns of the older name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
     """The sum (or the maximum, if `operation` is "max") of `tensor` over the group, without a gradient."""
     if group.size == 1:
         return tensor
-    assert group.handle is not None
-    return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), operation, group.handle))
+    if torch.compiler.is_compiling():
+        assert group.handle is not None
+        return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), operation, group.handle))
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, getattr(dist.ReduceOp, operation.upper()), group=group.handle)
+    return total
 
 
 def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
@@ -30,22 +42,48 @@ def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
         dist.all_reduce(tensor, group=group.handle)
 
 
+def start_all_reduce(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Start to replace `tensor` by its sum over the group. The returned function waits, and returns the sum.
+
+    Only the caller may hold `tensor`, because torch.compile needs the sum to be a new tensor."""
+    if group.size == 1:
+        return lambda: tensor
+    if torch.compiler.is_compiling():
+        total = all_reduce(tensor, group)
+        return lambda: total
+    return _waiting(dist.all_reduce(tensor, group=group.handle, async_op=True), tensor)
+
+
+def _waiting(work: Any, result: Tensor) -> Callable[[], Tensor]:
+    def wait() -> Tensor:
+        work.wait()
+        return result
+
+    return wait
+
+
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
     """The first rank's `tensor`, on every rank of the group, without a gradient.
 
     On the other ranks, only the shape and dtype of `tensor` are used."""
     if group.size == 1:
         return tensor
-    assert group.handle is not None
-    return functional.wait_tensor(functional.broadcast(tensor, 0, group.handle))  # 0: the rank within the group
+    received = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(received, group=group.handle, group_src=0)
+    return received
 
 
 def all_gather_last(tensor: Tensor, group: Group) -> Tensor:
     """The ranks' tensors (…, n), concatenated along the last dim to (…, n · size), without a gradient."""
     if group.size == 1:
         return tensor
-    assert group.handle is not None
-    stacked = functional.wait_tensor(functional.all_gather_tensor(tensor.contiguous().unsqueeze(0), 0, group.handle))
+    tensor = tensor.detach().contiguous()
+    if torch.compiler.is_compiling():
+        assert group.handle is not None
+        stacked = functional.wait_tensor(functional.all_gather_tensor(tensor.unsqueeze(0), 0, group.handle))
+    else:
+        stacked = tensor.new_empty(group.size, *tensor.shape)
+        _all_gather(stacked, tensor.unsqueeze(0), group=group.handle)
     return torch.cat(stacked.unbind(0), dim=-1)
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opt_parallel.parallel.collectives import copy, reduce
 from opt_parallel.parallel.lora import column_term, initial_a, row_term
+from opt_parallel.parallel.products import column_product, row_product
 from opt_parallel.parallel.shard import Constant, Normal, parameter, replicated, shard_of
 from opt_parallel.parallel.topology import Group
 
@@ -49,8 +49,7 @@ class ColumnParallelLinear(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = self.weight.view(-1, self.weight.size(-1))
-        product = F.linear(copy(hidden, self.group), weight, None if self.bias is None else self.bias.view(-1))
+        product = column_product(hidden, self.weight, self.bias, self.group)
         if self.lora_a is None or self.lora_b is None:
             return product
         return product + column_term(
@@ -79,16 +78,10 @@ class RowParallelLinear(nn.Module):
         self.lora_b = replicated((out_features, rank), Constant(0.0), decay=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        product = self._product(hidden)
+        product = row_product(hidden, self.weight, self.bias, self.group)
         if self.lora_a is None or self.lora_b is None:
             return product
         return product + row_term(hidden, self.lora_a, self.lora_b, self.scale, self.group)
-
-    def _product(self, hidden: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return F.linear(hidden, self.weight, self.bias)  # one kernel computes the product and adds the bias
-        summed = reduce(F.linear(hidden, self.weight), self.group)
-        return summed if self.bias is None else summed + self.bias
 
 
 class Linear(nn.Module):

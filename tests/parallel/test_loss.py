@@ -312,7 +312,7 @@ def collectives(size: int) -> dict[str, dict[str, int]]:
     return {phase: dict(count) for phase, count in counts.items()}
 
 
-@pytest.mark.parametrize(("size", "expected"), [(1, {}), (2, {"all_gather_into_tensor": CHUNKS})])
+@pytest.mark.parametrize(("size", "expected"), [(1, {}), (2, {"_allgather_base_": CHUNKS})])
 def test_communicates_once_a_chunk(crew: Any, size: int, expected: dict[str, int]) -> None:
     assert crew(size)(collectives, size) == [{"forward": expected, "backward": {}}] * size
 

@@ -65,25 +65,25 @@ def split(name: str, size: int) -> tuple[Tensor, Tensor, dict[str, Any], dict[st
     from opt_parallel.parallel.topology import Topology
 
     sent: list[str] = []
-    real = collectives.functional.all_reduce
+    real = collectives.dist.all_reduce
 
-    def counted(tensor: Tensor, *rest: Any) -> Tensor:
+    def counted(tensor: Tensor, *rest: Any, **named: Any) -> Any:
         sent.append(f"{when} {tensor.size(-1)}")
-        return real(tensor, *rest)
+        return real(tensor, *rest, **named)
 
     with Topology.open(size) as topology:
         with torch.device("meta"):
             model = Product(name, topology.tensor)
         fill(model, values_of, torch.device("cpu"), torch.float64)
         hidden, upstream = inputs()
-        collectives.functional.all_reduce = counted
+        collectives.dist.all_reduce = counted
         try:
             when = "forward"
             output = model(hidden)
             when = "backward"
             output.backward(upstream)
         finally:
-            collectives.functional.all_reduce = real
+            collectives.dist.all_reduce = real
         gradients = {
             parameter: (shard.shape, shard.range, tensor.grad[shard.real].numpy())
             for parameter, tensor, shard in marked(model)

@@ -50,6 +50,12 @@ def test_the_loss_alone() -> None:
     assert "64 × 500" in printed
 
 
+def test_the_collectives_alone() -> None:
+    status, printed, said = benchmark("collectives", "--rounds", "1")
+    assert status == 0, said
+    assert len(printed.splitlines()[-5:]) == printed.count(" µs (") == 5
+
+
 @pytest.mark.long
 def test_import_and_export() -> None:
     status, printed, said = benchmark("io", "--max-shard-size", "100KB", *TINY, "parallel.tensor=2")
