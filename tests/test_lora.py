@@ -84,7 +84,9 @@ def test_any_layout_is_one_process(straight: Straight, plain: tuple[list[float],
         assert answer["moved"] == []
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("bf16", 3), ("fp16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "stage"), [pytest.param("bf16", 1, marks=pytest.mark.long), ("bf16", 3), ("fp16", 2)]
+)
 def test_reduced_precision_follows(
     crew: Any, base: Path, plain: tuple[list[float], list[float]], tmp_path: Path, precision: str, stage: int
 ) -> None:

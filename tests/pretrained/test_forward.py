@@ -355,7 +355,7 @@ def overfit(tensor: int) -> tuple[list[float], list[int]]:
     return losses, written[0].tolist()
 
 
-@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_overfitting(crew: Any, tensor: int) -> None:
     for losses, written in crew(tensor)(overfit, tensor):
         assert losses[-1] < 0.1 * losses[0]

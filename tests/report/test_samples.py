@@ -72,7 +72,7 @@ def test_the_same_texts_in_any_layout_and_the_same_run_as_without(crew: Any, tok
     ((texts, losses),) = crew(1)(sampled_while_training, with_prompts(plain), tokenizer)
     assert len(texts) == 6
     assert losses == crew(1)(train, plain)[0][0]
-    for layout in (Layout(tensor=2, data=2, stage=3), Layout(tensor=2, stage=1), Layout(data=2, stage=2)):
+    for layout in (Layout(tensor=2, data=2, stage=3), Layout(tensor=2, stage=1)):
         for others, other_losses in crew(layout.world)(
             sampled_while_training, with_prompts(run_for(layout, steps=2)), tokenizer
         ):
@@ -80,7 +80,7 @@ def test_the_same_texts_in_any_layout_and_the_same_run_as_without(crew: Any, tok
             assert other_losses == pytest.approx(losses, rel=2e-6)  # float32 sums in another order
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_half_precision_under_zero_3(crew: Any, tokenizer: str, precision: str) -> None:
     run = run_for(Layout(data=2, stage=3, precision=precision), steps=2)
     (texts, losses), other = crew(2)(sampled_while_training, with_prompts(run), tokenizer)

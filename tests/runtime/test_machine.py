@@ -150,8 +150,9 @@ print(cpus(), torch.get_num_threads())
     ("affinity", "given", "threads"),
     [
         (1, {}, 1),
-        (None, {"SLURM_CPUS_PER_TASK": "1"}, 1),  # without a cgroup, as Slurm's default is
-        (None, {"OMP_NUM_THREADS": "1"}, 1),  # torchrun's word, or the user's
+        # without a cgroup, as Slurm's default is
+        pytest.param(None, {"SLURM_CPUS_PER_TASK": "1"}, 1, marks=pytest.mark.long),
+        pytest.param(None, {"OMP_NUM_THREADS": "1"}, 1, marks=pytest.mark.long),  # torchrun's word, or the user's
         (None, {"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "2"}, 2),
     ],
 )
