@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from opt_parallel.config.model import Labels
 from opt_parallel.config.run import Offload, Precision, Run
+from opt_parallel.data.samples.batches import Totals
 from opt_parallel.data.samples.samples import Batch
 from opt_parallel.model.build import network
 from opt_parallel.optim import OPTIMIZERS, LossScaler, build_optimizer, clip_gradients, gradient_norm, learning_rate
@@ -111,19 +112,18 @@ class Engine:
             )
         return cls(run, topology, wrapped)
 
-    def step(self, batches: list[Batch], clock: Clock) -> StepResult:
+    def step(self, batches: list[Batch], clock: Clock, totals: Totals | None = None) -> StepResult:
         """Take one optimizer step at the run's position `clock`, on the micro-batches of this data rank.
 
-        The loss is the mean over all N targets of the global batch. N is summed over the data ranks before the first
-        forward, and each micro-batch's loss is its sum / N. DeepSpeed averages gradients over the data ranks, so the
-        loss is multiplied by `data.size`. The flat gradients of ZeRO-1 in bf16 are summed, so they need no factor
-        `data.size`.
+        The loss is the mean over all N targets of the global batch. N is known before the first forward: the training
+        loop passes `totals`, which it exchanged during the previous step, and otherwise N is summed here. The
+        loss of a micro-batch is its sum / N. DeepSpeed averages gradients over the data ranks, so the loss is
+        multiplied by `data.size`. The flat gradients of ZeRO-1 in bf16 are summed, so they need no factor `data.size`.
 
         Raises: UserError if the global batch has no targets; Diverged if the gradients are not finite.
         """
         data, step = self.topology.data, clock.step
-        targets = self.topology.sum(sum(batch.targets for batch in batches), data)
-        tokens = self.topology.sum(sum(batch.tokens for batch in batches), data)
+        targets, tokens = totals or self._totals(batches)
         if targets == 0:
             raise UserError(f"step {step + 1}: the {self.run.global_batch} samples of the global batch have no labels")
         run, after = self.run, clock.after(self.run.global_batch, tokens)
@@ -147,6 +147,13 @@ class Engine:
         if skipped and self.scaler is None:
             raise _diverged(step)
         return StepResult(all_reduce(total, data) / targets, norm, lr, tokens, loss_scale, skipped)
+
+    def _totals(self, batches: list[Batch]) -> Totals:
+        data, topology = self.topology.data, self.topology
+        return Totals(
+            topology.sum(sum(batch.targets for batch in batches), data),
+            topology.sum(sum(batch.tokens for batch in batches), data),
+        )
 
     def _loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         draw = Draw(self.run.seed, step, micro, self.topology.data.rank, batch.samples)

@@ -15,7 +15,7 @@ from opt_parallel.config.run import Run
 from opt_parallel.config.units import bytes_of
 from opt_parallel.data.prepare import Prepared
 from opt_parallel.data.resuming import resumed_clock
-from opt_parallel.data.samples.batches import Feed, Loader, read_together
+from opt_parallel.data.samples.batches import Ahead, Feed, Loader
 from opt_parallel.data.samples.mixture import Mixture
 from opt_parallel.data.samples.samples import Rows
 from opt_parallel.data.tasks import open_mixture
@@ -107,17 +107,19 @@ def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: In
     status = 0
     try:
         with profiled(run.logging.profile, run.folder, topology.world.rank) as step_ends:
+            ahead = Ahead(loader, topology, lambda: interrupt.status)
             while clock.step < run.stop and not status:
-                result = engine.step(read_together(loader.next, topology), clock)
+                last = clock.step + 1 == run.stop
+                batches, totals = ahead.take(last)
+                result = engine.step(batches, clock, totals)
                 clock = clock.after(run.global_batch, result.tokens)
                 metrics.step(
                     clock, result.loss, result.grad_norm, result.lr, result.loss_scale, result.skipped,
-                    loader.waited, mixture.epochs(clock.samples),
+                    ahead.waited, mixture.epochs(clock.samples),
                 )  # fmt: skip
                 step_ends()
 
-                last = clock.step == run.stop
-                status = 0 if last else topology.largest(interrupt.status)
+                status = 0 if last else ahead.status()
                 best = None
                 if not status and _due(run.evaluation.every, clock, last):
                     with metrics.pause():

@@ -143,6 +143,20 @@ class Topology:
             dist.all_reduce(total, operation, group=group.handle)
         return int(total)
 
+    def start_sum(self, values: list[int]) -> Callable[[], list[int]]:
+        """Start to add up the `values` of all ranks, element by element, and return a function that waits for the sums.
+
+        All ranks must call the method in the same order as their other collectives, and may compute meanwhile."""
+        total = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(total, async_op=True) if self.world.size > 1 else None
+
+        def wait() -> list[int]:
+            if work is not None:
+                work.wait()
+            return total.tolist()
+
+        return wait
+
     def barrier(self) -> None:
         """Wait until every rank has called this method."""
         if self.world.size > 1:

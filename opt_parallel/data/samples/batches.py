@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Thread
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +18,17 @@ from opt_parallel.data.samples.mixture import Mixture
 from opt_parallel.data.samples.samples import Batch, Sample, Samples, collate
 from opt_parallel.parallel.topology import Topology
 from opt_parallel.runtime.clock import Clock
-from opt_parallel.runtime.errors import Unread, UserError
+from opt_parallel.runtime.errors import INTERRUPTED, STOPPED, Unread, UserError
 
 T = TypeVar("T")
 STEPS_AHEAD = 2  # number of optimizer steps whose batches are prepared in advance
+
+
+class Totals(NamedTuple):
+    """The numbers of targets, and of tokens without padding, in the global batch of a step."""
+
+    targets: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,62 @@ class Loader:
             self._ready.put(error)
 
 
+class Ahead:
+    """Reads the batches of one step ahead of the loop, and exchanges what all ranks must know about that step.
+
+    There is one exchange for each step, a sum over all ranks. It starts before the previous step is computed, and is
+    read after that step, so that no rank waits for it. `status` returns this rank's exit status after a signal, or 0.
+    """
+
+    def __init__(self, loader: Loader, topology: Topology, status: Callable[[], int]) -> None:
+        """Read the batches of the first step, and start their exchange."""
+        self._loader, self._topology, self._own_status = loader, topology, status
+        self.waited = 0.0  # seconds that the batches of `take` kept this rank waiting
+        self._start()
+
+    def _start(self) -> None:
+        """Read the batches of the next step, and start their exchange."""
+        batches: list[Batch] = []
+        self._mistake: UserError | None = None
+        try:
+            batches = self._loader.next()
+        except UserError as error:
+            self._mistake = error
+        status, counts = self._own_status(), self._topology.tensor.rank == 0  # a tensor group has the same batches
+        self._batches = batches
+        self._sums = self._topology.start_sum(
+            [
+                self._mistake is not None,
+                status == INTERRUPTED,
+                status == STOPPED,
+                sum(batch.targets for batch in batches) if counts else 0,
+                sum(batch.tokens for batch in batches) if counts else 0,
+            ]
+        )
+
+    def take(self, last: bool) -> tuple[list[Batch], Totals]:
+        """This rank's micro-batches of the step, and the numbers of the global batch. Unless the step is the `last`,
+        the batches of the next step are read, and their exchange starts.
+
+        Raises: Unread on every rank, if the text of any rank cannot be read."""
+        failed, _, _, targets, tokens = self._sums()
+        if failed:
+            raise _unread(self._mistake, self._topology)
+        self.waited, batches = self._loader.waited, self._batches
+        if not last:
+            self._start()
+        return batches, Totals(targets, tokens)
+
+    def status(self) -> int:
+        """The exit status if any rank was asked to stop before the exchange, else 0. It is the same on all ranks.
+
+        A process without other ranks also notices a later request."""
+        if self._topology.world.size == 1:
+            return self._own_status()
+        _, interrupted, stopped, _, _ = self._sums()
+        return max(INTERRUPTED * (interrupted > 0), STOPPED * (stopped > 0))
+
+
 def read_together(read: Callable[[], T], topology: Topology) -> T:
     """Call `read` on every rank, and return this rank's result.
 
@@ -99,9 +162,16 @@ def read_together(read: Callable[[], T], topology: Topology) -> T:
     except UserError as error:
         mistake = error
     if topology.any(mistake is not None):
-        messages = topology.exchange(mistake and str(mistake))
-        raise Unread(next(line for line in messages if line), shared=True) from mistake
+        raise _unread(mistake, topology)
     return result  # type: ignore[return-value]
+
+
+def _unread(mistake: UserError | None, topology: Topology) -> Unread:
+    """The error for all ranks, with the message of the first rank that has a `mistake`."""
+    messages = topology.exchange(mistake and str(mistake))
+    error = Unread(next(line for line in messages if line), shared=True)
+    error.__cause__ = mistake
+    return error
 
 
 def validation_batches(
