@@ -32,7 +32,10 @@ def row_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Grou
     """The product of a row-parallel layer, summed over the ranks: (…, in/t) → (…, out).
 
     `weight` is (out, in/t), and `bias` is (out)."""
-    product = _RowProduct.apply(hidden, weight, bias, group)
+    # The inputs are saved before the product is computed. So a recomputation that needs the inputs only (see
+    # parallel/recompute.py) ends before the product and its sum.
+    saved = _RowInputs.apply(hidden, weight, bias)
+    product = _RowOutput.apply(saved, hidden.detach(), weight.detach(), None if bias is None else bias.detach(), group)
     assert isinstance(product, Tensor)
     return product
 
@@ -55,21 +58,35 @@ class _ColumnProduct(torch.autograd.Function):
         return None if total is None else total(), by_weight, by_bias, None
 
 
-class _RowProduct(torch.autograd.Function):
+class _RowInputs(torch.autograd.Function):
+    """Saves the inputs of a row-parallel layer, and returns a tensor without memory in place of the layer's output."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)
+        return hidden.new_empty(()).expand(*hidden.shape[:-1], weight.size(0))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        by_hidden = _by_input(gradient, weight) if ctx.needs_input_grad[0] else None
+        by_weight = _by_weight(gradient, hidden, weight) if ctx.needs_input_grad[1] else None
+        return by_hidden, by_weight, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+
+
+class _RowOutput(torch.autograd.Function):
+    """Computes the output of a row-parallel layer, and passes its gradient on to `saved`, the result of _RowInputs."""
+
+    @staticmethod
+    def forward(ctx: Any, saved: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         if group.size == 1:
             return linear(hidden, weight, bias)  # one kernel computes the product and adds the bias
         total = start_all_reduce(linear(hidden, weight), group)()
         return total if bias is None else total.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight = ctx.saved_tensors
-        by_hidden = _by_input(gradient, weight) if ctx.needs_input_grad[0] else None
-        by_weight = _by_weight(gradient, hidden, weight) if ctx.needs_input_grad[1] else None
-        return by_hidden, by_weight, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return gradient, None, None, None, None
 
 
 def _by_input(gradient: Tensor, weight: Tensor) -> Tensor:
