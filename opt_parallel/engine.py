@@ -143,6 +143,8 @@ class Engine:
                 self.wrapped.step()  # this call only counts the micro-batch
         loss_scale = None if self.scaler is None else self.scaler.scale
         norm = self._apply(step)
+        # A recomputation ends inside a layer, so DeepSpeed would keep the layer on this list for the rest of the run.
+        del FWD_MODULE_STACK[1:]
         skipped = bool(getattr(self.wrapped.optimizer, "overflow", False))
         if skipped and self.scaler is None:
             raise _diverged(step)

@@ -49,7 +49,7 @@ def test_the_mean_of_the_examples_is_transformers_loss(problem: str) -> None:
 
 
 LAYOUTS = [
-    ("single", Layout(tensor=2, data=2, stage=3, micro=2, recompute=True)),
+    ("single", Layout(tensor=2, data=2, stage=3, micro=2, recompute="full")),
     ("single", Layout(data=2, stage=2, micro=4)),
     ("multi", Layout(tensor=2, data=2, stage=1, micro=1)),
     ("regression", Layout(tensor=2, stage=0, micro=4)),

@@ -21,14 +21,19 @@ RELATIVE = 1e-5
 SMALL: Any = {"steps": 4, "batch": 4}
 
 LAYOUTS = [
-    Layout(1, 1, 0, 1), Layout(1, 1, 0, 2, recompute=True), Layout(2, 1, 0, 2), Layout(2, 2, 0, 1),
-    Layout(4, 1, 0, 1, recompute=True), Layout(1, 2, 0, 1),
-    Layout(1, 1, 1, 2), Layout(2, 1, 1, 1), Layout(2, 2, 1, 2, recompute=True), Layout(4, 1, 1, 2),
+    Layout(1, 1, 0, 1), Layout(1, 1, 0, 2, recompute="full"), Layout(2, 1, 0, 2), Layout(2, 2, 0, 1),
+    Layout(4, 1, 0, 1, recompute="full"), Layout(1, 2, 0, 1),
+    Layout(1, 1, 1, 2), Layout(2, 1, 1, 1), Layout(2, 2, 1, 2, recompute="full"), Layout(4, 1, 1, 2),
     Layout(1, 2, 1, 2, offload=True), Layout(2, 2, 1, 1, offload=True),
-    Layout(1, 2, 2, 1), Layout(2, 1, 2, 2, recompute=True), Layout(2, 2, 2, 1), Layout(4, 1, 2, 1, offload=True),
+    Layout(1, 2, 2, 1), Layout(2, 1, 2, 2, recompute="full"), Layout(2, 2, 2, 1), Layout(4, 1, 2, 1, offload=True),
     Layout(2, 2, 2, 2, offload=True),
-    Layout(1, 1, 3, 1), Layout(1, 2, 3, 2), Layout(2, 2, 3, 1), Layout(2, 2, 3, 2, recompute=True),
-    Layout(4, 1, 3, 2), Layout(2, 2, 3, 1, offload=True), Layout(1, 2, 3, 1, recompute=True, offload=True),
+    Layout(1, 1, 3, 1), Layout(1, 2, 3, 2), Layout(2, 2, 3, 1), Layout(2, 2, 3, 2, recompute="full"),
+    Layout(4, 1, 3, 2), Layout(2, 2, 3, 1, offload=True), Layout(1, 2, 3, 1, recompute="full", offload=True),
+]  # fmt: skip
+LAYOUTS += [
+    Layout(tensor, data, stage, micro=1 + (stage + tensor + data) % 2, recompute=mode)
+    for mode in ("selective", "offload") for stage in range(4) for tensor in (1, 2, 4) for data in (1, 2)
+    if tensor * data <= 4
 ]  # fmt: skip
 
 
@@ -65,7 +70,7 @@ def test_any_layout_is_the_run_of_one_plain_process(crew: Any, layout: Layout) -
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(2, 2, 1, 1), Layout(2, 1, 0, 2, recompute=True), Layout(1, 2, 3, 2)], ids=str
+    "layout", [Layout(2, 2, 1, 1), Layout(2, 1, 0, 2, recompute="full"), Layout(1, 2, 3, 2)], ids=str
 )
 def test_any_layout_in_350m_style(crew: Any, layout: Layout) -> None:
     compare(crew, layout, "350m")
@@ -217,9 +222,32 @@ def gathered_after_forward(run: Run) -> list[str]:
     return held
 
 
-@pytest.mark.parametrize("style", ["standard", "350m"])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_zero_3_frees_each_weight_after_its_layer(crew: Any, tensor: int, style: str) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "style", "recompute"),
+    [(1, "standard", "none"), (2, "350m", "none"), (1, "350m", "selective"), (2, "standard", "selective")],
+)
+def test_zero_3_frees_each_weight_after_its_layer(crew: Any, tensor: int, style: str, recompute: str) -> None:
     model = {**(STYLE_350M if style == "350m" else {}), "layerdrop": 0.0}
-    run = run_for(Layout(tensor, 2, 3, 2), model, steps=4, batch=4)
+    run = run_for(Layout(tensor, 2, 3, 2, recompute), model, steps=4, batch=4)
     assert crew(2 * tensor)(gathered_after_forward, run) == [[]] * 2 * tensor
+
+
+def modules_on_the_stack(run: Run) -> int:
+    """On the crew: the number of modules that DeepSpeed considers to be in their forward after two steps."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.parallel.topology import Topology
+
+    with Topology.open(run.parallel.tensor) as topology:
+        engine = Engine.build(run, topology, random_source(run.seed))
+        for step in range(2):
+            engine.step(micro_batches(run, step, 0, 1), Clock(step))
+        number = len(FWD_MODULE_STACK)
+        engine.close()
+    return number
+
+
+def test_recomputation_leaves_no_module_on_deepspeeds_stack(crew: Any) -> None:
+    assert crew(1)(modules_on_the_stack, run_for(Layout(stage=3, micro=4, recompute="full"), **SMALL)) == [1]

@@ -234,10 +234,13 @@ class ModelConfig(Section):
         full = 3.0 * (self._layers_forward_flops(sequence_length) + projections + head)
         return full - (self._layers_forward_flops(0) + projections + head if frozen else 0)
 
-    def hardware_flops_per_token(self, sequence_length: int, recompute: bool, frozen: bool = False) -> float:
-        """`flops_per_token`, plus the FLOPs of one more forward of every layer if `recompute`."""
-        again = self._layers_forward_flops(sequence_length) if recompute else 0
-        return self.flops_per_token(sequence_length, frozen) + again
+    def recomputed_flops_per_token(self, sequence_length: int, whole: bool) -> float:
+        """FLOPs that the backward repeats for one token: of the feed-forward's first product in every layer, or with
+        `whole` of all of the layer. Its last product is repeated only if a LayerNorm follows it."""
+        product = self.num_hidden_layers * 2 * self.hidden_size * self.ffn_dim
+        if not whole:
+            return product
+        return self._layers_forward_flops(sequence_length) - (product if self.do_layer_norm_before else 0)
 
     def _layers_forward_flops(self, sequence_length: int) -> int:
         products = 2 * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim)

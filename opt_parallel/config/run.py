@@ -57,6 +57,7 @@ class ActivationCheckpointing(Enum):
     """What a layer keeps between its forward and its backward. The backward computes the rest again."""
 
     none = "none"
+    selective = "selective"
     full = "full"
     offload = "offload"
 
@@ -224,7 +225,8 @@ class Run(Section):
     run: RunConfig = field(default_factory=RunConfig)
     # global: sequences of one optimizer step; micro: sequences of one forward of one data-parallel rank
     batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})
-    # full: keep only each layer's input and recompute the layer in the backward; offload: full, with the inputs in the
+    # what each layer recomputes in the backward instead of keeping it; selective: LayerNorms, dropout and the
+    # feed-forward's first product and activation; full: everything but its input; offload: full, with the inputs in the
     # host's memory
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     # number of optimizer steps of the run and of its learning-rate schedule

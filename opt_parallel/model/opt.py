@@ -19,7 +19,7 @@ from opt_parallel.config.run import ActivationCheckpointing
 from opt_parallel.model.cache import Cache, positions_held
 from opt_parallel.parallel.linear import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear
 from opt_parallel.parallel.random import Draw
-from opt_parallel.parallel.recompute import HostInputs, recomputed
+from opt_parallel.parallel.recompute import HostInputs, product_of_normed, recomputed
 from opt_parallel.parallel.shard import Normal, replicated
 from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
@@ -37,13 +37,14 @@ class Context:
     """Arguments that all layers of one forward pass share.
 
     `mask` (B, 1, S, K) is true where a query may attend to a key. Without a mask, attention is causal. `draw` is the
-    position of a training forward pass in the run, and None in evaluation. `inputs` are the layers' inputs that are in
-    the host's memory.
+    position of a training forward pass in the run, and None in evaluation. `selective`: the backward
+    recomputes LayerNorms, dropout and the feed-forward. `inputs` are the layers' inputs that are in the host's memory.
     """
 
     mask: Tensor | None = None
     draw: Draw | None = None
     cache: Cache | None = None
+    selective: bool = False
     inputs: HostInputs = field(default_factory=HostInputs)
 
 
@@ -59,10 +60,16 @@ class Attention(nn.Module):
         self.out_proj = RowParallelLinear(size, size, group, residual_std(config), bias)
         self.heads = self.qkv_proj.weight.size(1) // self.head_dim  # number of heads on this rank
 
-    def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        """(B, S, H) → (B, S, H)."""
+    def forward(self, hidden: Tensor, context: Context, norm: LayerNorm | None) -> Tensor:
+        """(B, S, H) → (B, S, H). `norm` is applied to `hidden` first."""
         batch, length, _ = hidden.shape
-        projected = self.qkv_proj(hidden).view(batch, length, 3, self.heads, self.head_dim)
+        if norm is None:
+            projected = self.qkv_proj(hidden)
+        elif context.selective:
+            projected = product_of_normed(norm, self.qkv_proj, hidden)
+        else:
+            projected = self.qkv_proj(norm(hidden))
+        projected = projected.view(batch, length, 3, self.heads, self.head_dim)
         parts = projected.permute(2, 0, 3, 1, 4)  # query, key and value, each (B, A/t, S, D)
         query, keys_and_values = parts[0], parts[1:]
         if context.cache is not None:
@@ -104,19 +111,20 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """(B, S, H) → (B, S, H)."""
-        residual = hidden
-        if self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        hidden = residual + self._dropped(self.self_attn(hidden, context), context.draw, site=0)
+        norm = self.self_attn_layer_norm if self.norm_first else None
+        hidden = hidden + self._dropped(self.self_attn(hidden, context, norm), context.draw, site=0)
+        if context.selective:
+            hidden = recomputed(self._fed_forward, hidden, context.draw)
+        else:
+            hidden = self._fed_forward(hidden, context.draw)
+        return hidden if self.norm_first else self.final_layer_norm(hidden)
+
+    def _fed_forward(self, hidden: Tensor, draw: Draw | None) -> Tensor:
+        """The layer after attention's residual sum, up to the sum after the feed-forward: (B, S, H) → (B, S, H)."""
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
-
-        residual = hidden
-        if self.norm_first:
-            hidden = self.final_layer_norm(hidden)
-        hidden = self.fc2(self.activation(self.fc1(hidden)))
-        hidden = residual + self._dropped(hidden, context.draw, site=1)
-        return hidden if self.norm_first else self.final_layer_norm(hidden)
+        normed = self.final_layer_norm(hidden) if self.norm_first else hidden
+        return hidden + self._dropped(self.fc2(self.activation(self.fc1(normed))), draw, site=1)
 
     def _dropped(self, hidden: Tensor, draw: Draw | None, site: int) -> Tensor:
         return hidden if draw is None else draw.dropout(hidden, self.dropout, self.layer, site)
@@ -180,7 +188,8 @@ class Decoder(nn.Module):
             hidden = self.project_in(hidden)
         hidden = hidden + self.embed_positions(positions)
         mask = attention_mask(segments, past, length, hidden.device)
-        context = Context(mask, draw, cache)
+        selective = draw is not None and self.recompute is ActivationCheckpointing.selective
+        context = Context(mask, draw, cache, selective)
         for block in self.layers:
             assert isinstance(block, Block)
             hidden = self.run_block(block, hidden, context)
@@ -207,12 +216,14 @@ class Decoder(nn.Module):
             # With ZeRO-3 or CPU offload, a layer that does not run would keep its previous gradient.
             # So the layer runs on one token, and its output is multiplied by zero, which makes the gradient zero.
             return hidden + (0.0 * block(hidden[:1, :1], Context())).sum()
-        if context.draw is None or self.recompute is ActivationCheckpointing.none:
+        if context.draw is None:
             return block(hidden, context)
         if self.recompute is ActivationCheckpointing.full:
             return recomputed(block, hidden, context)
-        with context.inputs.saving():
-            return recomputed(block, hidden, context)
+        if self.recompute is ActivationCheckpointing.offload:
+            with context.inputs.saving():
+                return recomputed(block, hidden, context)
+        return block(hidden, context)
 
 
 class PositionEmbedding(nn.Module):

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +19,28 @@ def recomputed(function: Callable[..., Tensor], hidden: Tensor, *arguments: Any)
     The recomputation ends with the last tensor that the backward needs. So a product at the end of `function`, the
     collective that sums it, and dropout are not repeated."""
     result = checkpoint(function, hidden, *arguments, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor) -> Tensor:
+    """`product(norm(hidden))`, which keeps `hidden` for the backward, and not the output of `norm`.
+
+    What `product` saves of this output is computed again from `hidden` when the backward asks for it."""
+    normed = norm(hidden)
+    storage = normed.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if saved.untyped_storage()._cdata == storage else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.enable_grad():  # as in the forward, because ZeRO-3 counts the inputs of `norm` that have a gradient
+            return norm(hidden).detach().view(packed)
+
+    with saved_tensors_hooks(pack, unpack):
+        result = product(normed)
     assert isinstance(result, Tensor)
     return result
 

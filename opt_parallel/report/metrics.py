@@ -117,12 +117,15 @@ class _Recorder(Metrics):
     def __init__(self, run: Run, world_size: int, device: torch.device, clock: Clock, wandb_id: str | None) -> None:
         self._run, self._device = run, device
         self._opened = self._clock = clock
-        length, recompute = run.data.sequence_length, run.activation_checkpointing is not ActivationCheckpointing.none
+        length, recompute = run.data.sequence_length, run.activation_checkpointing
         peak = _peak_flops(run.logging.peak_tflops, run.precision.name, device)
         self._peak = None if peak is None else peak * world_size
         frozen = run.task.lora.rank > 0
         self._model_flops = run.model.flops_per_token(length, frozen)
-        self._hardware_flops = run.model.hardware_flops_per_token(length, recompute, frozen)
+        self._hardware_flops = self._model_flops
+        if recompute is not ActivationCheckpointing.none:
+            whole = recompute is not ActivationCheckpointing.selective
+            self._hardware_flops += run.model.recomputed_flops_per_token(length, whole)
         self._unigram_entropy: float | None = None
         self._pending: Callable[[], None] | None = None  # function that writes the row of the latest step
         self._trackers = open_trackers(run, clock, wandb_id)

@@ -78,9 +78,9 @@ def test_flops_of_a_token() -> None:
     model = composed("model=opt-1.3b").model
     assert model.flops_per_token(2048) == pytest.approx(9.07e9, rel=1e-3)
     layers = 72 * 24 * 2048**2 * (1 + 2048 / (6 * 2048))  # Megatron's formula without the head
-    assert model.hardware_flops_per_token(2048, recompute=True) == pytest.approx(
-        model.flops_per_token(2048) + layers / 3
-    )
+    first = last = 72 * 24 * 2048**2 / 9
+    assert model.recomputed_flops_per_token(2048, whole=False) == pytest.approx(first)
+    assert model.recomputed_flops_per_token(2048, whole=True) == pytest.approx(layers / 3 - last)
 
 
 def test_flops_of_a_frozen_networks_token() -> None:

@@ -104,7 +104,7 @@ def collectives(layers: int, mode: ActivationCheckpointing, changes: dict[str, A
 def test_recomputation_repeats_only_the_collectives_that_it_must(crew: Any, changes: Any, again: int) -> None:
     """The sum after attention is needed for the rest of the layer. The one after the feed-forward is needed only by a
     LayerNorm behind it."""
-    plain, full = (crew(2)(collectives, 4, mode, changes)[0] for mode in MODES[:2])
+    plain, full = (crew(2)(collectives, 4, mode, changes)[0] for mode in (MODES[0], MODES[2]))
     assert full == {"forward": plain["forward"], "backward": plain["backward"] + 4 * again}
 
 
@@ -126,3 +126,54 @@ def test_inputs_on_the_host_come_back_one_ahead() -> None:
     for square in squares[1::-1]:
         square.sum().backward()
     assert [tensor.grad.tolist() for tensor in tensors] == [[2.0 * n] * 4 for n in range(3)]  # type: ignore[union-attr]
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    "relu": {}, "gelu": {"activation_function": Activation.gelu}, "350m": STYLE_350M
+}  # fmt: skip
+
+
+# Bytes that a layer keeps for its backward, as multiples of (B, S, H) in the model's dtype: a + b / t at tensor t.
+# In every mode with b > 0: query, key, value and attention's output. Without recomputation also the feed-forward's
+# activation, and its first product unless the activation is ReLU.
+KEPT = {
+    ("none", "relu"): (4, 8),  # the inputs and the outputs of both LayerNorms
+    ("none", "gelu"): (4, 12),
+    ("selective", "relu"): (2, 4),  # the inputs of both LayerNorms
+    ("selective", "gelu"): (2, 4),
+    ("full", "relu"): (1, 0),
+    ("offload", "relu"): (1, 0),  # on the host, which is this device here
+    ("none", "350m"): (4, 8),
+    ("selective", "350m"): (3, 4),  # and the layer's input, which is the product's input without a LayerNorm before it
+    ("full", "350m"): (1, 0),
+}
+
+
+def kept(mode: ActivationCheckpointing, changes: dict[str, Any], group: Group) -> float:
+    """What one layer more keeps between forward and backward, in multiples of its input's size."""
+    held = []
+    for layers in (2, 3):
+        model = model_of(mode, {**changes, "num_hidden_layers": layers}, group)
+        with Watch() as watch:
+            loss = loss_of(model)
+        for tensor in model.parameters():
+            watch.alive.pop(tensor.untyped_storage()._cdata, None)
+        held.append(sum(watch.alive.values()))
+        assert loss.requires_grad
+    return (held[1] - held[0]) / (ROWS * LENGTH * TINY["hidden_size"] * 4)
+
+
+def kept_by_all(tensor: int) -> dict[tuple[str, str], float]:
+    from opt_parallel.parallel.topology import Topology
+
+    with Topology.open(tensor) as topology:
+        return {
+            (mode, style): kept(ActivationCheckpointing(mode), STYLES[style], topology.tensor) for mode, style in KEPT
+        }
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_a_layer_keeps(crew: Any, tensor: int) -> None:
+    """The tolerance is for the statistics of LayerNorms and attention, and for the seeds of dropout."""
+    for found in crew(tensor)(kept_by_all, tensor):
+        assert found == {key: pytest.approx(a + b / tensor, abs=0.15) for key, (a, b) in KEPT.items()}

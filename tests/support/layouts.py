@@ -45,7 +45,7 @@ class Layout:
     data: int = 1
     stage: int = 0
     micro: int = 1
-    recompute: bool = False
+    recompute: str = "none"
     offload: bool = False
     precision: str = "fp32"
 
@@ -54,7 +54,7 @@ class Layout:
         return self.tensor * self.data
 
     def __str__(self) -> str:
-        extras = f"{'-recompute' * self.recompute}{'-offload' * self.offload}"
+        extras = f"{'' if self.recompute == 'none' else f'-{self.recompute}'}{'-cpu' * self.offload}"
         plain = f"t{self.tensor}d{self.data}z{self.stage}m{self.micro}{extras}"
         return plain if self.precision == "fp32" else f"{plain}-{self.precision}"
 
@@ -94,7 +94,7 @@ def run_for(
         schedule=ScheduleConfig(warmup_steps=2),
         data=dataclasses.replace(Run().data, sequence_length=16),
         batch={"global": batch, "micro": layout.micro},
-        activation_checkpointing=ActivationCheckpointing("full" if layout.recompute else "none"),
+        activation_checkpointing=ActivationCheckpointing(layout.recompute),
         steps=steps,
     )
 

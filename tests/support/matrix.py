@@ -52,8 +52,12 @@ FEATURES = [
     *_setting("ZeRO", "zero.stage", 0, 1, 2, 3),
     Feature("CPU offload", "", ("zero.offload=cpu",), lambda values, _: values["zero"]["offload"] == "cpu"),
     *_setting("", "precision.name", "fp32", "bf16", "fp16"),
-    Feature(
-        "recomputation", "", ("activation_checkpointing=full",), lambda v, _: v["activation_checkpointing"] == "full"
+    *(
+        Feature(
+            f"recomputation {mode}", "recomputation", (f"activation_checkpointing={mode}",),
+            lambda v, _, mode=mode: v["activation_checkpointing"] == mode,
+        )
+        for mode in ("selective", "full", "offload")
     ),
     Feature("LayerDrop", "", ("model.layerdrop=0.1",), lambda values, _: values["model"]["layerdrop"] > 0),
     Feature(
