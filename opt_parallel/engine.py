@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import numa
@@ -22,9 +22,10 @@ from opt_parallel.config.model import Labels
 from opt_parallel.config.run import Offload, Precision, Run
 from opt_parallel.data.samples.batches import Totals
 from opt_parallel.data.samples.samples import Batch
+from opt_parallel.gradients import PartitionedGradients, ShardedGradients, WholeGradients
 from opt_parallel.model.build import network
-from opt_parallel.optim import OPTIMIZERS, LossScaler, build_optimizer, clip_gradients, gradient_norm, learning_rate
-from opt_parallel.parallel.collectives import all_reduce, all_reduce_in_place
+from opt_parallel.optim import OPTIMIZERS, LossScaler, build_optimizer, learning_rate, norm_of
+from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Source, fill, trained
 from opt_parallel.parallel.topology import DTYPES, Topology
@@ -33,6 +34,7 @@ from opt_parallel.runtime.errors import Diverged, UserError
 from opt_parallel.zero import (
     Fragment,
     Replica,
+    flat_weights,
     held_fragments,
     owned_fragments,
     refresh_working_weights,
@@ -50,14 +52,15 @@ numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of an optimizer step. Reading a 0-d tensor of the result waits for the device.
+    """The result of an optimizer step.
 
     `loss` is the mean over the targets of the global batch. `tokens` is the number of tokens in the global batch
-    without padding. `skipped` is true if fp16 gradients overflowed, so that the weights did not change.
+    without padding. `grad_norm` is the norm before clipping. `skipped` is true if fp16 gradients overflowed, so that
+    the weights did not change.
     """
 
-    loss: Tensor
-    grad_norm: Tensor
+    loss: float
+    grad_norm: float
     lr: float
     tokens: int
     loss_scale: float | None
@@ -70,17 +73,8 @@ class Engine:
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology, self.moments = run, topology, OPTIMIZERS[run.optimizer.name].moments
         self.wrapped = wrapped  # deepspeed.DeepSpeedEngine.
-        # ZeRO-1 in bf16 keeps all fp32 gradients in flat buffers. DeepSpeed would copy these gradients to another
-        # buffer, round the copy to bf16, reduce it and copy it back, which takes a third of a small model's step. The
-        # engine instead reduces the flat buffers in place in fp32.
-        self.flat_gradients: list[Tensor] = []
-        if isinstance(wrapped.optimizer, BF16_Optimizer):
-            assert wrapped.optimizer.grad_acc_dtype is torch.float32
-            self.flat_gradients = wrapped.optimizer.fp32_groups_gradients_flat
-            wrapped.enable_backward_allreduce = False
         self.scaler = LossScaler(run.precision) if run.precision.name is Precision.fp16 else None
-        if self.scaler is not None:
-            wrapped.optimizer.loss_scaler = self.scaler
+        self.gradients = _gradients(run, topology, wrapped)
 
     @classmethod
     def build(cls, run: Run, topology: Topology, source: Source, labels: Labels | None = None) -> Engine:
@@ -116,9 +110,10 @@ class Engine:
         """Take one optimizer step at the run's position `clock`, on the micro-batches of this data rank.
 
         The loss is the mean over all N targets of the global batch. N is known before the first forward: the training
-        loop passes `totals`, which it exchanged during the previous step, and otherwise N is summed here. The
-        loss of a micro-batch is its sum / N. DeepSpeed averages gradients over the data ranks, so the loss is
-        multiplied by `data.size`. The flat gradients of ZeRO-1 in bf16 are summed, so they need no factor `data.size`.
+        loop passes `totals`, which it exchanged during the previous step, and otherwise N is summed here. The loss of
+        a micro-batch is its sum / N. In fp16, the sum is multiplied by the loss scale instead, and the gradients are
+        divided by both. Where DeepSpeed averages the gradients over the data ranks, the loss is multiplied by
+        `data.size`.
 
         Raises: UserError if the global batch has no targets; Diverged if the gradients are not finite.
         """
@@ -130,25 +125,23 @@ class Engine:
         lr = learning_rate(run.optimizer.lr, run.schedule, run.steps, run.batch_tokens, after)
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
+        averaged = 1 if isinstance(self.gradients, PartitionedGradients) else data.size
+        weight, unscale, loss_scale = averaged / targets, 1.0, None
         if self.scaler is not None:
-            self.scaler.begin_step(targets / data.size)
-        weight = (1 if self.flat_gradients else data.size) / targets
+            self.scaler.begin_step()
+            weight = loss_scale = self.scaler.scale
+            unscale = averaged / (targets * loss_scale)
         total = torch.zeros((), device=self.topology.device)
         self.wrapped.train()
         for micro, batch in enumerate(batches):
             loss = self._loss(batch.to(self.topology.device), step, micro)
             total += loss.detach()
-            self.wrapped.backward(loss * weight, scale_wrt_gas=False)
-            if micro < len(batches) - 1:
-                self.wrapped.step()  # this call only counts the micro-batch
-        loss_scale = None if self.scaler is None else self.scaler.scale
-        norm = self._apply(step)
+            self.gradients.backward(loss * weight, first=micro == 0, last=micro == len(batches) - 1)
+        summed, norm = self._loss_and_norm(total)
+        skipped = self._update(step, norm * unscale, unscale)
         # A recomputation ends inside a layer, so DeepSpeed would keep the layer on this list for the rest of the run.
         del FWD_MODULE_STACK[1:]
-        skipped = bool(getattr(self.wrapped.optimizer, "overflow", False))
-        if skipped and self.scaler is None:
-            raise _diverged(step)
-        return StepResult(all_reduce(total, data) / targets, norm, lr, tokens, loss_scale, skipped)
+        return StepResult(summed / targets, norm * unscale, lr, tokens, loss_scale, skipped)
 
     def _totals(self, batches: list[Batch]) -> Totals:
         data, topology = self.topology.data, self.topology
@@ -159,25 +152,36 @@ class Engine:
 
     def _loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         draw = Draw(self.run.seed, step, micro, self.topology.data.rank, batch.samples)
-        loss = self.wrapped(batch.ids, batch.labels, batch.positions, batch.segments, draw)
+        # At stages 1 and 2, DeepSpeed's engine would prepare its own reduction of gradients.
+        model = self.wrapped.module if isinstance(self.gradients, PartitionedGradients) else self.wrapped
+        loss = model(batch.ids, batch.labels, batch.positions, batch.segments, draw)
         assert isinstance(loss, Tensor)
         return loss
 
-    def _apply(self, step: int) -> Tensor:
-        """Update the weights and return the gradient norm before clipping, a 0-d tensor."""
-        if self.run.zero.stage > 0:
-            for gradients in self.flat_gradients:
-                all_reduce_in_place(gradients, self.topology.data)
-            self.wrapped.step()
-            norm = self.wrapped.get_global_grad_norm()
-            return torch.as_tensor(float("nan") if norm is None else norm)
-        norm = gradient_norm(self.wrapped.module, self.topology.tensor)  # DeepSpeed computes no norm at stage 0
-        if not bool(norm.isfinite()):
-            raise _diverged(step)
-        if self.run.optimizer.clip > 0:
-            clip_gradients(self.wrapped.module, norm, self.run.optimizer.clip)
-        self.wrapped.step()
-        return norm
+    def _loss_and_norm(self, total: Tensor) -> tuple[float, float]:
+        """The sum of the losses over the data ranks, and the gradient norm. This is the only place of a step where the
+        host waits for the device: all gradients are computed and summed before the weights are updated."""
+        device = flat_weights(self.wrapped, self.run.zero.stage)[0].device
+        total = total.to(device)  # With offload, this waits until the gradients are in the host's memory.
+        sums = all_reduce(torch.cat([self.gradients.squares(), total[None]]), self.topology.data)
+        loss, norm = torch.stack([sums[2], norm_of(sums[:2], self.topology.tensor)]).tolist()
+        return loss, norm
+
+    def _update(self, step: int, norm: float, unscale: float) -> bool:
+        """Update the weights with clipped gradients, or return True if fp16 gradients overflowed.
+
+        The gradients are multiplied by min(1, clip / (norm + 1e-6)) (Pascanu et al. 2013; the 1e-6 is torch's)."""
+        finite, clip = math.isfinite(norm), self.run.optimizer.clip
+        if self.scaler is not None:
+            self.scaler.update_scale(overflow=not finite)
+        elif not finite:
+            raise Diverged(
+                f"step {step + 1}: the gradients are not finite, so the weights were not updated: resume from the last "
+                "checkpoint with a lower optimizer.lr or another seed"
+            )
+        factor = unscale * min(1.0, clip / (norm + 1e-6)) if clip > 0 else unscale
+        self.gradients.update(factor if finite else None)
+        return not finite
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -242,11 +246,19 @@ def _forget_models() -> None:
     cached.__closure__[0].cell_contents.cache_clear()
 
 
-def _diverged(step: int) -> Diverged:
-    return Diverged(
-        f"step {step + 1}: the gradients are not finite, so the weights were not updated: resume from the last "
-        "checkpoint with a lower optimizer.lr or another seed"
-    )
+def _gradients(run: Run, topology: Topology, wrapped: Any) -> WholeGradients | PartitionedGradients | ShardedGradients:
+    """The gradients of a step under the run's ZeRO stage.
+
+    With several micro-batches, stage 1 communicates once in a step, and so it keeps fp32 gradients of all parameters.
+    Stage 2 communicates in each micro-batch. With one micro-batch there is no difference."""
+    if run.zero.stage == 0:
+        return WholeGradients(wrapped, topology.data)
+    if run.zero.stage == 3:
+        return ShardedGradients(wrapped)
+    several = run.global_batch > run.micro_batch * topology.data.size
+    keep = topology.data.size == 1 or (run.zero.stage == 1 and several)
+    keep = keep and run.zero.offload is Offload.none
+    return PartitionedGradients(wrapped.optimizer, topology.data, run.zero.reduce_bucket_size, keep)
 
 
 def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
@@ -256,13 +268,14 @@ def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": run.global_batch // (run.micro_batch * topology.data.size),
-        "gradient_clipping": run.optimizer.clip if zero.stage > 0 else 0.0,  # else Engine._apply clips
+        "gradient_clipping": 0.0,  # Engine clips
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},  # this timer waits for the device twice in each micro-batch
         "bf16": {"enabled": run.precision.name is Precision.bf16},
-        "fp16": {"enabled": run.precision.name is Precision.fp16, "loss_scale": 0},
+        "fp16": {"enabled": run.precision.name is Precision.fp16, "loss_scale": 1.0},  # Engine scales
         "zero_optimization": {
-            "stage": zero.stage,
+            "stage": 2 if zero.stage == 1 else zero.stage,  # PartitionedGradients replaces the reduction of both
             "reduce_bucket_size": zero.reduce_bucket_size,
             "allgather_bucket_size": zero.allgather_bucket_size,
             "contiguous_gradients": True,
@@ -274,6 +287,6 @@ def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
     }
     if zero.offload is Offload.none:
         del sections["zero_optimization"]["offload_optimizer"]
-    if run.precision.name is Precision.bf16:
-        sections["data_types"] = {"grad_accum_dtype": "fp32"}
+    if zero.stage > 0:
+        sections |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return sections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from opt_parallel.config.run import (
     ScheduleName,
 )
 from opt_parallel.parallel.collectives import all_reduce
-from opt_parallel.parallel.shard import marked, trained
+from opt_parallel.parallel.shard import shard_of, trained
 from opt_parallel.parallel.topology import Group
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import Diverged
@@ -117,61 +117,42 @@ def warmup_steps(schedule: ScheduleConfig, batch_tokens: int, clock: Clock) -> f
     return tokens * clock.step / clock.tokens
 
 
-def gradient_norm(model: nn.Module, group: Group) -> Tensor:
-    """The norm ‖g‖₂ of the gradient of the full (unsplit) model, a 0-d tensor. The squares of split parameters are
-    summed over the tensor group, and replicated parameters count once."""
-    split: list[Tensor] = []
-    replicated: list[Tensor] = []
-    for _, tensor, shard in marked(model):
-        if tensor.grad is not None:
-            (split if shard.count > 1 else replicated).append(tensor.grad)
-    split_square = all_reduce(torch.nn.utils.get_total_norm(split) ** 2, group)
-    return (split_square + torch.nn.utils.get_total_norm(replicated) ** 2).sqrt()
+def sums_of_squares(gradients: Iterable[tuple[nn.Parameter, Tensor]], device: torch.device) -> Tensor:
+    """The sums of squares of the gradients of split and of replicated parameters, fp32 (2,) on `device`.
+
+    Args:
+        gradients: pairs of a parameter, whose mark is read, and a part of its fp32 gradient."""
+    parts = {True: [torch.zeros(1, device=device)], False: [torch.zeros(1, device=device)]}
+    for parameter, part in gradients:
+        parts[shard_of(parameter).count > 1].append(part)
+    return torch.stack([torch.stack(torch._foreach_norm(parts[split])).square().sum() for split in (True, False)])
 
 
-def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
-    """Scale all gradients by min(1, limit / (norm + 1e-6)) (Pascanu et al. 2013; the 1e-6 is DeepSpeed's)."""
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for tensor in model.parameters():
-        if tensor.grad is not None:
-            tensor.grad *= factor
+def norm_of(squares: Tensor, group: Group) -> Tensor:
+    """The norm ‖g‖₂ of the gradient of the full (unsplit) model, a 0-d tensor, from the sums of squares (2,) that
+    belong to a tensor rank. The squares of split parameters are summed over the tensor group, and replicated parameters
+    count once."""
+    return (all_reduce(squares[0], group) + squares[1]).sqrt()
 
 
 class LossScaler:
-    """The loss scale for fp16, with the attributes that DeepSpeed's ZeRO optimizers use.
+    """The loss scale for fp16.
 
     The scale doubles after `window` steps without overflow and halves on overflow. The paper's scaler (metaseq) doubles
     and halves the window too, so that a large scale grows more slowly. DeepSpeed's own scaler has neither a changing
-    window nor a minimum scale below 1. The scale grows in `begin_step` only, because DeepSpeed calls `update_scale`
-    before dividing the gradients by the scale.
+    window nor a minimum scale below 1. The scale grows in `begin_step` only, because until then `scale` is the scale of
+    the step that ended.
 
     As in metaseq, `scale` multiplies the sum of the tokens' losses, because fp16 gradients of the mean would underflow
-    in large batches. The engine's loss is a mean over `targets` tokens, so `cur_scale` is `scale` times `targets`.
+    in large batches.
     """
-
-    dynamic = True
 
     def __init__(self, config: PrecisionConfig) -> None:
         self.scale, self.window, self.good_steps = config.initial_scale, config.window, 0
         self.floor, self.moving_window = config.floor, config.scaler is Scaler.paper
-        self.targets = 1.0
 
-    @property
-    def cur_scale(self) -> float:
-        """The factor by which DeepSpeed multiplies the mean loss and divides the gradients."""
-        return self.scale * self.targets
-
-    @property
-    def loss_scale(self) -> float:
-        return self.cur_scale
-
-    def scale_loss(self, loss: Tensor) -> Tensor:
-        return loss * self.cur_scale
-
-    def begin_step(self, targets: float) -> None:
-        """Double the scale after enough steps without overflow. Call this method before a step's first forward.
-        `targets` is the step's number of targets divided by the data-parallel degree."""
-        self.targets = targets
+    def begin_step(self) -> None:
+        """Double the scale after enough steps without overflow. Call this method before a step's first forward."""
         if self.good_steps >= self.window:
             self._rescale(2.0)
 

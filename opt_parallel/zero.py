@@ -105,7 +105,7 @@ def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: i
     """Set the optimizer's step count to `updates` and its moments to zero. If `updates` is 0, delete the optimizer's
     state."""
     base = base_optimizer(wrapped)
-    for flat in _flat_weights(wrapped, stage):
+    for flat in flat_weights(wrapped, stage):
         if updates == 0:
             base.state.pop(flat, None)
             continue
@@ -132,7 +132,7 @@ def refresh_working_weights(wrapped: Any, stage: int) -> None:
 
 def updates_made(wrapped: Any, stage: int) -> int:
     """The number of weight updates so far. Steps that fp16 skipped are not counted."""
-    state = base_optimizer(wrapped).state.get(_flat_weights(wrapped, stage)[0], {})
+    state = base_optimizer(wrapped).state.get(flat_weights(wrapped, stage)[0], {})
     return int(state["step"]) if state else 0
 
 
@@ -143,7 +143,7 @@ def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
     return base
 
 
-def _flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
+def flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
     """The tensors that the torch optimizer updates, which are the parameters at stage 0, and this rank's flat fp32
     partitions at other stages."""
     if stage == 3:

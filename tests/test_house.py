@@ -16,7 +16,7 @@ FLOORS = [
     ["storage", "config"],
     ["data.text", "parallel", "report"],
     ["huggingface", "optim", "zero"],
-    ["data.encode", "model"],
+    ["data.encode", "model", "gradients"],
     ["data.store"],
     ["data.samples"],
     ["data.kinds"],
@@ -40,9 +40,10 @@ RESERVED = {
     "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight", "benchmarks"},
     # a mistake in the command line is said before torch is imported, which takes seconds
     "torch": {"parallel", "report.metrics", "report.profiling", "report.trackers", "data.samples", "data.kinds",
-              "data.tasks", "model", "optim", "zero", "engine", "checkpoint", "validation", "tools", "preflight",
-              "pretrained", "start", "loop", "huggingface.names", "huggingface.weights", "huggingface.arrays",
-              "huggingface.pickled", "huggingface.folder", "benchmarks", "commands.benchmark", "commands.generate"},
+              "data.tasks", "model", "optim", "zero", "gradients", "engine", "checkpoint", "validation", "tools",
+              "preflight", "pretrained", "start", "loop", "huggingface.names", "huggingface.weights",
+              "huggingface.arrays", "huggingface.pickled", "huggingface.folder", "benchmarks", "commands.benchmark",
+              "commands.generate"},
 }  # fmt: skip
 
 

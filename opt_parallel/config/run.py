@@ -83,12 +83,12 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
 
-    # 0 partitions nothing (fp32 only); 1 partitions the optimizer state over the data ranks; 2 also gradients; 3 also
-    # weights
+    # 0 partitions nothing (fp32 only); 1 partitions the optimizer state over the data ranks, and gradients if a step
+    # has one micro-batch; 2 always partitions gradients, and sums them in each micro-batch; 3 also weights
     stage: int = 1
     # cpu: keep the optimizer's state in the host's memory and update the weights on the CPU
     offload: Offload = Offload.none
-    # number of elements in one gradient reduction
+    # number of elements in one gradient reduction; stages 1 and 2 have two fp32 buffers of this size
     reduce_bucket_size: int = 50_000_000
     # number of elements in one all-gather of weights, stages 1 and 2
     allgather_bucket_size: int = 50_000_000

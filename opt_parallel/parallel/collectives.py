@@ -1,7 +1,7 @@
 """Collectives of a process group, with and without a gradient.
 
-The collectives with a gradient are named after their forward pass. All except `all_reduce_in_place` and
-`start_all_reduce` return a new tensor. A group of size 1 does not communicate.
+The collectives with a gradient are named after their forward pass. All except `all_reduce_in_place`,
+`start_all_reduce`, `reduce_to` and `all_gather_in_place` return a new tensor. A group of size 1 does not communicate.
 
 The functions of `torch.distributed` are called directly, because torch's functional collectives take ten times as long
 on the host. torch.compile needs the functional collectives, because it loses the gradient of a tensor that is
@@ -40,6 +40,20 @@ def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
     """Replace `tensor` by its sum over the group, without allocating a second tensor of its size."""
     if group.size > 1:
         dist.all_reduce(tensor, group=group.handle)
+
+
+def reduce_to(tensor: Tensor, rank: int, group: Group) -> dist.Work | None:
+    """Begin to replace `tensor` on one rank of the group by the sum over the group, and return the operation to wait
+    for. On the other ranks the values of `tensor` are lost. A group of size 1 returns None."""
+    if group.size == 1:
+        return None
+    return dist.reduce(tensor, group=group.handle, group_dst=rank, async_op=True)
+
+
+def all_gather_in_place(whole: Tensor, part: Tensor, group: Group) -> None:
+    """Fill `whole` (n · size,) with the ranks' parts (n,). `part` is this rank's part of `whole`."""
+    if group.size > 1:
+        _all_gather(whole, part, group=group.handle)
 
 
 def start_all_reduce(tensor: Tensor, group: Group) -> Callable[[], Tensor]:

@@ -94,12 +94,8 @@ def replicated(shape: tuple[int, ...], initial: Normal | Constant, decay: bool) 
 
 
 def mark(tensor: nn.Parameter, shard: Shard) -> nn.Parameter:
-    """Set the mark of a parameter, and the attribute `tensor_model_parallel` for DeepSpeed's gradient norm.
-
-    Without this attribute, the norm would include only one rank's part of a split parameter, and clipping would be
-    wrong."""
+    """Set the mark of a parameter."""
     tensor.shard = shard  # type: ignore[attr-defined]
-    tensor.tensor_model_parallel = shard.count > 1  # type: ignore[attr-defined]
     return tensor
 
 

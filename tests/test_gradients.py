@@ -1,0 +1,160 @@
+"""The gradients of a step: the memory that they take, and how often the host waits for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from layouts import Layout, micro_batches, run_for
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opt_parallel.config.run import Run
+from opt_parallel.runtime.clock import Clock
+
+WIDE = {"hidden_size": 192, "ffn_dim": 768}  # so that weights dominate activations and buffers
+
+
+def bytes_alive() -> int:
+    """The bytes of all tensors of this process that Python knows, each storage once."""
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not each.is_meta]
+    tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
+    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def bytes_in_step(run: Run) -> tuple[float, float]:
+    """On the crew: bytes a parameter at the end of the last backward, and in the update, of the second step."""
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source, trained
+    from opt_parallel.parallel.topology import Topology
+    from opt_parallel.zero import base_optimizer
+
+    with Topology.open(run.parallel.tensor) as topology:
+        gc.collect()
+        before = bytes_alive()
+        engine = Engine.build(run, topology, random_source(run.seed))
+        parameters = sum(getattr(each, "ds_numel", each.numel()) for _, each, _ in trained(engine.wrapped.module))
+        found: dict[str, int] = {}
+        first = next(each for name, each, _ in trained(engine.wrapped.module) if "embed" in name)
+        first.register_post_accumulate_grad_hook(lambda _: found.update(backward=bytes_alive() - before))
+        base_optimizer(engine.wrapped).register_step_pre_hook(lambda *_: found.update(update=bytes_alive() - before))
+        for step in range(2):
+            engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), Clock(step))
+        engine.close()
+    return found["backward"] / parameters, found["update"] / parameters
+
+
+# bf16 weights, and on two data ranks half of the fp32 weights, moments and gradients: 2 + 16 / 2. The rest is two
+# buffers of 50,000 elements, 0.3 bytes a parameter, and gradients of the bucket that is being computed.
+LEAN = 2 + 16 / 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro", "expected"),
+    [(1, 4, LEAN), (2, 2, LEAN), (1, 2, 2 + 12 / 2 + 4)],  # the last keeps fp32 gradients of its two micro-batches
+)
+def test_bytes_of_gradients(crew: Any, stage: int, micro: int, expected: float) -> None:
+    run = run_for(Layout(1, 2, stage, micro, precision="bf16"), WIDE)
+    for backward, update in crew(2)(bytes_in_step, run):
+        assert expected < update < expected + 0.8
+        assert expected < backward < expected + 0.8
+
+
+class Waits(TorchDispatchMode):
+    """Counts the reads of tensors by the host, which would wait for a GPU. Integers are read from the host's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and arguments[0].dtype is not torch.int64:
+            self.note()
+        return function(*arguments, **(named or {}))
+
+    def note(self) -> None:
+        import traceback
+
+        self.places.append("".join(traceback.format_stack(limit=8)))
+
+
+def waits_of_a_step(run: Run) -> list[str]:
+    """On the crew: the places where the third step of a run waits for the device."""
+    from deepspeed.accelerator import get_accelerator
+
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.parallel.topology import Topology
+
+    with Topology.open(run.parallel.tensor) as topology:
+        engine = Engine.build(run, topology, random_source(run.seed))
+        waits, tolist, cpu = Waits(), torch.Tensor.tolist, torch.Tensor.cpu
+
+        def noted(function: Any) -> Any:
+            return lambda *arguments: (waits.note(), function(*arguments))[1]
+
+        for step in range(3):
+            batches = micro_batches(run, step, topology.data.rank, topology.data.size)
+            if step < 2:  # DeepSpeed's throughput timer starts to wait after two steps
+                engine.step(batches, Clock(step))
+                continue
+            with (
+                waits,
+                mock.patch.object(torch.Tensor, "tolist", noted(tolist)),
+                mock.patch.object(torch.Tensor, "cpu", noted(cpu)),
+                mock.patch.object(type(get_accelerator()), "synchronize", noted(type(get_accelerator()).synchronize)),
+            ):
+                engine.step(batches, Clock(step))
+        engine.close()
+    return waits.places
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 1, 0),
+        Layout(2, 1, 1, 2, precision="bf16"),
+        Layout(1, 2, 2, 1, precision="fp16"),
+        Layout(1, 2, 3, 2, precision="fp16"),
+        Layout(1, 2, 3, 2, precision="bf16", offload=True),
+    ],
+    ids=str,
+)
+def test_the_host_waits_once_in_a_step(crew: Any, layout: Layout) -> None:
+    run = run_for(layout, batch=4)
+    for places in crew(layout.world)(waits_of_a_step, dataclasses.replace(run, steps=3)):
+        assert len(places) == 1, "\n\n".join(places)
+
+
+def overflow(run: Run) -> tuple[list[bool], bool, bool]:
+    """On the crew: which steps overflowed, and whether the first step changed a weight, and the second one."""
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source
+    from opt_parallel.parallel.topology import Topology
+    from opt_parallel.zero import flat_weights
+
+    with Topology.open(run.parallel.tensor) as topology:
+        engine = Engine.build(run, topology, random_source(run.seed))
+        skipped, changed = [], []
+        for step in range(2):
+            before = [each.detach().clone() for each in flat_weights(engine.wrapped, run.zero.stage)]
+            batches = micro_batches(run, step, topology.data.rank, topology.data.size)
+            skipped.append(engine.step(batches, Clock(step)).skipped)
+            pairs = zip(before, flat_weights(engine.wrapped, run.zero.stage), strict=True)
+            changed.append(any(not torch.equal(old, new) for old, new in pairs))
+            assert engine.scaler is not None
+            engine.scaler.scale = 16.0  # for the second step
+        engine.close()
+    return skipped, changed[0], changed[1]
+
+
+@pytest.mark.parametrize(("stage", "micro"), [(1, 2), (2, 4), (3, 2)])
+def test_an_overflow_changes_no_weight(crew: Any, stage: int, micro: int) -> None:
+    """The gradients of the step that overflowed are gone in the next step."""
+    run = run_for(Layout(1, 2, stage, micro, precision="fp16"))
+    run = dataclasses.replace(run, precision=dataclasses.replace(run.precision, initial_scale=2.0**40))
+    assert crew(2)(overflow, run) == [([True, False], False, True)] * 2
