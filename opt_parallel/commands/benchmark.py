@@ -4,6 +4,7 @@
     opt-parallel benchmark loss --tokens 1024 4096 --words 25136
     opt-parallel benchmark host --tensor 2
     opt-parallel benchmark collectives
+    opt-parallel benchmark ranks --processes 2 4 8 16 32
     opt-parallel benchmark io model=opt-1.3b parallel.tensor=2 precision=bf16
     opt-parallel benchmark checkpoint precision=fp32
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
@@ -70,6 +71,9 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     host.add_argument("--rounds", type=_positive, default=20)
     collectives = verbs.add_parser("collectives", help="measure the time that collectives take on the host")
     collectives.add_argument("--rounds", type=_positive, default=7)
+    ranks = verbs.add_parser("ranks", help="measure the time and the sockets that it takes to connect ranks")
+    ranks.add_argument("--processes", type=_positive, nargs="+", default=[2, 4, 8])
+    ranks.add_argument("--tensor", type=_positive, default=2, help="tensor-parallel degree")
 
 
 def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -114,8 +118,9 @@ def main() -> None:
     arguments = parsed(parser())
     quiet_libraries()
     runners = {
-        "train": run_race, "loss": run_loss, "host": run_host, "collectives": run_collectives, "io": run_io,
-        "checkpoint": run_checkpoint, "generate": run_generation, "prepare": run_preparation,
+        "train": run_race, "loss": run_loss, "host": run_host, "collectives": run_collectives,
+        "ranks": run_ranks, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation,
+        "prepare": run_preparation,
     }  # fmt: skip
     runners[arguments.verb](arguments)
 
@@ -260,6 +265,18 @@ def run_collectives(arguments: argparse.Namespace) -> None:
 
     print(f"\na fake group, {cpu_model()}\n")
     print(aligned(table(measure(arguments.rounds))))
+
+
+def run_ranks(arguments: argparse.Namespace) -> None:
+    from opt_parallel.benchmarks.ranks import HEAD, measure, row
+
+    for processes in arguments.processes:
+        if processes < 2 or processes % arguments.tensor:
+            raise UserError(
+                f"--processes {processes} must be a multiple of --tensor {arguments.tensor}, and at least 2"
+            )
+    print(f"\ntensor {arguments.tensor}, {cpu_model()}\n")
+    print(aligned([HEAD, *(row(measure(processes, arguments.tensor)) for processes in arguments.processes)]))
 
 
 def run_io(arguments: argparse.Namespace) -> None:

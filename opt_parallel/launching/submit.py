@@ -26,6 +26,7 @@ from opt_parallel.launching.kubernetes import manifests, to_yaml
 from opt_parallel.launching.settings import SECTIONS, Accelerate, DeepSpeed, Kubernetes, Launch, Slurm, System, Torchrun
 from opt_parallel.launching.slurm import job
 from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.runtime.machine import raise_open_files
 
 LAUNCH_TEXTS = {key for section in SECTIONS.values() for key in text_keys(section, "launch.")}
 
@@ -136,6 +137,7 @@ def exec_command(command: Command) -> None:
     path = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
     for program in [command.argv[0], *command.needs]:
         require_program(program, path)
+    raise_open_files()  # a launcher may host the ranks' key-value store, to which each rank connects
     os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment, "PATH": path})
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,23 @@ class RollCall:
     `connect` opens a connection to a torch key-value store that only this run uses. `hosts` names each rank's host."""
 
     def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...]) -> None:
-        self._store, self._rank, self._hosts = connect(), rank, hosts
-        self._closed = threading.Event()
+        self._connect, self._rank, self._hosts = connect, rank, hosts
+        self._closed, self._asking = threading.Event(), threading.Lock()
         threading.Thread(target=self._answer, args=(connect(),), name="roll call", daemon=True).start()
 
     def close(self) -> None:
         """Stop the thread that answers other ranks."""
         self._closed.set()
 
-    def ask(self) -> tuple[str, bool]:
+    def ask(self, ended: int | None = None) -> tuple[str, bool]:
         """A description of the missing ranks, and whether this rank prints the description.
 
-        Call this method after a collective of this rank has failed. On each host only one rank prints the description:
-        the lowest rank that has called this method."""
+        Call this method after a collective of this rank has failed, or after the connection to the rank `ended` was
+        closed. On each host only one rank prints the description: the lowest rank that has called this method. The
+        caller ends the process. A second call, by another thread, never returns."""
+        self._asking.acquire()
         found: list[tuple[str, bool]] = []
-        asking = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
+        asking = threading.Thread(target=lambda: found.append(self._ask(ended)), daemon=True)
         asking.start()
         asking.join(STORE_TIMEOUT)
         return found[0] if found else self._without_store()
@@ -55,31 +57,33 @@ class RollCall:
                     store.add("here", 1)
                     return
 
-    def _ask(self) -> tuple[str, bool]:
+    def _ask(self, ended: int | None) -> tuple[str, bool]:
         try:
-            missing = self._missing()
-            self._store.add("done", 1)
+            store = self._connect()
+            missing = self._missing(store, ended)
+            store.add("done", 1)
             if self._rank == 0:  # its process may host the key-value store, which other ranks still need
-                self._wait(lambda: self._store.add("done", 0) == self._store.add("failed", 0))
+                self._wait(lambda: store.add("done", 0) == store.add("failed", 0))
             return missing
         except RuntimeError:
             return self._without_store()
 
-    def _missing(self) -> tuple[str, bool]:
-        store, ranks = self._store, range(len(self._hosts))
+    def _missing(self, store: Any, ended: int | None) -> tuple[str, bool]:
+        ranks = range(len(self._hosts))
         store.set("asked", "")
         store.set(f"failed-{self._rank}", "")
         store.add("failed", 1)
-        self._wait(lambda: store.add("here", 0) == len(ranks))
+        cannot_answer = ended is not None and not store.check([f"here-{ended}"])
+        self._wait(lambda: store.add("here", 0) >= len(ranks) - cannot_answer)
         below = [rank for rank in self._neighbours() if rank < self._rank and store.check([f"here-{rank}"])]
         another = below and self._wait(lambda: any(store.check([f"failed-{rank}"]) for rank in below))
         if another or store.add(f"said-{self._hosts[self._rank]}", 1) > 1:
             return "", False
-        silent = [rank for rank in ranks if not store.check([f"here-{rank}"])]
+        silent = _absent(store, "here", ranks)
         if silent:
             return f"no answer from {self._named(silent)}", True
         self._wait(lambda: store.add("failed", 0) == len(ranks))
-        busy = [rank for rank in ranks if not store.check([f"failed-{rank}"])]
+        busy = _absent(store, "failed", ranks)
         if not busy:
             return "all ranks answer", True
         return f"{self._named(busy)} is still at {store.get(f'here-{busy[0]}').decode()}", True
@@ -107,6 +111,14 @@ class RollCall:
         while not (holds := condition()) and time.monotonic() < end:
             time.sleep(POLL / 10)
         return holds
+
+
+def _absent(store: Any, name: str, ranks: Sequence[int]) -> list[int]:
+    """The `ranks` without a key `name`-<rank>. Halving takes few requests, even for thousands of ranks."""
+    if store.check([f"{name}-{rank}" for rank in ranks]):
+        return []
+    half = len(ranks) // 2
+    return _absent(store, name, ranks[:half]) + _absent(store, name, ranks[half:]) if half else list(ranks)
 
 
 def _line_of_main_thread() -> str:

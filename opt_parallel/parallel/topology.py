@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,12 +18,17 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed import distributed_c10d
 
 from opt_parallel.config.run import Precision
+from opt_parallel.parallel.liveness import watched
 from opt_parallel.parallel.roll_call import RollCall
 from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import Lost, UserError
+from opt_parallel.runtime.log import say
+from opt_parallel.runtime.machine import raise_open_files
 
 T = TypeVar("T")
 CONTROL_TIMEOUT = timedelta(days=1)  # One rank may prepare text for hours while the other ranks wait.
+# Open files of a process, and for each rank, whose connections lead to the process that hosts torch's key-value store.
+FILES, FILES_PER_RANK = 300, 3
 FIXED_TIMEOUT = "fixed timeout"  # The `group_desc` of groups whose timeout `set_timeout` does not change.
 DEVICE_TIMEOUT = timedelta(
     seconds=60
@@ -108,14 +113,14 @@ class Topology:
         handles = [control] if control else []
         rows = _axis_group(grid, rank, handles)
         columns = _axis_group(grid.T, rank, handles)
-        roll_call = None
-        if size > 1:
-            roll_call = RollCall(partial(store_of, f"roll-call-{ranks[0][2]}"), rank, hosts)
-        try:
+        with ExitStack() as watching:
+            roll_call = None
+            if size > 1:
+                roll_call = RollCall(partial(store_of, f"roll-call-{ranks[0][2]}"), rank, hosts)
+                watching.callback(roll_call.close)
+                ring = PrefixStore(f"ring-{ranks[0][2]}", distributed_c10d._get_default_store())
+                watching.enter_context(watched(ring, rank, hosts, roll_call))
             yield cls(Group(dist.group.WORLD, rank, size), columns, rows, device, hosts, control, roll_call)
-        finally:
-            if roll_call:
-                roll_call.close()
         # After an error this is not reached: it would wait for collectives that other ranks never join.
         for handle in handles:
             dist.destroy_process_group(handle)
@@ -232,6 +237,14 @@ def _join() -> None:
         return
     check_rank_variables()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
+    # gloo connects two ranks when they first communicate. Otherwise each group would connect each rank with all others.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    files, needed = raise_open_files(), FILES + FILES_PER_RANK * process.world_size()
+    if files < needed:
+        say(
+            f"warning: rank 0 may open {files} files (ulimit -n), and {process.world_size()} ranks may need {needed}: "
+            "raise the hard limit if ranks cannot connect"
+        )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -7,6 +7,7 @@ import getpass
 import os
 import platform
 import re
+import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 PROC, CPUINFO = Path("/proc/self"), Path("/proc/cpuinfo")
 # environment variables in which Slurm, PBS, TORQUE, Grid Engine and LSF give a job's number of CPUs
 CPUS_GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "PBS_NUM_PPN", "NSLOTS", "LSB_DJOB_NUMPROC")
+
+OPEN_FILES = 65_536  # Enough for any run. Some programs try each possible descriptor, so a limit of millions is slow.
 
 
 def cpus() -> int:
@@ -40,6 +43,17 @@ def limit_threads() -> None:
     if number < _affinity():
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
             os.environ.setdefault(name, str(number))
+
+
+def raise_open_files() -> int:
+    """Raise this process's limit of open files (`ulimit -n`) as far as the system allows, up to `OPEN_FILES`, because
+    each connection to another rank is an open file. Returns the limit."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        return wanted
+    return OPEN_FILES if limit == resource.RLIM_INFINITY else limit
 
 
 def ensure_home() -> str | None:

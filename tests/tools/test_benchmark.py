@@ -56,6 +56,16 @@ def test_the_collectives_alone() -> None:
     assert len(printed.splitlines()[-5:]) == printed.count(" µs (") == 5
 
 
+def test_connecting_ranks() -> None:
+    """A rank opens few sockets, however many ranks there are."""
+    status, printed, said = benchmark("ranks", "--processes", "2", "4")
+    assert status == 0, said
+    rows = [line.split() for line in printed.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["2", "4"]
+    status, printed, said = benchmark("ranks", "--processes", "3")
+    assert (status, "--processes 3 must be a multiple of --tensor 2" in said) == (2, True)
+
+
 @pytest.mark.long
 def test_import_and_export() -> None:
     status, printed, said = benchmark("io", "--max-shard-size", "100KB", *TINY, "parallel.tensor=2")
