@@ -9,8 +9,10 @@
     opt-parallel benchmark checkpoint precision=fp32
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
     opt-parallel benchmark prepare --megabytes 500 --workers 2
+    opt-parallel benchmark memory model=opt-13b,opt-175b parallel.tensor=8 activation_checkpointing=none,full
 
-The commands `train`, `io`, `checkpoint` and `generate` take configuration keys of `train` after their options.
+The commands `train`, `io`, `checkpoint`, `generate` and `memory` take configuration keys of `train` after their
+options.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from opt_parallel.benchmarks.runs import combinations, composed, in_bf16, published
 from opt_parallel.config.options import parsed
 from opt_parallel.config.paths import make_folder
 from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
@@ -41,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_files(verbs)
     _add_text(verbs)
+    _add_memory(verbs)
     return parser
 
 
@@ -114,13 +118,23 @@ def _add_text(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     prepare.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
 
 
+def _add_memory(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    memory = verbs.add_parser(
+        "memory", help="trace the memory and the collectives of a micro-batch on one GPU, without a GPU"
+    )
+    memory.add_argument("--page", type=Path, help="write the table of the published sizes to this page")
+    memory.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="several values, separated by commas, are traced in turn"
+    )
+
+
 def main() -> None:
     arguments = parsed(parser())
     quiet_libraries()
     runners = {
         "train": run_race, "loss": run_loss, "host": run_host, "collectives": run_collectives,
         "ranks": run_ranks, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation,
-        "prepare": run_preparation,
+        "prepare": run_preparation, "memory": run_memory,
     }  # fmt: skip
     runners[arguments.verb](arguments)
 
@@ -197,19 +211,7 @@ def compared_run(overrides: list[str], accumulation: int) -> Run:
     """The run that `train` composes from `overrides`, with one data-parallel process and without warm-up.
 
     Raises: UserError for settings that would apply to opt-parallel only."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from opt_parallel.config.compose import CONFIGS, explain, register_schema, run_from
-
-    if any(override.startswith("batch.global") for override in overrides):
-        raise UserError("batch.global follows from batch.micro × --accumulation × data: set those instead")
-    register_schema()
-    ours = ["run.name=benchmark", "schedule.warmup_steps=null", "schedule.warmup_tokens=null"]
-    composing = initialize_config_dir(str(CONFIGS), version_base="1.3")
-    with reporting((HydraException, OmegaConfBaseException), explain), composing:
-        run = run_from(compose("config", overrides=[*overrides, *ours]))
+    run = composed(overrides)
     refused = {
         "activation_checkpointing": (run.activation_checkpointing, ActivationCheckpointing.none),
         "zero.offload": (run.zero.offload, Offload.none),
@@ -334,6 +336,18 @@ def run_preparation(arguments: argparse.Namespace) -> None:
     print(f"\n{arguments.megabytes} MB of text, {arguments.workers} workers, {cpu_model()}\n")
     size = arguments.megabytes * 10**6
     print(aligned(measure(arguments.output, size, arguments.workers, arguments.vocab_size, arguments.rounds)))
+
+
+def run_memory(arguments: argparse.Namespace) -> None:
+    if arguments.page is not None:
+        from opt_parallel.benchmarks.memory import write_page
+
+        write_page(arguments.page, list(published(arguments.overrides)))
+        return
+    runs = [in_bf16(composed(overrides)) for overrides in combinations(arguments.overrides)]
+    from opt_parallel.benchmarks.memory import HEAD, row, traces
+
+    print(aligned([HEAD, *(row(run, trace) for run, trace in zip(runs, traces(runs), strict=True))]))
 
 
 def run() -> None:

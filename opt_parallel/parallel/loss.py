@@ -96,7 +96,7 @@ class _Gradients:
             return
         one_rounding = chunk >= hidden.size(0) and hidden.dtype is not torch.float16
         self.weight = torch.empty_like(weight, dtype=hidden.dtype if one_rounding else exact)
-        self.weight[vocabulary:] = 0.0
+        self.weight[vocabulary:].zero_()
 
     def add(self, by_logits: Tensor, hidden: Tensor, rows: Tensor, tokens: slice) -> None:
         """Add the contribution of a chunk of n tokens, given the gradient `by_logits` (n, V) of the chunk's logits.

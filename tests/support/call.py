@@ -9,6 +9,6 @@ if __name__ == "__main__":
     spec = spec_from_file_location("module", sys.argv[1])
     assert spec is not None
     assert spec.loader is not None
-    module = module_from_spec(spec)
+    module = sys.modules["module"] = module_from_spec(spec)  # data classes look up their module by its name
     spec.loader.exec_module(module)
     getattr(module, sys.argv[2])(*sys.argv[3:])

@@ -1,0 +1,294 @@
+"""The network on fake CUDA tensors, without a GPU: devices, waiting for the device, memory, and collectives.
+
+Each test runs in a process of its own, because a process keeps the CUDA device that computes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import ROOT, launch, python
+from layouts import STYLE_350M, TINY
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opt_parallel.config.model import Labels, ModelConfig, ProblemType
+from opt_parallel.config.run import ActivationCheckpointing, ParallelConfig, Precision, PrecisionConfig, Run
+from opt_parallel.config.task import LoraConfig
+
+COMPILER = os.environ.get("CXX", "c++")
+pytestmark = [
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason="needs a C++ compiler, for the fake CUDA device"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="needs a build of torch for CPUs"),
+]
+
+
+def alone(function: str, *arguments: str, **env: str) -> Any:
+    """What a function of this file prints in a process of its own, as JSON."""
+    process = launch(1, "tests/support/call.py", __file__, function, *arguments, **env)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A network, its parallel layout, and the kind of its batches."""
+
+    tensor: int = 1
+    recompute: str = "none"
+    precision: str = "bf16"
+    style_350m: bool = False
+    packed: bool = False
+    classifies: bool = False
+    lora: bool = False
+
+    @property
+    def run(self) -> Run:
+        style = STYLE_350M if self.style_350m else {}
+        return Run(
+            model=ModelConfig(**{**TINY, **style, "layerdrop": 0.5, "attention_dropout": 0.1}),
+            parallel=ParallelConfig(tensor=self.tensor),
+            precision=PrecisionConfig(Precision(self.precision)),
+            data=dataclasses.replace(Run().data, sequence_length=16),
+            batch={"global": 4, "micro": 4},
+            activation_checkpointing=ActivationCheckpointing(self.recompute),
+        )
+
+
+class Strict(TorchDispatchMode):
+    """Refuses operators that make a tensor on the CPU, except pinned memory and copies for which the CPU does not wait.
+
+    A fake tensor itself refuses operators that mix devices, or that need its values on the CPU."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        waits_for_nothing = kwargs.get("pin_memory") or (
+            function.overloadpacket.__name__ == "copy_" and args[2:] == (True,)
+        )
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device.type != "cuda" and not waits_for_nothing:
+                raise AssertionError(f"{function} makes a tensor on the device {value.device}")
+        return result
+
+
+def step(cell: Cell, damage: Callable[[Any], None] = lambda model: None) -> None:
+    """A forward, a backward and an update of the weights on fake CUDA tensors, watched by `Strict`."""
+    from opt_parallel.benchmarks.fake_cuda import DEVICE, fake_tensors, group_of
+    from opt_parallel.benchmarks.memory import nothing
+    from opt_parallel.model.build import network
+    from opt_parallel.optim import build_optimizer
+    from opt_parallel.parallel.random import Draw
+    from opt_parallel.parallel.shard import fill
+    from opt_parallel.parallel.topology import DTYPES
+
+    run, group = cell.run, group_of(cell.tensor)
+    labels = Labels(("a", "b", "c"), ProblemType.single_label_classification) if cell.classifies else None
+    lora = LoraConfig(rank=2 * cell.lora, targets=["q_proj", "fc2"])
+    with fake_tensors():
+        model = network(run.model, lora, labels, group, run.activation_checkpointing)
+        fill(model, nothing, DEVICE, DTYPES[run.precision.name])
+        damage(model)
+        optimizer = build_optimizer(model, run.optimizer)
+        shape = (run.micro_batch, run.data.sequence_length)
+        with Strict():
+            ids = torch.zeros(shape, dtype=torch.long, device=DEVICE)
+            segments = torch.ones_like(ids) if cell.packed else None
+            wanted = torch.zeros(shape[:1] if cell.classifies else shape, dtype=torch.long, device=DEVICE)
+            draw = Draw(run.seed, 0, 0, 0, torch.zeros(shape[0], dtype=torch.long, device=DEVICE))
+            (model(ids, wanted, None, segments, draw) * 1.0).backward()
+            optimizer.step()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert not parameter.requires_grad or (gradient is not None and gradient.is_cuda), name
+
+
+def try_cells(cells: str) -> None:
+    """In a process of its own."""
+    from opt_parallel.benchmarks.fake_cuda import load
+
+    load()
+    for values in json.loads(cells):
+        step(Cell(**values))
+    print(len(json.loads(cells)))
+
+
+KINDS = [kind.value for kind in ActivationCheckpointing]
+FEW = [
+    Cell(),
+    Cell(tensor=2, style_350m=True, packed=True),
+    Cell(tensor=2, classifies=True, lora=True, precision="fp16"),
+    *(Cell(tensor=2, recompute=kind) for kind in KINDS[1:]),
+]
+ALL = [
+    Cell(*values)
+    for values in itertools.product(
+        (1, 2), KINDS, ("fp32", "bf16", "fp16"), (False, True), (False, True), (False, True), (False, True)
+    )
+]
+
+
+@pytest.mark.parametrize("cells", [FEW, pytest.param(ALL, marks=pytest.mark.long)], ids=["few", "all"])
+def test_everything_stays_on_the_device(cells: list[Cell]) -> None:
+    assert alone("try_cells", json.dumps([dataclasses.asdict(cell) for cell in cells])) == len(cells)
+
+
+class Reads(torch.autograd.Function):
+    """A function whose backward reads a value."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * gradient.sum().item()
+
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a tensor on the CPU": lambda hidden: hidden * torch.ones(hidden.size(-1)),
+    "a number on the CPU": lambda hidden: hidden * torch.tensor(2.0),
+    "item": lambda hidden: hidden * hidden.sum().item(),
+    "item in the backward": Reads.apply,  # type: ignore[dict-item]
+    "bool": lambda hidden: hidden if hidden.isnan().any() else hidden * 2,
+    "cpu": lambda hidden: hidden * hidden.sum().cpu().to(hidden.device),
+    "tolist": lambda hidden: hidden * hidden.flatten()[:1].tolist()[0],
+    "nonzero": lambda hidden: hidden + hidden.nonzero().sum(),
+}
+
+
+def try_faults(recompute: str) -> None:
+    """In a process of its own: the error of each fault in the activation of a layer."""
+    from opt_parallel.benchmarks.fake_cuda import load
+
+    load()
+    said = {}
+    for name, fault in FAULTS.items():
+
+        def damage(model: Any, fault: Callable[[Tensor], Tensor] = fault) -> None:
+            model.decoder.layers[1].activation = fault
+
+        try:
+            step(Cell(recompute=recompute), damage)
+            said[name] = ""
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(said))
+
+
+@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.long)])
+def test_planted_faults_are_found(recompute: str) -> None:
+    said = alone("try_faults", recompute)
+    assert [name for name in FAULTS if not said[name]] == []
+
+
+BATCH, LENGTH, WIDTH, HEADS, LAYERS = 4, 2048, 64, 4, 8
+UNIT = 2 * BATCH * LENGTH * WIDTH  # bytes of the hidden states in bf16
+
+
+def traced_run(tensor: int, recompute: str, **parallel: Any) -> Run:
+    """A run whose activations are much larger than its weights. Dropout keeps nothing for the backward."""
+    model = ModelConfig(
+        vocab_size=512, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, ffn_dim=4 * WIDTH,
+        max_position_embeddings=LENGTH, dropout=0.0, attention_dropout=0.1,
+    )  # fmt: skip
+    return Run(
+        model=model,
+        parallel=ParallelConfig(tensor=tensor, **parallel),
+        precision=PrecisionConfig(Precision.bf16),
+        data=dataclasses.replace(Run().data, sequence_length=LENGTH),
+        batch={"global": BATCH, "micro": BATCH},
+        activation_checkpointing=ActivationCheckpointing(recompute),
+    )
+
+
+def print_traces() -> None:
+    """In a process of its own: extrapolated traces, and one of the full depth."""
+    from opt_parallel.benchmarks.fake_cuda import load
+    from opt_parallel.benchmarks.memory import extrapolated, trace
+
+    load()
+    found = {
+        f"{tensor} {kind}": extrapolated(traced_run(tensor, kind)) for tensor in (1, 2) for kind in ("none", "full")
+    }
+    found["whole"] = trace(traced_run(2, "none"), LAYERS)
+    print(json.dumps({name: {**dataclasses.asdict(one), "peak": one.peak} for name, one in found.items()}))
+
+
+@pytest.fixture(scope="module")
+def traces() -> Any:
+    return alone("print_traces")
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_layer_saves_what_the_formula_says(traces: Any, tensor: int) -> None:
+    """Without recomputation: the input, both LayerNorms' results and the residual sum on every rank; query, key and
+    value (3), attention's result (1) and the activation (4) split over the ranks."""
+    saved = UNIT * (4 + 8 / tensor)
+    saved += 4 * BATCH * LENGTH * (2 * 2 + HEADS / tensor)  # mean and deviation of both LayerNorms, attention's sums
+    saved += 2 * 512  # the state of attention's random generator
+    assert traces[f"{tensor} none"]["saved_by_a_layer"] == saved
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_peak_is_what_the_formula_says(traces: Any, tensor: int) -> None:
+    """With full recomputation, the peak is in the backward of the last layer's activation: the inputs of all layers,
+    the layer's tensors without its input, the gradient of its output, and both gradients around the activation."""
+    peak = UNIT * (LAYERS + 3 + 8 / tensor + 1 + 2 * 4 / tensor)
+    assert traces[f"{tensor} full"]["peak"] == pytest.approx(peak, rel=0.02)  # the rest: token ids, sums, a gradient
+
+
+def test_collectives_of_a_forward_and_a_backward(traces: Any) -> None:
+    """An all-reduce after the embedding and for each half of a layer, in the forward and in the backward; full
+    recomputation repeats that of the attention. The loss exchanges three fp32 numbers for each token."""
+    words = BATCH * LENGTH * 3 * 2 * 4
+    for kind, times in (("none", 4 * LAYERS + 2), ("full", 5 * LAYERS + 2)):
+        found = traces[f"2 {kind}"]
+        assert found["messages"] == {"all-reduce": times, "all-gather": 1}
+        assert found["sent"] == {"all-reduce": times * UNIT, "all-gather": words}
+        assert traces[f"1 {kind}"]["messages"] == {}
+
+
+def test_the_extrapolation_equals_the_trace_of_the_full_depth(traces: Any) -> None:
+    whole, extrapolated = traces["whole"], traces["2 none"]
+    assert {**whole, "saved_by_a_layer": extrapolated["saved_by_a_layer"]} == extrapolated
+
+
+def test_the_command_prints_a_row_for_each_combination() -> None:
+    settings = ["model=opt-tiny", "activation_checkpointing=none,full", "data.sequence_length=32"]
+    process = python(str(ROOT / "scripts" / "benchmark.py"), "memory", *settings)
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.splitlines()) == 3
+
+
+def test_a_missing_compiler_is_said_in_one_line(tmp_path: Path) -> None:
+    arguments = ["-m", "opt_parallel", "benchmark", "memory", "model=opt-tiny", "data.sequence_length=32"]
+    process = python(*arguments, CXX="/nonexistent/c++", XDG_CACHE_HOME=str(tmp_path))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.splitlines()[-1].startswith("error: /nonexistent/c++ was not found")
+
+
+def print_refusal() -> None:
+    """In a process of its own, which takes its torch for one with CUDA."""
+    from opt_parallel.benchmarks.fake_cuda import load
+    from opt_parallel.runtime.errors import UserError
+
+    torch.version.cuda = "13.0"
+    try:
+        load()
+    except UserError as error:
+        print(json.dumps(str(error)))
+
+
+def test_a_build_for_gpus_is_refused() -> None:
+    assert "is built for GPUs" in alone("print_refusal")
