@@ -263,7 +263,7 @@ def _gradients(run: Run, topology: Topology, wrapped: Any) -> WholeGradients | P
 
 def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
     """The configuration dictionary that DeepSpeed needs for the run."""
-    zero = run.zero
+    zero, layer = run.zero, run.model.layer_parameters // topology.tensor.size
     on_gpu = topology.device.type == "cuda"
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.micro_batch,
@@ -283,6 +283,10 @@ def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
             "offload_optimizer": {"device": zero.offload.value, "pin_memory": on_gpu},
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
+            # At most two layers' weights are gathered. Weights that are used again within the next two layers stay
+            # gathered: those of a recomputed layer until its backward. Prefetching stops at one and a half layers.
+            "stage3_max_reuse_distance": 2 * layer,
+            "stage3_max_live_parameters": 3 * layer // 2,
         },
     }
     if zero.offload is Offload.none:

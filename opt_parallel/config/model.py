@@ -209,16 +209,22 @@ class ModelConfig(Section):
             return self.init_std
         return 0.006 if self.init is Init.paper else 0.02
 
+    @property
+    def layer_parameters(self) -> int:
+        """Number of parameters of one decoder layer."""
+        hidden, ffn = self.hidden_size, self.ffn_dim
+        biases = 4 * hidden + ffn + hidden if self.enable_bias else 0
+        layer_norms = 4 * hidden if self.layer_norm_elementwise_affine else 0
+        return 4 * hidden * hidden + 2 * hidden * ffn + biases + layer_norms
+
     def parameters(self) -> int:
         """Number of parameters. The LM head adds none, because it shares the token embedding's weights."""
-        hidden, ffn, embedding = self.hidden_size, self.ffn_dim, self.embedding_size
-        biases = 4 * hidden + ffn + hidden if self.enable_bias else 0
+        hidden, embedding = self.hidden_size, self.embedding_size
         layer_norm = 2 * hidden if self.layer_norm_elementwise_affine else 0
-        layer = 4 * hidden * hidden + 2 * hidden * ffn + biases + 2 * layer_norm
         embeddings = self.vocab_size * embedding + (self.max_position_embeddings + POSITION_OFFSET) * hidden
         projections = 2 * embedding * hidden if self.projected else 0
         final_layer_norm = layer_norm if self.has_final_layer_norm else 0
-        return embeddings + projections + self.num_hidden_layers * layer + final_layer_norm
+        return embeddings + projections + self.num_hidden_layers * self.layer_parameters + final_layer_norm
 
     def flops_per_token(self, sequence_length: int, frozen: bool = False) -> float:
         """Model FLOPs to train on one token, with forward and backward. Attention counts in full, although its mask is
