@@ -6,7 +6,7 @@ import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +79,7 @@ class Engine:
     @classmethod
     def build(cls, run: Run, topology: Topology, source: Source, labels: Labels | None = None) -> Engine:
         """The run's model with weights from `source`, wrapped by DeepSpeed. `labels` are the labels of a classifier."""
-        model = network(
-            run.model, run.task.lora, labels, topology.tensor, run.activation_checkpointing, run.parallel.sequence
-        )
+        model = network(run.model, run.task.lora, labels, topology.tensor, run.activation_checkpointing)
         settings = deepspeed_settings(run, topology)
         # Without this line, DeepSpeed refuses fp16 on CPUs without fp16 instructions, although torch emulates fp16
         # there.
@@ -224,12 +222,13 @@ class Engine:
         """The number of weight updates so far. Steps that fp16 skipped are not counted."""
         return updates_made(self.wrapped, self.run.zero.stage)
 
-    def restore(self, read: Callable[[Fragment], None], updates: int, loss_scale: dict[str, Any] | None) -> None:
-        """Load a saved training state. `read` fills each fragment of this rank's weights and moments in place."""
+    def restore(
+        self, read: Callable[[Iterable[Fragment]], None], updates: int, loss_scale: dict[str, Any] | None
+    ) -> None:
+        """Load a saved training state. `read` fills the fragments of this rank's weights and moments in place."""
         stage = self.run.zero.stage
         reset_moments(self.wrapped, stage, self.moments, updates)
-        for fragment in held_fragments(self.wrapped, stage, self.topology.data.rank, self.moments):
-            read(fragment)
+        read(held_fragments(self.wrapped, stage, self.topology.data.rank, self.moments))
         refresh_working_weights(self.wrapped, stage)
         if self.scaler is not None and loss_scale is not None:
             self.scaler.load_state(loss_scale)

@@ -19,7 +19,7 @@ from opt_parallel.data.prepare import Prepared, prepare
 from opt_parallel.data.samples.samples import Samples
 from opt_parallel.data.tasks import open_validation
 from opt_parallel.engine import Engine
-from opt_parallel.parallel.shard import Source, random_source
+from opt_parallel.parallel.shard import Source, random_source, zeros
 from opt_parallel.parallel.topology import Topology
 from opt_parallel.report.trackers import check_trackers, wandb_id
 from opt_parallel.runtime.errors import UserError
@@ -79,12 +79,13 @@ def build_engine(
 
 
 def weights(seed: int, initial: Opened | None, checkpoint: CheckpointReader | None) -> Source:
-    """The source of the model's weights. Each tensor is read from the run's own checkpoint, else from `init_from`, else
-    it is randomly initialised."""
+    """The source of the model's weights. Each tensor is read from `init_from`, else it is randomly initialised. The
+    tensors of the run's own checkpoint are zero, because `Store.restore` reads them: a rank then reads only the
+    fragments whose optimizer state it holds, and not its complete part of each tensor."""
     source = random_source(seed)
     if initial:
         source = with_fallback(initial.stored.holds, initial.weights, source)
-    return with_fallback(checkpoint.holds, checkpoint, source) if checkpoint else source
+    return with_fallback(checkpoint.holds, zeros, source) if checkpoint else source
 
 
 def open_store(run: Run, topology: Topology, resume_from: Path | None, inputs: Inputs) -> Store:

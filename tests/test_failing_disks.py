@@ -69,6 +69,7 @@ ROWS = [
     Row("a save: rank-00000.safetensors", SAVE + "rank-00000.safetensors", NOT_SAVED),
     Row("a save: rank-00001.safetensors", SAVE + "rank-00001.safetensors", NOT_SAVED, ranks=2),
     Row("a save: rank-00000.json", SAVE + "rank-00000.json", NOT_SAVED),
+    Row("a save: fragments.safetensors", SAVE + "fragments.safetensors", NOT_SAVED),
     Row("a save: tokenizer/", SAVE + "tokenizer*", NOT_SAVED),
     Row("a save: manifest.json", SAVE + "manifest.json", NOT_SAVED),
     Row("a save: its name", "checkpoints/step-[46]", NOT_SAVED, calls=("rename",)),

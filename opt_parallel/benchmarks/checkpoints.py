@@ -26,9 +26,8 @@ from opt_parallel.config.output import CheckpointConfig
 from opt_parallel.config.run import Run, RunConfig
 from opt_parallel.data.samples.samples import Batch
 from opt_parallel.engine import Engine
-from opt_parallel.model.heads import CausalLM
-from opt_parallel.parallel.shard import fill, logical_parameters, marked, random_source
-from opt_parallel.parallel.topology import DTYPES, Topology
+from opt_parallel.parallel.shard import logical_parameters, marked, random_source
+from opt_parallel.parallel.topology import Topology
 from opt_parallel.report.metrics import forget_peak_memory, peak_memory
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import UserError
@@ -119,14 +118,9 @@ class Bench:
         checkpoint = self.store.find()
         checked = self._now()
         assert checkpoint is not None
-        with torch.device("meta"):
-            model = CausalLM(self.run.model, self.topology.tensor, self.run.activation_checkpointing)
-        fill(model, checkpoint, self.topology.device, DTYPES[self.run.precision.name])
         self.store.restore(self.engine, checkpoint)
         loaded = self._now()
-        peak = self._peak(sum(tensor.nbytes for tensor in model.parameters()))
-        for (_, tensor, _), filled in zip(marked(self.engine.wrapped.module), model.parameters(), strict=True):
-            tensor.detach().copy_(filled.detach())
+        peak = self._peak()
         self._compare(before, "ours")
         return {
             "still": still, "whole": whole, "bytes": size / self.parameters, "check": checked - begin,
@@ -184,11 +178,11 @@ class Bench:
         self.resident = peak_memory(self.topology.device)
         return sums
 
-    def _peak(self, created: int = 0) -> float:
+    def _peak(self) -> float:
         """Peak memory of loading, divided by the size of the training state. A value of 1 means no memory beyond the
-        training state, to which the moments and `created` bytes of weights belong."""
+        training state, to which the moments belong."""
         grown = peak_memory(self.topology.device) - self.resident
-        return 1 + (grown - self.moments - created) / self.size
+        return 1 + (grown - self.moments) / self.size
 
     def _compare(self, before: list[float], whose: str) -> None:
         if before != [float(values.double().sum()) for values in self._state()]:

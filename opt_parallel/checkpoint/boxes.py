@@ -51,6 +51,18 @@ def boxes_of(shard: Shard, start: int, count: int) -> list[Box]:
     return boxes
 
 
+def span_of(shard: Shard, ranges: Ranges) -> tuple[int, int]:
+    """The first index and the end of the elements `ranges` of a full tensor in a shard's flattened local tensor.
+
+    Elements between the two may be outside of `ranges`."""
+    first = last = 0
+    for dim, (part, size) in enumerate(zip(ranges, shard.local_shape, strict=True)):
+        moved = shard.index * size if dim == shard.dim else 0
+        first = first * size + max(part.start - moved, 0)
+        last = last * size + min(part.stop - moved, size) - 1
+    return first, last + 1
+
+
 @dataclass(frozen=True)
 class Shared:
     """The intersection of the rectangle `mine` of one piece and the rectangle `theirs` of another piece.

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from opt_parallel.checkpoint.coverage import VALUE
 from opt_parallel.checkpoint.folders import step_of, steps_in
 from opt_parallel.checkpoint.inherit import model_at
-from opt_parallel.checkpoint.manifest import MANIFEST, STEP, Damaged, file_in, read_manifest
+from opt_parallel.checkpoint.manifest import MANIFEST, STEP, Damaged, file_in, read_manifest, wrong_size
 from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.model.heads import SCORE, CausalLM
@@ -39,7 +38,7 @@ def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | No
     step, named = reader.clock.step, STEP.fullmatch(folder.name)
     wrong = [f"{MANIFEST} is of step {step}"] if named and int(named[1]) != step else []
     files = list(reader.manifest["files"].items())[share::of]
-    return reader, wrong + [what for name, written in files if (what := _damage_of(folder, name, written))]
+    return reader, wrong + [what for name, written in files if (what := _damage_of(reader, name, written))]
 
 
 def open_checked(folder: Path) -> CheckpointReader:
@@ -65,7 +64,7 @@ def tokenizer_of(folder: Path | None) -> Path | None:
         each = folder.parent / f"step-{step}"
         with suppress(UserError):  # raised if the manifest is damaged
             files = read_manifest(each)["files"].items()
-            if not any(_damage_of(each, *file) for file in files if file[0].startswith("tokenizer/")):
+            if not any(_differs(each, *file) for file in files if file[0].startswith("tokenizer/")):
                 return each / "tokenizer"
     return None
 
@@ -94,17 +93,6 @@ def check_sizes(reader: CheckpointReader) -> None:
             raise Damaged(reader.folder, wrong)
 
 
-def wrong_size(folder: Path, name: str, written: dict[str, Any]) -> str | None:
-    """An error message if a checkpoint's file is missing or has the wrong size, else None.
-
-    `written` is the file's entry in the manifest."""
-    try:
-        size = file_in(folder, name).stat().st_size
-    except Damaged as error:
-        return error.what
-    return None if size == written["bytes"] else f"{name} has another size than {MANIFEST} states"
-
-
 def checksum_of(path: Path) -> str:
     """The CRC-32 checksum of a file, in hexadecimal."""
     checksum, buffer = 0, bytearray(CHUNK)
@@ -114,21 +102,22 @@ def checksum_of(path: Path) -> str:
     return f"{checksum:08x}"
 
 
-def _damage_of(folder: Path, name: str, written: dict[str, Any]) -> str | None:
+def _damage_of(reader: CheckpointReader, name: str, written: dict[str, Any]) -> str | None:
+    wrong = _differs(reader.folder, name, written)
+    if wrong or name not in reader.fragments.files:
+        return wrong
+    try:
+        held = StoredFile(reader.folder / name).sizes
+    except Damaged as error:
+        return error.what
+    return None if held == reader.fragments.sizes_in(name) else f"{name} does not contain the fragments of its table"
+
+
+def _differs(folder: Path, name: str, written: dict[str, Any]) -> str | None:
     wrong = wrong_size(folder, name, written)
     if wrong:
         return wrong
     try:
-        if checksum_of(folder / name) != written["crc32"]:
-            return f"{name} differs from its checksum"
-        held = StoredFile(folder / name).sizes if written["fragments"] else {}
+        return None if checksum_of(folder / name) == written["crc32"] else f"{name} differs from its checksum"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    except Damaged as error:
-        return error.what
-    listed = {
-        f"{kind}/{fragment['name']}": VALUE * fragment["count"]
-        for fragment in written["fragments"]
-        for kind in fragment["kinds"]
-    }
-    return None if held == listed else f"{name} does not contain the fragments that {MANIFEST} lists"

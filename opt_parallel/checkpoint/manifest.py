@@ -17,9 +17,9 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.checked import Count, Integer, Size, is_deep, read_checked
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # The name of a checkpoint's folder.
-LARGEST = 2**29  # Maximum bytes; a manifest of OPT-175B, saved by a thousand ranks, needs a third of this size.
+LARGEST = 2**29  # Maximum bytes. OPT-175B saved by a thousand ranks needs a fifth in format 1, and 250 KB in format 2.
 
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 
@@ -128,13 +128,13 @@ class Fragment(TypedDict):
 class File(TypedDict):
     bytes: Count
     crc32: str
-    fragments: list[Fragment]
+    fragments: NotRequired[list[Fragment]]  # only in format 1; later formats have tables (`fragments.py`)
 
 
 class Manifest(TypedDict):
     """The content of a manifest. Other keys are allowed, because later versions may add keys."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     clock: Clock
     updates: Count
     loss_scale: LossScale | None
@@ -160,7 +160,8 @@ class Damaged(UserError):
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint's manifest.
 
-    Raises: Damaged if `folder` is not a training checkpoint, has another format, or has a changed manifest."""
+    Raises: Damaged if `folder` is not a training checkpoint or has a changed manifest, and UserError if a later version
+    wrote it."""
     another = f"choose another checkpoint, or remove {MANIFEST} if the folder is not a training checkpoint"
     try:
         manifest = read_checked(folder / MANIFEST, LARGEST)
@@ -168,8 +169,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(folder, f"{MANIFEST} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise Damaged(folder, f"{MANIFEST} cannot be read ({error})", another) from error
-    if manifest.get("format") != FORMAT:
-        raise Damaged(folder, f"{MANIFEST} does not have format {FORMAT}, which this version reads", another)
+    number = manifest.get("format")
+    if type(number) is int and number > FORMAT:
+        raise UserError(
+            f"{folder} has format {number}, and this version reads formats up to {FORMAT}: choose another checkpoint, "
+            "or use the version that wrote it"
+        )
+    if type(number) is not int or number < 1:
+        raise Damaged(folder, f"{MANIFEST} has no format", another)
     wrong = _wrong(manifest)
     if wrong is not None:
         raise Damaged(folder, f"{MANIFEST} was changed after it was written ({wrong})")
@@ -189,7 +196,12 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     if bool(manifest.get("base")) != (manifest["config"].get("task", {}).get("lora", {}).get("rank", 0) > 0):
         return "base and config.task.lora contradict each other"
-    return next((f"{name!r} is not a file in the folder" for name in manifest["files"] if not _is_inside(name)), None)
+    for name, written in manifest["files"].items():
+        if not _is_inside(name):
+            return f"{name!r} is not a file in the folder"
+        if manifest["format"] == 1 and "fragments" not in written:
+            return f"files.{name} has no fragments"
+    return None
 
 
 @functools.cache
@@ -218,6 +230,17 @@ def file_in(folder: Path, name: str) -> Path:
     if not regular:
         raise Damaged(folder, f"{name} is not a regular file in the folder")
     return path
+
+
+def wrong_size(folder: Path, name: str, written: dict[str, Any]) -> str | None:
+    """An error message if a checkpoint's file is missing or has the wrong size, else None.
+
+    `written` is the file's entry in the manifest."""
+    try:
+        size = file_in(folder, name).stat().st_size
+    except Damaged as error:
+        return error.what
+    return None if size == written["bytes"] else f"{name} has another size than {MANIFEST} states"
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opt_parallel.checkpoint.boxes import Box, Ranges, Shared, boxes_of, shared_by
-from opt_parallel.checkpoint.coverage import fault_of, kinds_in, shard_of_part
-from opt_parallel.checkpoint.manifest import MANIFEST, Damaged, file_in, read_manifest
+from opt_parallel.checkpoint.boxes import Box, Ranges, Shared, boxes_of, shared_by, span_of
+from opt_parallel.checkpoint.fragments import Fragments, kinds_in, shard_of_part
+from opt_parallel.checkpoint.manifest import file_in, read_manifest
 from opt_parallel.checkpoint.stored import StoredFile
 from opt_parallel.parallel.shard import Shard, require_same_tensors
 from opt_parallel.runtime.clock import Clock
@@ -19,13 +20,7 @@ from opt_parallel.zero import Fragment
 CHUNK = 2**22  # number of elements that are read at a time if their order changes
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stored fragment of a full tensor, and the rectangles (`boxes`) of the tensor that the fragment covers."""
-
-    file: str
-    kinds: list[str]  # "weight", and the names of the optimizer's moments if there are any
-    boxes: list[Box]
+Read = tuple[str, Shared, dict[str, Tensor]]  # a full tensor, a part of it, and the tensor of each kind that it fills
 
 
 class CheckpointReader:
@@ -39,18 +34,9 @@ class CheckpointReader:
         Raises: Damaged unless the fragments contain each element of each tensor exactly once, and UserError if this
         version does not have the checkpoint's optimizer."""
         self.folder, self.manifest = folder, read_manifest(folder)
-        fault = fault_of(self.manifest, kinds_in(folder, self.manifest))
-        if fault is not None:
-            raise Damaged(folder, f"{MANIFEST} was changed after it was written ({fault})")
-        self.files: dict[str, StoredFile] = {}  # the files that have been opened so far
+        self.fragments = Fragments(folder, self.manifest, kinds_in(folder, self.manifest))
         self.shapes = {name: tuple(saved["shape"]) for name, saved in self.manifest["tensors"].items()}
-        self.pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
-        for file, content in self.manifest["files"].items():
-            for fragment in content["fragments"]:
-                name = fragment["name"]
-                shard = shard_of_part(self.manifest["tensors"][name], fragment["part"])
-                boxes = boxes_of(shard, fragment["start"], fragment["count"])
-                self.pieces[name].append(Piece(file, fragment["kinds"], boxes))
+        self.files: dict[str, StoredFile] = {}  # the files that have been opened so far
 
     @property
     def clock(self) -> Clock:
@@ -73,7 +59,7 @@ class CheckpointReader:
         """A full tensor, or a moment of this tensor. The result is None if the checkpoint has no moments yet.
 
         Raises: UserError if a file is damaged."""
-        if not any(kind in piece.kinds for piece in self.pieces[name]):
+        if kind not in self.fragments.kinds:
             return None
         return self.read(kind, name, tuple(slice(0, size) for size in self.shapes[name]))
 
@@ -83,24 +69,47 @@ class CheckpointReader:
         Raises: UserError if a file is damaged."""
         box = Box(0, ranges)
         values = torch.empty(box.numel)
-        self._copy(kind, name, values, [box])
+        self._copy([(name, [box], {kind: values})])
         return box.of(values)
 
-    def restore(self, fragment: Fragment) -> None:
-        """Copy the saved values into a fragment of this rank's optimizer. Raises: UserError if a file is damaged."""
-        boxes = boxes_of(fragment.shard, fragment.start, len(fragment.weights))
-        for kind, values in fragment.tensors.items():
-            self._copy(kind, fragment.name, values, boxes)
+    def restore(self, fragments: Iterable[Fragment]) -> None:
+        """Copy the saved values into the fragments of this rank's optimizer. Raises: UserError if a file is damaged."""
+        self._copy((each.name, boxes_of(each.shard, each.start, len(each.weights)), each.tensors) for each in fragments)
 
-    def _copy(self, kind: str, name: str, values: Tensor, boxes: list[Box]) -> None:
-        for piece in self.pieces[name]:
-            shared = list(shared_by(boxes, piece.boxes))
-            if not shared or kind not in piece.kinds:
-                continue
-            if piece.file not in self.files:
-                self.files[piece.file] = StoredFile(file_in(self.folder, piece.file))
-            for each in shared:
-                _read(self.files[piece.file], f"{kind}/{name}", each, each.mine.of(values)[each.into])
+    def plan(self, wanted: Iterable[tuple[str, list[Box], dict[str, Tensor]]]) -> dict[str, list[Read]]:
+        """The reads that fill tensors with rectangles of full tensors, by file, so that each file is opened once.
+
+        `wanted` has the name of a full tensor, its rectangles, and the tensor of each kind that they fill."""
+        reads: dict[str, list[Read]] = defaultdict(list)
+        for name, boxes, tensors in wanted:
+            for file, shared in self._stored(name, boxes):
+                reads[file].append((name, shared, tensors))
+        return reads
+
+    def _copy(self, wanted: Iterable[tuple[str, list[Box], dict[str, Tensor]]]) -> None:
+        for name, reads in self.plan(wanted).items():
+            with self.file(name) as file:
+                for tensor, shared, tensors in reads:
+                    for kind, values in tensors.items():
+                        _read(file, f"{kind}/{tensor}", shared, shared.mine.of(values)[shared.into])
+
+    def file(self, name: str) -> StoredFile:
+        """The file `name` of the checkpoint, whose header is read only once. Raises: Damaged."""
+        if name not in self.files:
+            self.files[name] = StoredFile(file_in(self.folder, name))
+        return self.files[name]
+
+    def _stored(self, name: str, boxes: list[Box]) -> Iterator[tuple[str, Shared]]:
+        """The intersections of rectangles of a full tensor with the stored fragments, each with its file."""
+        tensor = self.manifest["tensors"][name]
+        size = shard_of_part(tensor, 0).local_shape[tensor["dim"]]
+        for box in boxes:
+            split = box.ranges[tensor["dim"]]
+            for part in range(split.start // size, min(-(-split.stop // size), tensor["parts"])):
+                shard = shard_of_part(tensor, part)
+                for file, start, count in self.fragments.holding(name, part, *span_of(shard, box.ranges)):
+                    for shared in shared_by([box], boxes_of(shard, start, count)):
+                        yield file, shared
 
 
 def _read(file: StoredFile, key: str, shared: Shared, into: Tensor) -> None:

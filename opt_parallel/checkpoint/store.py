@@ -36,6 +36,7 @@ from opt_parallel.checkpoint.folders import (
     without_manifest,
     write_best,
 )
+from opt_parallel.checkpoint.fragments import TABLES, write_tables
 from opt_parallel.checkpoint.lora import Base, lora_of
 from opt_parallel.checkpoint.manifest import FORMAT, MANIFEST, changes
 from opt_parallel.checkpoint.reader import CheckpointReader
@@ -159,7 +160,8 @@ class Store:
         else:
             beside, manifest = partial_of(final, number), self._manifest(engine, clock)
             complete = partial(self._complete, beside, final, manifest)
-            self.saver.start(engine.owned(), beside, complete, partial(self._tidy_up, clock.step, best))
+            names, tidy_up = sorted(manifest["tensors"]), partial(self._tidy_up, clock.step, best)
+            self.saver.start(engine.owned(), names, beside, complete, tidy_up)
         if not self.run.checkpoint.asynchronous:
             self.saver.join()  # `wait` or `finish` reports a failed save
 
@@ -227,15 +229,20 @@ class Store:
         renew_best(self.root, self.run.checkpoint.keep_best)
 
     def _complete(self, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
-        """Write the tokenizer and the manifest, and rename the folder, on rank 0, after all ranks have written."""
+        """Write the tables, the tokenizer and the manifest, and rename the folder, on rank 0.
+
+        All ranks have written their files before."""
+        files, tables = manifest["files"], {}
         for note in sorted(beside.glob("rank-*.json")):
-            manifest["files"][f"{note.stem}.safetensors"] = json.loads(note.read_text())
+            file = f"{note.stem}.safetensors"
+            files[file] = json.loads(note.read_text())
+            tables[file] = files[file].pop("table")
             note.unlink()
+        files[TABLES] = write_tables(beside / TABLES, tables)
         (beside / "tokenizer").mkdir()
         for name, content in self.tokenizer_files.items():
             (beside / "tokenizer" / name).write_bytes(content)
-            written = {"bytes": len(content), "crc32": f"{crc32(content):08x}", "fragments": []}
-            manifest["files"][f"tokenizer/{name}"] = written
+            files[f"tokenizer/{name}"] = {"bytes": len(content), "crc32": f"{crc32(content):08x}"}
         (beside / MANIFEST).write_text(dump_checked(manifest))
         publish(beside, final)
 

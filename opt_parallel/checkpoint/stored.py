@@ -1,7 +1,7 @@
 """Reads slices of the tensors in a checkpoint's safetensors file.
 
-The file is not memory-mapped, because mapped pages count as the process's memory until the file is closed. If the file
-were closed after each tensor, its header would have to be parsed for each tensor.
+The file is not memory-mapped, because mapped pages count as the process's memory until the file is closed. The header
+is parsed once. The file is open only while tensors are read, because NFS cannot delete the folder of an open file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from opt_parallel.checkpoint.manifest import Damaged
 
 
 class StoredFile:
-    """A safetensors file of a checkpoint, which contains one-dimensional float32 tensors."""
+    """A safetensors file of a checkpoint, which contains one-dimensional float32 tensors.
+
+    `read` and `new` need the file to be open, in a `with` block."""
 
     def __init__(self, path: Path) -> None:
         """Raises: Damaged if `path` is not a safetensors file."""
@@ -37,6 +39,16 @@ class StoredFile:
             if entry.get("dtype") == "F32"
         }
 
+    def __enter__(self) -> StoredFile:
+        try:
+            self.file = open(self.path, "rb", buffering=0)
+        except OSError as error:
+            raise Damaged(self.path.parent, f"{self.path.name} cannot be read ({error})") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
     @property
     def sizes(self) -> dict[str, int]:
         """The number of bytes of each tensor."""
@@ -51,12 +63,11 @@ class StoredFile:
         try:
             if offset + len(left) > end:
                 raise OSError(f"the file has no tensor {key} of this size")
-            with open(self.path, "rb", buffering=0) as file:
-                while left:
-                    count = os.preadv(file.fileno(), [left], offset)
-                    if count == 0:
-                        raise OSError("the file ends early")
-                    offset, left = offset + count, left[count:]
+            while left:
+                count = os.preadv(self.file.fileno(), [left], offset)
+                if count == 0:
+                    raise OSError("the file ends early")
+                offset, left = offset + count, left[count:]
         except OSError as error:
             raise Damaged(self.path.parent, f"{self.path.name} cannot be read ({error})") from error
 

@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from opt_parallel.checkpoint.fragments import Row
 from opt_parallel.huggingface.folder import safetensors_header
 from opt_parallel.parallel.topology import FIXED_TIMEOUT, Topology
 from opt_parallel.storage.atomic import confirm, remove
@@ -49,17 +49,22 @@ class Saver:
     def start(
         self,
         fragments: Iterable[Fragment],
+        names: list[str],
         folder: Path,
         complete: Callable[[], None],
         tidy_up: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the `fragments` that this rank saves, and start the thread that writes them to `folder`.
 
+        `names` are the sorted names of all tensors, by whose position the table of this rank's fragments names them.
         Rank 0 calls `complete` when all ranks have written their files, and calls `tidy_up` if `complete` succeeds."""
         assert self.thread is None
-        shapes, records = self._copy(list(fragments))
+        saved = list(fragments)
+        shapes = self._copy(saved)
+        numbers = {name: number for number, name in enumerate(names)}
+        rows: list[Row] = [(numbers[each.name], each.shard.index, each.start, len(each.weights)) for each in saved]
         self.failure = None
-        write = partial(self._write_together, folder, shapes, records, complete, tidy_up)
+        write = partial(self._write_together, folder, shapes, rows, complete, tidy_up)
         self.thread = threading.Thread(target=self._in_thread, args=(write,))
         self.thread.start()
 
@@ -84,23 +89,22 @@ class Saver:
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
-    def _copy(self, fragments: list[Fragment]) -> tuple[dict[str, tuple[int, ...]], list[dict[str, Any]]]:
-        """Copy the fragments to the buffer. Return the shapes of the file's tensors and the entries of the manifest."""
+    def _copy(self, fragments: list[Fragment]) -> dict[str, tuple[int, ...]]:
+        """Copy the fragments to the buffer. Return the shapes of the file's tensors."""
         total = sum(len(values) for fragment in fragments for values in fragment.tensors.values())
         on_gpu = self.topology.device.type == "cuda"
         if len(self.buffer) != total:
             self.buffer = torch.empty(total, pin_memory=on_gpu)
         shapes: dict[str, tuple[int, ...]] = {}
-        records, end = [], 0
+        end = 0
         for fragment in fragments:
             for kind, values in fragment.tensors.items():
                 shapes[f"{kind}/{fragment.name}"] = tuple(values.shape)
                 self.buffer[end : end + len(values)].copy_(values, non_blocking=True)
                 end += len(values)
-            records.append(_record(fragment))
         if on_gpu:
             torch.cuda.current_stream().synchronize()
-        return shapes, records
+        return shapes
 
     def _in_thread(self, write: Callable[[], str | None]) -> None:
         try:
@@ -112,14 +116,14 @@ class Saver:
         self,
         folder: Path,
         shapes: dict[str, tuple[int, ...]],
-        records: list[dict[str, Any]],
+        rows: list[Row],
         complete: Callable[[], None],
         tidy_up: Callable[[], None],
     ) -> str | None:
         """Write the checkpoint together with the other ranks. Return an error message, or None after a success."""
         failure: str | None = None
         try:
-            self._write_file(folder, shapes, records)
+            self._write_file(folder, shapes, rows)
         except Exception as error:  # any error, because this thread has no caller, and other ranks wait for its result
             failure = _why(error)
         failed = self._failed(failure)
@@ -136,8 +140,8 @@ class Saver:
                 tidy_up()
         return failed
 
-    def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], records: list[dict[str, Any]]) -> None:
-        """Write this rank's file, and a second file with its entry for the manifest."""
+    def _write_file(self, folder: Path, shapes: dict[str, tuple[int, ...]], rows: list[Row]) -> None:
+        """Write this rank's file, and a second file with its entry for the manifest and its table."""
         path = folder / rank_file(self.topology.world.rank)
         header = safetensors_header(shapes, torch.float32)
         data = memoryview(self.buffer.numpy()).cast("B")  # type: ignore[arg-type]
@@ -149,7 +153,7 @@ class Saver:
                 checksum = zlib.crc32(data[begin : begin + CHUNK], checksum)
             file.flush()
             confirm(file.fileno(), path)
-        note = {"bytes": len(header) + len(data), "crc32": f"{checksum:08x}", "fragments": records}
+        note = {"bytes": len(header) + len(data), "crc32": f"{checksum:08x}", "table": rows}
         path.with_suffix(".json").write_text(json.dumps(note))
 
     def _failed(self, failure: str | None) -> str | None:
@@ -168,14 +172,3 @@ class Saver:
 
 def _why(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or repr(error)
-
-
-def _record(fragment: Fragment) -> dict[str, Any]:
-    return {
-        "name": fragment.name,
-        "part": fragment.shard.index,
-        "parts": fragment.shard.count,
-        "start": fragment.start,
-        "count": len(fragment.weights),
-        "kinds": list(fragment.tensors),
-    }

@@ -7,12 +7,13 @@
     opt-parallel benchmark ranks --processes 2 4 8 16 32
     opt-parallel benchmark io model=opt-1.3b parallel.tensor=2 precision=bf16
     opt-parallel benchmark checkpoint precision=fp32
+    opt-parallel benchmark resume --processes 1024 --tensor 8 --tensor 4 model=opt-175b parallel.tensor=8
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
     opt-parallel benchmark prepare --megabytes 500 --workers 2
     opt-parallel benchmark memory model=opt-13b,opt-175b parallel.tensor=8 activation_checkpointing=none,full
 
-The commands `train`, `io`, `checkpoint`, `generate` and `memory` take configuration keys of `train` after their
-options.
+The commands `train`, `io`, `checkpoint`, `resume`, `generate` and `memory` take configuration keys of `train` after
+their options.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import aligned, quiet_libraries
 from opt_parallel.runtime.machine import cpu_model, cpus
 
-OTHERS = ("transformers", "autotp", "dtensor")
-NAMES = ("ours", "whole", *OTHERS)
+NAMES = ("ours", "transformers", "autotp", "dtensor")
 AUTO = "auto (default): bf16 if this device supports it natively, else fp32"
 
 
@@ -55,12 +55,7 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     train.add_argument("--processes", type=_positive, default=1)
     train.add_argument("--threads", type=_positive, help="threads of each process; default: CPU cores / processes")
-    train.add_argument(
-        "--contenders",
-        type=_names,
-        default=["ours", *OTHERS],
-        help=f"default: ours,{','.join(OTHERS)}; whole is ours with parallel.sequence=false",
-    )
+    train.add_argument("--contenders", type=_names, default=list(NAMES), help=f"default: {','.join(NAMES)}")
     train.add_argument("--rounds", type=_positive, default=5)
     train.add_argument(
         "--steps", type=_positive, default=2, help="number of optimizer steps of each trainer in a round"
@@ -97,6 +92,15 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     checkpoint.add_argument("--rounds", type=_positive, default=5)
     checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
     checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor=2 unless given")
+    resume = verbs.add_parser(
+        "resume", help="measure how one of many ranks finds its part of a checkpoint, whose values are made up"
+    )
+    resume.add_argument("--processes", type=_positive, default=1024, help="number of ranks that save and resume")
+    resume.add_argument(
+        "--tensor", type=_positive, action="append", help="tensor degree of the resumed run; default: as saved"
+    )
+    resume.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the checkpoint")
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor is the saved run's")
 
 
 def _add_text(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -139,8 +143,8 @@ def main() -> None:
     quiet_libraries()
     runners = {
         "train": run_race, "loss": run_loss, "host": run_host, "collectives": run_collectives,
-        "ranks": run_ranks, "io": run_io, "checkpoint": run_checkpoint, "generate": run_generation,
-        "prepare": run_preparation, "memory": run_memory,
+        "ranks": run_ranks, "io": run_io, "checkpoint": run_checkpoint, "resume": run_resume,
+        "generate": run_generation, "prepare": run_preparation, "memory": run_memory,
     }  # fmt: skip
     runners[arguments.verb](arguments)
 
@@ -165,7 +169,7 @@ def run_race(arguments: argparse.Namespace) -> None:
     world, threads = arguments.processes, arguments.threads or max(1, cpus() // arguments.processes)
     run = settled(compared_run(arguments.overrides, arguments.accumulation))
     check_setting(arguments, run)
-    if set(arguments.contenders) & set(OTHERS):
+    if set(arguments.contenders) != {"ours"}:
         check_transformers()
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
 
@@ -313,6 +317,25 @@ def run_checkpoint(arguments: argparse.Namespace) -> None:
         f"tensor {tensor} × data {data}, {cpu_model()}, 1 thread each\n"
     )
     print(aligned(table(measured)))
+
+
+def run_resume(arguments: argparse.Namespace) -> None:
+    run = compared_run(arguments.overrides, accumulation=1)
+    check_setting(arguments, run)
+    tensors = arguments.tensor or [run.parallel.tensor]
+    for tensor in tensors:
+        run.model.check_splits(tensor, "--tensor ")
+        if arguments.processes % tensor:
+            raise UserError(f"--processes {arguments.processes} is not a multiple of --tensor {tensor}")
+    from opt_parallel.benchmarks.resuming import measure
+
+    lines = measure(run, arguments.processes, tensors, arguments.output)
+    data = arguments.processes // run.parallel.tensor
+    print(
+        f"\nOPT {run.model.parameters() / 1e6:,.0f}M, saved by {arguments.processes:,} ranks (tensor "
+        f"{run.parallel.tensor} × data {data}) with ZeRO-3, {cpu_model()}\n"
+    )
+    print(aligned(lines))
 
 
 def run_generation(arguments: argparse.Namespace) -> None:

@@ -61,6 +61,7 @@ def list_run(arguments: argparse.Namespace) -> int:
 
 
 def show(arguments: argparse.Namespace) -> int:
+    from opt_parallel.checkpoint.fragments import read_tables
     from opt_parallel.checkpoint.manifest import read_manifest
     from opt_parallel.huggingface.card import metrics_of
     from opt_parallel.tools.inspect import groups_of, layout_of, losses_at
@@ -90,10 +91,10 @@ def show(arguments: argparse.Namespace) -> int:
     lines.append(["all", "", "", str(sum(g.number for g in groups)), f"{sum(g.parameters for g in groups):,}"])
     print(f"\n{aligned(lines)}")
     lines = [["file", "bytes", "fragments", "elements", "CRC-32"]]
+    tables = read_tables(folder, manifest)
     for name, written in manifest["files"].items():
-        fragments = written["fragments"]
-        elements = sum(fragment["count"] for fragment in fragments)
-        lines.append([name, f"{written['bytes']:,}", str(len(fragments)), f"{elements:,}", written["crc32"]])
+        counts = [count for *_, count in tables.get(name, ())]
+        lines.append([name, f"{written['bytes']:,}", str(len(counts)), f"{sum(counts):,}", written["crc32"]])
     print(f"\n{aligned(lines)}")
     return 0
 

@@ -20,15 +20,14 @@ def network(
     labels: Labels | None,
     group: Group,
     recompute: ActivationCheckpointing = ActivationCheckpointing.none,
-    sequence: bool = False,
 ) -> CausalLM | SequenceClassifier:
     """A language model, or a classifier if `labels` are given. LoRA terms are added if the rank of `lora` is not 0."""
     built: CausalLM | SequenceClassifier
     with torch.device("meta"):
         if labels is not None:
-            built = SequenceClassifier(model, len(labels.names), group, recompute, labels.problem_type, sequence)
+            built = SequenceClassifier(model, len(labels.names), group, recompute, labels.problem_type)
         else:
-            built = CausalLM(model, group, recompute, sequence)
+            built = CausalLM(model, group, recompute)
         if lora.rank > 0:
             adapt(built, lora)
     return built

@@ -23,13 +23,11 @@ def recomputed(function: Callable[..., Tensor], hidden: Tensor, *arguments: Any)
     return result
 
 
-def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
+def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor) -> Tensor:
     """`product(norm(hidden))`, which keeps `hidden` for the backward, and not the output of `norm`.
 
-    `arguments` are further arguments of both.
-
     What `product` saves of this output is computed again from `hidden` when the backward asks for it."""
-    normed = norm(hidden, *arguments)
+    normed = norm(hidden)
     storage = normed.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
@@ -39,10 +37,10 @@ def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor, *argu
         if isinstance(packed, Tensor):
             return packed
         with torch.enable_grad():  # as in the forward, because ZeRO-3 counts the inputs of `norm` that have a gradient
-            return norm(hidden, *arguments).detach().view(packed)
+            return norm(hidden).detach().view(packed)
 
     with saved_tensors_hooks(pack, unpack):
-        result = product(normed, *arguments)
+        result = product(normed)
     assert isinstance(result, Tensor)
     return result
 

@@ -185,6 +185,11 @@ def filled(empty: nn.Parameter, name: str, source: Source, device: torch.device,
     return mark(nn.Parameter(values, requires_grad=empty.requires_grad), shard)
 
 
+def zeros(name: str, shard: Shard) -> Tensor:
+    """A source of zeros, without memory for them."""
+    return torch.zeros(()).expand([part.stop - part.start for part in shard.range])
+
+
 def random_source(seed: int) -> Source:
     """A source of random initial weights that do not depend on how tensors are split over ranks.
 

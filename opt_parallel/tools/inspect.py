@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_parallel.checkpoint.damage import wrong_size
 from opt_parallel.checkpoint.folders import best_in
-from opt_parallel.checkpoint.manifest import MANIFEST, STEP, Damaged, read_manifest
+from opt_parallel.checkpoint.manifest import MANIFEST, STEP, Damaged, read_manifest, wrong_size
 from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.optim import OPTIMIZERS
 from opt_parallel.runtime.errors import UserError
@@ -71,6 +70,8 @@ def _listed(folder: Path, step: int, suffix: str | None, rows: list[Row]) -> Lis
             state = next(filter(None, wrong), "complete")
         except Damaged as error:
             state = error.what
+        except UserError:
+            state = "of a later version"
     losses = losses_at(step, [] if suffix else rows)  # a renamed checkpoint has no rows in the metrics
     return Listed(folder, step, size, STATES.get(suffix or "", state), manifest, losses)
 

@@ -16,13 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layouts import Layout
 from resumed_runs import go, run_of, with_tokenizer
-from tampering import edit
+from tampering import edit, edit_tables, forge, to_format_1
 
 from opt_parallel.checkpoint.folders import retire
+from opt_parallel.checkpoint.fragments import TABLES
 from opt_parallel.config.run import Run
 from opt_parallel.parallel.precision import device_model
 from opt_parallel.parallel.topology import local_device
@@ -102,9 +104,9 @@ def digest(folder: Path) -> str:
     return str(zlib.crc32(json.dumps(manifest | {"checksum": None}, sort_keys=True).encode()))
 
 
-def count_verdicts(folder: Path, changes: list[tuple[int, int]]) -> Counter[str]:
-    """On the crew: by what it came to, how many of the `changes`, each of one byte of the manifest."""
-    path = folder / "checkpoints" / "step-4" / "manifest.json"
+def count_verdicts(folder: Path, file: str, changes: list[tuple[int, int]]) -> Counter[str]:
+    """On the crew: by what it came to, how many of the `changes`, each of one byte of the file."""
+    path = folder / "checkpoints" / "step-4" / file
     content, before, counts = path.read_bytes(), digest(path.parent), Counter[str]()
     for position, value in changes:
         path.write_bytes(content[:position] + bytes([value]) + content[position + 1 :])
@@ -125,6 +127,14 @@ def count_verdicts(folder: Path, changes: list[tuple[int, int]]) -> Counter[str]
     return counts
 
 
+def test_flipped_bits_of_the_tables(crew: Any, run: Path) -> None:
+    content, draw = (run / "checkpoints" / "step-4" / TABLES).read_bytes(), random.Random(14)
+    places = draw.sample(range(len(content)), 20)
+    changes = [(position, content[position] ^ 1 << draw.randrange(8)) for position in places]
+    (counts,) = crew(1)(count_verdicts, run, TABLES, changes)
+    assert counts == {"renamed": 20}
+
+
 def test_flipped_bits_and_changed_digits_of_a_manifest(crew: Any, run: Path, request: pytest.FixtureRequest) -> None:
     """None is silent, none a traceback."""
     flips, digits = (1000, 500) if request.config.getoption("long") else (40, 20)
@@ -136,7 +146,7 @@ def test_flipped_bits_and_changed_digits_of_a_manifest(crew: Any, run: Path, req
     places = [position for position, byte in enumerate(content) if byte in b"0123456789"]
     for position in draw.choices(places, k=digits):
         changes.append((position, draw.choice([byte for byte in b"0123456789" if byte != content[position]])))
-    (counts,) = crew(1)(count_verdicts, run, changes)
+    (counts,) = crew(1)(count_verdicts, run, "manifest.json", changes)
     print(dict(counts))
     assert counts.keys() <= {"renamed", "no effect"}
     assert counts["renamed"] > 0.95 * len(changes)
@@ -167,8 +177,8 @@ TEXTS: dict[str, Callable[[bytes], bytes]] = {
     "deep": lambda text: b"[" * 200_000,
     "a deep object": lambda text: b'{"a":' * 200_000,
     "written anew by a tool": lambda text: json.dumps(json.loads(text), indent=1).encode(),
-    "unknown format": lambda text: text.replace(b'"format": 1', b'"format": 2'),
-    "format in words": lambda text: text.replace(b'"format": 1', b'"format": "1"'),
+    "unknown format": lambda text: text.replace(b'"format": 2', b'"format": 3'),
+    "format in words": lambda text: text.replace(b'"format": 2', b'"format": "2"'),
 }
 
 
@@ -177,10 +187,6 @@ def nested(depth: int) -> Any:
     for _ in range(depth):
         value = [value]
     return value
-
-
-def fragment(manifest: dict[str, Any], file: str = FIRST, name: str = NAME) -> dict[str, Any]:
-    return next(each for each in manifest["files"][file]["fragments"] if each["name"] == name)
 
 
 def rename_file(manifest: dict[str, Any], name: str) -> None:
@@ -247,6 +253,25 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a name with a zero": lambda m: rename_file(m, "rank\0"),
     "a name with a line break": lambda m: rename_file(m, "rank\n1"),
     "half a letter": lambda m: rename_file(m, "\ud800"),
+    "no format": lambda m: m.pop("format"),
+    "a format in words": lambda m: m.update(format="2"),
+    "half a format": lambda m: m.update(format=1.5),
+    "format 0": lambda m: m.update(format=0),
+    "an earlier format": lambda m: m.update(format=1),
+    "no tables": lambda m: m["files"].pop(TABLES),
+    "tables of enormous size": lambda m: m["files"][TABLES].update(bytes=10**12),
+    "another checksum of the tables": lambda m: m["files"][TABLES].update(crc32="00000000"),
+    "no file of a table": lambda m: m["files"].pop(SECOND),
+}
+
+
+def fragment(manifest: dict[str, Any], file: str = FIRST, name: str = NAME) -> dict[str, Any]:
+    return next(each for each in manifest["files"][file]["fragments"] if each["name"] == name)
+
+
+CHANGES_OF_FORMAT_1: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no fragments": lambda m: m["files"][FIRST].pop("fragments"),
+    "a later format": lambda m: m.update(format=2),
     "fragments in a dict": lambda m: m["files"][FIRST].update(fragments={}),
     "a hole": lambda m: m["files"][FIRST]["fragments"].remove(fragment(m)),
     "a smaller fragment": lambda m: fragment(m).update(count=63),
@@ -265,6 +290,64 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an unknown moment": lambda m: fragment(m).update(kinds=["weights", "exp_avg", "exp_max"]),
     "no kinds": lambda m: fragment(m).update(kinds=[]),
     "kinds in words": lambda m: fragment(m).update(kinds="weights"),
+}
+
+
+Tables = dict[str, np.ndarray]
+
+
+def in_row(column: int, value: int) -> Callable[[Tables, int], None]:
+    """Change the row of the tensor NAME in the first table."""
+
+    def apply(tables: Tables, number: int) -> None:
+        tables[FIRST][tables[FIRST][:, 0] == number, column] = value
+
+    return apply
+
+
+def move_row(tables: Tables, number: int, to: str, keep: bool) -> None:
+    """Append the row of the tensor NAME in the first table to the table `to`."""
+    rows = tables[FIRST][:, 0] == number
+    tables[to] = np.concatenate([tables[to], tables[FIRST][rows]])
+    if not keep:
+        tables[FIRST] = tables[FIRST][~rows]
+
+
+def exchange_tables(tables: Tables) -> None:
+    tables[FIRST], tables[SECOND] = tables[SECOND], tables[FIRST]
+
+
+TENSOR, PART, START, COUNT = range(4)
+CHANGES_OF_TABLES: dict[str, Callable[[Tables, int], Any]] = {
+    "a hole": lambda t, n: t.update({FIRST: t[FIRST][t[FIRST][:, 0] != n]}),
+    "a smaller fragment": in_row(COUNT, 63),
+    "a fragment of nothing": in_row(COUNT, 0),
+    "a fragment of less": in_row(COUNT, -64),
+    "a moved fragment": in_row(START, 1),
+    "a negative start": in_row(START, -1),
+    "a fragment beyond the end": in_row(START, 10**15),
+    "an enormous fragment": in_row(COUNT, 2**63 - 1),
+    "an enormous start": in_row(START, 2**63 - 1),
+    "a fragment of no tensor": in_row(TENSOR, 10**6),
+    "a negative tensor": in_row(TENSOR, -1),
+    "a fragment of another part": in_row(PART, 1),
+    "a negative part": in_row(PART, -1),
+    "an enormous part": in_row(PART, 2**63 - 1),
+    "a fragment of another tensor": lambda t, n: in_row(TENSOR, n - 1)(t, n),
+    "a fragment twice in a file": lambda t, n: move_row(t, n, FIRST, keep=True),
+    "a fragment twice in two files": lambda t, n: move_row(t, n, SECOND, keep=True),
+    "a fragment in another file": lambda t, n: move_row(t, n, SECOND, keep=False),
+    "a table missing": lambda t, n: t.pop(SECOND),
+    "no tables": lambda t, n: t.clear(),
+    "a table of nothing": lambda t, n: t.update({FIRST: t[FIRST][:0]}),
+    "tables exchanged": lambda t, n: exchange_tables(t),
+    "a table of no file": lambda t, n: t.update({"rank-00002.safetensors": t[FIRST][:0]}),
+    "a table of a file above": lambda t, n: t.update({f"../step-4/{FIRST}": t.pop(FIRST)}),
+    "a table of the tokenizer": lambda t, n: t.update({"tokenizer/tokenizer.json": t.pop(FIRST)}),
+    "three columns": lambda t, n: t.update({FIRST: np.ascontiguousarray(t[FIRST][:, :3])}),
+    "a flat table": lambda t, n: t.update({FIRST: t[FIRST].reshape(-1)}),
+    "a table of floats": lambda t, n: t.update({FIRST: t[FIRST].astype(np.float64)}),
+    "a table of small integers": lambda t, n: t.update({FIRST: t[FIRST].astype(np.int32)}),
 }
 
 
@@ -298,6 +381,10 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "a link to a device": in_its_place(lambda path: path.symlink_to("/dev/zero")),
     "a pipe": in_its_place(os.mkfifo),
     "a folder": in_its_place(os.mkdir),
+    "no tables": lambda step: (step / TABLES).unlink(),
+    "cut tables": lambda step: os.truncate(step / TABLES, 1000),
+    "tables of another checkpoint": lambda step: shutil.copy(step / FIRST, step / TABLES),
+    "tables that are a device": in_its_place(lambda path: path.symlink_to("/dev/zero"), TABLES),
     "a tokenizer that is a device": in_its_place(lambda path: path.symlink_to("/dev/zero"), "tokenizer/tokenizer.json"),
     "no tokenizer": lambda step: shutil.rmtree(step / "tokenizer"),
 }
@@ -341,16 +428,31 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
 }  # fmt: skip
 
 
-def forge(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """Change a rank's file, its size and checksum in the manifest made right again."""
+TABLE_HEADERS: dict[str, Callable[[bytes], bytes]] = {
+    "beyond the end": with_header(lambda header: header[FIRST].update(data_offsets=[10**12, 10**12 + 256])),
+    "of an unknown type": with_header(lambda header: header[FIRST].update(dtype="F8_E5M2")),
+    "of an enormous shape": with_header(lambda header: header[FIRST].update(shape=[2**60, 4])),
+    "deep": with_header(lambda header: b"[" * 200_000),
+    "nothing": lambda content: b"",
+}
 
+
+def forged(change: Callable[[bytes], bytes], name: str = FIRST) -> Callable[[Path], None]:
+    """Change a file, its size and checksum in the manifest made right again."""
+    return lambda step: forge(step, name, change((step / name).read_bytes()))
+
+
+def tabled(change: Callable[[Tables, int], Any]) -> Callable[[Path], None]:
     def apply(step: Path) -> None:
-        content = change((step / FIRST).read_bytes())
-        (step / FIRST).write_bytes(content)
-        told = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
-        edit(step, lambda manifest: manifest["files"][FIRST].update(told))
+        number = sorted(json.loads((step / "manifest.json").read_text())["tensors"]).index(NAME)
+        edit_tables(step, lambda tables: change(tables, number))
 
     return apply
+
+
+def in_format_1(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """A change of a checkpoint in format 1, whose manifests had no checksum at first."""
+    return lambda step: (to_format_1(step), edit(step, change, checksum=False))  # type: ignore[func-returns-value]
 
 
 def edited(change: Callable[[dict[str, Any]], Any], checksum: bool) -> Callable[[Path], None]:
@@ -362,7 +464,10 @@ CASES: dict[str, Callable[[Path], Any]] = {
     **{f"checked: {name}": edited(change, True) for name, change in CHANGES.items()},
     **{f"unchecked: {name}": edited(change, False) for name, change in CHANGES.items()},
     **FILES,
-    **{f"header: {name}": forge(change) for name, change in HEADERS.items()},
+    **{f"header: {name}": forged(change) for name, change in HEADERS.items()},
+    **{f"tables: {name}": tabled(change) for name, change in CHANGES_OF_TABLES.items()},
+    **{f"tables: {name}": forged(change, TABLES) for name, change in TABLE_HEADERS.items()},
+    **{f"format 1: {name}": in_format_1(change) for name, change in CHANGES_OF_FORMAT_1.items()},
 }
 
 
@@ -442,8 +547,19 @@ def refused(folder: Path) -> str:
     return str(raised.value)
 
 
+def test_a_later_format_is_refused(crew: Any, run: Path) -> None:
+    """It is not damaged either, and keeps its name."""
+    step = run / "checkpoints" / "step-4"
+    edit(step, lambda manifest: manifest.update(format=3))
+    (lines,) = crew(1)(refusals, run)
+    for line in lines:
+        assert line.startswith(f"{step} has format 3, and this version reads formats up to 2")
+    assert (step / "manifest.json").is_file()
+
+
 def test_an_earlier_versions_manifest_is_read(crew: Any, run: Path) -> None:
     step = run / "checkpoints" / "step-4"
+    to_format_1(step)
     edit(step, lambda manifest: [manifest.pop(key) for key in ("text", "base")], checksum=False)
     (answers,) = crew(1)(read_by_all, run)
     assert answers == [f"read {digest(step)}"] * 3

@@ -1,6 +1,7 @@
 """A checkpoint, a token store and an export of an earlier version (saved_before/) are read as they were.
 
-An earlier version wrote them with the settings below. expected.json has the losses of that run to its end."""
+An earlier version wrote them with the settings below. expected.json has the losses of that run to its end. `checkpoint`
+has format 1. `checkpoint-2` is the same state in format 2, saved by two ranks with ZeRO-3."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def test_a_checkpoint_resumes_and_gives_the_export(tmp_path: Path) -> None:
-    shutil.copytree(BEFORE / "checkpoint", tmp_path / "run" / "checkpoints" / "step-4")
+@pytest.mark.parametrize("saved", ["checkpoint", "checkpoint-2"])
+def test_a_checkpoint_resumes_and_gives_the_export(tmp_path: Path, saved: str) -> None:
+    shutil.copytree(BEFORE / saved, tmp_path / "run" / "checkpoints" / "step-4")
     places = [f"data.train={BEFORE / 'text.jsonl'}", f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
     process = python("train.py", *SETTINGS, *places)
     assert process.returncode == 0, process.stderr

@@ -39,8 +39,7 @@ STYLE_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A parallel layout: tensor and data degrees, ZeRO stage, micro-batch, recomputation, offload, sequence
-    parallelism."""
+    """A parallel layout: tensor and data degrees, ZeRO stage, micro-batch, recomputation and offload."""
 
     tensor: int = 1
     data: int = 1
@@ -49,15 +48,13 @@ class Layout:
     recompute: str = "none"
     offload: bool = False
     precision: str = "fp32"
-    sequence: bool = True
 
     @property
     def world(self) -> int:
         return self.tensor * self.data
 
     def __str__(self) -> str:
-        modes = [self.recompute] * (self.recompute != "none") + ["cpu"] * self.offload + ["whole"] * (not self.sequence)
-        extras = "".join(f"-{mode}" for mode in modes)
+        extras = f"{'' if self.recompute == 'none' else f'-{self.recompute}'}{'-cpu' * self.offload}"
         plain = f"t{self.tensor}d{self.data}z{self.stage}m{self.micro}{extras}"
         return plain if self.precision == "fp32" else f"{plain}-{self.precision}"
 
@@ -84,7 +81,7 @@ def run_for(
 ) -> Run:
     return Run(
         model=ModelConfig(**{**TINY, "layerdrop": 0.2, **(model or {})}),
-        parallel=ParallelConfig(tensor=layout.tensor, sequence=layout.sequence),
+        parallel=ParallelConfig(tensor=layout.tensor),
         zero=ZeroConfig(
             stage=layout.stage,
             offload=Offload.cpu if layout.offload else Offload.none,

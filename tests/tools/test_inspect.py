@@ -15,7 +15,7 @@ import pytest
 from command import ROOT, python, write_text
 from layouts import Layout, run_for
 from safetensors.numpy import load_file
-from tampering import edit
+from tampering import edit, edit_tables
 
 from opt_parallel.checkpoint.inherit import model_at
 
@@ -139,8 +139,8 @@ def test_verify(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     status, text = said(capsys, monkeypatch, "verify", folder)
     assert (status, "is complete" in text) == (0, True)
 
-    first, second, manifest = (folder / name for name in (*RANKS, "manifest.json"))
-    contents = {path: path.read_bytes() for path in (first, second, manifest)}
+    first, second, tables, manifest = (folder / name for name in (*RANKS, "fragments.safetensors", "manifest.json"))
+    contents = {path: path.read_bytes() for path in (first, second, tables, manifest)}
     first.write_bytes(contents[first][:-1] + bytes([contents[first][-1] ^ 1]))
     second.unlink()
     status, text = said(capsys, monkeypatch, "verify", folder)
@@ -151,13 +151,14 @@ def test_verify(copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
     for path in (first, second):
         path.write_bytes(contents[path])
-    edit(folder, lambda manifest: manifest["files"][second.name]["fragments"].pop(0))
+    edit_tables(folder, lambda tables: tables.update({second.name: tables[second.name][1:]}))
     status, text = said(capsys, monkeypatch, "verify", folder)
     assert status == 1
     assert "manifest.json" in text
     assert "has 19,264 elements" in text
 
-    manifest.write_bytes(contents[manifest])
+    for path in (tables, manifest):
+        path.write_bytes(contents[path])
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     status, text = said(capsys, monkeypatch, "verify", folder)
     assert (status, text) == (1, f"{folder}: tokenizer/tokenizer.json has another size than manifest.json states\n")
