@@ -79,7 +79,9 @@ class Engine:
     @classmethod
     def build(cls, run: Run, topology: Topology, source: Source, labels: Labels | None = None) -> Engine:
         """The run's model with weights from `source`, wrapped by DeepSpeed. `labels` are the labels of a classifier."""
-        model = network(run.model, run.task.lora, labels, topology.tensor, run.activation_checkpointing)
+        model = network(
+            run.model, run.task.lora, labels, topology.tensor, run.activation_checkpointing, run.parallel.sequence
+        )
         settings = deepspeed_settings(run, topology)
         # Without this line, DeepSpeed refuses fp16 on CPUs without fp16 instructions, although torch emulates fp16
         # there.

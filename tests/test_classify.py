@@ -52,7 +52,7 @@ LAYOUTS = [
     ("single", Layout(tensor=2, data=2, stage=3, micro=2, recompute="full")),
     ("single", Layout(data=2, stage=2, micro=4)),
     ("multi", Layout(tensor=2, data=2, stage=1, micro=1)),
-    ("regression", Layout(tensor=2, stage=0, micro=4)),
+    ("regression", Layout(tensor=2, stage=0, micro=4, sequence=False)),
     ("regression", Layout(data=2, stage=3, micro=2)),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import pytest
 import torch
 from layouts import STYLE_350M, Layout, assemble, micro_batches, pairwise, run_for, train, train_plainly
 
-from opt_parallel.config.run import Run, Scaler
+from opt_parallel.config.run import ActivationCheckpointing, Run, Scaler
 from opt_parallel.runtime.clock import Clock
 
 # float32 sums in another order, carried through four Adam steps
@@ -35,17 +36,27 @@ LAYOUTS += [
     for mode in ("selective", "offload") for stage in range(4) for tensor in (1, 2, 4) for data in (1, 2)
     if tensor * data <= 4
 ]  # fmt: skip
+LAYOUTS += [
+    Layout(2, 2, 0, 2, sequence=False), Layout(4, 1, 1, 1, recompute="full", sequence=False),
+    Layout(2, 1, 2, 1, recompute="selective", sequence=False), Layout(2, 1, 3, 1, recompute="offload", sequence=False),
+    Layout(2, 2, 3, 2, offload=True, sequence=False),
+]  # fmt: skip
+
+
+def small_run(layout: Layout, style: str, length: int) -> Run:
+    run = run_for(layout, STYLE_350M if style == "350m" else None, **SMALL)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, sequence_length=length))
 
 
 @functools.cache
-def truth(style: str) -> Any:
-    return train_plainly(run_for(Layout(), STYLE_350M if style == "350m" else None, **SMALL))
+def truth(style: str, length: int) -> Any:
+    return train_plainly(small_run(Layout(), style, length))
 
 
-def compare(crew: Any, layout: Layout, style: str, train: Callable[..., Any] = train) -> None:
-    run = run_for(layout, STYLE_350M if style == "350m" else None, **SMALL)
+def compare(crew: Any, layout: Layout, style: str, train: Callable[..., Any] = train, length: int = 16) -> None:
+    run = small_run(layout, style, length)
     answers = crew(layout.world)(train, run)
-    losses, norms, weights = truth(style)
+    losses, norms, weights = truth(style, length)
     for rank_losses, rank_norms, _ in answers:
         assert rank_losses == pytest.approx(losses, rel=RELATIVE)
         assert rank_norms == pytest.approx(norms, rel=RELATIVE)
@@ -74,6 +85,27 @@ def test_any_layout_is_the_run_of_one_plain_process(crew: Any, layout: Layout) -
 )
 def test_any_layout_in_350m_style(crew: Any, layout: Layout) -> None:
     compare(crew, layout, "350m")
+
+
+@pytest.mark.parametrize("length", [13, pytest.param(1, marks=pytest.mark.long)])
+def test_a_length_that_the_tensor_degree_does_not_divide(crew: Any, length: int) -> None:
+    """Parts of 4, 4, 4 and 1 positions, or of one position on one rank."""
+    compare(crew, Layout(4, 1, 1, 2), "350m", length=length)
+
+
+MODES = [mode.value for mode in ActivationCheckpointing]
+EVERY = [
+    Layout(tensor, data, stage, 1 + (stage + tensor + data) % 2, mode, sequence=sequence)
+    for tensor, data, stage, mode in itertools.product((1, 2, 4), (1, 2), range(4), MODES)
+    for sequence in ((True,) if tensor == 1 else (True, False))
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("style", ["standard", "350m"])
+@pytest.mark.parametrize("layout", EVERY, ids=str)
+def test_every_layout(crew: Any, layout: Layout, style: str) -> None:
+    compare(crew, layout, style)
 
 
 def train_in_chunks(run: Any) -> Any:

@@ -32,7 +32,7 @@ from opt_parallel.tools.verify import verify
 LAYOUTS = {
     "t1d1z0": Layout(),
     "t1d2z3": Layout(data=2, stage=3),
-    "t2d1z1": Layout(tensor=2, stage=1, micro=4),
+    "t2d1z1": Layout(tensor=2, stage=1, micro=4, sequence=False),
     "t2d1z2": Layout(tensor=2, stage=2, recompute="full"),
     "t2d2z3": Layout(tensor=2, data=2, stage=3),
     "t2d2z1-offload": Layout(tensor=2, data=2, stage=1, offload=True),

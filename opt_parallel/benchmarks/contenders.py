@@ -8,6 +8,7 @@ DTensor's fp32 weights under autocast.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ def build_ours(run: Run) -> Step:
 
     step.opened = opened  # type: ignore[attr-defined]  # the topology lives as long as the step
     return step
+
+
+def build_whole(run: Run) -> Step:
+    """The optimizer step without sequence parallelism."""
+    return build_ours(dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, sequence=False)))
 
 
 def adamw(run: Run, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
@@ -220,6 +226,10 @@ def build_product(run: Run) -> Step:
     return step
 
 
+def _whole_refuses(run: Run, world: int) -> str:
+    return "needs parallel.tensor > 1" if run.parallel.tensor == 1 else ""
+
+
 def _autotp_refuses(run: Run, world: int) -> str:
     if run.parallel.tensor == 1:
         return "needs parallel.tensor > 1"
@@ -236,6 +246,7 @@ def _dtensor_refuses(run: Run, world: int) -> str:
 
 CONTENDERS = {
     "ours": Contender("opt-parallel", True, build_ours),
+    "whole": Contender("opt-parallel, sequence=false", True, build_whole, _whole_refuses),
     "transformers": Contender(
         "transformers + DeepSpeed", False, lambda run: build_with_deepspeed(run, autotp=False)
     ),

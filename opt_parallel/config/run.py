@@ -69,6 +69,8 @@ class ParallelConfig(Section):
     # tensor-parallel degree, the number of processes that split each layer; the data-parallel degree is world size /
     # tensor
     tensor: int = 1
+    # with tensor > 1, split LayerNorm, dropout and residuals over the positions; the losses do not depend on it
+    sequence: bool = True
     # allow tensor groups across hosts; every layer then waits for the network between them
     allow_cross_node: bool = False
     # seconds that a collective waits for a rank before the run fails and its launcher restarts it

@@ -20,14 +20,15 @@ def network(
     labels: Labels | None,
     group: Group,
     recompute: ActivationCheckpointing = ActivationCheckpointing.none,
+    sequence: bool = False,
 ) -> CausalLM | SequenceClassifier:
     """A language model, or a classifier if `labels` are given. LoRA terms are added if the rank of `lora` is not 0."""
     built: CausalLM | SequenceClassifier
     with torch.device("meta"):
         if labels is not None:
-            built = SequenceClassifier(model, len(labels.names), group, recompute, labels.problem_type)
+            built = SequenceClassifier(model, len(labels.names), group, recompute, labels.problem_type, sequence)
         else:
-            built = CausalLM(model, group, recompute)
+            built = CausalLM(model, group, recompute, sequence)
         if lora.rank > 0:
             adapt(built, lora)
     return built

@@ -12,6 +12,7 @@ from opt_parallel.model.cache import Cache
 from opt_parallel.model.opt import Decoder
 from opt_parallel.parallel.linear import Linear
 from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.sequence import gather_for_all
 from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelHead
 
@@ -26,9 +27,10 @@ class CausalLM(nn.Module):
         config: ModelConfig,
         group: Group,
         recompute: ActivationCheckpointing = ActivationCheckpointing.none,
+        sequence: bool = False,
     ) -> None:
         super().__init__()
-        self.decoder = Decoder(config, group, recompute)
+        self.decoder = Decoder(config, group, recompute, sequence)
         self.lm_head = VocabParallelHead(self.decoder.embed_tokens)
 
     def forward(
@@ -46,7 +48,7 @@ class CausalLM(nn.Module):
         arguments.
         """
         hidden = self.decoder(ids, positions, segments, draw, cache)
-        return self.lm_head(hidden, labels)
+        return self.lm_head(hidden, labels, self.decoder.split(ids.size(1), draw))
 
 
 class SequenceClassifier(nn.Module):
@@ -59,11 +61,12 @@ class SequenceClassifier(nn.Module):
         group: Group,
         recompute: ActivationCheckpointing = ActivationCheckpointing.none,
         problem_type: ProblemType | None = None,
+        sequence: bool = False,
     ) -> None:
         """`problem_type` selects the loss that `forward` computes. A model that only computes scores needs no type."""
         super().__init__()
         self.problem_type = problem_type
-        self.decoder = Decoder(config, group, recompute)
+        self.decoder = Decoder(config, group, recompute, sequence)
         self.score = Linear(config.embedding_size, num_labels, config.std)
 
     def forward(
@@ -79,6 +82,8 @@ class SequenceClassifier(nn.Module):
         `example_losses` describes the losses, and `Decoder.forward` the other arguments.
         """
         hidden = self.decoder(ids, positions, segments, draw)
+        if split := self.decoder.split(ids.size(1), draw):
+            hidden = gather_for_all(hidden, split)
         scores = self.score(last_tokens(hidden, ids, self.decoder.config.pad_token_id))
         if labels is None:
             return scores

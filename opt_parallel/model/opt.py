@@ -7,7 +7,7 @@ and t the number of ranks in a tensor group. Each rank computes A/t heads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from opt_parallel.config.model import POSITION_OFFSET, Activation, Init, ModelConfig
 from opt_parallel.config.run import ActivationCheckpointing
 from opt_parallel.model.cache import Cache, positions_held
+from opt_parallel.parallel.collectives import copy
 from opt_parallel.parallel.linear import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.recompute import HostInputs, product_of_normed, recomputed
+from opt_parallel.parallel.sequence import Split
 from opt_parallel.parallel.shard import Normal, replicated
 from opt_parallel.parallel.topology import Group
 from opt_parallel.parallel.vocab import VocabParallelEmbedding
@@ -37,13 +39,15 @@ class Context:
     """Arguments that all layers of one forward pass share.
 
     `mask` (B, 1, S, K) is true where a query may attend to a key. Without a mask, attention is causal. `draw` is the
-    position of a training forward pass in the run, and None in evaluation. `selective`: the backward
-    recomputes LayerNorms, dropout and the feed-forward. `inputs` are the layers' inputs that are in the host's memory.
+    position of a training forward pass in the run, and None in evaluation. With a `split`, the hidden states between
+    the products of the layers are this rank's part of the positions (B, s, H). `selective`: the backward recomputes
+    LayerNorms, dropout and the feed-forward. `inputs` are the layers' inputs that are in the host's memory.
     """
 
     mask: Tensor | None = None
     draw: Draw | None = None
     cache: Cache | None = None
+    split: Split | None = None
     selective: bool = False
     inputs: HostInputs = field(default_factory=HostInputs)
 
@@ -61,14 +65,15 @@ class Attention(nn.Module):
         self.heads = self.qkv_proj.weight.size(1) // self.head_dim  # number of heads on this rank
 
     def forward(self, hidden: Tensor, context: Context, norm: LayerNorm | None) -> Tensor:
-        """(B, S, H) → (B, S, H). `norm` is applied to `hidden` first."""
-        batch, length, _ = hidden.shape
+        """(B, S, H) → (B, S, H), or a part (B, s, H) → (B, s, H). `norm` is applied to `hidden` first."""
+        split = context.split
         if norm is None:
-            projected = self.qkv_proj(hidden)
+            projected = self.qkv_proj(hidden, split)
         elif context.selective:
-            projected = product_of_normed(norm, self.qkv_proj, hidden)
+            projected = product_of_normed(norm, self.qkv_proj, hidden, split)
         else:
-            projected = self.qkv_proj(norm(hidden))
+            projected = self.qkv_proj(norm(hidden, split), split)
+        batch, length, _ = projected.shape
         projected = projected.view(batch, length, 3, self.heads, self.head_dim)
         parts = projected.permute(2, 0, 3, 1, 4)  # query, key and value, each (B, A/t, S, D)
         query, keys_and_values = parts[0], parts[1:]
@@ -80,7 +85,7 @@ class Attention(nn.Module):
             dropout = self.dropout
             context.draw.seed_attention(self.layer, self.group, hidden.device)
         mixed = self.attend(query, key, value, context.mask, dropout)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1), context.split)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """The attention output of each head (B, A/t, S, D).
@@ -110,21 +115,21 @@ class Block(nn.Module):
         self.final_layer_norm = LayerNorm(size, affine)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        """(B, S, H) → (B, S, H)."""
+        """(B, S, H) → (B, S, H), or a part (B, s, H) → (B, s, H)."""
         norm = self.self_attn_layer_norm if self.norm_first else None
         hidden = hidden + self._dropped(self.self_attn(hidden, context, norm), context.draw, site=0)
         if context.selective:
-            hidden = recomputed(self._fed_forward, hidden, context.draw)
+            hidden = recomputed(self._fed_forward, hidden, context.draw, context.split)
         else:
-            hidden = self._fed_forward(hidden, context.draw)
-        return hidden if self.norm_first else self.final_layer_norm(hidden)
+            hidden = self._fed_forward(hidden, context.draw, context.split)
+        return hidden if self.norm_first else self.final_layer_norm(hidden, context.split)
 
-    def _fed_forward(self, hidden: Tensor, draw: Draw | None) -> Tensor:
-        """The layer after attention's residual sum, up to the sum after the feed-forward: (B, S, H) → (B, S, H)."""
+    def _fed_forward(self, hidden: Tensor, draw: Draw | None, split: Split | None) -> Tensor:
+        """The layer after attention's residual sum, up to the sum after the feed-forward. Shapes as in `forward`."""
         if not self.norm_first:
-            hidden = self.self_attn_layer_norm(hidden)
-        normed = self.final_layer_norm(hidden) if self.norm_first else hidden
-        return hidden + self._dropped(self.fc2(self.activation(self.fc1(normed))), draw, site=1)
+            hidden = self.self_attn_layer_norm(hidden, split)
+        normed = self.final_layer_norm(hidden, split) if self.norm_first else hidden
+        return hidden + self._dropped(self.fc2(self.activation(self.fc1(normed, split)), split), draw, site=1)
 
     def _dropped(self, hidden: Tensor, draw: Draw | None, site: int) -> Tensor:
         return hidden if draw is None else draw.dropout(hidden, self.dropout, self.layer, site)
@@ -138,9 +143,11 @@ class Decoder(nn.Module):
         config: ModelConfig,
         group: Group,
         recompute: ActivationCheckpointing = ActivationCheckpointing.none,
+        sequence: bool = False,
     ) -> None:
+        """With `sequence`, training forwards split the positions over the group."""
         super().__init__()
-        self.config, self.recompute = config, recompute
+        self.config, self.group, self.recompute, self.sequence = config, group, recompute, sequence
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.embedding_size, config.pad_token_id, group, config.std
         )
@@ -162,6 +169,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The hidden states (B, S, E) of `ids` (B, S), where E is the width of the embedding.
 
+        If `split` returns a split of the positions, the result is this rank's part of the hidden states.
+
         Args:
             positions: (B, S), −1 for padding. By default, the tokens of each row are counted from 0 without padding.
             segments: (B, K), the number of each key's segment, and 0 for padding. K includes cached keys. A token
@@ -169,7 +178,13 @@ class Decoder(nn.Module):
             draw: the position of this training forward pass in the run, or None for evaluation without dropout.
             cache: the keys and values of earlier positions. This forward pass appends its keys and values.
         """
-        return self.decode(self.embed_tokens(ids), positions, segments, draw, cache)
+        split = self.split(ids.size(1), draw)
+        return self.decode(self.embed_tokens(ids, split), positions, segments, draw, cache, split)
+
+    def split(self, length: int, draw: Draw | None) -> Split | None:
+        """The split of `length` positions over the ranks of the tensor group, or None if this forward pass does not
+        use sequence parallelism."""
+        return Split(self.group, length) if self.sequence and self.group.size > 1 and draw is not None else None
 
     def decode(
         self,
@@ -178,26 +193,31 @@ class Decoder(nn.Module):
         segments: Tensor | None = None,
         draw: Draw | None = None,
         cache: Cache | None = None,
+        split: Split | None = None,
     ) -> Tensor:
-        """The result of `forward`, for the `embeddings` (B, S, E) of the tokens instead of their ids."""
+        """The result of `forward`, for the `embeddings` (B, S, E) of the tokens instead of their ids.
+
+        With a `split`, `embeddings` and result are this rank's part of the positions."""
         past, hidden = positions_held(cache), embeddings
-        batch, length, _ = hidden.shape
+        batch, length = hidden.size(0), hidden.size(1) if split is None else split.length
         if positions is None:
             positions = count_positions(segments, past, batch, length, hidden.device)
         if self.project_in is not None:
-            hidden = self.project_in(hidden)
-        hidden = hidden + self.embed_positions(positions)
+            hidden = self.project_in(hidden, split)
+        hidden = hidden + self.embed_positions(positions, split)
         mask = attention_mask(segments, past, length, hidden.device)
+        if draw is not None and split is not None:
+            draw = replace(draw, first=split.first)
         selective = draw is not None and self.recompute is ActivationCheckpointing.selective
-        context = Context(mask, draw, cache, selective)
+        context = Context(mask, draw, cache, split, selective)
         for block in self.layers:
             assert isinstance(block, Block)
             hidden = self.run_block(block, hidden, context)
         if cache is not None:
             cache.length += length
         if self.final_layer_norm is not None:
-            hidden = self.final_layer_norm(hidden)
-        return hidden if self.project_out is None else self.project_out(hidden)
+            hidden = self.final_layer_norm(hidden, split)
+        return hidden if self.project_out is None else self.project_out(hidden, split)
 
     def new_cache(self, batch: int, room: int) -> Cache:
         """An empty cache of keys and values for `batch` sequences of at most `room` positions."""
@@ -234,8 +254,11 @@ class PositionEmbedding(nn.Module):
         rows = config.max_position_embeddings + POSITION_OFFSET
         self.weight = replicated((rows, config.hidden_size), Normal(config.std), decay=True)
 
-    def forward(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions + POSITION_OFFSET, self.weight)
+    def forward(self, positions: Tensor, split: Split | None = None) -> Tensor:
+        """(B, S) → (B, S, H), or with a `split` this rank's part of the positions (B, s, H)."""
+        if split is None:
+            return F.embedding(positions + POSITION_OFFSET, self.weight)
+        return F.embedding(split.part(positions) + POSITION_OFFSET, copy(self.weight, split.group))
 
 
 def residual_std(config: ModelConfig) -> float:

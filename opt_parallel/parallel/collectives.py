@@ -20,8 +20,9 @@ from torch import Tensor
 
 from opt_parallel.parallel.topology import Group
 
-# torch 2.13 renamed this function, and warns of the older name.
+# torch 2.13 renamed these functions, and warns of the older names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
@@ -76,6 +77,20 @@ def _waiting(work: Any, result: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
+def start_all_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Start to stack the ranks' tensors. The returned function waits, and returns (size, …), without a gradient."""
+    tensor = tensor.detach().contiguous()
+    stacked = tensor.new_empty(group.size, *tensor.shape)
+    return _waiting(_all_gather(stacked, tensor.unsqueeze(0), group=group.handle, async_op=True), stacked)
+
+
+def start_reduce_scatter(stacked: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Start to sum `stacked` (size, …) over the ranks. The returned function waits, and returns this rank's element
+    (…) of the sum, without a gradient."""
+    part = torch.empty_like(stacked[0])
+    return _waiting(_reduce_scatter(part.unsqueeze(0), stacked, group=group.handle, async_op=True), part)
+
+
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
     """The first rank's `tensor`, on every rank of the group, without a gradient.
 
@@ -96,8 +111,7 @@ def all_gather_last(tensor: Tensor, group: Group) -> Tensor:
         assert group.handle is not None
         stacked = functional.wait_tensor(functional.all_gather_tensor(tensor.unsqueeze(0), 0, group.handle))
     else:
-        stacked = tensor.new_empty(group.size, *tensor.shape)
-        _all_gather(stacked, tensor.unsqueeze(0), group=group.handle)
+        stacked = start_all_gather(tensor, group)()
     return torch.cat(stacked.unbind(0), dim=-1)
 
 

@@ -4,8 +4,9 @@
     Z = Y B:   B = [B_1; … B_t] by rows      Z   = Σ_i Y_i B_i     one all-reduce
 
 A column-parallel layer followed by a row-parallel layer therefore needs one all-reduce in the forward pass (of Z) and
-one in the backward pass (of the gradient of X). PyTorch stores a weight as (out, in). So the paper's columns are dim 0
-of a weight in this module, and the paper's rows are dim 1.
+one in the backward pass (of the gradient of X). With sequence parallelism (`parallel/sequence.py`), X and Z are this
+rank's part of the positions: an all-gather of X and a reduce-scatter of Z replace the all-reduce. PyTorch stores a
+weight as (out, in). So the paper's columns are dim 0 of a weight in this module, and the paper's rows are dim 1.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opt_parallel.parallel.lora import column_term, initial_a, row_term
-from opt_parallel.parallel.products import column_product, row_product
+from opt_parallel.parallel.products import column_product, part_product, row_product
+from opt_parallel.parallel.sequence import Split, layer_norm_of_part
 from opt_parallel.parallel.shard import Constant, Normal, parameter, replicated, shard_of
 from opt_parallel.parallel.topology import Group
+
+EPS = 1e-5  # of LayerNorm
 
 
 class ColumnParallelLinear(nn.Module):
@@ -48,12 +52,12 @@ class ColumnParallelLinear(nn.Module):
             (*several, out_features, rank), Constant(0.0), decay=True, group=self.group, dim=len(several)
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        product = column_product(hidden, self.weight, self.bias, self.group)
+    def forward(self, hidden: Tensor, split: Split | None = None) -> Tensor:
+        product = column_product(hidden, self.weight, self.bias, self.group, split)
         if self.lora_a is None or self.lora_b is None:
             return product
         return product + column_term(
-            hidden, self.lora_a, self.lora_b, self.scale, self.adapted, self.blocks, self.group
+            hidden, self.lora_a, self.lora_b, self.scale, self.adapted, self.blocks, self.group, split
         )
 
 
@@ -77,11 +81,11 @@ class RowParallelLinear(nn.Module):
         self.lora_a = parameter((rank, in_features), initial_a(in_features), decay=True, group=self.group, dim=1)
         self.lora_b = replicated((out_features, rank), Constant(0.0), decay=True)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        product = row_product(hidden, self.weight, self.bias, self.group)
+    def forward(self, hidden: Tensor, split: Split | None = None) -> Tensor:
+        product = row_product(hidden, self.weight, self.bias, self.group, split)
         if self.lora_a is None or self.lora_b is None:
             return product
-        return product + row_term(hidden, self.lora_a, self.lora_b, self.scale, self.group)
+        return product + row_term(hidden, self.lora_a, self.lora_b, self.scale, self.group, split)
 
 
 class Linear(nn.Module):
@@ -93,8 +97,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = replicated((out_features, in_features), Normal(std), decay=True)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight)
+    def forward(self, hidden: Tensor, split: Split | None = None) -> Tensor:
+        return F.linear(hidden, self.weight) if split is None else part_product(hidden, self.weight, split.group)
 
 
 class LayerNorm(nn.Module):
@@ -109,5 +113,7 @@ class LayerNorm(nn.Module):
         self.weight = replicated(self.shape, Constant(1.0), decay=False) if affine else None
         self.bias = replicated(self.shape, Constant(0.0), decay=False) if affine else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.layer_norm(hidden, self.shape, self.weight, self.bias, 1e-5)
+    def forward(self, hidden: Tensor, split: Split | None = None) -> Tensor:
+        if split is None or self.weight is None or self.bias is None:
+            return F.layer_norm(hidden, self.shape, self.weight, self.bias, EPS)
+        return layer_norm_of_part(hidden, self.weight, self.bias, EPS, split.group)

@@ -4,7 +4,8 @@
 
 In a column-parallel layer, A is replicated, and B is split along the outputs like W. In a row-parallel layer, A is
 split along the inputs, and B is replicated. The ranks all-reduce a tensor whose last dim is the LoRA rank. This tensor
-is the gradient of A x in a column-parallel layer, and A x in a row-parallel layer.
+is the gradient of A x in a column-parallel layer, and A x in a row-parallel layer. With sequence parallelism, they
+gather and reduce-scatter it, and all-reduce the gradients of the replicated matrices.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opt_parallel.parallel.collectives import copy, reduce
+from opt_parallel.parallel.products import part_product
+from opt_parallel.parallel.sequence import Split, gather, reduce_scatter
 from opt_parallel.parallel.shard import Normal
 from opt_parallel.parallel.topology import Group
 
@@ -28,29 +31,43 @@ def initial_a(in_features: int) -> Normal:
 
 
 def column_term(
-    hidden: Tensor, a: Tensor, b: Tensor, scale: float, blocks: tuple[int, ...], count: int, group: Group
+    hidden: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    blocks: tuple[int, ...],
+    count: int,
+    group: Group,
+    split: Split | None = None,
 ) -> Tensor:
     """The LoRA term of a column-parallel layer with `count` blocks: (…, in) → (…, count · out/t).
 
     The result is `scale` · B A `hidden` in each of the `blocks`, and zero in the other blocks. `hidden` is equal on
     all ranks: `copy` is applied to A `hidden`, not to `hidden`. So every rank computes the complete gradients of A and
-    of `hidden`, and not only its summand of them.
+    of `hidden`, and not only its summand of them. With a `split`, `hidden` is this rank's part of the positions, and
+    A `hidden` is gathered.
 
     Args:
         a: (n, rank, in) for n `blocks`, or (rank, in).
         b: (n, out/t, rank), or (out/t, rank).
     """
-    narrow = copy(F.linear(hidden, a.flatten(0, -2)) * scale, group)
+    if split is None:
+        narrow = copy(F.linear(hidden, a.flatten(0, -2)) * scale, group)
+    else:
+        narrow = gather(part_product(hidden, a, group) * scale, split)
     parts = list(b.view(len(blocks), -1, b.size(-1)))
     nothing = b.new_empty(parts[0].size(0), 0)  # becomes rows of zeros in the block-diagonal matrix
     return F.linear(narrow, torch.block_diag(*(parts.pop(0) if n in blocks else nothing for n in range(count))))
 
 
-def row_term(part: Tensor, a: Tensor, b: Tensor, scale: float, group: Group) -> Tensor:
+def row_term(hidden: Tensor, a: Tensor, b: Tensor, scale: float, group: Group, split: Split | None = None) -> Tensor:
     """The LoRA term of a row-parallel layer, `scale` · B Σ_i A_i y_i: (…, in/t) → (…, out), equal on all ranks.
 
-    `a` is (rank, in/t), and `b` is (out, rank)."""
-    return F.linear(reduce(F.linear(part, a) * scale, group), b)
+    With a `split`, the result is this rank's part of the positions. `a` is (rank, in/t), and `b` is (out, rank)."""
+    narrow = F.linear(hidden, a) * scale
+    if split is None:
+        return F.linear(reduce(narrow, group), b)
+    return part_product(reduce_scatter(narrow, split), b, group)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

@@ -29,7 +29,8 @@ class Draw:
     """The position of one training forward pass in the run, which determines the random numbers of the pass.
 
     `samples` (B,) int64 are the samples' positions in the run. `step`, `micro` (the index of the micro-batch) and
-    `data_rank` count from 0.
+    `data_rank` count from 0. `first` is the position of the first token in its sample. It is not 0 if sequence
+    parallelism splits the sample.
     """
 
     seed: int
@@ -37,13 +38,14 @@ class Draw:
     micro: int
     data_rank: int
     samples: Tensor
+    first: int = 0
 
     def dropout(self, hidden: Tensor, p: float, layer: int, site: int) -> Tensor:
         """Inverted dropout of `hidden` (B, S, H), a pure function of (seed, sample, position, channel, layer, site)."""
         if p == 0.0:
             return hidden
         key = torch.full((), number(self.seed, layer, site), dtype=torch.int32, device=hidden.device)
-        dropped = _Dropout.apply(hidden, self.samples, p, key)
+        dropped = _Dropout.apply(hidden, self.samples, p, key, self.first)
         assert isinstance(dropped, Tensor)
         return dropped
 
@@ -68,31 +70,31 @@ class _Dropout(torch.autograd.Function):
     were saved tensors, recomputation would have to compute everything up to a block's last dropout."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
-        ctx.samples, ctx.p, ctx.key = samples, p, key
-        return _dropped(hidden, samples, p, key)
+    def forward(ctx: Any, hidden: Tensor, samples: Tensor, p: float, key: Tensor, first: int) -> Tensor:
+        ctx.samples, ctx.p, ctx.key, ctx.first = samples, p, key, first
+        return _dropped(hidden, samples, p, key, first)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _dropped(gradient, ctx.samples, ctx.p, ctx.key), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _dropped(gradient, ctx.samples, ctx.p, ctx.key, ctx.first), None, None, None, None
 
 
 @compiled
-def _dropped(hidden: Tensor, samples: Tensor, p: float, key: Tensor) -> Tensor:
-    mask = hash_dropped(samples, hidden.size(1), hidden.size(2), p, key)
+def _dropped(hidden: Tensor, samples: Tensor, p: float, key: Tensor, first: int) -> Tensor:
+    mask = hash_dropped(samples, hidden.size(1), hidden.size(2), p, key, first)
     return hidden.masked_fill(mask, 0.0) * (1.0 / (1.0 - p))
 
 
-def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: Tensor) -> Tensor:
+def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: Tensor, first: int = 0) -> Tensor:
     """A bool mask (B, length, channels) that is true where dropout with probability `p` sets an element to zero.
 
     The mask needs no random generator. An element's random number is a hash in int32 arithmetic: the exclusive or of a
     hash of (sample, position, key) and a hash of (channel, key) is hashed again. `samples` is (B,) int64, and `key` is
-    a 0-d int32 tensor.
+    a 0-d int32 tensor. The first of the `length` positions is `first`.
     """
     low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
     sample = _mix(low + _mix(high + key))
-    position = torch.arange(length, dtype=torch.int32, device=samples.device)
+    position = torch.arange(first, first + length, dtype=torch.int32, device=samples.device)
     channel = torch.arange(channels, dtype=torch.int32, device=samples.device)
     rows = _mix(sample.unsqueeze(-1) + _mix(position * _GOLDEN))
     hashes = _mix(rows.unsqueeze(-1) ^ _mix(channel * _GOLDEN + key))

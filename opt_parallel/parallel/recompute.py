@@ -23,11 +23,13 @@ def recomputed(function: Callable[..., Tensor], hidden: Tensor, *arguments: Any)
     return result
 
 
-def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor) -> Tensor:
+def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
     """`product(norm(hidden))`, which keeps `hidden` for the backward, and not the output of `norm`.
 
+    `arguments` are further arguments of both.
+
     What `product` saves of this output is computed again from `hidden` when the backward asks for it."""
-    normed = norm(hidden)
+    normed = norm(hidden, *arguments)
     storage = normed.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
@@ -37,10 +39,10 @@ def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor) -> Te
         if isinstance(packed, Tensor):
             return packed
         with torch.enable_grad():  # as in the forward, because ZeRO-3 counts the inputs of `norm` that have a gradient
-            return norm(hidden).detach().view(packed)
+            return norm(hidden, *arguments).detach().view(packed)
 
     with saved_tensors_hooks(pack, unpack):
-        result = product(normed)
+        result = product(normed, *arguments)
     assert isinstance(result, Tensor)
     return result
 

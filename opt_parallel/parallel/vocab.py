@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opt_parallel.config.model import IGNORED
+from opt_parallel.parallel import sequence
 from opt_parallel.parallel.collectives import copy, gather, reduce
 from opt_parallel.parallel.loss import vocab_parallel_linear_cross_entropy
+from opt_parallel.parallel.sequence import Split, reduce_scatter
 from opt_parallel.parallel.shard import Normal, parameter, shard_of
 from opt_parallel.parallel.topology import Group
 
@@ -20,7 +22,8 @@ from opt_parallel.parallel.topology import Group
 class VocabParallelEmbedding(nn.Module):
     """The token embedding: ids (B, S) → vectors (B, S, D).
 
-    Each rank looks up the ids whose rows it holds, and an all-reduce sums the ranks' results. As in torch.nn.Embedding,
+    Each rank looks up the ids whose rows it holds, and an all-reduce sums the ranks' results. With a `split`, a
+    reduce-scatter gives each rank the vectors (B, s, D) of its part of the positions. As in torch.nn.Embedding,
     the row of `pad_token_id` gets no gradient from a look-up.
     """
 
@@ -43,13 +46,14 @@ class VocabParallelEmbedding(nn.Module):
         """The width, as torch calls it."""
         return self.weight.size(1)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, split: Split | None = None) -> Tensor:
         _require((ids >= 0) & (ids < self.vocab_size), "an id is not in the vocabulary")
         elsewhere = (ids < self.start) | (ids >= self.stop)
         without_gradient = elsewhere | (ids == self.pad_token_id)
         looked_up = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)
         constant = looked_up.detach().masked_fill(elsewhere.unsqueeze(-1), 0)
-        return reduce(torch.where(without_gradient.unsqueeze(-1), constant, looked_up), self.group)
+        own = torch.where(without_gradient.unsqueeze(-1), constant, looked_up)
+        return reduce(own, self.group) if split is None else reduce_scatter(own, split)
 
 
 class VocabParallelHead(nn.Module):
@@ -65,11 +69,11 @@ class VocabParallelHead(nn.Module):
         self.vocab_size = shard_of(embedding.weight).shape[0]
         self.start, self.stop = embedding.start, embedding.stop
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, split: Split | None = None) -> Tensor:
         """The sum of the losses of the `labels` (B, S) that are not −100, or without labels the logits (B, S, V).
 
-        `hidden` (B, S, D) are the hidden states."""
-        hidden = copy(hidden, self.group)
+        `hidden` are the hidden states (B, S, D), or with a `split` this rank's part of them (B, s, D)."""
+        hidden = copy(hidden, self.group) if split is None else sequence.gather(hidden, split)
         if labels is None:
             return gather(logits(hidden, self.weight), self.group)[..., : self.vocab_size]
         known = (labels >= 0) & (labels < self.vocab_size)

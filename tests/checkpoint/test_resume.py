@@ -25,7 +25,7 @@ LAYOUTS = {
     "t2d1z2": Layout(tensor=2, stage=2),
     "t2d2z3": Layout(tensor=2, data=2, stage=3, micro=2),
     "t1d4z3": Layout(data=4, stage=3),
-    "t4d1z1": Layout(tensor=4, stage=1, micro=2),
+    "t4d1z1": Layout(tensor=4, stage=1, micro=2, sequence=False),
     "t2d2z1-offload": Layout(tensor=2, data=2, stage=1, micro=2, offload=True),
     "t1d2z2m2": Layout(data=2, stage=2, micro=2),
 }

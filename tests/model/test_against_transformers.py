@@ -1,4 +1,5 @@
-"""The network is transformers' OPT: losses and all gradients, every variant, at tensor 1 and 2."""
+"""The network is transformers' OPT: losses and all gradients, every variant, at tensor 1 and 2, and with sequence
+parallelism at 2 and 4."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
 
 def ids_and_mask(padding: str) -> tuple[Tensor, Tensor | None]:
-    ids = torch.randint(0, SHAPE["vocab_size"], (3, 20), generator=torch.Generator().manual_seed(5))
+    length = 19  # neither 2 nor 4 divides it
+    ids = torch.randint(0, SHAPE["vocab_size"], (3, length), generator=torch.Generator().manual_seed(5))
     ids[1, 7] = 1  # the pad id as a real token: its look-up must get no gradient, its logit one
     if padding == "none":
         return ids, None
@@ -49,9 +51,10 @@ def next_labels(ids: Tensor, mask: Tensor | None) -> Tensor:
     return labels
 
 
-def ours(folder: str, dtype: str, padding: str, tensor: int) -> tuple[float, dict[str, Any]]:
-    """On the crew: loss and this rank's part of every gradient."""
+def ours(folder: str, dtype: str, padding: str, tensor: int, sequence: bool) -> tuple[float, dict[str, Any]]:
+    """On the crew: loss and this rank's part of every gradient. The network has no dropout."""
     from opt_parallel.checkpoint.sources import open_checkpoint
+    from opt_parallel.parallel.random import Draw
     from opt_parallel.parallel.shard import marked
     from opt_parallel.parallel.topology import Topology
 
@@ -59,7 +62,9 @@ def ours(folder: str, dtype: str, padding: str, tensor: int) -> tuple[float, dic
     labels = next_labels(ids, mask)
     with Topology.open(tensor) as topology:
         model = open_checkpoint(Path(folder)).model(topology.tensor, torch.device("cpu"), getattr(torch, dtype))
-        loss = model(ids, labels, segments=mask) / int((labels != -100).sum())
+        model.decoder.sequence = sequence
+        draw = Draw(seed=0, step=0, micro=0, data_rank=0, samples=torch.arange(len(ids)))
+        loss = model(ids, labels, segments=mask, draw=draw) / int((labels != -100).sum())
         loss.backward()
         gradients = {
             name: (shard.shape, shard.range, tensor.grad[shard.real].numpy()) for name, tensor, shard in marked(model)
@@ -86,11 +91,13 @@ def theirs(variant: dict[str, Any], dtype: str, padding: str, folder: Path) -> t
     return loss.item(), {name: tensor.grad for name, tensor in model.named_parameters()}
 
 
-def compare(crew: Any, variant: str, dtype: str, padding: str, tensor: int, folder: Path) -> None:
+def compare(
+    crew: Any, variant: str, dtype: str, padding: str, tensor: int, folder: Path, sequence: bool = False
+) -> None:
     from opt_parallel.huggingface.names import hf_names
 
     expected_loss, expected = theirs(VARIANTS[variant], dtype, padding, folder)
-    answers = crew(tensor)(ours, str(folder), dtype, padding, tensor)
+    answers = crew(tensor)(ours, str(folder), dtype, padding, tensor, sequence)
     assert [loss for loss, _ in answers] == pytest.approx([expected_loss] * tensor, rel=TOLERANCE[dtype])
     gradients = assemble([parts for _, parts in answers])
     square_difference, square_norm, seen = 0.0, 0.0, set()
@@ -116,6 +123,14 @@ def test_loss_and_gradients(crew: Any, tmp_path: Path, variant: str, dtype: str,
 @pytest.mark.parametrize("variant", ["pre-norm", "350m"])
 def test_padding(crew: Any, tmp_path: Path, variant: str, padding: str, tensor: int) -> None:
     compare(crew, variant, "float64", padding, tensor, tmp_path)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize(
+    "variant", [pytest.param(each, marks=[] if each in ("pre-norm", "350m") else pytest.mark.long) for each in VARIANTS]
+)
+def test_sequence_parallelism(crew: Any, tmp_path: Path, variant: str, tensor: int) -> None:
+    compare(crew, variant, "float64", "inner", tensor, tmp_path, sequence=True)
 
 
 def logits_of_padding(folder: str) -> bool:

@@ -63,6 +63,19 @@ def test_depends_on_the_sample_and_not_on_the_micro_batch() -> None:
         assert not torch.equal(other, whole)
 
 
+def test_a_part_of_the_positions_drops_what_the_whole_drops() -> None:
+    hidden = torch.ones(64, 8, 16, requires_grad=True)
+    whole = DRAW.dropout(hidden, 0.3, 2, 1)
+    whole.backward(torch.ones_like(whole))
+    assert hidden.grad is not None
+    tail = hidden.detach()[:, 5:].requires_grad_()
+    part = dataclasses.replace(DRAW, first=5).dropout(tail, 0.3, 2, 1)
+    part.backward(torch.ones_like(part))
+    assert torch.equal(part, whole[:, 5:])
+    assert tail.grad is not None
+    assert torch.equal(tail.grad, hidden.grad[:, 5:])
+
+
 def test_layerdrop_rate() -> None:
     steps = [dataclasses.replace(DRAW, step=step) for step in range(500)]
     decisions = [draw.drops_layer(0.2, layer) for draw in steps for layer in range(8)]

@@ -39,7 +39,8 @@ STYLE_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A parallel layout: tensor and data degrees, ZeRO stage, micro-batch, recomputation and offload."""
+    """A parallel layout: tensor and data degrees, ZeRO stage, micro-batch, recomputation, offload, sequence
+    parallelism."""
 
     tensor: int = 1
     data: int = 1
@@ -48,13 +49,15 @@ class Layout:
     recompute: str = "none"
     offload: bool = False
     precision: str = "fp32"
+    sequence: bool = True
 
     @property
     def world(self) -> int:
         return self.tensor * self.data
 
     def __str__(self) -> str:
-        extras = f"{'' if self.recompute == 'none' else f'-{self.recompute}'}{'-cpu' * self.offload}"
+        modes = [self.recompute] * (self.recompute != "none") + ["cpu"] * self.offload + ["whole"] * (not self.sequence)
+        extras = "".join(f"-{mode}" for mode in modes)
         plain = f"t{self.tensor}d{self.data}z{self.stage}m{self.micro}{extras}"
         return plain if self.precision == "fp32" else f"{plain}-{self.precision}"
 
@@ -81,7 +84,7 @@ def run_for(
 ) -> Run:
     return Run(
         model=ModelConfig(**{**TINY, "layerdrop": 0.2, **(model or {})}),
-        parallel=ParallelConfig(tensor=layout.tensor),
+        parallel=ParallelConfig(tensor=layout.tensor, sequence=layout.sequence),
         zero=ZeroConfig(
             stage=layout.stage,
             offload=Offload.cpu if layout.offload else Offload.none,
