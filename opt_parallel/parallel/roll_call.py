@@ -25,12 +25,12 @@ PACKAGE = Path(__file__).parents[1]
 class RollCall:
     """Asks all ranks whether they are alive, and answers the questions of other ranks in a thread.
 
-    `connect` opens a connection to a torch key-value store that only this run uses. `hosts` names each rank's host."""
+    `store` is a torch key-value store that only this roll call uses. `hosts` names each rank's host."""
 
-    def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...]) -> None:
-        self._connect, self._rank, self._hosts = connect, rank, hosts
+    def __init__(self, store: Any, rank: int, hosts: tuple[str, ...]) -> None:
+        self._store, self._rank, self._hosts = store, rank, hosts
         self._closed, self._asking = threading.Event(), threading.Lock()
-        threading.Thread(target=self._answer, args=(connect(),), name="roll call", daemon=True).start()
+        threading.Thread(target=self._answer, name="roll call", daemon=True).start()
 
     def close(self) -> None:
         """Stop the thread that answers other ranks."""
@@ -49,7 +49,8 @@ class RollCall:
         asking.join(STORE_TIMEOUT)
         return found[0] if found else self._without_store()
 
-    def _answer(self, store: Any) -> None:
+    def _answer(self) -> None:
+        store = self._store
         with suppress(RuntimeError):  # the process that hosts the key-value store has ended
             while not self._closed.wait(POLL):
                 if store.check(["asked"]):
@@ -59,17 +60,16 @@ class RollCall:
 
     def _ask(self, ended: int | None) -> tuple[str, bool]:
         try:
-            store = self._connect()
-            missing = self._missing(store, ended)
-            store.add("done", 1)
+            missing = self._missing(ended)
+            self._store.add("done", 1)
             if self._rank == 0:  # its process may host the key-value store, which other ranks still need
-                self._wait(lambda: store.add("done", 0) == store.add("failed", 0))
+                self._wait(lambda: self._store.add("done", 0) == self._store.add("failed", 0))
             return missing
         except RuntimeError:
             return self._without_store()
 
-    def _missing(self, store: Any, ended: int | None) -> tuple[str, bool]:
-        ranks = range(len(self._hosts))
+    def _missing(self, ended: int | None) -> tuple[str, bool]:
+        store, ranks = self._store, range(len(self._hosts))
         store.set("asked", "")
         store.set(f"failed-{self._rank}", "")
         store.add("failed", 1)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +115,7 @@ class Topology:
         with ExitStack() as watching:
             roll_call = None
             if size > 1:
-                roll_call = RollCall(partial(store_of, f"roll-call-{ranks[0][2]}"), rank, hosts)
+                roll_call = RollCall(store_of(f"roll-call-{ranks[0][2]}"), rank, hosts)
                 watching.callback(roll_call.close)
                 ring = PrefixStore(f"ring-{ranks[0][2]}", distributed_c10d._get_default_store())
                 watching.enter_context(watched(ring, rank, hosts, roll_call))

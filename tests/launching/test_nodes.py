@@ -26,7 +26,7 @@ TIMEOUT = 400.0  # seconds until whatever is awaited counts as hanging
 LAYOUT = ["parallel.tensor=2", "parallel.timeout=10", "model.attention_dropout=0"]
 LENGTH = [f"steps={STEPS}", f"checkpoint.every={EVERY}"]
 TORCHRUN = ["launch=torchrun", "launch.nodes=2", "launch.processes=2", "launch.endpoint=nodeA"]
-GONE = "another rank is gone, cannot be reached, or did not answer within parallel.timeout=10 s"
+GONE = "another rank is gone"
 
 Losses = list[tuple[int, float]]
 
@@ -214,6 +214,30 @@ def test_a_host_fails_and_is_started_again(nodes: Nodes, straight: Losses, end: 
     nodes.check_continued(data=2)
     nodes.check_readable(first)
     assert nodes.losses() == straight
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_host_that_fails_ends_ranks_that_hang(nodes: Nodes, lost: int) -> None:
+    """Their main threads sleep, as in a call to a device, and no connection is closed. The first host has the store."""
+    common = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "nodeA", "MASTER_PORT": "29500"}
+    command = [sys.executable, "tests/support/hanging.py", "5", "30", "10000"]
+    outputs = [nodes.folder / f"{rank}.txt" for rank in range(4)]
+    ranks = [
+        nodes.hosts[rank // 2].start(command, output, RANK=str(rank), LOCAL_RANK=str(rank % 2), **common)
+        for rank, output in enumerate(outputs)
+    ]
+    nodes.wait_until(lambda: all("hangs" in output.read_text() for output in outputs), "all ranks hang")
+    began = time.monotonic()
+    nodes.hosts[lost].fail()
+    first = 2 - 2 * lost  # of the two ranks that are left
+    left = ranks[first : first + 2]
+    nodes.wait_until(lambda: all(rank.poll() is not None for rank in left), "the ranks of the other host end")
+    print(f"ended after {time.monotonic() - began:.0f} s: {outputs[first].read_text()}")
+    assert [rank.returncode for rank in left] == [1, 1]
+    gone = "nodeB, rank 2; nodeB, rank 3; the same" if lost else "nodeA, rank 0; the same"
+    assert f"rank {2 * lost + 1} sent no beat for 30 s): no answer from {gone}" in outputs[first].read_text()
+    assert "error" not in outputs[first + 1].read_text()
 
 
 @pytest.mark.long

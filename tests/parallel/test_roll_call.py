@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def call(name: str, deaf: list[int], fail: list[int]) -> tuple[str, bool] | None
     rank = dist.get_rank()
     if rank in deaf:
         return None
-    calls = roll_call.RollCall(partial(store_of, name), rank, HOSTS)
+    calls = roll_call.RollCall(store_of(name), rank, HOSTS)
     try:
         if rank in fail:
             return calls.ask()
