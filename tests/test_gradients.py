@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import threading
+import traceback
 from typing import Any
 from unittest import mock
 
@@ -55,7 +57,12 @@ LEAN = 2 + 16 / 2
 
 @pytest.mark.parametrize(
     ("stage", "micro", "expected"),
-    [(1, 4, LEAN), (2, 2, LEAN), (1, 2, 2 + 12 / 2 + 4)],  # the last keeps fp32 gradients of its two micro-batches
+    [
+        (1, 4, LEAN),
+        (2, 2, LEAN),
+        (1, 2, 2 + 12 / 2 + 4),  # fp32 gradients of two micro-batches are kept
+        (3, 4, 18 / 2),
+    ],
 )
 def test_bytes_of_gradients(crew: Any, stage: int, micro: int, expected: float) -> None:
     run = run_for(Layout(1, 2, stage, micro, precision="bf16"), WIDE)
@@ -65,7 +72,8 @@ def test_bytes_of_gradients(crew: Any, stage: int, micro: int, expected: float) 
 
 
 class Waits(TorchDispatchMode):
-    """Counts the reads of tensors by the host, which would wait for a GPU. Integers are read from the host's memory."""
+    """Counts the reads of tensors by the main thread, which would wait for a GPU. Integers and other threads' tensors
+    are in the host's memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,9 +85,8 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
     def note(self) -> None:
-        import traceback
-
-        self.places.append("".join(traceback.format_stack(limit=8)))
+        if threading.current_thread() is threading.main_thread():
+            self.places.append("".join(traceback.format_stack(limit=8)))
 
 
 def waits_of_a_step(run: Run) -> list[str]:

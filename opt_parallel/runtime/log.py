@@ -53,9 +53,8 @@ def quiet_libraries() -> None:
     if home := machine.ensure_home():
         say(f"note: user {os.getuid()} has no home folder here: {home} is used instead")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # DeepSpeed's files that log a missing GPU and gradients that are not finite. We report both ourselves.
-    said_by_us = ("real_accelerator.py", "loss_scaler.py")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename not in said_by_us)
+    # DeepSpeed's file that logs a missing GPU, which we report ourselves.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename != "real_accelerator.py")
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger(RETRIES).setLevel(logging.ERROR)
