@@ -3,6 +3,7 @@
 # make docs: the pages that are written from the configuration's comments.
 # make test-slurm, make test-nodes: a Slurm of four nodes, and two hosts, made on this machine; both need root.
 # make test-interop: TensorFlow's and Flax's OPT and ours, in an environment of its own.
+# make test-gpu: what only a GPU shows, in four minutes; WHEELS=FOLDER takes the system's Python, see docs/gpu.md.
 # make bench: our speed and the others', in one run.
 # the Python to make environments with; unset: python3, or the one of an environment that is there
 PYTHON ?=
@@ -22,7 +23,7 @@ SMALL := model=opt-125m model.num_hidden_layers=4 data.sequence_length=512 batch
 LARGE := model=opt-1.3b data.sequence_length=2048 batch.micro=4
 NO_DROPOUT := model.dropout=0 model.attention_dropout=0
 
-.PHONY: demo test test-slurm test-nodes test-interop test-all check matrix docs bench clean
+.PHONY: demo test test-gpu test-slurm test-nodes test-interop test-all check matrix docs bench clean
 
 ifneq ($(shell sh scripts/set_up.sh .venv "$(PYTHON)" --state),ready)
 .PHONY: .venv/installed
@@ -47,6 +48,16 @@ test: .venv/installed
 test-all: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --long --all-pairs
 	$(MAKE) test-interop
+
+# the device of make test-gpu: cuda, or cpu for what a CPU can check of it
+DEVICE ?= cuda
+ifeq ($(strip $(WHEELS)),)
+test-gpu: .venv/installed
+	$(BIN)/python tests/gpu/run.py --device $(DEVICE)
+else
+test-gpu:
+	$(or $(PYTHON),python3) tests/gpu/run.py --device $(DEVICE) --wheels "$(WHEELS)"
+endif
 
 test-slurm: .venv/installed
 	$(BIN)/python -m pytest --long tests/launching/test_slurm.py

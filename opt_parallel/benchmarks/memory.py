@@ -140,7 +140,8 @@ def nothing(name: str, shard: Shard) -> Tensor:
 
 def fake_network(run: Run) -> CausalLM:
     """This run's language model of fake CUDA tensors, as one rank of its tensor group holds it."""
-    model = network(run.model, run.task.lora, None, group_of(run.parallel.tensor), run.activation_checkpointing)
+    group = group_of(run.parallel.tensor)
+    model = network(run.model, run.task.lora, None, group, run.activation_checkpointing, run.parallel.sequence)
     assert isinstance(model, CausalLM)
     fill(model, nothing, DEVICE, DTYPES[run.precision.name])
     return model
@@ -211,18 +212,24 @@ def _load_and_trace(runs: list[Run]) -> list[Trace]:
 
 
 HEAD = [
-    "layers × width", "tensor", "micro-batch", "recomputation", "precision", "peak", "saved by a layer", "peak at",
-    "collectives, GiB",
+    "layers × width", "tensor", "sequence", "micro-batch", "recomputation", "precision", "peak", "saved by a layer",
+    "peak at", "collectives, GiB",
 ]  # fmt: skip
 
 
 def row(run: Run, trace: Trace) -> list[str]:
     """The cells of one run below HEAD."""
     return [
-        f"{run.model.num_hidden_layers} × {run.model.hidden_size:,}", str(run.parallel.tensor), str(run.micro_batch),
-        run.activation_checkpointing.value, run.precision.name.value, f"{trace.peak / GIB:.2f} GiB",
-        f"{trace.saved_by_a_layer / 2**20:,.1f} MiB", trace.at, sent(trace) or "none",
+        f"{run.model.num_hidden_layers} × {run.model.hidden_size:,}", str(run.parallel.tensor), sequence(run),
+        str(run.micro_batch), run.activation_checkpointing.value, run.precision.name.value,
+        f"{trace.peak / GIB:.2f} GiB", f"{trace.saved_by_a_layer / 2**20:,.1f} MiB", trace.at,
+        sent(trace) or "none",
     ]  # fmt: skip
+
+
+def sequence(run: Run) -> str:
+    """Whether the run has sequence parallelism."""
+    return "yes" if run.parallel.sequence and run.parallel.tensor > 1 else "no"
 
 
 def sent(trace: Trace) -> str:
@@ -231,7 +238,7 @@ def sent(trace: Trace) -> str:
 
 
 START, END = "<!-- traced -->\n", "<!-- end -->\n"
-PAGE_HEAD = ["size", "tensor", "recomputation", "peak", "÷ none", "saved by a layer", "collectives, GiB"]
+PAGE_HEAD = ["size", "tensor", "sequence", "recomputation", "peak", "÷ none", "saved by a layer", "collectives, GiB"]
 
 
 def write_page(page: Path, runs: list[tuple[str, Run]]) -> None:
@@ -242,8 +249,9 @@ def write_page(page: Path, runs: list[tuple[str, Run]]) -> None:
     for (name, run), trace in zip(runs, traces([run for _, run in runs]), strict=True):
         whole = first.setdefault(name, trace.peak)
         table.append([
-            name, str(run.parallel.tensor), run.activation_checkpointing.value, f"{trace.peak / GIB:.2f} GiB",
-            f"{trace.peak / whole:.0%}", f"{trace.saved_by_a_layer / 2**20:,.1f} MiB", sent(trace) or "none",
+            name, str(run.parallel.tensor), sequence(run), run.activation_checkpointing.value,
+            f"{trace.peak / GIB:.2f} GiB", f"{trace.peak / whole:.0%}", f"{trace.saved_by_a_layer / 2**20:,.1f} MiB",
+            sent(trace) or "none",
         ])  # fmt: skip
     lines = "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     before, _, rest = page.read_text(encoding="utf-8").partition(START)

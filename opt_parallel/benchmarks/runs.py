@@ -34,12 +34,14 @@ def in_bf16(run: Run) -> Run:
 
 
 def published(overrides: list[str]) -> Iterator[tuple[str, Run]]:
-    """The published sizes by name, in bf16, with the tensor degrees of their paper configurations and with each kind of
-    recomputation."""
+    """The published sizes by name, in bf16, with the tensor degrees of their paper configurations, without and with
+    sequence parallelism, and with each kind of recomputation."""
     for size in PUBLISHED:
-        for kind in ActivationCheckpointing:
-            settings = [f"experiment=opt-{size}-paper", "batch.micro=1", f"activation_checkpointing={kind.value}"]
-            yield size, composed([*settings, *overrides]).in_precision(Precision.bf16)
+        paper = [f"experiment=opt-{size}-paper", "batch.micro=1", *overrides]
+        for sequence in ("false", "true") if composed(paper).parallel.tensor > 1 else ("false",):
+            for kind in ActivationCheckpointing:
+                settings = [*paper, f"parallel.sequence={sequence}", f"activation_checkpointing={kind.value}"]
+                yield size, composed(settings).in_precision(Precision.bf16)
 
 
 def combinations(overrides: list[str]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """The network on fake CUDA tensors, without a GPU: devices, waiting for the device, memory, and collectives.
 
-Each test runs in a process of its own, because a process keeps the CUDA device that computes nothing.
+The tracing runs in a process of its own, because a process keeps the CUDA device that computes nothing. It starts cold,
+because the autograd engine of the fork server has already counted the devices.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import itertools
 import json
 import os
 import shutil
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import ROOT, launch, python
+from command import ROOT, cold_python, launch, python
 from layouts import STYLE_350M, TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,11 +36,17 @@ pytestmark = [
 ]
 
 
-def alone(function: str, *arguments: str, **env: str) -> Any:
-    """What a function of this file prints in a process of its own, as JSON."""
-    process = launch(1, "tests/support/call.py", __file__, function, *arguments, **env)
+def alone(function: str, *arguments: str) -> Any:
+    """What a function of this file prints in a new process, as JSON."""
+    process = cold_python("tests/support/call.py", __file__, function, *arguments)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """The results of `print_all`."""
+    return alone("print_all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +60,14 @@ class Cell:
     packed: bool = False
     classifies: bool = False
     lora: bool = False
+    sequence: bool = True
 
     @property
     def run(self) -> Run:
         style = STYLE_350M if self.style_350m else {}
         return Run(
             model=ModelConfig(**{**TINY, **style, "layerdrop": 0.5, "attention_dropout": 0.1}),
-            parallel=ParallelConfig(tensor=self.tensor),
+            parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence),
             precision=PrecisionConfig(Precision(self.precision)),
             data=dataclasses.replace(Run().data, sequence_length=16),
             batch={"global": 4, "micro": 4},
@@ -96,7 +106,7 @@ def step(cell: Cell, damage: Callable[[Any], None] = lambda model: None) -> None
     labels = Labels(("a", "b", "c"), ProblemType.single_label_classification) if cell.classifies else None
     lora = LoraConfig(rank=2 * cell.lora, targets=["q_proj", "fc2"])
     with fake_tensors():
-        model = network(run.model, lora, labels, group, run.activation_checkpointing)
+        model = network(run.model, lora, labels, group, run.activation_checkpointing, run.parallel.sequence)
         fill(model, nothing, DEVICE, DTYPES[run.precision.name])
         damage(model)
         optimizer = build_optimizer(model, run.optimizer)
@@ -113,34 +123,41 @@ def step(cell: Cell, damage: Callable[[Any], None] = lambda model: None) -> None
         assert not parameter.requires_grad or (gradient is not None and gradient.is_cuda), name
 
 
-def try_cells(cells: str) -> None:
-    """In a process of its own."""
-    from opt_parallel.benchmarks.fake_cuda import load
-
-    load()
-    for values in json.loads(cells):
-        step(Cell(**values))
-    print(len(json.loads(cells)))
+def errors_of(cells: list[Cell]) -> dict[str, str]:
+    """The errors of the cells that fail."""
+    said = {}
+    for cell in cells:
+        try:
+            step(cell)
+        except Exception:
+            said[str(cell)] = traceback.format_exc()
+    return said
 
 
 KINDS = [kind.value for kind in ActivationCheckpointing]
 FEW = [
     Cell(),
-    Cell(tensor=2, style_350m=True, packed=True),
+    Cell(tensor=2, style_350m=True, packed=True, sequence=False),
     Cell(tensor=2, classifies=True, lora=True, precision="fp16"),
     *(Cell(tensor=2, recompute=kind) for kind in KINDS[1:]),
 ]
-ALL = [
-    Cell(*values)
-    for values in itertools.product(
-        (1, 2), KINDS, ("fp32", "bf16", "fp16"), (False, True), (False, True), (False, True), (False, True)
-    )
-]
+ALL = [Cell(*values) for values in itertools.product((1, 2), KINDS, ("fp32", "bf16", "fp16"), *[(False, True)] * 5)]
 
 
-@pytest.mark.parametrize("cells", [FEW, pytest.param(ALL, marks=pytest.mark.long)], ids=["few", "all"])
-def test_everything_stays_on_the_device(cells: list[Cell]) -> None:
-    assert alone("try_cells", json.dumps([dataclasses.asdict(cell) for cell in cells])) == len(cells)
+def print_errors_of_all() -> None:
+    from opt_parallel.benchmarks.fake_cuda import load
+
+    load()
+    print(json.dumps(errors_of(ALL)))
+
+
+def test_everything_stays_on_the_device(found: Any) -> None:
+    assert found["errors"] == {}
+
+
+@pytest.mark.long
+def test_everything_stays_on_the_device_in_every_cell() -> None:
+    assert alone("print_errors_of_all") == {}
 
 
 class Reads(torch.autograd.Function):
@@ -167,11 +184,8 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def try_faults(recompute: str) -> None:
-    """In a process of its own: the error of each fault in the activation of a layer."""
-    from opt_parallel.benchmarks.fake_cuda import load
-
-    load()
+def errors_of_faults(recompute: str) -> dict[str, str]:
+    """The error of each fault in the activation of a layer. It is empty if the fault is not found."""
     said = {}
     for name, fault in FAULTS.items():
 
@@ -183,20 +197,18 @@ def try_faults(recompute: str) -> None:
             said[name] = ""
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps(said))
+    return said
 
 
-@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.long)])
-def test_planted_faults_are_found(recompute: str) -> None:
-    said = alone("try_faults", recompute)
-    assert [name for name in FAULTS if not said[name]] == []
+def test_planted_faults_are_found(found: Any) -> None:
+    assert [name for name in FAULTS if not found["faults"][name]] == []
 
 
 BATCH, LENGTH, WIDTH, HEADS, LAYERS = 4, 2048, 64, 4, 8
 UNIT = 2 * BATCH * LENGTH * WIDTH  # bytes of the hidden states in bf16
 
 
-def traced_run(tensor: int, recompute: str, **parallel: Any) -> Run:
+def traced_run(tensor: int, recompute: str, sequence: bool = False) -> Run:
     """A run whose activations are much larger than its weights. Dropout keeps nothing for the backward."""
     model = ModelConfig(
         vocab_size=512, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, ffn_dim=4 * WIDTH,
@@ -204,7 +216,7 @@ def traced_run(tensor: int, recompute: str, **parallel: Any) -> Run:
     )  # fmt: skip
     return Run(
         model=model,
-        parallel=ParallelConfig(tensor=tensor, **parallel),
+        parallel=ParallelConfig(tensor=tensor, sequence=sequence),
         precision=PrecisionConfig(Precision.bf16),
         data=dataclasses.replace(Run().data, sequence_length=LENGTH),
         batch={"global": BATCH, "micro": BATCH},
@@ -212,40 +224,62 @@ def traced_run(tensor: int, recompute: str, **parallel: Any) -> Run:
     )
 
 
-def print_traces() -> None:
-    """In a process of its own: extrapolated traces, and one of the full depth."""
+def print_all() -> None:
+    """In a process of its own: the results that the tests check."""
     from opt_parallel.benchmarks.fake_cuda import load
     from opt_parallel.benchmarks.memory import extrapolated, trace
 
     load()
-    found = {
-        f"{tensor} {kind}": extrapolated(traced_run(tensor, kind)) for tensor in (1, 2) for kind in ("none", "full")
+    runs = {
+        "1 none": traced_run(1, "none"),
+        "2 none": traced_run(2, "none"),
+        "2 full": traced_run(2, "full"),
+        "2 sequence": traced_run(2, "none", sequence=True),
     }
-    found["whole"] = trace(traced_run(2, "none"), LAYERS)
-    print(json.dumps({name: {**dataclasses.asdict(one), "peak": one.peak} for name, one in found.items()}))
+    traces = {name: extrapolated(run) for name, run in runs.items()} | {"whole": trace(runs["2 none"], LAYERS)}
+    results = {
+        "errors": errors_of(FEW),
+        "faults": errors_of_faults("none"),
+        "traces": {name: {**dataclasses.asdict(one), "peak": one.peak} for name, one in traces.items()},
+        "none": peaks(["none"])["none"],
+    }
+    print(json.dumps(results))
+
+
+def peaks(kinds: list[str]) -> dict[str, int]:
+    """The peaks that are measured on a GPU, traced again."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from checks import cells
+
+    from opt_parallel.benchmarks.memory import trace
+
+    runs = cells()
+    return {kind: trace(runs[kind], runs[kind].model.num_hidden_layers).peak for kind in kinds}
 
 
 @pytest.fixture(scope="module")
-def traces() -> Any:
-    return alone("print_traces")
+def traces(found: Any) -> Any:
+    return found["traces"]
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_a_layer_saves_what_the_formula_says(traces: Any, tensor: int) -> None:
-    """Without recomputation: the input, both LayerNorms' results and the residual sum on every rank; query, key and
-    value (3), attention's result (1) and the activation (4) split over the ranks."""
-    saved = UNIT * (4 + 8 / tensor)
-    saved += 4 * BATCH * LENGTH * (2 * 2 + HEADS / tensor)  # mean and deviation of both LayerNorms, attention's sums
+@pytest.mark.parametrize(("name", "tensor", "shared"), [("1 none", 1, 1), ("2 none", 2, 1), ("2 sequence", 2, 2)])
+def test_a_layer_saves_what_the_formula_says(traces: Any, name: str, tensor: int, shared: int) -> None:
+    """Without recomputation: the input, both LayerNorms' results and the residual sum, of all positions or with
+    sequence parallelism of this rank's; query, key and value (3), attention's result (1) and the activation (4) of
+    this rank's heads and features."""
+    saved = UNIT * (4 / shared + 8 / tensor)
+    saved += (
+        4 * BATCH * LENGTH * (2 * 2 / shared + HEADS / tensor)
+    )  # means and deviations of LayerNorms, attention's sums
     saved += 2 * 512  # the state of attention's random generator
-    assert traces[f"{tensor} none"]["saved_by_a_layer"] == saved
+    assert traces[name]["saved_by_a_layer"] == saved
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_the_peak_is_what_the_formula_says(traces: Any, tensor: int) -> None:
+def test_the_peak_is_what_the_formula_says(traces: Any) -> None:
     """With full recomputation, the peak is in the backward of the last layer's activation: the inputs of all layers,
     the layer's tensors without its input, the gradient of its output, and both gradients around the activation."""
-    peak = UNIT * (LAYERS + 3 + 8 / tensor + 1 + 2 * 4 / tensor)
-    assert traces[f"{tensor} full"]["peak"] == pytest.approx(peak, rel=0.02)  # the rest: token ids, sums, a gradient
+    peak = UNIT * (LAYERS + 3 + 8 / 2 + 1 + 2 * 4 / 2)
+    assert traces["2 full"]["peak"] == pytest.approx(peak, rel=0.02)  # the rest: token ids, sums, a gradient
 
 
 def test_collectives_of_a_forward_and_a_backward(traces: Any) -> None:
@@ -256,12 +290,41 @@ def test_collectives_of_a_forward_and_a_backward(traces: Any) -> None:
         found = traces[f"2 {kind}"]
         assert found["messages"] == {"all-reduce": times, "all-gather": 1}
         assert found["sent"] == {"all-reduce": times * UNIT, "all-gather": words}
-        assert traces[f"1 {kind}"]["messages"] == {}
+    assert traces["1 none"]["messages"] == {}
+
+
+def test_collectives_of_sequence_parallelism(traces: Any) -> None:
+    """A reduce-scatter in place of each all-reduce, and an all-gather for each. The backward of each column-parallel
+    layer gathers its input once more, and short all-reduces sum the gradients of parameters that all ranks hold."""
+    messages = traces["2 sequence"]["messages"]
+    assert messages["reduce-scatter"] == 4 * LAYERS + 2
+    assert messages["all-gather"] == 6 * LAYERS + 2 + 1  # 1: the loss
+    assert traces["2 sequence"]["sent"]["all-reduce"] < UNIT
 
 
 def test_the_extrapolation_equals_the_trace_of_the_full_depth(traces: Any) -> None:
     whole, extrapolated = traces["whole"], traces["2 none"]
     assert {**whole, "saved_by_a_layer": extrapolated["saved_by_a_layer"]} == extrapolated
+
+
+def print_peaks() -> None:
+    from opt_parallel.benchmarks.fake_cuda import load
+
+    load()
+    print(json.dumps(peaks(KINDS)))
+
+
+TRACED = Path(__file__).with_name("traced.json")
+
+
+def test_the_peak_to_measure_on_a_gpu_is_up_to_date(found: Any) -> None:
+    """`PYTHONPATH=.:tests/support python tests/gpu/checks.py trace --device cpu` writes the file again."""
+    assert found["none"] == json.loads(TRACED.read_text())["none"]
+
+
+@pytest.mark.long
+def test_all_peaks_to_measure_on_a_gpu_are_up_to_date() -> None:
+    assert alone("print_peaks") == json.loads(TRACED.read_text())
 
 
 def test_the_command_prints_a_row_for_each_combination() -> None:
@@ -271,24 +334,24 @@ def test_the_command_prints_a_row_for_each_combination() -> None:
     assert len(process.stdout.splitlines()) == 3
 
 
-def test_a_missing_compiler_is_said_in_one_line(tmp_path: Path) -> None:
-    arguments = ["-m", "opt_parallel", "benchmark", "memory", "model=opt-tiny", "data.sequence_length=32"]
-    process = python(*arguments, CXX="/nonexistent/c++", XDG_CACHE_HOME=str(tmp_path))
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.splitlines()[-1].startswith("error: /nonexistent/c++ was not found")
-
-
-def print_refusal() -> None:
-    """In a process of its own, which takes its torch for one with CUDA."""
+def print_refusals(folder: str) -> None:
+    """In a process of its own: the errors without a compiler, and with a build of torch for GPUs."""
     from opt_parallel.benchmarks.fake_cuda import load
     from opt_parallel.runtime.errors import UserError
 
-    torch.version.cuda = "13.0"
-    try:
-        load()
-    except UserError as error:
-        print(json.dumps(str(error)))
+    said = []
+    os.environ |= {"XDG_CACHE_HOME": folder, "CXX": "/nonexistent/c++"}
+    for version in (None, "13.0"):
+        torch.version.cuda = version
+        try:
+            load()
+        except UserError as error:
+            said.append(str(error))
+    print(json.dumps(said))
 
 
-def test_a_build_for_gpus_is_refused() -> None:
-    assert "is built for GPUs" in alone("print_refusal")
+def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
+    process = launch(1, "tests/support/call.py", __file__, "print_refusals", str(tmp_path))
+    compiler, build = json.loads(process.stdout)
+    assert compiler.startswith("/nonexistent/c++ was not found, and fake CUDA tensors need a C++ compiler")
+    assert "is built for GPUs" in build
