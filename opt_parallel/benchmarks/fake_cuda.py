@@ -103,7 +103,8 @@ def group_of(size: int) -> Group:
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """A context in which all new tensors are fake. Attention uses the kernels that torch selects on a GPU."""
-    whole, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _attention
+    whole = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
     try:
         with FakeTensorMode():
             yield
