@@ -273,9 +273,9 @@ def run_loss(arguments: argparse.Namespace) -> None:
 def run_host(arguments: argparse.Namespace) -> None:
     from opt_parallel.benchmarks.host import HEAD, measure, row
 
-    measured = measure(list(ActivationCheckpointing), arguments.tensor, arguments.rounds)
+    measured = measure(arguments.tensor, arguments.rounds)
     print(f"\nCPU time of one layer, forward and backward, tensor {arguments.tensor}, dropout 0.1, {cpu_model()}\n")
-    print(aligned([HEAD, *(row(mode, times) for mode, times in measured.items())]))
+    print(aligned([HEAD, *(row(variant, times) for variant, times in measured.items())]))
 
 
 def run_collectives(arguments: argparse.Namespace) -> None:

@@ -241,8 +241,7 @@ class Decoder(nn.Module):
         if self.recompute is ActivationCheckpointing.full:
             return recomputed(block, hidden, context)
         if self.recompute is ActivationCheckpointing.offload:
-            with context.inputs.saving():
-                return recomputed(block, hidden, context)
+            return recomputed(block, hidden, context, inputs=context.inputs)
         return block(hidden, context)
 
 

@@ -72,7 +72,8 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, samples: Tensor, p: float, key: Tensor, first: int) -> Tensor:
         ctx.samples, ctx.p, ctx.key, ctx.first = samples, p, key, first
-        return _dropped(hidden, samples, p, key, first)
+        # A tensor that requires a gradient would be another case for torch.compile, which it would compile too.
+        return _dropped(hidden.detach(), samples, p, key, first)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:

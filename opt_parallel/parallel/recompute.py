@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,22 +13,75 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(function: Callable[..., Tensor], hidden: Tensor, *arguments: Any) -> Tensor:
+def recomputed(
+    function: Callable[..., Tensor], hidden: Tensor, *arguments: Any, inputs: HostInputs | None = None
+) -> Tensor:
     """`function(hidden, *arguments)`, which keeps only `hidden` for the backward and computes the rest again.
 
-    The recomputation ends with the last tensor that the backward needs. So a product at the end of `function`, the
-    collective that sums it, and dropout are not repeated."""
-    result = checkpoint(function, hidden, *arguments, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(result, Tensor)
-    return result
+    With `inputs`, `hidden` is kept there. The recomputation ends with the last tensor that the backward needs. So a
+    product at the end of `function`, the collective that sums it, and dropout are not repeated. torch's `checkpoint`
+    does the same, and takes several times as long on the host."""
+    if not torch.is_grad_enabled():
+        return function(hidden, *arguments)
+    if torch.compiler.is_compiling():
+        result = checkpoint(function, hidden, *arguments, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(result, Tensor)
+        return result
+    kept = (lambda: hidden) if inputs is None else inputs.keep(hidden)
+    frame = _Recomputation(partial(_again, function, kept, arguments, _autocast(hidden.device.type)))
+    with saved_tensors_hooks(frame.count, frame.take):
+        return function(hidden, *arguments)
+
+
+def _again(
+    function: Callable[..., Tensor], kept: Callable[[], Tensor], arguments: tuple[Any, ...], autocast: Any
+) -> None:
+    with torch.enable_grad(), autocast or nullcontext():
+        function(kept(), *arguments)
+
+
+def _autocast(device: str) -> torch.autocast | None:
+    """The autocast of the forward, under which the backward recomputes."""
+    return torch.autocast(device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
+class _Recomputation:
+    """Numbers the tensors that a function saves for the backward, and computes them when the backward asks for one."""
+
+    def __init__(self, again: Callable[[], None]) -> None:
+        self.again, self.number, self.computed = again, 0, dict[int, Tensor]()
+
+    def count(self, saved: Tensor) -> int:
+        self.number += 1
+        return self.number - 1
+
+    def take(self, number: int) -> Tensor:
+        if number not in self.computed:
+            self.computed.clear()
+            with suppress(_Complete), saved_tensors_hooks(self._collect, _unchanged):
+                self.again()
+        return self.computed.pop(number)
+
+    def _collect(self, saved: Tensor) -> Tensor:
+        tensor = self.computed[len(self.computed)] = saved.detach()
+        if len(self.computed) == self.number:
+            raise _Complete
+        return tensor
+
+
+class _Complete(Exception):
+    """All tensors that the backward needs have been computed."""
+
+
+def _unchanged(saved: Tensor) -> Tensor:
+    return saved
 
 
 def product_of_normed(norm: nn.Module, product: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
     """`product(norm(hidden))`, which keeps `hidden` for the backward, and not the output of `norm`.
 
-    `arguments` are further arguments of both.
-
-    What `product` saves of this output is computed again from `hidden` when the backward asks for it."""
+    Both also get the `arguments`. What `product` saves of this output is computed again from `hidden` when the backward
+    asks for it."""
     normed = norm(hidden, *arguments)
     storage = normed.untyped_storage()._cdata
 
@@ -56,13 +109,14 @@ class HostInputs:
     def __init__(self) -> None:
         self.last: _HostCopy | None = None
 
-    def saving(self) -> saved_tensors_hooks:
-        """A context in which tensors that are saved for the backward are saved in the host's memory."""
-        return saved_tensors_hooks(self._save, _HostCopy.take)
-
-    def _save(self, tensor: Tensor) -> _HostCopy:
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """A function that returns `tensor`, which is in the host's memory until then."""
         self.last = _HostCopy(tensor.detach(), self.last)
-        return self.last
+        return partial(_taken, self.last, tensor.requires_grad)
+
+
+def _taken(copy: _HostCopy, requires_grad: bool) -> Tensor:
+    return copy.take().requires_grad_(requires_grad)
 
 
 class _HostCopy:
@@ -73,7 +127,8 @@ class _HostCopy:
     stream, even if the host is many layers ahead of the device."""
 
     def __init__(self, tensor: Tensor, earlier: _HostCopy | None) -> None:
-        self.earlier, self.tensor, self.device = earlier, tensor, tensor.device
+        self.earlier, self.device = earlier, tensor.device
+        self.tensor: Tensor | None = tensor
         self.host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         self._copy(self.host, tensor)
         if earlier is not None:

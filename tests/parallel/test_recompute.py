@@ -19,7 +19,7 @@ from opt_parallel.config.task import LoraConfig
 from opt_parallel.model.build import network
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.random import Draw
-from opt_parallel.parallel.recompute import HostInputs
+from opt_parallel.parallel.recompute import HostInputs, recomputed
 from opt_parallel.parallel.shard import fill, random_source
 from opt_parallel.parallel.topology import ALONE, Group
 
@@ -28,9 +28,13 @@ ROWS, LENGTH = 2, 16
 
 
 def model_of(
-    mode: ActivationCheckpointing, changes: dict[str, Any], group: Group = ALONE, lora: LoraConfig | None = None
+    mode: ActivationCheckpointing,
+    changes: dict[str, Any],
+    group: Group = ALONE,
+    lora: LoraConfig | None = None,
+    sequence: bool = False,
 ) -> CausalLM:
-    model = network(ModelConfig(**{**TINY, **changes}), lora or LoraConfig(), None, group, mode)
+    model = network(ModelConfig(**{**TINY, **changes}), lora or LoraConfig(), None, group, mode, sequence)
     assert isinstance(model, CausalLM)
     fill(model, random_source(1), torch.device("cpu"), torch.float32)
     return model
@@ -88,11 +92,11 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def collectives(layers: int, mode: ActivationCheckpointing, changes: dict[str, Any]) -> dict[str, int]:
+def collectives(layers: int, mode: ActivationCheckpointing, changes: dict[str, Any], sequence: bool) -> dict[str, int]:
     from opt_parallel.parallel.topology import Topology
 
     with Topology.open(2) as topology:
-        model = model_of(mode, {"num_hidden_layers": layers, **changes}, topology.tensor)
+        model = model_of(mode, {"num_hidden_layers": layers, **changes}, topology.tensor, sequence=sequence)
         with Watch() as watch:
             loss = loss_of(model)
             watch.phase = "backward"
@@ -100,18 +104,23 @@ def collectives(layers: int, mode: ActivationCheckpointing, changes: dict[str, A
     return dict(watch.collectives)
 
 
-@pytest.mark.parametrize(("changes", "again"), [({}, 1), (STYLE_350M, 2)], ids=["standard", "350m"])
-def test_recomputation_repeats_only_the_collectives_that_it_must(crew: Any, changes: Any, again: int) -> None:
+@pytest.mark.parametrize(
+    ("changes", "sequence", "mode", "again"),
+    [({}, False, "full", 1), (STYLE_350M, False, "full", 2), ({}, True, "full", 3), ({}, True, "selective", 1)],
+)
+def test_recomputation_repeats_only_the_collectives_that_it_must(
+    crew: Any, changes: Any, sequence: bool, mode: str, again: int
+) -> None:
     """The sum after attention is needed for the rest of the layer. The one after the feed-forward is needed only by a
-    LayerNorm behind it."""
-    plain, full = (crew(2)(collectives, 4, mode, changes)[0] for mode in (MODES[0], MODES[2]))
-    assert full == {"forward": plain["forward"], "backward": plain["backward"] + 4 * again}
+    LayerNorm behind it. With sequence parallelism, both column-parallel layers gather their inputs again."""
+    modes = (ActivationCheckpointing.none, ActivationCheckpointing(mode))
+    plain, found = (crew(2)(collectives, 4, each, changes, sequence)[0] for each in modes)
+    assert found == {"forward": plain["forward"], "backward": plain["backward"] + 4 * again}
 
 
 def test_inputs_on_the_host_come_back_one_ahead() -> None:
     inputs, tensors = HostInputs(), [torch.full((4,), float(n), requires_grad=True) for n in range(3)]
-    with inputs.saving():
-        squares = [tensor**2 for tensor in tensors]
+    squares = [recomputed(torch.square, tensor, inputs=inputs) for tensor in tensors]
     last = inputs.last
     assert last is not None
     middle = last.earlier
@@ -149,11 +158,11 @@ KEPT = {
 }
 
 
-def kept(mode: ActivationCheckpointing, changes: dict[str, Any], group: Group) -> float:
+def kept(mode: ActivationCheckpointing, changes: dict[str, Any], group: Group, sequence: bool) -> float:
     """What one layer more keeps between forward and backward, in multiples of its input's size."""
     held = []
     for layers in (2, 3):
-        model = model_of(mode, {**changes, "num_hidden_layers": layers}, group)
+        model = model_of(mode, {**changes, "num_hidden_layers": layers}, group, sequence=sequence)
         with Watch() as watch:
             loss = loss_of(model)
         for tensor in model.parameters():
@@ -163,17 +172,20 @@ def kept(mode: ActivationCheckpointing, changes: dict[str, Any], group: Group) -
     return (held[1] - held[0]) / (ROWS * LENGTH * TINY["hidden_size"] * 4)
 
 
-def kept_by_all(tensor: int) -> dict[tuple[str, str], float]:
+def kept_by_all(tensor: int, sequence: bool) -> dict[tuple[str, str], float]:
     from opt_parallel.parallel.topology import Topology
 
     with Topology.open(tensor) as topology:
         return {
-            (mode, style): kept(ActivationCheckpointing(mode), STYLES[style], topology.tensor) for mode, style in KEPT
+            (mode, style): kept(ActivationCheckpointing(mode), STYLES[style], topology.tensor, sequence)
+            for mode, style in KEPT
         }
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_what_a_layer_keeps(crew: Any, tensor: int) -> None:
-    """The tolerance is for the statistics of LayerNorms and attention, and for the seeds of dropout."""
-    for found in crew(tensor)(kept_by_all, tensor):
-        assert found == {key: pytest.approx(a + b / tensor, abs=0.15) for key, (a, b) in KEPT.items()}
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
+def test_what_a_layer_keeps(crew: Any, tensor: int, sequence: bool) -> None:
+    """With sequence parallelism, each of t ranks keeps 1/t of everything. The tolerance is for the statistics of
+    LayerNorms and attention, and for the seeds of dropout."""
+    for found in crew(tensor)(kept_by_all, tensor, sequence):
+        expected = {key: (a / tensor if sequence else a) + b / tensor for key, (a, b) in KEPT.items()}
+        assert found == {key: pytest.approx(multiples, abs=0.15) for key, multiples in expected.items()}

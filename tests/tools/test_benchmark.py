@@ -125,4 +125,6 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
 def test_the_time_to_start_a_layer() -> None:
     status, printed, said = benchmark("host", "--rounds", "1")
     assert status == 0, said
-    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["none", "full", "offload"]
+    rows = [tuple(line.split()[:2]) for line in printed.splitlines()[-8:]]
+    modes = ("none", "selective", "full", "offload")
+    assert rows == [(mode, sequence) for sequence in ("false", "true") for mode in modes]
