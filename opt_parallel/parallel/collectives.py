@@ -81,14 +81,38 @@ def start_all_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
     """Start to stack the ranks' tensors. The returned function waits, and returns (size, …), without a gradient."""
     tensor = tensor.detach().contiguous()
     stacked = tensor.new_empty(group.size, *tensor.shape)
-    return _waiting(_all_gather(stacked, tensor.unsqueeze(0), group=group.handle, async_op=True), stacked)
+    if tensor.is_cuda:
+        return _waiting(_all_gather(stacked, tensor.unsqueeze(0), group=group.handle, async_op=True), stacked)
+    stacked[group.rank] = tensor  # on CPUs, broadcasts are faster than gloo's all-gather
+    works = [
+        dist.broadcast(part, group=group.handle, group_src=rank, async_op=True) for rank, part in enumerate(stacked)
+    ]
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return stacked
+
+    return wait
 
 
 def start_reduce_scatter(stacked: Tensor, group: Group) -> Callable[[], Tensor]:
     """Start to sum `stacked` (size, …) over the ranks. The returned function waits, and returns this rank's element
     (…) of the sum, without a gradient."""
-    part = torch.empty_like(stacked[0])
-    return _waiting(_reduce_scatter(part.unsqueeze(0), stacked, group=group.handle, async_op=True), part)
+    if stacked.is_cuda:
+        part = torch.empty_like(stacked[0])
+        return _waiting(_reduce_scatter(part.unsqueeze(0), stacked, group=group.handle, async_op=True), part)
+    received = torch.empty_like(stacked)  # gloo's reduce-scatter is an all-reduce, which sends more
+    work = dist.all_to_all_single(received, stacked, group=group.handle, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        total = received[0] + received[1]
+        for part in received[2:]:
+            total += part
+        return total
+
+    return wait
 
 
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
@@ -111,7 +135,8 @@ def all_gather_last(tensor: Tensor, group: Group) -> Tensor:
         assert group.handle is not None
         stacked = functional.wait_tensor(functional.all_gather_tensor(tensor.unsqueeze(0), 0, group.handle))
     else:
-        stacked = start_all_gather(tensor, group)()
+        stacked = tensor.new_empty(group.size, *tensor.shape)
+        _all_gather(stacked, tensor.unsqueeze(0), group=group.handle)
     return torch.cat(stacked.unbind(0), dim=-1)
 
 
