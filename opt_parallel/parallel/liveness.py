@@ -41,7 +41,8 @@ class Ring:
     `hosts` names each rank's host."""
 
     def __init__(self, store: Any, rank: int, hosts: tuple[str, ...], roll_call: RollCall) -> None:
-        self._group = ProcessGroupGloo(store, rank, len(hosts), timeout=CONNECT_TIMEOUT)
+        # `Any`, because the stubs of torch lack `send` and `recv`.
+        self._group: Any = ProcessGroupGloo(store, rank, len(hosts), timeout=CONNECT_TIMEOUT)
         self._previous, self._next = (rank - 1) % len(hosts), (rank + 1) % len(hosts)
         self._rank, self._hosts, self._roll_call = rank, hosts, roll_call
         self._terminal = os.dup(2)  # a run redirects standard error to the rank's log
