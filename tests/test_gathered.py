@@ -62,7 +62,7 @@ def most_gathered(run: Run, with_views: bool = False) -> list[float]:
     return found
 
 
-def saving_a_view(hidden: Tensor, weight: Tensor, bias: Tensor, group: Any) -> Tensor:
+def saving_a_view(hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
     """The product of a column-parallel layer as torch saves it for the backward: with a view of the weight."""
     return F.linear(hidden, weight.view(-1, weight.size(-1)), bias.view(-1))
 
