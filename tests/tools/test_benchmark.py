@@ -88,6 +88,19 @@ def test_saving_and_loading_beside_deepspeed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
+def test_one_of_many_ranks_resumes(tmp_path: Path) -> None:
+    status, printed, said = benchmark(
+        "resume", "--processes", "8", "--tensor", "2", "--tensor", "1", "--output", str(tmp_path), *TINY,
+        "parallel.tensor=2",
+    )  # fmt: skip
+    assert status == 0, said
+    assert "saved by 8 ranks (tensor 2 × data 4)" in printed
+    for line, what in zip(printed.splitlines()[-2:], ("tensor 2 × data 4", "tensor 1 × data 8"), strict=True):
+        assert line.startswith(what)
+    assert not list(tmp_path.iterdir())
+
+
 def test_generation_beside_transformers() -> None:
     """The benchmark itself ends with an error where the two do not make the same texts."""
     status, printed, said = benchmark(
@@ -111,6 +124,7 @@ def test_generation_beside_transformers() -> None:
         (["train", "zero.offload=cpu"], "zero.offload=none"),
         (["train", "--output", "/dev/null/here", *TINY], "/dev/null/here"),
         (["checkpoint", "--processes", "3", *TINY], "--processes 3"),
+        (["resume", "--processes", "8", "--tensor", "3", *TINY], "--tensor 3"),
         (["loss", "--tokens", "many"], "many"),
         (["generate", "--prompt", "2000"], "2048 positions"),
     ],
