@@ -161,7 +161,7 @@ LAUNCH_KEYS = {
 OPTIONS: dict[tuple[str, str | None, str], tuple[str | None, str]] = {
     ("benchmark", "train", "--output"): (None, "train model=opt-tiny batch.micro=1 precision=fp32"),
     ("benchmark", "checkpoint", "--output"): (None, "checkpoint model=opt-tiny precision=fp32"),
-    ("benchmark", "resume", "--output"): (None, "resume model=opt-tiny"),
+    ("benchmark", "resume", "--output"): (None, "resume --processes 2 model=opt-tiny"),
     ("benchmark", "prepare", "--output"): (None, "prepare --megabytes 1"),
     ("checkpoint", "list", "run"): ("run", "list"),
     ("checkpoint", "show", "folder"): ("run/checkpoints/step-4", "show"),
