@@ -280,7 +280,6 @@ def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
         "zero_optimization": {
             "stage": 2 if zero.stage == 1 else zero.stage,  # PartitionedGradients replaces the reduction of both
             "reduce_bucket_size": zero.reduce_bucket_size,
-            "allgather_bucket_size": zero.allgather_bucket_size,
             "contiguous_gradients": True,
             "overlap_comm": on_gpu,
             "offload_optimizer": {"device": zero.offload.value, "pin_memory": on_gpu},

@@ -92,8 +92,6 @@ class ZeroConfig(Section):
     offload: Offload = Offload.none
     # number of elements in one gradient reduction; stages 1 and 2 have two fp32 buffers of this size
     reduce_bucket_size: int = 50_000_000
-    # number of elements in one all-gather of weights, stages 1 and 2
-    allgather_bucket_size: int = 50_000_000
     # number of elements gathered in advance, stage 3
     prefetch_bucket_size: int = 50_000_000
     # parameters with fewer elements are not partitioned, stage 3
@@ -106,8 +104,7 @@ class ZeroConfig(Section):
             f"zero.offload={self.offload.value} moves ZeRO's optimizer state, which zero.stage=0 does not have: "
             "use zero.stage=1, 2 or 3, or zero.offload=none",
         )
-        for name in ("reduce_bucket_size", "allgather_bucket_size"):
-            require(getattr(self, name) >= 1, f"zero.{name}={getattr(self, name)} must be at least 1")
+        require(self.reduce_bucket_size >= 1, f"zero.reduce_bucket_size={self.reduce_bucket_size} must be at least 1")
         for name in ("prefetch_bucket_size", "persistence_threshold"):
             require(getattr(self, name) >= 0, f"zero.{name}={getattr(self, name)} must not be negative")
 
