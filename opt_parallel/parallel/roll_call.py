@@ -30,11 +30,14 @@ class RollCall:
     def __init__(self, store: Any, rank: int, hosts: tuple[str, ...]) -> None:
         self._store, self._rank, self._hosts = store, rank, hosts
         self._closed, self._asking = threading.Event(), threading.Lock()
-        threading.Thread(target=self._answer, name="roll call", daemon=True).start()
+        self._answering = threading.Thread(target=self._answer, name="roll call", daemon=True)
+        self._answering.start()
 
     def close(self) -> None:
-        """Stop the thread that answers other ranks."""
+        """Stop the thread that answers other ranks. A thread that is inside torch when Python ends aborts the
+        process."""
         self._closed.set()
+        self._answering.join(ANSWER_TIMEOUT)
 
     def ask(self, ended: int | None = None) -> tuple[str, bool]:
         """A description of the missing ranks, and whether this rank prints the description.
