@@ -28,7 +28,7 @@ from pathlib import Path
 
 from opt_parallel.benchmarks.runs import combinations, composed, in_bf16, published
 from opt_parallel.config.options import parsed
-from opt_parallel.config.paths import make_folder
+from opt_parallel.config.paths import make_folder, reach
 from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
 from opt_parallel.config.units import bytes_of
 from opt_parallel.runtime.errors import UserError, reporting
@@ -375,6 +375,8 @@ def run_preparation(arguments: argparse.Namespace) -> None:
 
 def run_memory(arguments: argparse.Namespace) -> None:
     if arguments.page is not None:
+        if reach("--page ", arguments.page) is None:
+            raise UserError(f"--page {arguments.page} does not exist: give the page whose table is to be replaced")
         from opt_parallel.benchmarks.memory import write_page
 
         write_page(arguments.page, list(published(arguments.overrides)))

@@ -163,6 +163,7 @@ OPTIONS: dict[tuple[str, str | None, str], tuple[str | None, str]] = {
     ("benchmark", "checkpoint", "--output"): (None, "checkpoint model=opt-tiny precision=fp32"),
     ("benchmark", "resume", "--output"): (None, "resume --processes 2 model=opt-tiny"),
     ("benchmark", "prepare", "--output"): (None, "prepare --megabytes 1"),
+    ("benchmark", "memory", "--page"): ("text.jsonl", "memory model=opt-tiny"),
     ("checkpoint", "list", "run"): ("run", "list"),
     ("checkpoint", "show", "folder"): ("run/checkpoints/step-4", "show"),
     ("checkpoint", "verify", "folder"): ("run/checkpoints/step-4", "verify"),
