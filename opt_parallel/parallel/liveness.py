@@ -1,15 +1,18 @@
 """Ends this rank soon after another rank has died, even if the main thread hangs in a call to the device.
 
 The ranks form a ring of connections. Each rank sends the next rank a beat every few seconds, and waits for the beats of
-the previous rank. Two daemon threads do this, so it continues while the main thread computes, compiles, saves or hangs.
+the previous rank. Daemon threads do this, so it continues while the main thread computes, compiles, saves or hangs.
 
 * The previous rank's process ended: the system closes the connection, which is noticed at once.
 * The previous rank's machine or network is lost, or its process is stopped: no beat arrives for `PATIENCE` seconds.
 
 The rank that notices tells the next rank, which tells its next, so that all ranks know within milliseconds. Then all
 ranks find out who does not answer (`roll_call`), one rank of each host prints it, and all end with the status of
-`Lost`. A rank that leaves the ring on purpose says so first. The main thread may notice the same loss by a collective
-that fails: whichever thread starts the roll call first ends the process.
+`Lost`. The main thread may notice the same loss by a collective that fails: whichever thread starts the roll call first
+ends the process.
+
+A rank that leaves the ring on purpose says so to both neighbours. Each neighbour answers, because gloo cannot cancel a
+pending receive, and a thread that waits inside gloo while Python ends would abort the process.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from opt_parallel.runtime.log import OURS
 BEAT = 5.0  # Seconds between two beats.
 PATIENCE = 30.0  # Seconds without a beat after which the previous rank counts as lost.
 ALIVE, LEFT, ENDED, SILENT = range(4)  # Messages. The last two say what happened to a rank.
+FORWARD, BACKWARD = range(2)  # Tags of messages from the previous rank and from the next rank.
 NEVER, SOON = timedelta(days=10_000), timedelta(seconds=5)
 CONNECT_TIMEOUT = timedelta(minutes=30)
 
@@ -49,7 +53,7 @@ class Ring:
         self._closed = threading.Event()
         self._silence = 0.0  # seconds since the last beat, counted in beats of our own, which stop if we are stopped
         self._sent: deque[Work] = deque(maxlen=8)  # a message must not be freed before it is sent
-        works = (self._listen, self._beat)
+        works = (self._listen, self._hear, self._beat)
         self._threads = [threading.Thread(target=work, name="liveness", daemon=True) for work in works]
         for thread in self._threads:
             thread.start()
@@ -57,20 +61,23 @@ class Ring:
     def leave(self) -> None:
         """Leave the ring. The next rank then no longer waits for this rank's beats."""
         self.close()
-        with suppress(RuntimeError):  # the next rank has ended
-            self._send(LEFT, self._rank).wait(SOON)
-        self._group.abort()  # ends the waiting of `_listen`, whose thread must not outlive Python
+        self._leave_to(self._next, FORWARD)
+        self._leave_to(self._previous, BACKWARD)
         for thread in self._threads:
             thread.join(SOON.seconds)
         os.close(self._terminal)
+
+    def _leave_to(self, neighbour: int, tag: int) -> None:
+        with suppress(RuntimeError):  # the neighbour has ended or left
+            self._send(LEFT, self._rank, neighbour, tag)
 
     def close(self) -> None:
         """Stop to watch the previous rank. The next rank notices the end of this process."""
         self._closed.set()
 
-    def _send(self, message: int, rank: int) -> Work:
-        self._sent.append(self._group.send([torch.tensor([message, rank])], self._next, 0))
-        return self._sent[-1]
+    def _send(self, message: int, rank: int, to: int | None = None, tag: int = FORWARD) -> None:
+        work = self._group.send([torch.tensor([message, rank])], self._next if to is None else to, tag)
+        self._sent.append(work)
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # the next rank has ended, which its own next rank notices
@@ -87,13 +94,21 @@ class Ring:
             self._silence = 0.0
             try:
                 received = torch.empty(2, dtype=torch.int64)
-                self._group.recv([received], self._previous, 0).wait(NEVER)
+                self._group.recv([received], self._previous, FORWARD).wait(NEVER)
                 message, rank = received.tolist()
             except RuntimeError:  # the connection was closed
                 message = ENDED
         self._silence = float("-inf")
-        if message != LEFT:
+        if message == LEFT:
+            self._leave_to(self._previous, BACKWARD)
+        else:
             self._lose(message, rank)
+
+    def _hear(self) -> None:
+        """Wait until the next rank leaves or answers that this rank leaves."""
+        with suppress(RuntimeError):  # the next rank has ended, which its own next rank notices
+            self._group.recv([torch.empty(2, dtype=torch.int64)], self._next, BACKWARD).wait(NEVER)
+            self._leave_to(self._next, FORWARD)
 
     def _lose(self, message: int, rank: int) -> None:
         """Tell the next rank what happened to `rank`, find out who does not answer, and end this process."""

@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from command import ROOT, environment, fork_server
 from fork_server import Forked
@@ -119,3 +121,24 @@ def test_ranks_that_leave_at_different_times_are_not_missed(tmp_path: Path) -> N
         assert run.statuses() == [0, 0, 0, 0]
         assert run.errors() == []
         assert [run.out(rank).split() for rank in range(4)] == [["hangs", "hangs", "ended"]] * 4
+
+
+def leave_early(seconds: float) -> tuple[float, list[str]]:
+    """On the crew: how long rank 0 takes to leave while rank 1 is busy, and its threads that still watch then."""
+    from opt_parallel.parallel.topology import Topology
+    from opt_parallel.runtime.errors import UserError
+
+    with suppress(UserError), Topology.open(1) as topology:
+        topology.barrier()
+        began = time.monotonic()
+        if topology.is_main:
+            raise UserError("a mistake")
+        time.sleep(seconds)
+    return time.monotonic() - began, [each.name for each in threading.enumerate() if each.name == "liveness"]
+
+
+def test_a_rank_that_leaves_first_keeps_no_thread(crew: Any) -> None:
+    """A thread that waits inside gloo while Python ends would abort the process."""
+    (taken, left), (_, others) = crew(2)(leave_early, 3.0)
+    assert left == others == []
+    assert taken < 2

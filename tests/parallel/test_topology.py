@@ -82,7 +82,7 @@ def one_writes_longer(folder: Path, seconds: float) -> str | None:
             write(*arguments)
 
         saver._write_file = slowly  # type: ignore[method-assign, assignment]
-        saver.start([], folder, lambda: None)
+        saver.start([], [], folder, lambda: None)
         failure = saver.wait()
         topology.set_timeout(60.0)
         topology.exchange(None)

@@ -40,8 +40,7 @@ def train_in(folder: Path, steps: int = 6, offset: float = 0.0, every: int = 3, 
     metrics, clock = Metrics.open(run, 1, True, torch.device("cpu"), Clock()), Clock()
     for _ in range(steps):
         clock = clock.after(4, 10 * (clock.step + 1))
-        loss = torch.tensor(loss_at(clock.step, offset))
-        metrics.step(clock, loss, torch.tensor(1.0), 1e-3, None, False, 0.0, {"train": 0.5})
+        metrics.step(clock, loss_at(clock.step, offset), 1.0, 1e-3, None, False, 0.0, {"train": 0.5})
         if clock.step % every == 0:
             metrics.validation(clock, loss_at(clock.step, offset + 1), None)
     metrics.abandon()
