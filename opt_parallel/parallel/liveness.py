@@ -36,7 +36,8 @@ BEAT = 5.0  # Seconds between two beats.
 PATIENCE = 30.0  # Seconds without a beat after which the previous rank counts as lost.
 ALIVE, LEFT, ENDED, SILENT = range(4)  # Messages. The last two say what happened to a rank.
 FORWARD, BACKWARD = range(2)  # Tags of messages from the previous rank and from the next rank.
-NEVER, SOON = timedelta(days=10_000), timedelta(seconds=5)
+NEVER = timedelta(days=10_000)
+SOON = 5.0  # Seconds in which a neighbour answers, and in which an error is printed.
 CONNECT_TIMEOUT = timedelta(minutes=30)
 
 
@@ -64,7 +65,7 @@ class Ring:
         self._leave_to(self._next, FORWARD)
         self._leave_to(self._previous, BACKWARD)
         for thread in self._threads:
-            thread.join(SOON.seconds)
+            thread.join(SOON)
         os.close(self._terminal)
 
     def _leave_to(self, neighbour: int, tag: int) -> None:
@@ -120,7 +121,7 @@ class Ring:
         if self._closed.is_set():  # this rank ended the run in the meantime
             return
         what = "closed its connection" if message == ENDED else f"sent no beat for {PATIENCE:g} s"
-        hangs = threading.Timer(SOON.seconds, os._exit, [1])  # the terminal or the disk of the log may hang too
+        hangs = threading.Timer(SOON, os._exit, [1])  # the terminal or the disk of the log may hang too
         hangs.daemon = True
         hangs.start()
         line = (

@@ -109,12 +109,7 @@ class _Gather(torch.autograd.Function):
         return start_reduce_scatter(gradient, ctx.split)(), None
 
 
-class _GatherForAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, split: Split) -> Tensor:
-        ctx.split = split
-        return start_gather(part, split)()
-
+class _GatherForAll(_Gather):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.split.part(gradient), None
