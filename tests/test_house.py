@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["runtime"],
     ["storage", "config"],
+    ["planning"],
     ["data.text", "parallel", "report"],
     ["huggingface", "optim", "zero"],
     ["data.encode", "model", "gradients"],

@@ -1,0 +1,65 @@
+"""What a plan is computed on: devices, the links between them, and what published data sheets say of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device. `peak` maps a precision to FLOP/s of dense matrix products, from the maker's data sheet. `memory` is
+    the total that the driver reports, in bytes. `bandwidth` is that of the device's memory in bytes/s."""
+
+    name: str
+    memory: int
+    peak: dict[str, float]
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes/s that one device sends while it receives as many, and the seconds until a message of no bytes arrives."""
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`nodes` hosts of `per_host` devices. `within` links devices of one host, `between` those of two hosts.
+    `host_memory` is in bytes, `price` in dollars for a device and hour, None if unknown."""
+
+    device: Device
+    nodes: int = 1
+    per_host: int = 8
+    within: Link = Link(300e9, 5e-6)
+    between: Link = Link(25e9, 12e-6)
+    host_memory: int = 1024 * GIB
+    price: float | None = None
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.per_host
+
+
+def _peak(dense: float, fp8: float = 0.0, fp32: float = 0.0) -> dict[str, float]:
+    """Peak rates from TFLOP/s in bf16 and fp16, in fp8, and in fp32 (TF32 is not used)."""
+    rates = {"bf16": dense * 1e12, "fp16": dense * 1e12, "fp32": fp32 * 1e12}
+    return rates | ({"fp8": fp8 * 1e12} if fp8 else {})
+
+
+# Dense rates, memory and bandwidths: NVIDIA's data sheets of A100, H100, H200, HGX B200 and GB200.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100-40gb", round(39.4 * GIB), _peak(312, fp32=19.5), 1.555e12),
+        Device("a100-80gb", round(79.2 * GIB), _peak(312, fp32=19.5), 2.039e12),
+        Device("h100-80gb", round(79.1 * GIB), _peak(989, 1979, 67), 3.35e12),
+        Device("h100-96gb", round(95.0 * GIB), _peak(989, 1979, 67), 2.4e12),
+        Device("h200-141gb", round(139.7 * GIB), _peak(989, 1979, 67), 4.8e12),
+        Device("b200-180gb", round(178.0 * GIB), _peak(2250, 4500, 75), 7.7e12),
+        Device("gb200-186gb", round(184.0 * GIB), _peak(2500, 5000, 80), 8.0e12),
+    )
+}

@@ -1,0 +1,82 @@
+"""The memory of the rank that needs most, by kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from opt_parallel.planning.activations import activations, part_bytes
+from opt_parallel.planning.cluster import Cluster
+from opt_parallel.planning.states import Held, held
+from opt_parallel.planning.workload import Recompute, Workload
+
+CONTEXT = 600 * 2**20  # the driver's context with the kernels of torch and its libraries
+COMMUNICATOR = 250 * 2**20  # buffers of one of NCCL's communicators
+FRAGMENTATION = 0.03  # of the bytes of tensors, which the allocator holds beside them
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank at the moment of the step when most exist, `peak_at`.
+
+    `gathered` are ZeRO-3's unsplit weights, `buffers` the gradients on their way, `logits` a chunk of the loss with its
+    gradients, `reserved` what the allocator holds and does not use, `context` the driver's context, the libraries'
+    kernels and the communicators' buffers. `allocated` is what torch.cuda.max_memory_allocated reports. `host` are
+    bytes of the host's memory for each device: offloaded states and inputs, and the copy of a checkpoint that is
+    written while training goes on."""
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int
+    logits: int
+    buffers: int
+    gathered: int
+    reserved: int
+    context: int
+    host: int
+    peak_at: str
+
+    def kinds(self) -> dict[str, int]:
+        """Bytes on the device by kind."""
+        skip = ("host", "peak_at")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skip}
+
+    @property
+    def allocated(self) -> int:
+        return self.total - self.reserved - self.context
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds().values())
+
+
+def memory(workload: Workload, cluster: Cluster) -> Memory:
+    """The memory of the fullest rank of this trainer."""
+    states, act = held(workload), activations(workload)
+    allocated = sum(vars(states).values()) - states.host + act.total
+    return Memory(
+        weights=states.weights,
+        gradients=states.gradients,
+        masters=states.masters,
+        moments=states.moments,
+        activations=act.saved + act.temporary,
+        logits=act.logits,
+        buffers=states.buffers,
+        gathered=states.gathered,
+        reserved=round(allocated * FRAGMENTATION),
+        context=CONTEXT + communicators(workload) * COMMUNICATOR,
+        host=states.host + _host(workload, states),
+        peak_at=act.peak_at,
+    )
+
+
+def communicators(workload: Workload) -> int:
+    """Groups of several ranks whose communicators hold buffers on the device."""
+    return sum(size > 1 for size in (workload.tensor, workload.data, workload.pipeline, workload.context))
+
+
+def _host(workload: Workload, states: Held) -> int:
+    """The copy of a checkpoint that is written during training, and offloaded inputs of the layers."""
+    inputs = workload.network.layers * part_bytes(workload) if workload.recompute is Recompute.offload else 0
+    return states.masters + states.moments + inputs
