@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from command import launch, python, small, train_rows
+from command import launch, small, train_rows
+from training import trained
 
 from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.checkpoint.sources import open_checkpoint
@@ -28,20 +30,20 @@ RUN = [
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def stopped(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run at tensor 2 that was stopped at step 4 of 6, and its arguments."""
     folder = tmp_path_factory.mktemp("stopped")
     arguments = [*small(folder), *RUN]
-    process = launch(2, "train.py", *arguments, "stop_at=4")
+    process = trained(crew(2), *arguments, "stop_at=4")
     assert process.returncode == 0, process.stderr
     return folder, arguments
 
 
-def test_resume_is_the_straight_run(stopped: tuple[Path, list[str]]) -> None:
+def test_resume_is_the_straight_run(crew: Any, stopped: tuple[Path, list[str]]) -> None:
     folder, arguments = stopped
     assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-2", "step-4"]
-    assert launch(2, "train.py", *arguments, f"run.dir={folder / 'straight'}").returncode == 0
-    resumed = launch(2, "train.py", *arguments)
+    assert trained(crew(2), *arguments, f"run.dir={folder / 'straight'}").returncode == 0
+    resumed = trained(crew(2), *arguments)
     assert resumed.returncode == 0
     assert "continuing at step 4" in resumed.stdout
     assert [(row["step"], row["loss"], row["samples"], row["tokens"]) for row in train_rows(folder / "run")] == [
@@ -57,21 +59,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refusals(stopped: tuple[Path, list[str]], what: str) -> None:
+def test_refusals(crew: Any, stopped: tuple[Path, list[str]], what: str) -> None:
     _, arguments = stopped
     change, words = REFUSED[what]
-    process = python("train.py", *arguments, *change, "steps=9")
+    process = trained(crew(1), *arguments, *change, "steps=9")
     assert process.returncode == 2
     assert all(word in process.stderr for word in words), process.stderr
 
 
-def test_another_layout_and_learning_rate_go_on(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_another_layout_and_learning_rate_go_on(crew: Any, stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     """What is configured now acts on the next step, and a table says what that is."""
     folder, arguments = stopped
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "run" / "checkpoints" / "step-4", checkpoints / "step-4")
     changed = ["parallel.tensor=1", "zero.stage=0", "batch.micro=4", "optimizer.lr=1e-2", "schedule.name=constant"]
-    process = python("train.py", *arguments, *changed, f"run.dir={tmp_path / 'run'}", "stop_at=5")
+    process = trained(crew(1), *arguments, *changed, f"run.dir={tmp_path / 'run'}", "stop_at=5")
     assert process.returncode == 0, process.stderr
     assert "continuing at step 4:" in process.stdout
     lines = process.stdout.splitlines()
@@ -102,18 +104,18 @@ def largest_change(checkpoints: Path) -> float:
     return max(changes)
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(crew: Any, tmp_path: Path) -> None:
     """Another text keeps the checkpoint's tokenizer; a tokenizer of other words cannot continue the run."""
     arguments = [*small(tmp_path), "steps=2"]
-    assert python("train.py", *arguments).returncode == 0
+    assert trained(crew(1), *arguments).returncode == 0
     (tmp_path / "text.jsonl").write_text('{"text": "Wholly other words make wholly other tokens."}\n' * 40)
     elsewhere = [*arguments, f"run.dir={tmp_path / 'other'}"]
-    assert python("train.py", *elsewhere).returncode == 0
+    assert trained(crew(1), *elsewhere).returncode == 0
     tokenizers = [tmp_path / run / "checkpoints" / "step-2" / "tokenizer" for run in ("run", "other")]
-    refused = python("train.py", *arguments, "steps=4", f"data.tokenizer={tokenizers[1]}")
+    refused = trained(crew(1), *arguments, "steps=4", f"data.tokenizer={tokenizers[1]}")
     assert refused.returncode == 2
     assert "another tokenizer" in refused.stderr
-    again = python("train.py", *arguments, "steps=4")
+    again = trained(crew(1), *arguments, "steps=4")
     assert again.returncode == 0, again.stderr
     assert "warning: the training text of train differs from the checkpoint's" in again.stdout
     kept = tmp_path / "run" / "checkpoints" / "step-4" / "tokenizer" / "tokenizer.json"
@@ -127,12 +129,12 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "step-99")
 
 
-def test_going_back_sets_the_abandoned_branch_aside(tmp_path: Path) -> None:
+def test_going_back_sets_the_abandoned_branch_aside(crew: Any, tmp_path: Path) -> None:
     """From an earlier checkpoint with a lower learning rate: the remedy for a divergence."""
     arguments = [*small(tmp_path), "steps=4", "checkpoint.every=1", "checkpoint.keep=3"]
-    assert python("train.py", *arguments).returncode == 0
+    assert trained(crew(1), *arguments).returncode == 0
     checkpoints = tmp_path / "run" / "checkpoints"
-    back = python("train.py", *arguments, f"resume={checkpoints / 'step-2'}", "optimizer.lr=1e-5", "stop_at=3")
+    back = trained(crew(1), *arguments, f"resume={checkpoints / 'step-2'}", "optimizer.lr=1e-5", "stop_at=3")
     assert back.returncode == 0, back.stderr
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "step-2",
@@ -143,11 +145,15 @@ def test_going_back_sets_the_abandoned_branch_aside(tmp_path: Path) -> None:
     rows = train_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[-1]["lr"] < 1e-5  # what is configured now acts on the next step
-    again = python("train.py", *arguments, "optimizer.lr=1e-5")
+    again = trained(crew(1), *arguments, "optimizer.lr=1e-5")
     assert "continuing at step 3" in again.stdout
 
 
-def test_generation_is_transformers_greedy_at_any_degree(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_generation_is_transformers_greedy_at_any_degree(
+    stopped: tuple[Path, list[str]], tmp_path: Path, ranks: int
+) -> None:
+    """On two ranks from the checkpoint, on one from its export."""
     from transformers import AutoTokenizer, OPTForCausalLM
 
     checkpoint = stopped[0] / "run" / "checkpoints" / "step-4"
@@ -158,7 +164,6 @@ def test_generation_is_transformers_greedy_at_any_degree(stopped: tuple[Path, li
     theirs = OPTForCausalLM.from_pretrained(output)
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     text = tokenizer.decode(expected[0], skip_special_tokens=True)
-    common = ["scripts/generate.py", "--prompt", "Sentence 7", "--max-new-tokens", "12"]
-    one = python(*common, "--checkpoint", str(output))
-    two = launch(2, *common, "--checkpoint", str(checkpoint), "--tensor", "2")
-    assert one.stdout == two.stdout == text + "\n", one.stderr + two.stderr
+    source = ["--checkpoint", str(checkpoint if ranks == 2 else output), "--tensor", str(ranks)]
+    ours = launch(ranks, "scripts/generate.py", "--prompt", "Sentence 7", "--max-new-tokens", "12", *source)
+    assert ours.stdout == text + "\n", ours.stderr

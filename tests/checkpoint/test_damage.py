@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, launch, python, small, train_rows
+from command import ROOT, small, train_rows
 from layouts import Layout, run_for
 from tampering import edit
+from training import trained
 
 from opt_parallel.checkpoint.folders import partial_of
 from opt_parallel.checkpoint.inherit import model_at
@@ -33,11 +34,11 @@ def warnings_of(process: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def stopped(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run of two ranks, stopped and saved at each of steps 1 to 7, and its arguments."""
     folder = tmp_path_factory.mktemp("stopped")
     arguments = [*small(folder), "parallel.tensor=2", "zero.stage=1", "steps=9"]
-    process = launch(2, "train.py", *arguments, "checkpoint.every=1", "checkpoint.keep=9", "stop_at=7")
+    process = trained(crew(2), *arguments, "checkpoint.every=1", "checkpoint.keep=9", "stop_at=7")
     assert process.returncode == 0, process.stderr
     return folder, arguments
 
@@ -136,20 +137,20 @@ def test_a_damaged_one_that_is_asked_for_is_refused(crew: Any, stopped: Any, dam
         assert first == second
         assert first.startswith(f"resume={chosen}: {what}")
         assert "choose an earlier checkpoint" in first
-    process = python("train.py", *arguments, f"resume={checkpoints}/step-7", "parallel.tensor=1")
+    process = trained(crew(1), *arguments, f"resume={checkpoints}/step-7", "parallel.tensor=1")
     assert process.returncode == 2
     assert process.stderr == f"error: resume={checkpoints}/step-7: {wrong[7]}; choose an earlier checkpoint\n"
     assert names_in(checkpoints) == [f"step-{step}" for step in range(1, 8)]  # nothing was touched
 
 
-def test_without_its_manifest_it_is_renamed(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_without_its_manifest_it_is_renamed(crew: Any, stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     """And does not stand in the way of the one that is saved there now."""
     folder, arguments = stopped
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (6, 7):
         shutil.copytree(folder / "run" / "checkpoints" / f"step-{step}", checkpoints / f"step-{step}")
     (checkpoints / "step-7" / "manifest.json").unlink()
-    process = python("train.py", *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1", "stop_at=7")
+    process = trained(crew(1), *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1", "stop_at=7")
     assert process.returncode == 0, process.stderr
     assert warnings_of(process) == [
         f"warning: {checkpoints}/step-7 has no manifest.json; it is renamed to step-7.damaged"
@@ -157,12 +158,12 @@ def test_without_its_manifest_it_is_renamed(stopped: tuple[Path, list[str]], tmp
     assert names_in(checkpoints) == ["step-6", "step-7", "step-7.damaged"]
 
 
-def test_none_whole_is_one_line(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_none_whole_is_one_line(crew: Any, stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder, arguments = stopped
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "run" / "checkpoints" / "step-7", checkpoints / "step-7")
     what = lose(checkpoints / "step-7")
-    process = python("train.py", *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1")
+    process = trained(crew(1), *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1")
     assert process.returncode == 2
     assert warnings_of(process) == [f"warning: {checkpoints}/step-7: {what}; it is renamed to step-7.damaged"]
     assert process.stderr == (
@@ -185,12 +186,14 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", disk], check=False)
 
 
-def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
+def test_a_disk_that_is_full_costs_no_older_checkpoint(
+    crew: Any, tmp_path: Path, small_disk: Callable[[str], Path]
+) -> None:
     """Out of files it may hold, not of bytes, which the run would have asked for before it began. Those of one
     checkpoint fit and a second's do not: a warning while the run goes on, and an error at its end."""
     disk = small_disk("nr_inodes=10")
     arguments = [*small(tmp_path), "zero.stage=1", "steps=5", "checkpoint.every=2"]
-    process = launch(2, "train.py", *arguments)
+    process = trained(crew(2), *arguments)
     assert process.returncode != 0
     why = "could not be written (No space left on device)"
     assert warnings_of(process) == [f"warning: {disk}/step-4 {why}; its partial files were deleted"]
@@ -200,17 +203,17 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(tmp_path: Path, small_dis
     assert names_in(disk) == ["step-2"]
     assert [row["step"] for row in train_rows(tmp_path / "run")] == [1, 2, 3, 4, 5]
     subprocess.run(["mount", "-o", "remount,nr_inodes=1000", disk], check=True)
-    again = python("train.py", *arguments)
+    again = trained(crew(1), *arguments)
     assert again.returncode == 0, again.stderr
     assert "continuing at step 2:" in again.stdout
     assert names_in(disk) == ["step-4", "step-5"]
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_read_only_folder(tmp_path: Path, small_disk: Callable[[str], Path], asynchronous: str) -> None:
+def test_a_read_only_folder(crew: Any, tmp_path: Path, small_disk: Callable[[str], Path], asynchronous: str) -> None:
     disk = small_disk("ro")
     arguments = [*small(tmp_path), "steps=2", "checkpoint.every=1", f"checkpoint.asynchronous={asynchronous}"]
-    process = python("train.py", *arguments)
+    process = trained(crew(1), *arguments)
     assert process.returncode == 2
     why = "could not be written (Read-only file system)"
     assert warnings_of(process) == [f"warning: {disk}/step-1 {why}; its partial files were deleted"]
@@ -219,29 +222,29 @@ def test_a_read_only_folder(tmp_path: Path, small_disk: Callable[[str], Path], a
     )
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder(crew: Any, tmp_path: Path) -> None:
     arguments = [*small(tmp_path), "steps=2"]
     (tmp_path / "run").mkdir()
     in_the_way = tmp_path / "run" / "checkpoints"
     in_the_way.write_text("a file where a folder is to be made")
-    process = python("train.py", *arguments)
+    process = trained(crew(1), *arguments)
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert line.startswith(f"error: {in_the_way}/step-2 could not be written (Not a directory): ")
     assert in_the_way.read_text() == "a file where a folder is to be made"
 
 
-def test_which_are_kept_and_that_waiting_writes_the_same(tmp_path: Path) -> None:
+def test_which_are_kept_and_that_waiting_writes_the_same(crew: Any, tmp_path: Path) -> None:
     """And what a killed save or deletion left goes with the next deletion."""
     arguments = [*small(tmp_path), "steps=7", "checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=3"]
     leftover = partial_of(tmp_path / "run" / "checkpoints" / "step-4711", 5)
     leftover.mkdir(parents=True)
-    process = python("train.py", *arguments)
+    process = trained(crew(1), *arguments)
     assert process.returncode == 0, process.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
     assert names_in(checkpoints) == ["step-3", "step-6", "step-7"]
     waited = tmp_path / "waited"
-    process = python("train.py", *arguments, f"run.dir={waited}", "checkpoint.asynchronous=false")
+    process = trained(crew(1), *arguments, f"run.dir={waited}", "checkpoint.asynchronous=false")
     assert process.returncode == 0, process.stderr
     for step in ("step-3", "step-6", "step-7"):
         for name in ("rank-00000.safetensors", "tokenizer/tokenizer.json"):
@@ -259,7 +262,7 @@ class Exploit:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_is_refused_and_never_run(stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_pickle_is_refused_and_never_run(crew: Any, stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
     """In the place of a rank's file, all sizes and checksums forged, and in that of the manifest."""
     import zlib
 
@@ -272,7 +275,7 @@ def test_a_pickle_is_refused_and_never_run(stopped: tuple[Path, list[str]], tmp_
     (checkpoints / "step-6" / "rank-00000.safetensors").write_bytes(planted)
     forged = {"bytes": len(planted), "crc32": f"{zlib.crc32(planted):08x}"}
     edit(checkpoints / "step-6", lambda manifest: manifest["files"]["rank-00000.safetensors"].update(forged))
-    process = python("train.py", *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1")
+    process = trained(crew(1), *arguments, f"run.dir={tmp_path / 'run'}", "parallel.tensor=1")
     assert process.returncode == 2
     assert "step-7: manifest.json cannot be read" in process.stdout
     assert "step-6: manifest.json was changed after it was written (rank-00000.safetensors is smaller" in process.stdout

@@ -20,9 +20,10 @@ def run_of(
     scale: float = 16.0,
 ) -> Run:
     """The small run in `layout`, with its files in `folder`. The loss scale of fp16 starts at `scale` and doubles after
-    three steps without overflow."""
-    run = run_for(dataclasses.replace(layout, precision=precision), {"dropout": 0.1, **(model or {})}, steps, batch=4)
-    scaler = PrecisionConfig(run.precision.name, initial_scale=scale, window=3)
+    two steps without overflow."""
+    shape = {"dropout": 0.1, "num_hidden_layers": 2, **(model or {})}
+    run = run_for(dataclasses.replace(layout, precision=precision), shape, steps, batch=4)
+    scaler = PrecisionConfig(run.precision.name, initial_scale=scale, window=2)
     return dataclasses.replace(run, run=RunConfig("test", str(folder)), precision=scaler)
 
 
