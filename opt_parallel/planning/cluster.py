@@ -8,14 +8,37 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What a device reaches, as a share of its data sheet.
+
+    `product` is that of large matrix products in bf16, `fp8` the same in fp8; a product one of whose dims is `small`
+    reaches half of it. `attention` is that of a fused kernel's forward, counted without the masked half; the backward
+    reaches `attention_backward`. `memory` is that of the memory bandwidth in element-wise operations. `within` and
+    `between` are those of the links in large collectives. `host` are the seconds in which the host launches the kernels
+    of one layer's forward and backward."""
+
+    product: float
+    fp8: float
+    small: float
+    attention: float
+    attention_backward: float
+    memory: float
+    within: float
+    between: float
+    host: float
+
+
+@dataclass(frozen=True)
 class Device:
     """A device. `peak` maps a precision to FLOP/s of dense matrix products, from the maker's data sheet. `memory` is
-    the total that the driver reports, in bytes. `bandwidth` is that of the device's memory in bytes/s."""
+    the total that the driver reports, in bytes. `bandwidth` is that of the device's memory in bytes/s. `rates` are
+    those of a measured device; else `rates.py` has them by family."""
 
     name: str
     memory: int
     peak: dict[str, float]
     bandwidth: float
+    rates: Rates | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,7 @@ DEVICES = {
         Device("a100-80gb", round(79.2 * GIB), _peak(312, fp32=19.5), 2.039e12),
         Device("h100-80gb", round(79.1 * GIB), _peak(989, 1979, 67), 3.35e12),
         Device("h100-96gb", round(95.0 * GIB), _peak(989, 1979, 67), 2.4e12),
+        Device("h100-96gb-500w", round(95.0 * GIB), _peak(989, 1979, 67), 2.4e12),
         Device("h200-141gb", round(139.7 * GIB), _peak(989, 1979, 67), 4.8e12),
         Device("b200-180gb", round(178.0 * GIB), _peak(2250, 4500, 75), 7.7e12),
         Device("gb200-186gb", round(184.0 * GIB), _peak(2500, 5000, 80), 8.0e12),

@@ -6,11 +6,14 @@ from dataclasses import dataclass, fields
 
 from opt_parallel.planning.activations import activations, part_bytes
 from opt_parallel.planning.cluster import Cluster
+from opt_parallel.planning.fsdp import part as fully_split
+from opt_parallel.planning.megatron import part as megatron_part
 from opt_parallel.planning.states import Held, held
-from opt_parallel.planning.workload import Recompute, Workload
+from opt_parallel.planning.workload import Recompute, Trainer, Workload
 
 CONTEXT = 600 * 2**20  # the driver's context with the kernels of torch and its libraries
 COMMUNICATOR = 250 * 2**20  # buffers of one of NCCL's communicators
+EAGER_FRAGMENTATION = 0.07  # of torchtitan without torch.compile: fitted to TT6
 FRAGMENTATION = 0.03  # of the bytes of tensors, which the allocator holds beside them
 
 
@@ -52,7 +55,32 @@ class Memory:
 
 
 def memory(workload: Workload, cluster: Cluster) -> Memory:
-    """The memory of the fullest rank of this trainer."""
+    """The memory of the fullest rank."""
+    return _of_this_trainer(workload) if workload.trainer is Trainer.ours else _of_others(workload, cluster)
+
+
+def _of_others(workload: Workload, cluster: Cluster) -> Memory:
+    """The memory of a rank of another trainer, of the pipeline stage that its publication gives."""
+    split = fully_split(workload) if workload.stage == 3 else None
+    each = split or megatron_part(workload, cluster.device.name, workload.stage_memory == "last")
+    fragments = 0.0 if workload.compiled else EAGER_FRAGMENTATION
+    return Memory(
+        weights=each.weights,
+        gradients=each.gradients,
+        masters=each.masters,
+        moments=each.moments,
+        activations=each.activations,
+        logits=each.logits,
+        buffers=0 if split else workload.workspace,
+        gathered=split.gathered if split else 0,
+        reserved=round(each.total * fragments),
+        context=CONTEXT + communicators(workload) * COMMUNICATOR,
+        host=0,
+        peak_at=split.peak_at if split else "the loss",
+    )
+
+
+def _of_this_trainer(workload: Workload) -> Memory:
     states, act = held(workload), activations(workload)
     allocated = sum(vars(states).values()) - states.host + act.total
     return Memory(

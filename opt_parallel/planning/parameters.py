@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opt_parallel.planning.workload import Network, Workload
+from opt_parallel.planning.workload import Network, Recompute, Trainer, Workload
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,39 @@ def model_flops(workload: Workload) -> float:
     products, attention, head = forward_flops(workload.network, workload.length)
     frozen = products + head if workload.lora else 0.0
     return 3.0 * (products + attention + head) - frozen
+
+
+@dataclass(frozen=True)
+class Again:
+    """The share of a forward that the backward computes again."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+
+
+def share_again(workload: Workload) -> Again:
+    """What is computed again, as a share of a layer's forward.
+
+    This trainer's full recomputation leaves out the layer's last product if no LayerNorm follows it."""
+    network, mode = workload.network, workload.recompute
+    matrices, ffn = layer_matrices(network), network.hidden * network.ffn
+    if mode in (Recompute.full, Recompute.offload):
+        left = ffn / matrices if workload.trainer is Trainer.ours and network.norm_first else 0.0
+        return Again(1.0 - left, 1.0, 1.0)
+    if mode is Recompute.selective:
+        return Again(ffn / matrices, 0.0, 1.0)
+    if mode is Recompute.attention:
+        return Again(0.0, 0.0 if workload.flash else 1.0, 0.0)
+    if mode is Recompute.feed_forward:
+        return Again((3 if network.gated else 2) * ffn / matrices, 0.0, 0.5)
+    if mode is Recompute.operators:
+        kept = network.hidden * (network.queries + network.keys) + (2 if network.gated else 1) * ffn
+        return Again(1.0 - kept / matrices, 0.0, 1.0)
+    return Again()
+
+
+def recomputed_flops(workload: Workload) -> float:
+    """FLOPs that the backward repeats for one token."""
+    again, (products, attention, _) = share_again(workload), forward_flops(workload.network, workload.length)
+    return again.products * products + again.attention * attention

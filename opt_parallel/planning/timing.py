@@ -1,12 +1,20 @@
-"""The time of an optimizer step, by what takes it."""
+"""The time of an optimizer step, by what takes it.
+
+Matrix products run at a share of the device's peak, element-wise operations at a share of its memory bandwidth, and
+collectives at a share of the links' (a roofline: Williams et al. 2009). A collective is hidden by what is computed
+beside it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opt_parallel.planning.cluster import Cluster
-from opt_parallel.planning.parameters import forward_flops, model_flops
-from opt_parallel.planning.workload import Recompute, Workload
+from opt_parallel.planning.exchange import Exchange
+from opt_parallel.planning.layer_time import head_of, layer_of
+from opt_parallel.planning.parameters import model_flops, recomputed_flops
+from opt_parallel.planning.rates import rates_of
+from opt_parallel.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -62,25 +70,33 @@ class Time:
 
 def time_of(workload: Workload, cluster: Cluster) -> Time:
     """The time of one step."""
+    layer, head = layer_of(workload, cluster), head_of(workload, cluster)
+    stage = workload.network.layers / workload.pipeline
+    micros = workload.accumulation
+    exchange = Exchange(workload, cluster)
     tokens = workload.tokens / workload.devices
-    products, attention, head = forward_flops(workload.network, workload.length)
-    again = (products + attention) if workload.recompute in (Recompute.full, Recompute.offload) else 0.0
-    model = model_flops(workload) * tokens
-    peak = cluster.device.peak[workload.precision]
-    return Time(
-        products=3 * (products + head) * tokens / peak / 0.7,
-        attention=3 * attention * tokens / peak / 0.4,
-        elementwise=again * tokens / peak / 0.7,
+    model, again = model_flops(workload) * tokens, recomputed_flops(workload) * tokens
+
+    def in_all(name: str) -> float:
+        """Seconds of the micro-batches' forwards and backwards in the layers of a stage and in the head."""
+        return micros * (stage * getattr(layer, name) + getattr(head, name))
+
+    found = Time(
+        products=in_all("products"),
+        attention=in_all("attention"),
+        elementwise=in_all("elementwise"),
         launching=0.0,
-        tensor=0.0,
-        data=0.0,
-        pipeline=0.0,
-        optimizer=0.0,
+        tensor=in_all("tensor"),
+        data=exchange.exposed(layer, head, stage),
+        pipeline=(workload.pipeline - 1) / workload.virtual * stage * layer.total + exchange.piped(),
+        optimizer=exchange.optimizer(),
         input=0.0,
         checkpoint=0.0,
         model_flops=model,
-        hardware_flops=model + again * tokens,
-        peak=peak,
+        hardware_flops=model + again,
+        peak=cluster.device.peak["bf16" if workload.precision == "fp8" else workload.precision],
         tokens=workload.tokens,
         devices=workload.devices,
     )
+    host = rates_of(cluster.device, workload).host * micros * stage * (1 + (workload.pipeline - 1) / micros)
+    return replace(found, launching=max(0.0, host - found.step))

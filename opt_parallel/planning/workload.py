@@ -26,14 +26,15 @@ class Recompute(Enum):
     """What the backward computes again.
 
     `none` to `offload` are those of `activation_checkpointing`. `attention` is Megatron's selective recomputation of
-    scores, softmax and dropout (Korthikanti et al. 2022). `operators` is torchtitan's: the results of matrix products
-    are kept, of every second one, and the rest is computed again."""
+    scores, softmax and dropout (Korthikanti et al. 2022), `feed_forward` also of the feed-forward. `operators` is
+    torchtitan's: the results of every second matrix product and of attention are kept."""
 
     none = "none"
     selective = "selective"
     full = "full"
     offload = "offload"
     attention = "attention"
+    feed_forward = "feed_forward"
     operators = "operators"
 
 
@@ -97,6 +98,15 @@ class States:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """What other trainers keep of the logits at the peak of the loss: bytes of each logit, and whether the ranks of a
+    tensor group split the vocabulary there. This trainer keeps a chunk (`activations.loss_bytes`)."""
+
+    value: float = 6.0
+    split: bool = True
+
+
+@dataclass(frozen=True)
 class Workload:
     """A network in training on `tensor` × `pipeline` × `context` × `data` devices.
 
@@ -120,9 +130,18 @@ class Workload:
     recompute: Recompute = Recompute.none
     flash: bool = True
     compiled: bool = True
+    overlap: bool = False  # the tensor group's collectives run beside the products, in pieces
     offload: bool = False
     lora: int = 0  # rank of LoRA's matrices, 0: every parameter is trained
     packed: bool = False  # attention needs a mask of (length, length)
+    logits: Logits = Logits()
+    embedding_split: bool = True  # over the tensor group
+    gradients_split: bool = True  # between micro-batches
+    reduced: int = 4  # bytes of a gradient that is summed over the data ranks
+    scattered: bool = True  # the ranks of a tensor group send parts to the next pipeline stage
+    ends_gathered: bool = False  # FSDP's embedding and output projection between the forward and the backward
+    stage_memory: str = "last"  # the pipeline stage whose memory is wanted: first or last
+    workspace: int = 0  # bytes that libraries allocate as tensors
     reduce_bucket: int = 50_000_000
     prefetch_bucket: int = 50_000_000
     persistence: int = 100_000

@@ -1,0 +1,97 @@
+"""Seconds of the exchange over data ranks and between pipeline stages, and of the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opt_parallel.planning.cluster import Cluster, Link
+from opt_parallel.planning.layer_time import Layer, collective
+from opt_parallel.planning.parameters import embedding_parameters, layer_parameters
+from opt_parallel.planning.rates import BESIDE, HIDDEN, rates_of
+from opt_parallel.planning.workload import Trainer, Workload
+
+
+def exposed(sent: float, computed: float) -> float:
+    """Seconds that a collective adds to the computation beside it."""
+    return max(0.0, sent - computed) + BESIDE * min(sent, computed)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The messages of one rank outside its tensor group."""
+
+    workload: Workload
+    cluster: Cluster
+
+    def ring(self, size: float) -> float:
+        """Seconds to gather a tensor of `size` bytes over the data ranks. All ranks of a host that belong to one data
+        group share the bytes that leave the host, and each has its own port of the network."""
+        workload, cluster, rates = self.workload, self.cluster, rates_of(self.cluster.device, self.workload)
+        ranks, inside = workload.data * workload.context, max(1, cluster.per_host // workload.tensor)
+        if ranks <= inside:
+            return collective(size, ranks, cluster.within, rates.within)
+        hosts, here = ranks / inside, min(inside, ranks)
+        if workload.trainer is Trainer.deepspeed:  # one ring through all hosts, by one port
+            hosts, here = ranks, 1
+        link = Link(cluster.between.bandwidth * here, cluster.between.latency)
+        crossing = collective(size, max(2, round(hosts)), link, rates.between)
+        return max(crossing, collective(size, here, cluster.within, rates.within))
+
+    def exposed(self, layer: Layer, head: Layer, stage: float) -> float:
+        """Seconds of a step in which a rank waits for its data group."""
+        workload = self.workload
+        if workload.data * workload.context == 1:
+            return 0.0
+        if workload.stage == 3:
+            return self._gathering(layer, head, stage)
+        own = stage * layer_parameters(workload.network, workload.tensor).total
+        own += embedding_parameters(workload.network, workload.tensor)
+        gradients, weights = workload.states.gradient * own, workload.states.weight * own
+        total = self.ring(gradients) + self.ring(weights if workload.stage else gradients)
+        if workload.stage == 0:
+            return total
+        computed = stage * layer.total  # beside the last backward and the first forward
+        return max(0.0, total - computed) + HIDDEN * min(total, computed)
+
+    def _gathering(self, layer: Layer, head: Layer, stage: float) -> float:
+        """ZeRO-3 gathers each layer's weights in the forward and in the backward of every micro-batch, and reduces its
+        gradients, each beside the computation of another layer. What the computation does not hide is exposed, and what
+        it hides slows it."""
+        workload = self.workload
+        own = layer_parameters(workload.network, workload.tensor).total
+        gather, reduce = self.ring(2 * own), self.ring(workload.reduced * own)
+        forward, backward = layer.total * layer.forward, layer.total * (1 - layer.forward)
+        micros = workload.accumulation
+        reductions = 1 if not workload.gradients_split else micros
+        return stage * (
+            micros * exposed(gather, forward)
+            + (micros - reductions) * exposed(gather, backward)
+            + reductions * exposed(gather + reduce, backward)
+        )
+
+    def piped(self) -> float:
+        """Seconds in which a stage sends and receives the hidden states of its micro-batches."""
+        workload, cluster = self.workload, self.cluster
+        if workload.pipeline == 1:
+            return 0.0
+        tokens = workload.micro * workload.length / workload.context
+        size = workload.value * tokens * workload.network.hidden
+        if workload.trainer is Trainer.megatron and workload.scattered:
+            size /= workload.tensor  # each rank of a tensor group sends its part (Narayanan et al. 2021, section 4.1)
+        rates = rates_of(cluster.device, workload)
+        inside = workload.devices <= cluster.per_host
+        link, share = (cluster.within, rates.within) if inside else (cluster.between, rates.between)
+        each = size / (link.bandwidth * share) + link.latency
+        return 2 * workload.accumulation * workload.virtual * each
+
+    def optimizer(self) -> float:
+        """Seconds of the update: reads and writes of the states (weight, gradient, master and both moments)."""
+        workload, states = self.workload, self.workload.states
+        own = workload.network.layers / workload.pipeline * layer_parameters(workload.network, workload.tensor).total
+        own += embedding_parameters(workload.network, workload.tensor)
+        shards = workload.data * workload.context if workload.stage else 1
+        moved = own / shards * (2 * (states.master + states.moments) + states.weight + 2 * states.gradient)
+        if workload.trainer is not Trainer.megatron or not workload.scattered:  # Megatron's product adds to the sum
+            kept = own / (shards if workload.gradients_split else 1)
+            moved += kept * workload.accumulation * (states.weight + 8)
+        return moved / (self.cluster.device.bandwidth * rates_of(self.cluster.device, workload).memory)

@@ -1,0 +1,113 @@
+"""Memory of trainers on torch's fully sharded data parallelism: torchtitan, KempnerForge, fms-fsdp.
+
+Each data rank holds 1/D of weights, moments and gradients, and gathers the bf16 weights of a layer while it is used
+(Zhao et al. 2023, arXiv 2304.11277). With several micro-batches, gradients that are not reduced in each of them stay
+unsplit, in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from opt_parallel.planning import megatron
+from opt_parallel.planning.parameters import layer_parameters
+from opt_parallel.planning.workload import Recompute, Workload
+
+GATHERED = 2  # bytes of a gathered weight
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a rank."""
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int
+    logits: int
+    gathered: int
+    peak_at: str
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.gradients + self.masters + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.states + self.activations + self.logits + self.gathered
+
+
+def ends(workload: Workload) -> int:
+    """Parameters of the embedding and of the output projection on one rank of the tensor group."""
+    network, tensor = workload.network, workload.tensor
+    rows = network.vocab * network.width
+    embedding = rows // (tensor if workload.embedding_split else 1)
+    return embedding + (0 if network.tied else rows // tensor)
+
+
+def layer_bytes(workload: Workload) -> int:
+    """What a layer keeps of a micro-batch. `operators` keeps the layer's input, the results of the products of queries,
+    values, the first of the feed-forward and its last, and attention's output."""
+    network, tensor = workload.network, workload.tensor
+    tokens, value = workload.micro * workload.length, workload.value
+    if workload.recompute is not Recompute.operators:
+        return megatron.layer_bytes(workload, copies=1)
+    split = 2 * network.queries + network.keys + network.ffn
+    outer = 2 * network.hidden
+    return value * tokens * (outer // workload.splits + split // tensor) + 4 * tokens * network.heads // tensor
+
+
+def part(workload: Workload) -> Part:
+    """The bytes of a rank where their sum is largest: at the loss, or in the backward of the last layer."""
+    return max(_at_the_loss(workload), _at_the_last_layer(workload), key=lambda each: each.total)
+
+
+def _states(workload: Workload) -> tuple[int, int, int]:
+    """Bytes of weights, masters and moments."""
+    network, states, shards = workload.network, workload.states, workload.data * workload.context
+    own = network.layers * layer_parameters(network, workload.tensor).total + ends(workload)
+    return own * states.weight // shards, own * states.master // shards, own * states.moments // shards
+
+
+def _gradients(workload: Workload) -> int:
+    network, shards = workload.network, workload.data * workload.context
+    own = network.layers * layer_parameters(network, workload.tensor).total + ends(workload)
+    return own * workload.states.gradient // (shards if workload.gradients_split else 1)
+
+
+def _at_the_loss(workload: Workload) -> Part:
+    """All layers hold what they keep. Beside the logits there are the last normalisation in fp32 (its input, its result
+    and one more), the embedding's output, and one gathered layer. There are gradients between micro-batches, and none
+    between steps, but torchtitan publishes what the allocator reserves, which has had them."""
+    network, tokens = workload.network, workload.micro * workload.length
+    weights, masters, moments = _states(workload)
+    layer = layer_parameters(network, workload.tensor).total
+    hidden = tokens * network.hidden
+    held = network.layers * layer_bytes(workload) + 3 * 4 * hidden // workload.splits
+    held += 2 * workload.value * hidden if workload.sequence else 0
+    split = workload.tensor if workload.logits.split else 1
+    gathered = GATHERED * (layer + (ends(workload) if workload.ends_gathered else 0))
+    return Part(
+        weights,
+        _gradients(workload) if workload.accumulation > 1 or workload.ends_gathered else 0,
+        masters,
+        moments,
+        held,
+        round(workload.logits.value * tokens * network.vocab / split),
+        gathered if workload.data > 1 else 0,
+        "the loss",
+    )
+
+
+def _at_the_last_layer(workload: Workload) -> Part:
+    """The last layer has recomputed what it did not keep. Two layers and the embeddings are gathered, and the layer's
+    gradient exists in bf16, and in fp32 to be reduced."""
+    network = workload.network
+    weights, masters, moments = _states(workload)
+    layer = layer_parameters(network, workload.tensor).total
+    again = megatron.layer_bytes(replace(workload, recompute=Recompute.none), copies=1)
+    held = network.layers * layer_bytes(workload) + again
+    gathered = GATHERED * (2 * layer + 2 * ends(workload)) + (GATHERED + 4) * layer if workload.data > 1 else 0
+    grads = 0 if workload.accumulation == 1 else _gradients(workload)
+    return Part(weights, grads, masters, moments, held, 0, gathered, "the backward of the last layer")

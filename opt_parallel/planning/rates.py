@@ -1,0 +1,37 @@
+"""Rates that published measurements were needed for, by family of device. docs/planning.md names the rows they fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from opt_parallel.planning.cluster import Device, Rates
+from opt_parallel.planning.workload import Trainer, Workload
+
+# Fitted, see docs/planning.md. H100 and B200 share what no row of B200 could show.
+RATES = {
+    "a100": Rates(0.79, 0.0, 180, 0.40, 0.31, 0.65, 0.92, 0.82, 6e-3),
+    "h100": Rates(0.59, 0.68, 160, 0.65, 0.50, 0.65, 0.54, 0.92, 4e-3),
+    "h200": Rates(0.78, 0.485, 160, 0.65, 0.50, 0.65, 0.50, 0.69, 4e-3),
+    "b200": Rates(0.59, 0.55, 160, 0.65, 0.50, 0.65, 0.54, 0.92, 5.5e-3),
+}
+FP8_SMALL = 220.0  # as `small`, of products in fp8, with the conversion of their inputs
+TORCH_ATTENTION = 0.92  # of the rate of Megatron's attention on Hopper: torch's scaled_dot_product_attention
+POWER = 0.85  # of the rates of an H100 of 700 W, at 500 W
+BESIDE = 0.42  # of a collective's time by which it slows the products that run beside it
+HIDDEN = 0.21  # the same for Megatron's gradients and weights, beside the last backward and the first forward
+PIECES, TORCH_PIECES = 0.17, 0.6  # of the tensor group's collectives is left if they run in pieces beside products
+LOGIT_BYTES, COMPILED_LOGIT_BYTES = 60.0, 20.0  # read and written for a logit, in its loss and gradient
+
+
+def rates_of(device: Device, workload: Workload) -> Rates:
+    """The rates of a device, by the family that its name begins with. A measured device names its own."""
+    if device.rates is not None:
+        return device.rates
+    rates = RATES[device.name.removeprefix("g").partition("-")[0]]
+    if workload.trainer is not Trainer.megatron and rates.fp8:
+        attention, backward = rates.attention * TORCH_ATTENTION, rates.attention_backward * TORCH_ATTENTION
+        rates = replace(rates, attention=attention, attention_backward=backward)
+    if "500w" in device.name:
+        shares = {key: getattr(rates, key) * POWER for key in ("product", "fp8", "attention", "attention_backward")}
+        rates = replace(rates, **shares)
+    return rates

@@ -1,0 +1,82 @@
+"""Workloads and measurements from rows of published tables.
+
+A row of `validation.csv` has an id, a network, a layout and what was measured. A row of `megatron_golden.csv` has the
+arguments of one of Megatron-LM's functional tests. An empty or unknown cell has a rule, which stands where it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from opt_parallel.planning.cluster import DEVICES, Cluster, Link
+from opt_parallel.planning.workload import Workload
+
+Cells = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured number of a row.
+
+    Bytes: `peak` of tensors, `reserved` by the allocator, `allocated` between steps, `states` and `activations`. Time:
+    seconds of a step (`iter_s`), tokens a second of a device (`tok_s_gpu`), TFLOP/s of a device, those of the model
+    (`tflops_gpu`) or with recomputation (`hardware_tflops_gpu`)."""
+
+    quantity: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that can be planned, or one with the reason `refused` why it cannot. `no_time` is the reason why its time
+    cannot be planned."""
+
+    id: str
+    source: str
+    measured: tuple[Measurement, ...] = ()
+    workload: Workload | None = None
+    cluster: Cluster | None = None
+    no_time: str | None = None
+    refused: str | None = None
+
+
+class Refused(Exception):
+    """The reason why a row cannot be planned."""
+
+
+def number(cell: str | None) -> float | None:
+    """The first number of a cell such as `153 HARDWARE`, `~704` or `24 (inferred)`. None if there is none, or if the
+    cell begins with a question mark."""
+    text = (cell or "").strip()
+    found = re.search(r"\d+(\.\d+)?(e[+-]?\d+)?", text.replace(",", ""))
+    return None if found is None or text.startswith("?") else float(found[0])
+
+
+def whole(cell: str | None, empty: int) -> int:
+    """The cell's number as an integer, or `empty` if it has none."""
+    value = number(cell)
+    return empty if value is None else int(value)
+
+
+# Hosts of the published measurements: devices a host, bytes/s of a device to another of its host and to another host.
+HOSTS = {
+    "a100": (8, Link(300e9, 6e-6), Link(25e9, 15e-6)),  # NVLink 3; one HDR InfiniBand port for each device
+    "h100": (8, Link(450e9, 6e-6), Link(50e9, 15e-6)),  # NVLink 4; NDR
+    "h200": (8, Link(450e9, 6e-6), Link(50e9, 15e-6)),
+    "gb200": (4, Link(900e9, 6e-6), Link(900e9, 6e-6)),  # NVLink 5 across hosts
+}
+
+
+def cluster_of(gpu: str, count: int, per_host: int | None = None) -> Cluster:
+    """The cluster of a row. A device without its memory is the one of the vendor's hosts: 80 GB of A100 and H100."""
+    text = gpu.lower()
+    family = next((name for name in ("gb200", "h200", "h100", "a100") if name in text.replace("_", "")), None)
+    if family is None:
+        raise Refused(f"the device {gpu!r} is unknown: A100, H100, H200 and GB200 are known")
+    size = {"h200": "141", "gb200": "186"}.get(family, "80")
+    size = next((gigabytes for gigabytes in ("40/80", "80", "96", "40") if gigabytes in text), size)
+    device = DEVICES[f"{family}-{'80' if size == '40/80' else size}gb{'-500w' if '500w' in text else ''}"]
+    devices, within, between = HOSTS[family]
+    devices = per_host or devices
+    return Cluster(device, -(-count // devices), min(devices, count), within, between)
