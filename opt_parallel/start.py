@@ -72,7 +72,7 @@ def build_engine(
     """Build the engine, with weights and optimizer state from `checkpoint` if there is one."""
     engine = Engine.build(run, topology, weights(run.seed, initial, checkpoint), labels)
     if initial:
-        initial.warn_of_not_finite(topology.tensor)
+        initial.warn_of_not_finite(topology.world)
     if checkpoint:
         store.restore(engine, checkpoint)
     return engine
@@ -117,7 +117,9 @@ def _open_initial(run: Run, resume_from: Path | None) -> Opened | None:
     Every rank checks the tensors before it waits for another rank."""
     if run.init_from is None or (resume_from is not None and run.task.lora.rank == 0):
         return None
-    opened = open_checkpoint(run.init_from, "init_from=", checksums=True).grown(run.model.vocab_size)
+    opened = open_checkpoint(run.init_from, "init_from=", checksums=True)
+    opened.check_md5("init_md5=", run.init_md5)
+    opened = opened.grown(run.model.vocab_size)
     if run.task.name.classifies:
         opened.check_classifier()
     else:

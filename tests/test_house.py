@@ -17,7 +17,7 @@ FLOORS = [
     ["planning"],
     ["data.text", "parallel", "report"],
     ["huggingface", "optim", "zero"],
-    ["data.encode", "model", "gradients"],
+    ["data.encode", "model", "gradients", "metaseq"],
     ["data.store"],
     ["data.samples"],
     ["data.kinds"],
@@ -43,8 +43,8 @@ RESERVED = {
     "torch": {"parallel", "report.metrics", "report.profiling", "report.trackers", "data.samples", "data.kinds",
               "data.tasks", "model", "optim", "zero", "gradients", "engine", "checkpoint", "validation", "tools",
               "preflight", "pretrained", "start", "loop", "huggingface.names", "huggingface.weights",
-              "huggingface.arrays", "huggingface.pickled", "huggingface.folder", "benchmarks", "commands.benchmark",
-              "commands.generate"},
+              "huggingface.arrays", "huggingface.pickled", "huggingface.folder", "metaseq.findings",
+              "metaseq.weights", "benchmarks", "commands.benchmark", "commands.generate"},
 }  # fmt: skip
 
 

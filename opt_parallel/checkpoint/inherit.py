@@ -19,6 +19,8 @@ from opt_parallel.config.task import Task, name_of
 from opt_parallel.huggingface.config import ADAPTER_CONFIG, CONFIG, is_classifier, read_config, read_labels
 from opt_parallel.huggingface.hub import find_checkpoint
 from opt_parallel.huggingface.tokenizer import check_size, read_tokenizer
+from opt_parallel.metaseq.files import is_metaseq
+from opt_parallel.metaseq.folder import describe
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.runtime.log import say
 from opt_parallel.storage.foreign import file_in
@@ -27,9 +29,10 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def model_at(folder: Path, key: str) -> ModelConfig:
-    """The network's configuration in a training checkpoint `checkpoints/step-<N>` or a Hugging Face folder.
+    """The network's configuration in a training checkpoint `checkpoints/step-<N>`, a Hugging Face folder or a folder
+    with a metaseq checkpoint.
 
-    Raises: UserError if `folder` is neither. The error message starts with `key` (such as `init_from=`)."""
+    Raises: UserError if `folder` is none of them. The error message starts with `key` (such as `init_from=`)."""
     if (folder / MANIFEST).is_file():
         return _model_of(folder, read_manifest(folder))
     if (folder / ADAPTER_CONFIG).is_file():
@@ -37,11 +40,13 @@ def model_at(folder: Path, key: str) -> ModelConfig:
             f"{key}{folder} is a PEFT adapter, not a network: name the LoRA run's own checkpoint, or merge the "
             "adapter into its base first (peft's merge_and_unload)"
         )
+    if is_metaseq(folder):
+        return describe(folder).config
     if file_in(folder, CONFIG):
         return read_config(folder)
     raise UserError(
         f"{key}{folder} is neither a training checkpoint (…/checkpoints/step-<N>, with {MANIFEST}) nor a Hugging Face "
-        f"folder (with {CONFIG})"
+        f"folder (with {CONFIG}) nor a metaseq checkpoint (with .pt files)"
     )
 
 
@@ -65,7 +70,12 @@ def labels_at(folder: Path) -> Labels | None:
         saved = read_manifest(folder).get("labels")
         problem = saved and saved["problem_type"]
         return saved and Labels(tuple(saved["names"]), problem and ProblemType(problem))
-    return read_labels(folder) if is_classifier(folder) else None
+    return read_labels(folder) if _is_classifier(folder) else None
+
+
+def _is_classifier(folder: Path) -> bool:
+    """Whether a folder that is no training checkpoint holds a classifier. metaseq has none."""
+    return not is_metaseq(folder) and is_classifier(folder)
 
 
 def _take_labels(config: DictConfig, labels: Labels) -> None:
@@ -146,7 +156,7 @@ def inherit_for_evaluation(config: DictConfig, overrides: Sequence[str]) -> None
     """Take the settings that affect a loss from the checkpoint of `init_from`.
 
     Settings on the command line (`overrides`) are kept. A training checkpoint has the task, the precision, the sequence
-    length and the fields of the text. A Hugging Face folder determines whether the task is classification, and its
+    length and the fields of the text. Another folder determines whether the task is classification, and its
     number of positions limits the sequence length. Raises: `UserError`."""
     if config.init_from is None:
         return
@@ -162,7 +172,7 @@ def inherit_for_evaluation(config: DictConfig, overrides: Sequence[str]) -> None
     else:
         positions = model_at(folder, "init_from=").max_position_embeddings
         taken = {"data.sequence_length": min(config.data.sequence_length, positions)}
-        if is_classifier(folder) and "task" not in given:
+        if _is_classifier(folder) and "task" not in given:
             taken["task.name"] = Task.classify.name
     for key, value in taken.items():
         if key not in given:

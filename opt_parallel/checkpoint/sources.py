@@ -1,4 +1,4 @@
-"""Opens a checkpoint, which may be a training checkpoint, a Hugging Face folder or a hub id."""
+"""Opens a checkpoint, which may be a training checkpoint, a Hugging Face folder, a hub id or a metaseq checkpoint."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ from opt_parallel.huggingface.folder import CHECKSUMS, wrong_tensors
 from opt_parallel.huggingface.hub import WEIGHTS as FORMATS
 from opt_parallel.huggingface.hub import find_checkpoint
 from opt_parallel.huggingface.names import HuggingFaceWeights
+from opt_parallel.metaseq.files import is_metaseq
+from opt_parallel.metaseq.findings import warnings_of
+from opt_parallel.metaseq.folder import describe
+from opt_parallel.metaseq.md5 import check_md5
+from opt_parallel.metaseq.weights import MetaseqWeights
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.parallel.shard import Shard, Source, fill, logical_shapes, random_source
 from opt_parallel.parallel.topology import ALONE, Group
@@ -41,13 +46,14 @@ class Opened:
     tokenizer: Path
     folder: Path
     not_finite: list[str] = field(default_factory=list)  # tensors in which this rank has read NaN or infinity
+    metaseq: MetaseqWeights | None = None  # the weights, if `folder` is a metaseq checkpoint
 
     @property
     def labels(self) -> Labels:
         """The labels of a classifier. A language model has the default labels of transformers."""
         if (self.folder / MANIFEST).is_file():
             return labels_at(self.folder) or Labels.numbered(2)
-        return read_labels(self.folder)
+        return Labels.numbered(2) if self.metaseq else read_labels(self.folder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,6 +135,16 @@ class Opened:
                 f"({', '.join(labels.names[:5])}): set task.labels, or start from a language model"
             )
 
+    def check_md5(self, key: str, name: str | Path | None) -> None:
+        """Raise UserError unless the files of a metaseq checkpoint have the MD5 sums in the list `name`, if it is set.
+
+        Every process reads its share of the files. `key` is the key or option that set `name`, for messages."""
+        if name is None:
+            return
+        if self.metaseq is None:
+            raise UserError(f"{key}{name}: {self.folder} is not a metaseq checkpoint, whose files the list names")
+        check_md5(self.metaseq.described, key, name)
+
     def model(self, group: Group, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
         """This rank's part of the language model. Raises: UserError."""
         self.config.check_splits(group.size, "tensor degree ")
@@ -180,14 +196,20 @@ class Opened:
         return with_new_head(self.weights, seed)
 
     def warn_of_not_finite(self, group: Group) -> None:
-        """Warn of NaN and infinity in the tensors that the ranks of `group` have read.
+        """Warn of NaN and infinity in the tensors that the ranks of `group` have read, and of other odd values in a
+        metaseq checkpoint.
 
         All ranks of the group must call this method."""
-        named: list[list[str]] = [self.not_finite]
+        findings = self.metaseq.findings if self.metaseq else None
+        found = [(self.not_finite, findings)]
         if group.size > 1:
-            named = [[] for _ in range(group.size)]
-            dist.all_gather_object(named, self.not_finite, group=group.handle)
-        names = sorted({name for part in named for name in part})
+            found = [([], None)] * group.size
+            dist.all_gather_object(found, (self.not_finite, findings), group=group.handle)
+        if self.metaseq:
+            for line in warnings_of(self.folder, [each for _, each in found if each]):
+                say(line)
+            return
+        names = sorted({name for part, _ in found for name in part})
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             say(f"warning: {self.folder} has values that are not finite, in {', '.join(names[:5])}{more}")
@@ -197,6 +219,8 @@ class Opened:
 
         A warning is printed if a value is NaN or infinity. `source` must use the weights of this checkpoint."""
         self.not_finite.clear()
+        if self.metaseq:
+            self.metaseq.findings.clear()
         fill(model, source, device, dtype)
         self.warn_of_not_finite(group)
 
@@ -214,7 +238,7 @@ def with_new_head(weights: Source, seed: int) -> Source:
 def open_checkpoint(
     checkpoint: str | Path, key: str = "--checkpoint ", checksums: bool = False, above: tuple[Path, ...] = ()
 ) -> Opened:
-    """Open a training checkpoint `checkpoints/step-<N>`, a Hugging Face folder, or a hub id.
+    """Open a training checkpoint `checkpoints/step-<N>`, a Hugging Face folder, a hub id, or a metaseq checkpoint.
 
     The checkpoint of a LoRA run is opened together with its base, and its weights are merged.
 
@@ -240,6 +264,9 @@ def open_folder(
     """Open the checkpoint in a local folder, whose network is `config`; see `open_checkpoint`.
 
     `formats` are the allowed formats of the weights in a Hugging Face folder."""
+    if not (folder / MANIFEST).is_file() and is_metaseq(folder):
+        metaseq = MetaseqWeights(describe(folder))
+        return Opened(config, metaseq, folder, folder, metaseq=metaseq)
     if not (folder / MANIFEST).is_file():
         weights = HuggingFaceWeights(folder, formats)
         weights.check_layers(config.num_hidden_layers)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from opt_parallel.config.options import parsed
+from opt_parallel.config.paths import reach
+from opt_parallel.metaseq.files import is_metaseq
 from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import aligned, bytes_in_words, quiet_libraries
 
@@ -27,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     every = verbs.add_parser("list", help="list the checkpoints of a run")
     every.add_argument("run", type=Path, help="the run's folder")
     for verb, meaning in (
-        ("show", "show a checkpoint's content"),
+        ("show", "show the content of a checkpoint, or of a metaseq folder"),
         ("verify", "read all files and compare their checksums"),
     ):
         one = verbs.add_parser(verb, help=meaning)
@@ -67,6 +69,11 @@ def show(arguments: argparse.Namespace) -> int:
     from opt_parallel.tools.inspect import groups_of, layout_of, losses_at
 
     folder = arguments.folder
+    if (metaseq := reach("", folder)) and is_metaseq(metaseq):
+        from opt_parallel.tools.metaseq import described
+
+        print(described(folder))
+        return 0
     manifest = read_manifest(folder)
     clock = manifest["clock"]
     losses = losses_at(clock["step"], metrics_of(folder, clock["step"]))

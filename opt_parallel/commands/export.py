@@ -12,14 +12,14 @@ from pathlib import Path
 from opt_parallel.config.options import parsed
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.config.units import bytes_of
-from opt_parallel.runtime.errors import reporting
+from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import quiet_libraries
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, or a Hugging Face folder"
+        "--checkpoint", type=Path, required=True, help="…/checkpoints/step-<N>, a Hugging Face or metaseq folder"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument(
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto (default): the checkpoint's own"
     )
+    parser.add_argument("--md5", type=Path, help="list of MD5 sums with which a metaseq checkpoint is compared first")
     parser.add_argument("--adapter", action="store_true", help="export only the adapter of a LoRA run, for `peft`")
     return parser
 
@@ -39,10 +40,12 @@ def main() -> None:
     size = bytes_of(arguments.max_shard_size, "--max-shard-size ")
     from opt_parallel.tools.export import export, export_adapter
 
+    if arguments.adapter and arguments.md5:
+        raise UserError(f"--md5 {arguments.md5} is for a metaseq checkpoint, which has no adapter: leave it out")
     if arguments.adapter:
         export_adapter(arguments.checkpoint, arguments.output, ExportDtype(arguments.dtype))
     else:
-        export(arguments.checkpoint, arguments.output, size, ExportDtype(arguments.dtype))
+        export(arguments.checkpoint, arguments.output, size, ExportDtype(arguments.dtype), md5=arguments.md5)
     print(f"exported {arguments.checkpoint} to {arguments.output}")
 
 

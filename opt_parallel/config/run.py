@@ -234,8 +234,10 @@ class Run(Section):
     stop_at: int | None = None
     # seed of the initial weights, the order of samples, and dropout
     seed: int = 1
-    # weights to start from: a Hugging Face folder, a hub id, or a training checkpoint; null: random
+    # weights to start from: a Hugging Face folder, a hub id, a training checkpoint or a metaseq folder; null: random
     init_from: str | None = field(default=None, metadata=PATH)
+    # a list of MD5 sums with which the files of init_from, a metaseq folder, are compared first; null: none
+    init_md5: str | None = field(default=None, metadata=PATH)
     # auto: resume from the newest complete checkpoint of run.dir; never: start again; or the folder of a checkpoint
     resume: str = field(default="auto", metadata={"path": ("auto", "never")})
 

@@ -32,6 +32,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     UserError."""
     require(run.init_from is not None, "init_from is not set: name the checkpoint to evaluate")
     opened = open_checkpoint(str(run.init_from), "init_from=", checksums=True)
+    opened.check_md5("init_md5=", run.init_md5)
     _check(run, opened)
     data = prepare_validation(run)
     if data.labels:

@@ -45,13 +45,22 @@ ORIGIN = "checkpoint.json"  # Name of the file that identifies the exported chec
 COPIES = 2  # Copies of a tensor in memory besides the exported copy: the tensor as read, and a rearranged copy.
 
 
-def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDtype, replace: bool = False) -> None:
+def export(
+    checkpoint: Path,
+    output: Path,
+    max_shard_size: int,
+    dtype: ExportDtype,
+    replace: bool = False,
+    md5: Path | None = None,
+) -> None:
     """Export `checkpoint` atomically to the folder `output`, in files of at most `max_shard_size` bytes.
 
-    The tied output projection is written once, and vocabulary padding is not written. Raises: UserError."""
+    The tied output projection is written once, and vocabulary padding is not written. The files of a metaseq checkpoint
+    are first compared with the MD5 sums in the list `md5`. Raises: UserError."""
     if output.exists() and not replace:
         raise UserError(f"--output {output} exists: remove it or choose another folder")
     opened = open_checkpoint(checkpoint, checksums=True)
+    opened.check_md5("--md5 ", md5)
     stored = opened.dtype if dtype is ExportDtype.auto else getattr(torch, dtype.value)
     content = config_for_hf(opened.config, stored)
     model: CausalLM | SequenceClassifier
@@ -69,6 +78,8 @@ def export(checkpoint: Path, output: Path, max_shard_size: int, dtype: ExportDty
     require_memory(f"{checkpoint}: exporting its largest tensor", needed, "free memory, or raise the limit")
     files = _other_files(opened)
     write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
+    if opened.metaseq:
+        opened.warn_of_not_finite(ALONE)
 
 
 def is_of(output: Path, checkpoint: Path) -> bool:

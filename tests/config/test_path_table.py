@@ -15,6 +15,7 @@ import pytest
 from command import ROOT, python, write_text
 from composing import FILES, SCRIPTS, dry, load_script, options_of, path_keys, run_of
 from hugging_face import random_model
+from metaseq_forms import Size, weights_of, write
 from rights import ordinary_rights
 
 from opt_parallel.checkpoint.folders import choose
@@ -25,6 +26,7 @@ from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import corpora, prepare_tokenizer
 from opt_parallel.data.store.cache import build_once, cached
 from opt_parallel.launching.settings import SECTIONS
+from opt_parallel.metaseq.md5 import read_sums
 from opt_parallel.preflight import make_run_folder
 from opt_parallel.runtime.errors import UserError
 
@@ -48,6 +50,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(ROOT / "tests" / "saved_before" / "checkpoint", good / "run" / "checkpoints" / "step-4")
     row = {"kind": "train", "step": 1, "samples": 1, "tokens": 1, "loss": 1.0}
     (good / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    write("singleton", good / "metaseq", Size(), weights_of(Size()))
+    (good / "sums").write_text("d41d8cd98f00b204e9800998ecf8427e  restored.pt\n")
     (good / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
     shutil.copy(ROOT / "launch" / "accelerate" / "cpu-one.yaml", good / "accelerate.yaml")
     (good / "prompts.txt").write_text("x\n")
@@ -141,6 +145,12 @@ def use_start(value: str) -> Path:
     return Path(str(run.init_from))
 
 
+def use_sums(value: str) -> Path:
+    run = composed("init_md5", value)
+    assert list(read_sums("init_md5=", str(run.init_md5))) == ["restored.pt"]
+    return Path(str(run.init_md5))
+
+
 # what lies at a key's value, None: it is made; and what a command does with it, as far as it is looked at
 KEYS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "data.train": ("texts", use_text("data.train")),
@@ -149,6 +159,7 @@ KEYS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "data.cache": (None, use_cache),
     "run.dir": (None, use_folder),
     "init_from": ("model", use_start),
+    "init_md5": ("sums", use_sums),
     "resume": ("run/checkpoints/step-4", use_resume),
 }
 # of launch/submit.py, with what lies there and the words that its system needs
@@ -175,6 +186,7 @@ OPTIONS: dict[tuple[str, str | None, str], tuple[str | None, str]] = {
     ("demo_text", None, "--source"): ("texts", "--output new"),
     ("export", None, "--checkpoint"): ("model", "--output new"),
     ("export", None, "--output"): (None, "--checkpoint good/model"),
+    ("export", None, "--md5"): ("sums", "--checkpoint good/metaseq --output new"),
     ("generate", None, "--checkpoint"): ("model", "--prompt x"),
     ("generate", None, "--prompts-file"): ("prompts.txt", "--checkpoint good/model"),
     ("generate", None, "--output"): (None, "--checkpoint good/model --prompt x --max-new-tokens 1"),
@@ -182,6 +194,7 @@ OPTIONS: dict[tuple[str, str | None, str], tuple[str | None, str]] = {
     ("tokenizer", None, "--output"): (None, "--vocab-size 300 --input good/text.jsonl"),
     ("verify", None, "--checkpoint"): ("model", ""),
     ("verify", None, "--against"): ("model", "--checkpoint good/model"),
+    ("verify", None, "--md5"): ("sums", "--checkpoint good/metaseq"),
     ("wordnet_baselines", None, "--data"): ("data", ""),
     ("wordnet_baselines", None, "--answers"): ("answers.jsonl", "--data good/data"),
     ("wordnet_text", None, "--output"): (None, "--source good/wordnet"),

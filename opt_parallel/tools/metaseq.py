@@ -1,0 +1,72 @@
+"""Describe a metaseq checkpoint, and read all its values. No process group is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from opt_parallel.checkpoint.sources import Opened, open_checkpoint
+from opt_parallel.metaseq.findings import warnings_of
+from opt_parallel.metaseq.weights import MetaseqWeights
+from opt_parallel.model.heads import CausalLM
+from opt_parallel.parallel.shard import marked
+from opt_parallel.parallel.topology import ALONE, Group
+from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.log import aligned, bytes_in_words
+
+DEGREES = (1, 2, 4, 8, 16)  # tensor degrees for which the bytes of a rank are shown
+
+
+def odd_values(folder: Path, md5: Path | None) -> list[str]:
+    """Read all values of a metaseq checkpoint, one tensor at a time, after its files are compared with the list `md5`.
+
+    Returns one line for each kind of odd values. Raises: UserError if the checkpoint is damaged."""
+    opened, weights = _opened(folder)
+    opened.check_md5("--md5 ", md5)
+    with torch.device("meta"):
+        parameters = [(name, shard) for name, _, shard in marked(CausalLM(opened.config, ALONE))]
+    for name, shard in parameters:
+        weights(name, shard)
+    return warnings_of(folder, [weights.findings])
+
+
+def described(folder: Path) -> str:
+    """The form, the network and the tensors of a metaseq checkpoint, and the bytes that a rank reads, as text.
+
+    Raises: UserError if the checkpoint is damaged."""
+    opened, weights = _opened(folder)
+    known, config = weights.described, opened.config
+    size = sum(path.stat().st_size for path in known.files)
+    with torch.device("meta"):
+        network = CausalLM(config, ALONE)
+    facts = [
+        ["form", known.form],
+        ["files", f"{len(known.files):,}, {bytes_in_words(size)}"],
+        ["network", f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} "
+                    f"heads, {config.vocab_size} tokens, {config.max_position_embeddings} positions"],
+        ["parameters", f"{sum(shard.numel for _, _, shard in marked(network)):,}"],
+        ["dtype", ", ".join(sorted(known.dtypes))],
+    ]  # fmt: skip
+    lines = [["tensor degree", "bytes a rank reads"]]
+    for degree in DEGREES:
+        try:
+            config.check_splits(degree, "")
+        except UserError:
+            continue
+        lines.append([str(degree), bytes_in_words(bytes_of_rank(opened, degree))])
+    return f"{aligned(facts)}\n\n{aligned(lines)}"
+
+
+def bytes_of_rank(opened: Opened, degree: int) -> int:
+    """The bytes of the weights that the first rank of a tensor group holds, in the checkpoint's dtype."""
+    with torch.device("meta"):
+        model = CausalLM(opened.config, Group(None, 0, degree))
+    return sum(tensor.numel() * opened.stored.dtype.itemsize for _, tensor, _ in marked(model))
+
+
+def _opened(folder: Path) -> tuple[Opened, MetaseqWeights]:
+    opened = open_checkpoint(folder)
+    assert opened.metaseq is not None
+    opened.check_language_model()
+    return opened, opened.metaseq
