@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a model, or continue a run",
     "prepare": "prepare the text of a run in advance",
     "preflight": "check hosts, devices, network and disks before a long run",
+    "plan": "plan memory, speed and cost of a run on a cluster, without a GPU",
     "submit": "start a run by torchrun, Slurm, Kubernetes, DeepSpeed or accelerate",
     "evaluate": "compute the loss or a classifier's metrics on held-out text",
     "generate": "continue prompts",

@@ -41,7 +41,7 @@ compdef _opt_parallel opt-parallel
 complete -c opt-parallel -a '(opt-parallel --complete (commandline -cp) 2>/dev/null | string split " ")'
 """,
 }
-CONFIGURED = ("train", "prepare", "preflight", "evaluate", "submit")  # commands with Hydra's keys
+CONFIGURED = ("train", "prepare", "preflight", "evaluate", "submit", "plan")  # commands with Hydra's keys
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun"]
 
 
@@ -68,13 +68,15 @@ def print_candidates(line: str, commands: Collection[str]) -> None:
         found = list(SHELLS)
     elif before[0] not in commands:
         found = []
-    elif before[0] not in CONFIGURED:
+    elif before[0] not in CONFIGURED or (before[0] == "plan" and current.startswith("-")):
         module = import_module(f"opt_parallel.commands.{before[0]}")
         found = options(module.parser(), before[1:], current)
     elif current.startswith("-"):
         found = FLAGS
     elif current.startswith("launch.") and before[0] == "submit":
         found = launch_keys()
+    elif current.startswith("cluster.") and before[0] == "plan":
+        found = cluster_keys()
     elif values := values_of(current.partition("=")[0]):
         found = values
     else:
@@ -106,6 +108,15 @@ def launch_keys() -> list[str]:
 
     names = (field.name for section in SECTIONS.values() for field in fields(section))
     return [f"launch.{name}=" for name in dict.fromkeys(names) if name != "system"]
+
+
+def cluster_keys() -> list[str]:
+    """The keys of a cluster."""
+    from dataclasses import fields
+
+    from opt_parallel.planning.settings import ClusterConfig
+
+    return [f"cluster.{field.name}=" for field in fields(ClusterConfig)]
 
 
 def values_of(name: str) -> list[str]:

@@ -22,6 +22,7 @@ from opt_parallel.data.tasks import open_mixture
 from opt_parallel.engine import Engine
 from opt_parallel.parallel.precision import choose_precision
 from opt_parallel.parallel.topology import Topology
+from opt_parallel.planned import check_memory, explaining_out_of_memory
 from opt_parallel.preflight import check_same, make_run_folder, preflight
 from opt_parallel.report.metrics import Metrics
 from opt_parallel.report.plots import draw_confusion
@@ -87,9 +88,16 @@ def _lock(run: Run, topology: Topology, folder: ExitStack) -> Path | None:
 def _train(run: Run, resume_from: Path | None, topology: Topology, interrupt: Interrupt) -> int:
     precision, why = choose_precision(run.precision.name, run.zero.stage, topology, precision_of(resume_from))
     run = run.in_precision(precision)
+    check_memory(run, topology)
     for line in preflight(run, topology):
         if topology.world.size > 1:
             say(line)
+    with explaining_out_of_memory(run, topology):
+        return _train_planned(run, why, resume_from, topology, interrupt)
+
+
+def _train_planned(run: Run, why: str, resume_from: Path | None, topology: Topology, interrupt: Interrupt) -> int:
+    """Train a run that fits the devices, in the precision that `why` explains."""
     inputs = topology.together(lambda: Inputs.read(run, resume_from))
     if topology.is_main:
         write_config(run)

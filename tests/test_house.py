@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["runtime"],
     ["storage", "config"],
-    ["planning"],
     ["data.text", "parallel", "report"],
-    ["huggingface", "optim", "zero"],
+    ["huggingface", "optim", "zero", "planning"],
     ["data.encode", "model", "gradients", "metaseq"],
     ["data.store"],
     ["data.samples"],
@@ -24,7 +23,7 @@ FLOORS = [
     ["data.prepare", "engine"],
     ["data.resuming"],
     ["data.tasks", "checkpoint", "validation"],
-    ["tools", "launching", "preflight", "pretrained"],
+    ["tools", "launching", "preflight", "planned", "pretrained", "rehearsal"],
     ["run_folder", "start"],
     ["loop", "benchmarks"],
     ["commands"],
@@ -38,13 +37,14 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # who may import what; everybody else may not
 RESERVED = {
     "deepspeed": {"engine", "benchmarks.contenders"},
-    "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight", "benchmarks"},
+    "torch.distributed": {"parallel.topology", "parallel.collectives", "checkpoint", "preflight", "rehearsal",
+                          "benchmarks"},
     # a mistake in the command line is said before torch is imported, which takes seconds
     "torch": {"parallel", "report.metrics", "report.profiling", "report.trackers", "data.samples", "data.kinds",
               "data.tasks", "model", "optim", "zero", "gradients", "engine", "checkpoint", "validation", "tools",
               "preflight", "pretrained", "start", "loop", "huggingface.names", "huggingface.weights",
               "huggingface.arrays", "huggingface.pickled", "huggingface.folder", "metaseq.findings",
-              "metaseq.weights", "benchmarks", "commands.benchmark", "commands.generate"},
+              "metaseq.weights", "benchmarks", "commands.benchmark", "commands.generate", "planned", "rehearsal"},
 }  # fmt: skip
 
 

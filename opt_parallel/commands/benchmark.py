@@ -382,7 +382,8 @@ def run_memory(arguments: argparse.Namespace) -> None:
         write_page(arguments.page, list(published(arguments.overrides)))
         return
     runs = [in_bf16(composed(overrides)) for overrides in combinations(arguments.overrides)]
-    from opt_parallel.benchmarks.memory import HEAD, row, traces
+    from opt_parallel.benchmarks.memory import HEAD, row
+    from opt_parallel.rehearsal.trace import traces
 
     print(aligned([HEAD, *(row(run, trace) for run, trace in zip(runs, traces(runs), strict=True))]))
 

@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
-from opt_parallel.config.compose import CONFIGS, command, run_from, take
+from opt_parallel.config.compose import CONFIGS, command, one_line_errors, run_from, take
+from opt_parallel.config.run import Run
 from opt_parallel.launching.sweep import (
     check_sweep,
     folder_name,
@@ -20,6 +21,8 @@ from opt_parallel.launching.sweep import (
     reported,
     swept_values,
 )
+from opt_parallel.planning.choice import AUTO, FREE
+from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.process import set_ranks, world_size
 
 
@@ -37,7 +40,10 @@ def main(config: DictConfig) -> float | None:
             with open_dict(config):
                 take(config, "run.dir", f"{config.run.dir}/{folder_name(swept_values())}")
         run = run_from(config)
-        run.check_world(world_size())
+        run.check_world(run.rehearse or world_size())
+        if run.rehearse:
+            rehearse(run)
+            return None
         if is_sweep():
             check_sweep(run)
 
@@ -50,6 +56,14 @@ def main(config: DictConfig) -> float | None:
     return loss
 
 
+def rehearse(run: Run) -> None:
+    """Print the rehearsal of one of `run.rehearse` ranks."""
+    from opt_parallel.benchmarks.runs import in_bf16
+    from opt_parallel.rehearsal.report import text
+
+    print(text(in_bf16(run), run.rehearse))
+
+
 def run_or_sweep() -> None:
     """Train the run, or all runs of a sweep."""
     main()
@@ -57,4 +71,18 @@ def run_or_sweep() -> None:
 
 
 def run() -> None:
+    with one_line_errors():
+        refuse_auto(sys.argv[1:])
     command(run_or_sweep)
+
+
+def refuse_auto(arguments: list[str]) -> None:
+    """Raise UserError for a value that only `opt-parallel plan` knows."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in FREE and value == AUTO:
+            raise UserError(
+                f"{argument} is a value for opt-parallel plan, which finds the fastest setting that fits: run "
+                "opt-parallel plan with the same keys and cluster=…, and train with the settings that it prints",
+                shared=True,
+            )

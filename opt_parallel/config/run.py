@@ -205,6 +205,14 @@ class RunConfig(Section):
 
 
 @dataclass
+class PlanConfig(Section):
+    """The comparison of the planned memory with the device's, before training starts."""
+
+    # refuse to train if the planned memory exceeds the device's; false: warn and train
+    enforce: bool = True
+
+
+@dataclass
 class Run(Section):
     """All settings of a run. With `init_from`, `start_from_checkpoint` has set `model` from the checkpoint of
     `init_from`."""
@@ -222,6 +230,7 @@ class Run(Section):
     export: ExportConfig = field(default_factory=ExportConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     # global: sequences of one optimizer step; micro: sequences of one forward of one data-parallel rank
     batch: dict[str, int] = field(default_factory=lambda: {"global": 8, "micro": 1})
     # what each layer recomputes in the backward instead of keeping it; selective: LayerNorms, dropout and the
@@ -232,6 +241,8 @@ class Run(Section):
     steps: int = 1000
     # the run saves and exits at this step, and a larger stop_at continues the run; null: exit at steps
     stop_at: int | None = None
+    # run a step of the first of this many ranks on fake CUDA tensors and exit, without a GPU; 0: train
+    rehearse: int = 0
     # seed of the initial weights, the order of samples, and dropout
     seed: int = 1
     # weights to start from: a Hugging Face folder, a hub id, a training checkpoint or a metaseq folder; null: random
@@ -250,6 +261,7 @@ class Run(Section):
             require(value >= 1, f"batch.{name}={value} must be at least 1")
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")
         require(self.stop_at is None or self.stop_at >= 1, f"stop_at={self.stop_at} must be at least 1")
+        require(self.rehearse >= 0, f"rehearse={self.rehearse} must not be negative (0: train)")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
         given = bool(self.data.validation_sources or self.evaluation.prompts)
         require(

@@ -40,7 +40,7 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
     """Write a plot of a run's losses over steps. A loss is a mean over tokens or examples, which `unit` names."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    figure = figure_with(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot(
         xlabel="step", ylabel=f"loss (nats per {unit})" if unit == "token" else f"loss per {unit}"
     )
@@ -54,7 +54,7 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
         axes.plot(*losses_of(rows, "validation"), "o-", color="#d1600f", markeredgecolor="white", label="validation")
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="#777777", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set_title(_short(title), loc="left", fontweight="bold")
+    axes.set_title(short(title), loc="left", fontweight="bold")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02)
     axes.grid(color="#e6e6e6", linewidth=0.8)
@@ -77,10 +77,10 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
 
     panels = 1 + any(curve.validation[0] for curve in curves)
     width = 6 if panels == 1 else 10
-    longest = max(len(_short(curve.label)) for curve in curves) + 8  # the legend's line sample is 8 characters wide
+    longest = max(len(short(curve.label)) for curve in curves) + 8  # the legend's line sample is 8 characters wide
     columns = max(1, min(12 * width // longest, 4, (len(curves) + 1) // 2))
     height = 4.2 + 0.21 * -(-len(curves) // columns)
-    figure = _figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = figure_with(figsize=(width, height), dpi=150, layout="constrained")
     both = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
     handles = []
     for number, curve in enumerate(curves):
@@ -94,7 +94,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
         if curve.validation[0]:
             way |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"}
             both[1].plot(*curve.validation, linewidth=1.4, **way)
-        handles.append(Line2D([], [], linewidth=1.6, label=_short(curve.label), **way))
+        handles.append(Line2D([], [], linewidth=1.6, label=short(curve.label), **way))
     long = any(len(curve.training[0]) >= SMOOTH_FROM for curve in curves)
     for axes, name in zip(both, ("training, smoothed" if long else "training", "validation"), strict=False):
         axes.set_title(name, loc="left", fontsize=10)
@@ -107,7 +107,7 @@ def figure_of(title: str, curves: Sequence[Curve], axis: str, unit: str | None) 
     limits = _limits(curves)
     if limits is not None:
         both[0].set_ylim(*limits)
-    figure.suptitle(_short(title), x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(short(title), x=0.01, ha="left", fontweight="bold")
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
     return figure
 
@@ -133,9 +133,9 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
 def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.ndarray) -> None:
     """Write a plot of a confusion matrix (N, N) whose rows are the true labels. Colours show shares of each row. With
     at most `MOST_NAMED` labels, the plot also shows names and counts."""
-    number, labels = len(labels), [_short(label, LONGEST_LABEL) for label in labels]
+    number, labels = len(labels), [short(label, LONGEST_LABEL) for label in labels]
     size = min(16.0, 3.2 + 0.5 * number)
-    figure = _figure(figsize=(size + 1, size), dpi=150, layout="constrained")
+    figure = figure_with(figsize=(size + 1, size), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="decided", ylabel="true")
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -146,7 +146,7 @@ def draw_confusion(path: Path, title: str, labels: Sequence[str], confusion: np.
         for (row, column), count in np.ndenumerate(confusion):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=color, fontsize=8)
-    axes.set_title(_short(title), loc="left", fontweight="bold")
+    axes.set_title(short(title), loc="left", fontweight="bold")
     save_figure(figure, path)
 
 
@@ -158,13 +158,13 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(file, format=path.suffix[1:] or "png")
 
 
-def _short(name: str, longest: int = LONGEST_TITLE) -> str:
+def short(name: str, longest: int = LONGEST_TITLE) -> str:
     name = plain(name)
     half = longest // 2
     return name if len(name) <= longest else f"{name[:half]}…{name[1 - half :]}"
 
 
-def _figure(**size: Any) -> Any:
+def figure_with(**size: Any) -> Any:
     """A matplotlib figure without pyplot, which needs no display and is garbage-collected."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -202,7 +202,7 @@ def memory(arguments: argparse.Namespace) -> bool:
 
 def trace(arguments: argparse.Namespace) -> bool:
     """Trace the peaks again, and write them to `traced.json`. This needs a build of torch for CPUs."""
-    from opt_parallel.benchmarks.memory import traces
+    from opt_parallel.rehearsal.trace import traces
 
     found = traces(list(cells().values()))
     TRACED.write_text(json.dumps({name: one.peak for name, one in zip(cells(), found, strict=True)}, indent=1) + "\n")
@@ -211,10 +211,10 @@ def trace(arguments: argparse.Namespace) -> bool:
 
 def measured(run: Run) -> tuple[int, float]:
     """The peak bytes of a forward and backward pass on the GPU above the bytes of the weights, and its seconds."""
-    from opt_parallel.benchmarks.memory import micro_batch_loss, without_gradients
     from opt_parallel.model.build import network
     from opt_parallel.parallel.shard import fill
     from opt_parallel.parallel.topology import ALONE, DTYPES
+    from opt_parallel.rehearsal.trace import micro_batch_loss, without_gradients
 
     device = torch.device("cuda", 0)
     model = network(run.model, run.task.lora, None, ALONE, run.activation_checkpointing, run.parallel.sequence)

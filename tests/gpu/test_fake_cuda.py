@@ -22,8 +22,6 @@ import torch
 from command import ROOT, cold_python, launch, python
 from layouts import STYLE_350M, TINY
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from opt_parallel.config.model import Labels, ModelConfig, ProblemType
 from opt_parallel.config.run import ActivationCheckpointing, ParallelConfig, Precision, PrecisionConfig, Run
@@ -75,32 +73,16 @@ class Cell:
         )
 
 
-class Strict(TorchDispatchMode):
-    """Refuses operators that make a tensor on the CPU, except pinned memory and copies for which the CPU does not wait.
-
-    A fake tensor itself refuses operators that mix devices, or that need its values on the CPU."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        waits_for_nothing = kwargs.get("pin_memory") or (
-            function.overloadpacket.__name__ == "copy_" and args[2:] == (True,)
-        )
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.device.type != "cuda" and not waits_for_nothing:
-                raise AssertionError(f"{function} makes a tensor on the device {value.device}")
-        return result
-
-
 def step(cell: Cell, damage: Callable[[Any], None] = lambda model: None) -> None:
-    """A forward, a backward and an update of the weights on fake CUDA tensors, watched by `Strict`."""
-    from opt_parallel.benchmarks.fake_cuda import DEVICE, fake_tensors, group_of
-    from opt_parallel.benchmarks.memory import nothing
+    """A forward, a backward and an update of the weights on fake CUDA tensors, watched by a strict ledger."""
     from opt_parallel.model.build import network
     from opt_parallel.optim import build_optimizer
     from opt_parallel.parallel.random import Draw
     from opt_parallel.parallel.shard import fill
     from opt_parallel.parallel.topology import DTYPES
+    from opt_parallel.rehearsal.fake_cuda import DEVICE, fake_tensors, group_of
+    from opt_parallel.rehearsal.ledger import Ledger, Trace
+    from opt_parallel.rehearsal.trace import nothing
 
     run, group = cell.run, group_of(cell.tensor)
     labels = Labels(("a", "b", "c"), ProblemType.single_label_classification) if cell.classifies else None
@@ -111,7 +93,7 @@ def step(cell: Cell, damage: Callable[[Any], None] = lambda model: None) -> None
         damage(model)
         optimizer = build_optimizer(model, run.optimizer)
         shape = (run.micro_batch, run.data.sequence_length)
-        with Strict():
+        with Ledger(Trace(cell.run.model.num_hidden_layers), [], {}, strict=True):
             ids = torch.zeros(shape, dtype=torch.long, device=DEVICE)
             segments = torch.ones_like(ids) if cell.packed else None
             wanted = torch.zeros(shape[:1] if cell.classifies else shape, dtype=torch.long, device=DEVICE)
@@ -145,7 +127,7 @@ ALL = [Cell(*values) for values in itertools.product((1, 2), KINDS, ("fp32", "bf
 
 
 def print_errors_of_all() -> None:
-    from opt_parallel.benchmarks.fake_cuda import load
+    from opt_parallel.rehearsal.fake_cuda import load
 
     load()
     print(json.dumps(errors_of(ALL)))
@@ -224,10 +206,16 @@ def traced_run(tensor: int, recompute: str, sequence: bool = False) -> Run:
     )
 
 
+def plain(trace: Any) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(trace), "peak": trace.peak, "messages": trace.messages(), "sent": trace.sent()
+    }  # fmt: skip
+
+
 def print_all() -> None:
     """In a process of its own: the results that the tests check."""
-    from opt_parallel.benchmarks.fake_cuda import load
-    from opt_parallel.benchmarks.memory import extrapolated, trace
+    from opt_parallel.rehearsal.fake_cuda import load
+    from opt_parallel.rehearsal.trace import extrapolated, trace
 
     load()
     runs = {
@@ -240,7 +228,7 @@ def print_all() -> None:
     results = {
         "errors": errors_of(FEW),
         "faults": errors_of_faults("none"),
-        "traces": {name: {**dataclasses.asdict(one), "peak": one.peak} for name, one in traces.items()},
+        "traces": {name: plain(one) for name, one in traces.items()},
         "none": peaks(["none"])["none"],
     }
     print(json.dumps(results))
@@ -251,7 +239,7 @@ def peaks(kinds: list[str]) -> dict[str, int]:
     sys.path.insert(0, str(Path(__file__).parent))
     from checks import cells
 
-    from opt_parallel.benchmarks.memory import trace
+    from opt_parallel.rehearsal.trace import trace
 
     runs = cells()
     return {kind: trace(runs[kind], runs[kind].model.num_hidden_layers).peak for kind in kinds}
@@ -308,7 +296,7 @@ def test_the_extrapolation_equals_the_trace_of_the_full_depth(traces: Any) -> No
 
 
 def print_peaks() -> None:
-    from opt_parallel.benchmarks.fake_cuda import load
+    from opt_parallel.rehearsal.fake_cuda import load
 
     load()
     print(json.dumps(peaks(KINDS)))
@@ -336,7 +324,7 @@ def test_the_command_prints_a_row_for_each_combination() -> None:
 
 def print_refusals(folder: str) -> None:
     """In a process of its own: the errors without a compiler, and with a build of torch for GPUs."""
-    from opt_parallel.benchmarks.fake_cuda import load
+    from opt_parallel.rehearsal.fake_cuda import load
     from opt_parallel.runtime.errors import UserError
 
     said = []

@@ -57,10 +57,10 @@ def run_of(kind: ActivationCheckpointing) -> Run:
 
 def gradients(kind: ActivationCheckpointing, times: int = 2) -> dict[str, torch.Tensor]:
     """The gradients on the GPU. In the last of several passes, waiting for the device is an error."""
-    from opt_parallel.benchmarks.memory import micro_batch_loss
     from opt_parallel.model.build import network
     from opt_parallel.parallel.shard import fill, random_source
     from opt_parallel.parallel.topology import ALONE
+    from opt_parallel.rehearsal.trace import micro_batch_loss
 
     run, device = run_of(kind), torch.device("cuda", 0)
     model = network(run.model, run.task.lora, None, ALONE, kind)

@@ -30,7 +30,11 @@ from opt_parallel.runtime.errors import UserError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DEVICE = torch.device("cuda", 0)
-LARGEST = 1024  # ranks of the largest group
+LARGEST = 2**16  # ranks of the process group that the others are parts of
+
+
+class NoFakeDevice(UserError):
+    """Fake CUDA tensors are not available here. The message names what is missing."""
 
 
 def cache() -> Path:
@@ -41,9 +45,9 @@ def cache() -> Path:
 def load() -> None:
     """Give this process a CUDA device that computes nothing. The library is compiled at the first use.
 
-    Raises: UserError with a build of torch for CUDA, without a C++ compiler, or if the library does not compile."""
+    Raises: NoFakeDevice with a build of torch for CUDA, without a C++ compiler, or if the library does not compile."""
     if torch.version.cuda or torch.version.hip:
-        raise UserError(
+        raise NoFakeDevice(
             f"torch {torch.__version__} is built for GPUs, and fake CUDA tensors need a build for CPUs: run this "
             "command in an environment with such a build"
         )
@@ -68,7 +72,7 @@ class _Stream:
 
 
 def built() -> Path:
-    """The compiled library. Raises: UserError without a C++ compiler, or if the library does not compile."""
+    """The compiled library. Raises: NoFakeDevice without a C++ compiler, or if the library does not compile."""
     compiler = os.environ.get("CXX", "c++")
     words = [
         "-std=c++20", "-O1", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -80,24 +84,28 @@ def built() -> Path:
     if library.exists():
         return library
     if shutil.which(compiler) is None:
-        raise UserError(f"{compiler} was not found, and fake CUDA tensors need a C++ compiler: install g++, or set CXX")
+        raise NoFakeDevice(
+            f"{compiler} was not found, and fake CUDA tensors need a C++ compiler: install g++, or set CXX"
+        )
     library.parent.mkdir(parents=True, exist_ok=True)
     own = library.with_suffix(f".{os.getpid()}")
     done = subprocess.run([compiler, str(SOURCE), *words, "-o", str(own)], capture_output=True, text=True, check=False)
     if done.returncode:
         line = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-        raise UserError(f"{compiler} cannot compile {SOURCE.name} for torch {torch.__version__}: {line}")
+        raise NoFakeDevice(f"{compiler} cannot compile {SOURCE.name} for torch {torch.__version__}: {line}")
     own.replace(library)  # Atomic: several processes may compile at the same time.
     return library
 
 
-def group_of(size: int) -> Group:
-    """A group of `size` ranks that do not exist. Collectives return at once, with tensors of the right shapes."""
+def group_of(size: int, apart: int = 1) -> Group:
+    """The first rank of a group of `size` ranks that do not exist, whose numbers are `apart` from each other.
+
+    Collectives return at once, with tensors of the right shapes."""
     if size == 1:
         return ALONE
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=LARGEST)
-    return Group(dist.new_group(list(range(size))), 0, size)
+    return Group(dist.new_group(list(range(0, size * apart, apart))), 0, size)
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""The typed configuration of a cluster, which the files of configs/cluster/ set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from opt_parallel.config.model import Section, require
+from opt_parallel.planning.cluster import GIB, Cluster, Device, Link, Rates
+from opt_parallel.planning.rates import RATES
+
+TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
+# of a device whose products and memory bandwidth are measured by programs like ours; attention is an estimate
+MEASURED = Rates(1.0, 0.0, 0, 0.5, 0.5, 1.0, 0.8, 0.8, 0.0)
+
+
+@dataclass
+class ClusterConfig(Section):
+    """Hosts, devices and links, in the units of their data sheets. The comments of configs/cluster/ explain the keys.
+
+    Zeros of the cluster `cpu` are measured before the plan is computed."""
+
+    device: str = ""
+    nodes: int = 1
+    gpus: int = 8
+    memory: float = 0.0
+    bf16: float = 0.0
+    fp8: float = 0.0
+    fp32: float = 0.0
+    bandwidth: float = 0.0
+    within: float = 0.0
+    within_latency: float = 0.0
+    between: float = 0.0
+    between_latency: float = 0.0
+    host_memory: float = 0.0
+    storage: float = 0.0
+    failures: float = 0.0
+    restart: float = 0.0
+    price: float | None = None
+    measured: bool = False
+
+    def check(self) -> None:
+        for name in ("nodes", "gpus"):
+            require(getattr(self, name) >= 1, f"cluster.{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.nodes * self.gpus <= 2**16,
+            f"cluster.nodes={self.nodes} × cluster.gpus={self.gpus} are {self.nodes * self.gpus:,} devices, more than "
+            "the maximum of 65,536: plan fewer",
+        )
+        for name in ("within", "between", "storage"):
+            require(getattr(self, name) > 0, f"cluster.{name}={getattr(self, name)} must be positive: GB/s")
+        for name in ("memory", "bf16", "fp8", "fp32", "bandwidth", "within_latency", "between_latency", "host_memory",
+                     "failures", "restart", "price"):  # fmt: skip
+            require((getattr(self, name) or 0) >= 0, f"cluster.{name}={getattr(self, name)} must not be negative")
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.gpus
+
+    def cluster(self) -> Cluster:
+        """The cluster in bytes, seconds and FLOP/s."""
+        peak = {"bf16": self.bf16 * TERA, "fp16": self.bf16 * TERA, "fp32": self.fp32 * TERA}
+        if self.fp8:
+            peak["fp8"] = self.fp8 * TERA
+        known = self.device.partition("-")[0] in RATES
+        return Cluster(
+            Device(
+                self.device, round(self.memory * GIB), peak, self.bandwidth * GIGA, None if known else self._rates()
+            ),
+            self.nodes,
+            self.gpus,
+            Link(self.within * GIGA, self.within_latency * MICRO),
+            Link(self.between * GIGA, self.between_latency * MICRO),
+            round(self.host_memory * GIB),
+            self.price,
+        )
+
+    def _rates(self) -> Rates:
+        """What a device reaches whose rates were not fitted: a measured one its own, another the shares of an A100."""
+        return MEASURED if self.measured else RATES["a100"]
+
+
+@dataclass
+class PlanKeys(Section):
+    """The keys of `opt-parallel plan` beside those of `train`."""
+
+    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(within=1.0, between=1.0, storage=1.0))
+    rehearse: bool = False

@@ -1,0 +1,80 @@
+"""Failures to expect on many devices, the distance of checkpoints that loses least, and the time that is left."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opt_parallel.planning.parameters import lora_parameters
+from opt_parallel.planning.plan import DAY, Plan
+from opt_parallel.planning.settings import ClusterConfig
+
+HOST_COPY = 10e9  # bytes/s with which a device copies its state to the host's memory over PCIe 4, half of its peak
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published count of failures: on `devices` devices in `days` days."""
+
+    source: str
+    failures: int
+    days: float
+    devices: int
+
+    @property
+    def per_1000_days(self) -> float:
+        """Failures in 1,000 days of a device."""
+        return 1000 * self.failures / self.days / self.devices
+
+
+# Unexpected interruptions in 54 days of Llama 3's pre-training (Dubey et al. 2024, section 3.3.4). 35 manual restarts
+# and an estimate of 70 automatic ones in two months of OPT-175B's training (Zhang et al. 2022, section 2.5).
+PUBLISHED = (
+    Published("Llama 3 405B, 16,384 H100", 419, 54, 16_384),
+    Published("OPT-175B, 992 A100", 105, 60, 992),
+)
+
+
+@dataclass(frozen=True)
+class Weather:
+    """`between` are the seconds between two failures of any device, `failures` those during all steps. `stall` is the
+    time for which a save stops training, and `writing` the time until it is complete. `every` is the number of steps
+    between two saves that loses least, and `effective` the share of the time in which steps are made that stay."""
+
+    between: float
+    failures: float
+    stall: float
+    writing: float
+    restart: float
+    every: int
+    effective: float
+
+
+def best_interval(stall: float, between: float) -> float:
+    """The seconds between two saves that lose least (Daly 2006, equation 37, which refines Young 1974)."""
+    if stall >= 2 * between:
+        return between
+    ratio = math.sqrt(stall / (2 * between))
+    return math.sqrt(2 * stall * between) * (1 + ratio / 3 + ratio**2 / 9) - stall
+
+
+def lost(interval: float, stall: float, between: float, restart: float) -> float:
+    """Seconds that are lost for a second of training: the saves, and for each failure a restart and on average half of
+    the steps since the last save."""
+    return stall / interval + (interval / 2 + stall + restart) / between
+
+
+def weather(plan: Plan, config: ClusterConfig) -> Weather | None:
+    """The weather of a run, or None if nothing fails."""
+    if not config.failures:
+        return None
+    between = DAY * 1000 / config.failures / plan.cluster.devices
+    workload, step = plan.workload, plan.time.step
+    trained = lora_parameters(workload) * workload.tensor if workload.lora else plan.run.model.parameters()
+    state = trained * (4 + workload.states.moments)
+    stall = plan.memory.host / HOST_COPY if plan.run.checkpoint.asynchronous else state / (config.storage * 1e9)
+    writing = state / (config.storage * 1e9)
+    interval = max(best_interval(stall, between), writing, step)
+    every = max(1, round(interval / step))
+    loss = lost(every * step, stall, between, config.restart)
+    return Weather(between, plan.seconds / between, stall, writing, config.restart, every, 1 / (1 + loss))
