@@ -6,14 +6,13 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, environment, python, small
+from command import python, small
 from layouts import Layout, run_for
+from training import trained
 
 from opt_parallel.checkpoint.folders import best_in, renew_best, write_best
 from opt_parallel.config.data import DataConfig
@@ -25,7 +24,7 @@ from opt_parallel.storage.checked import dump_checked
 
 
 def run_in(folder: Path, resume: str = "auto") -> Run:
-    run = run_for(Layout(data=2, stage=1))
+    run = run_for(Layout(data=2, stage=1), {"num_hidden_layers": 1, "vocab_size": 300})
     if not (folder / "tokenizer").exists():
         save_tokenizer(train_tokenizer(["some text"], 300), folder / "tokenizer")
     return dataclasses.replace(
@@ -91,10 +90,7 @@ def test_the_best_stays_through_resuming_and_going_back(crew: Any, tmp_path: Pat
     assert crew(2)(saved, run, [2.25, 1.5, 1.75]) == [(4, [False, True, False])] * 2
     assert steps_of(tmp_path) == ["step-6", "step-7"]
     assert best_of(tmp_path) == {"step": 6, "loss": 1.5}
-    listed = subprocess.run(
-        [sys.executable, "scripts/checkpoint.py", "list", str(tmp_path)], cwd=ROOT, env=environment(), text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
+    listed = python("scripts/checkpoint.py", "list", str(tmp_path))
     assert [line.endswith("complete, the best") for line in listed.stdout.splitlines()] == [False, True, False]
     # back before what was best: the best of what is left, by the run's own metrics
     back = run_in(tmp_path, resume=str(tmp_path / "checkpoints" / "step-6"))
@@ -125,7 +121,7 @@ def test_a_best_that_was_not_named_before_the_kill_is_found(crew: Any, tmp_path:
         assert f"step-{best['step']}" in steps_of(tmp_path)
 
 
-def test_a_run_keeps_its_best_besides_the_newest(tmp_path: Path) -> None:
+def test_a_run_keeps_its_best_besides_the_newest(crew: Any, tmp_path: Path) -> None:
     """Held-out text that is the training text backwards, so that learning the one spoils the other."""
     arguments = small(tmp_path)
     backwards = json.loads((tmp_path / "text.jsonl").read_text().splitlines()[0])["text"][::-1] * 9
@@ -134,7 +130,7 @@ def test_a_run_keeps_its_best_besides_the_newest(tmp_path: Path) -> None:
         f"data.validation={tmp_path / 'held.txt'}", "evaluation.every=2", "steps=8", "checkpoint.keep=1",
         "checkpoint.keep_best=true", "optimizer.lr=1e-2", "schedule.name=constant",
     ]  # fmt: skip
-    process = python("train.py", *arguments)
+    process = trained(crew(1), *arguments)
     assert process.returncode == 0, process.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "validation"}

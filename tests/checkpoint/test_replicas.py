@@ -56,20 +56,24 @@ def saves_in(folder: Path) -> list[str]:
 
 CASES = {  # where a bit flips, and the ranks of which the line must name the first
     "a weight at stage 0": (Layout(data=4), (2, FC1), [2]),
-    "a moment at stage 0": (Layout(data=2), (1, f"exp_avg_sq of {FC1}"), [0, 1]),
-    "a whole weight at stage 0, in a grid": (Layout(tensor=2, data=2), (3, NORM), [3]),
-    "a split weight at stage 0, in a grid": (Layout(tensor=2, data=2), (3, FC1), [1, 3]),
-    "between tensor ranks": (Layout(tensor=4, stage=1), (1, f"weights of {NORM}"), [1]),
-    "a moment between tensor ranks": (Layout(tensor=2, stage=1), (1, f"exp_avg of {NORM}"), [0, 1]),
-    "what bf16 computes with": (Layout(data=2, stage=1, precision="bf16"), (1, FC1), [0, 1]),
-    "what bf16 computes with, stage 2": (Layout(tensor=2, data=2, stage=2, precision="bf16"), (2, FC1), [0, 2]),
-    "stage 3": (Layout(tensor=2, data=2, stage=3), (3, f"weights of {NORM}"), [2, 3]),
-    "what bf16 computes with, stage 3": (Layout(tensor=2, stage=3, precision="bf16"), (1, NORM), [0, 1]),
+    "a moment at stage 0": (Layout(data=2, micro=2), (1, f"exp_avg_sq of {FC1}"), [0, 1]),
+    "a whole weight at stage 0, in a grid": (Layout(tensor=2, data=2, micro=2), (3, NORM), [3]),
+    "a split weight at stage 0, in a grid": (Layout(tensor=2, data=2, micro=2), (3, FC1), [1, 3]),
+    "between tensor ranks": (Layout(tensor=4, stage=1, micro=4), (1, f"weights of {NORM}"), [1]),
+    "a moment between tensor ranks": (Layout(tensor=2, stage=1, micro=4), (1, f"exp_avg of {NORM}"), [0, 1]),
+    "what bf16 computes with": (Layout(data=2, stage=1, micro=2, precision="bf16"), (1, FC1), [0, 1]),
+    "what bf16 computes with, stage 2": (Layout(data=2, stage=2, micro=2, precision="bf16"), (1, FC1), [0, 1]),
+    "stage 3": (Layout(tensor=2, stage=3, micro=4), (1, f"weights of {NORM}"), [0, 1]),
+    "stage 3, in a grid": (Layout(tensor=2, data=2, stage=3, micro=2), (3, f"weights of {NORM}"), [2, 3]),
+    "what bf16 computes with, stage 3": (Layout(tensor=2, stage=3, micro=4, precision="bf16"), (1, NORM), [0, 1]),
     "offloaded": (Layout(tensor=2, stage=2, offload=True), (1, f"weights of {NORM}"), [0, 1]),
 }
 
 
-LONG = {"a whole weight at stage 0, in a grid", "what bf16 computes with", "a moment between tensor ranks", "offloaded"}
+LONG = {
+    "a whole weight at stage 0, in a grid", "what bf16 computes with", "between tensor ranks", "offloaded",
+    "stage 3, in a grid",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in CASES])
@@ -90,7 +94,7 @@ def test_a_flipped_bit_is_named_and_not_saved(crew: Any, tmp_path: Path, case: s
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_frozen_weight_that_lora_leaves_alone(crew: Any, tmp_path: Path, stage: int) -> None:
     """It is in no checkpoint, but every gradient goes through it."""
-    layout = Layout(tensor=2, data=2, stage=stage)
+    layout = Layout(tensor=2, data=2, stage=stage, micro=2)
     run = run_on(write_base(tmp_path / "base"), with_tokenizer(tmp_path / "run"), layout, 4)
     answers = crew(4)(train_and_save, run, (3, NORM))
     assert len(set(answers)) == 1

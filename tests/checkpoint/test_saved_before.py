@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command import python, train_rows
+from command import train_rows
+from training import trained
 
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.data.encode.tokenizer import load_tokenizer
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.parallel.topology import ALONE
+from opt_parallel.tools.verify import verify
 
 BEFORE = Path(__file__).parents[1] / "saved_before"
 SETTINGS = [
@@ -29,10 +32,10 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("saved", ["checkpoint", "checkpoint-2"])
-def test_a_checkpoint_resumes_and_gives_the_export(tmp_path: Path, saved: str) -> None:
+def test_a_checkpoint_resumes_and_gives_the_export(crew: Any, tmp_path: Path, saved: str) -> None:
     shutil.copytree(BEFORE / saved, tmp_path / "run" / "checkpoints" / "step-4")
     places = [f"data.train={BEFORE / 'text.jsonl'}", f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
-    process = python("train.py", *SETTINGS, *places)
+    process = trained(crew(1), *SETTINGS, *places)
     assert process.returncode == 0, process.stderr
     expected = json.loads((BEFORE / "expected.json").read_text())
     rows = train_rows(tmp_path / "run")
@@ -57,6 +60,6 @@ def test_a_store_holds_the_text() -> None:
 
 
 def test_an_export_is_verified() -> None:
-    process = python("scripts/verify.py", "--checkpoint", str(BEFORE / "export"))
-    assert process.returncode == 0, process.stderr
-    assert "agrees with transformers" in process.stdout
+    verdict = verify(BEFORE / "export")
+    assert verdict is not None
+    assert verdict.agrees, verdict

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from command import launch, python, small, train_rows
+from command import small, train_rows
 from composing import run_of
 from hugging_face import SHAPE, random_model, write_h5, write_msgpack
 from layouts import Layout
 from lora_runs import random_adapter, run_on, write_base
+from training import trained
 
 from opt_parallel.checkpoint.grown import EMBEDDING
 from opt_parallel.checkpoint.sources import open_checkpoint
@@ -156,7 +157,7 @@ def test_ids_are_the_tokenizers_unless_they_are_given(theirs: Path, capsys: pyte
     assert ids("model.eos_token_id=0") == [2, 0, 1]
 
 
-def test_a_run_from_a_larger_tokenizer_to_its_export(theirs: Path, tmp_path: Path) -> None:
+def test_a_run_from_a_larger_tokenizer_to_its_export(crew: Any, theirs: Path, tmp_path: Path) -> None:
     """Run, checkpoint, export and card know the same tokens; text that spells them is them, where that is asked for;
     the next run starts from either and finds them again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -166,12 +167,12 @@ def test_a_run_from_a_larger_tokenizer_to_its_export(theirs: Path, tmp_path: Pat
     arguments += [f"init_from={theirs}", f"data.tokenizer={big}"]
     text = tmp_path / "text.jsonl"
     text.write_text(text.read_text().replace("Sentence", "<|user|><|end|>Sentence"))
-    process = python("train.py", *arguments, "steps=2")
+    process = trained(crew(1), *arguments, "steps=2")
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
     assert f"set model.vocab_size to {tokens} or more" in process.stderr
     arguments += [f"model.vocab_size={tokens + 9}", "data.special_tokens=tokens", "export.at_end=true"]
-    process = python("train.py", *arguments, "steps=2")
+    process = trained(crew(1), *arguments, "steps=2")
     assert process.returncode == 0, process.stderr
     assert f"grows from {FEW} rows to model.vocab_size={tokens + 9}" in process.stdout
     assert len(train_rows(tmp_path / "run")) == 2
@@ -207,7 +208,8 @@ def test_a_larger_vocabulary_in_any_layout_is_one_run(crew: Any, theirs: Path, t
     common += [f"init_from={theirs}", "model.vocab_size=331", "steps=2"]
     losses = []
     for tensor in (1, 2):
-        process = launch(tensor, "train.py", *common, f"parallel.tensor={tensor}", f"run.dir={tmp_path / str(tensor)}")
+        own = [f"parallel.tensor={tensor}", f"run.dir={tmp_path / str(tensor)}"]
+        process = trained(crew(tensor), *common, *own)
         assert process.returncode == 0, process.stderr
         losses.append([row["loss"] for row in train_rows(tmp_path / str(tensor))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32 sums in another order

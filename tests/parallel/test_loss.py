@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from opt_parallel.parallel import compiled, loss
 from opt_parallel.parallel.topology import ALONE, Group
 
-SIZES = [1, 2, 4]
+SIZES = [1, 2, pytest.param(4, marks=pytest.mark.long)]
 VOCABULARY, WIDTH, SHAPE = 515, 64, (3, 37)  # 515 divides by neither 2 nor 4: padded rows are in play
 CHUNK, CHUNKS = 13, 9  # 111 tokens: eight chunks of 13 and one of 7
 UPSTREAM = -0.37
@@ -230,11 +230,13 @@ def fused_and_compiled(kind: str, dtype: torch.dtype) -> tuple[int, tuple[Tensor
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
-def test_compiled_it_equals_the_plain_loss(crew: Any) -> None:
-    for kind, dtype in (("random", torch.float32), ("exact", torch.bfloat16)):
-        [(calls, answer)] = crew(1)(fused_and_compiled, kind, dtype)
-        assert calls > 0, "nothing was compiled"
-        check([answer], kind, dtype)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("random", torch.float32), pytest.param("exact", torch.bfloat16, marks=pytest.mark.long)]
+)
+def test_compiled_it_equals_the_plain_loss(crew: Any, kind: str, dtype: torch.dtype) -> None:
+    [(calls, answer)] = crew(1)(fused_and_compiled, kind, dtype)
+    assert calls > 0, "nothing was compiled"
+    check([answer], kind, dtype)
 
 
 def print_two_losses() -> None:

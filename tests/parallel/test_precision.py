@@ -103,7 +103,7 @@ def trained(folder: Path, machines: list[str], steps: int, **changes: Any) -> st
     own = folder / f"cpuinfo-{rank()}"
     own.write_text(f"flags : {machines[rank()]}\n")
     run = dataclasses.replace(
-        run_for(Layout(tensor=len(machines), stage=1), {"vocab_size": 301}, steps=4),
+        run_for(Layout(tensor=len(machines), stage=1), {"vocab_size": 301, "num_hidden_layers": 1}, steps=4),
         precision=PrecisionConfig(**changes),
         data=DataConfig(train=str(folder / "text.jsonl"), sequence_length=16, cache=str(folder / "cache")),
         logging=LoggingConfig(wandb=Wandb.disabled, tensorboard=False),

@@ -109,7 +109,12 @@ def collectives(layers: int, mode: ActivationCheckpointing, changes: dict[str, A
 
 @pytest.mark.parametrize(
     ("changes", "sequence", "mode", "again"),
-    [({}, False, "full", 1), (STYLE_350M, False, "full", 2), ({}, True, "full", 3), ({}, True, "selective", 1)],
+    [
+        pytest.param({}, False, "full", 1, marks=pytest.mark.long),
+        (STYLE_350M, False, "full", 2),
+        ({}, True, "full", 3),
+        ({}, True, "selective", 1),
+    ],
 )
 def test_recomputation_repeats_only_the_collectives_that_it_must(
     crew: Any, changes: Any, sequence: bool, mode: str, again: int
@@ -117,8 +122,8 @@ def test_recomputation_repeats_only_the_collectives_that_it_must(
     """The sum after attention is needed for the rest of the layer. The one after the feed-forward is needed only by a
     LayerNorm behind it. With sequence parallelism, both column-parallel layers gather their inputs again."""
     modes = (ActivationCheckpointing.none, ActivationCheckpointing(mode))
-    plain, found = (crew(2)(collectives, 4, each, changes, sequence)[0] for each in modes)
-    assert found == {"forward": plain["forward"], "backward": plain["backward"] + 2 * 4 * again}
+    plain, found = (crew(2)(collectives, 2, each, changes, sequence)[0] for each in modes)
+    assert found == {"forward": plain["forward"], "backward": plain["backward"] + 2 * 2 * again}
 
 
 def test_inputs_on_the_host_come_back_one_ahead() -> None:
@@ -185,7 +190,9 @@ def kept_by_all(tensor: int, sequence: bool) -> dict[tuple[str, str], float]:
         }
 
 
-@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("tensor", "sequence"), [(1, False), pytest.param(2, False, marks=pytest.mark.long), (2, True)]
+)
 def test_what_a_layer_keeps(crew: Any, tensor: int, sequence: bool) -> None:
     """With sequence parallelism, each of t ranks keeps 1/t of everything. The tolerance is for the statistics of
     LayerNorms and attention, and for the seeds of dropout."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import launch, python, small
+from command import launch, small
 from layouts import Layout, micro_batches, run_for, train
+from training import trained
 
 from opt_parallel.config.output import EvaluationConfig, LoggingConfig, Wandb
 from opt_parallel.config.run import DataConfig, Run, RunConfig
@@ -58,7 +59,11 @@ def sampled_while_training(run: Run, folder: str) -> tuple[list[str], list[float
 
 def with_prompts(run: Run) -> Run:
     fields = {name: getattr(run, name) for name in run.__dataclass_fields__}
-    return Run(**{**fields, "evaluation": EvaluationConfig(every=1, prompts=PROMPTS, max_new_tokens=6)})
+    return Run(**{**fields, "evaluation": EvaluationConfig(every=1, prompts=PROMPTS, max_new_tokens=3)})
+
+
+def run_in(layout: Layout) -> Run:
+    return run_for(layout, {"num_hidden_layers": 1}, steps=2)
 
 
 @pytest.fixture
@@ -67,31 +72,37 @@ def tokenizer(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_the_same_texts_in_any_layout_and_the_same_run_as_without(crew: Any, tokenizer: str) -> None:
-    plain = run_for(Layout(), steps=2)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(data=2, stage=3, micro=4),
+        Layout(tensor=2, stage=1, micro=4),
+        pytest.param(Layout(tensor=2, data=2, stage=3, micro=4), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_the_same_texts_in_any_layout_and_the_same_run_as_without(crew: Any, tokenizer: str, layout: Layout) -> None:
+    plain = run_in(Layout(micro=4))
     ((texts, losses),) = crew(1)(sampled_while_training, with_prompts(plain), tokenizer)
     assert len(texts) == 6
     assert losses == crew(1)(train, plain)[0][0]
-    for layout in (Layout(tensor=2, data=2, stage=3), Layout(tensor=2, stage=1)):
-        for others, other_losses in crew(layout.world)(
-            sampled_while_training, with_prompts(run_for(layout, steps=2)), tokenizer
-        ):
-            assert others == texts
-            assert other_losses == pytest.approx(losses, rel=2e-6)  # float32 sums in another order
+    for others, other_losses in crew(layout.world)(sampled_while_training, with_prompts(run_in(layout)), tokenizer):
+        assert others == texts
+        assert other_losses == pytest.approx(losses, rel=2e-6)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_half_precision_under_zero_3(crew: Any, tokenizer: str, precision: str) -> None:
-    run = run_for(Layout(data=2, stage=3, precision=precision), steps=2)
+    run = run_in(Layout(data=2, stage=3, micro=4, precision=precision))
     (texts, losses), other = crew(2)(sampled_while_training, with_prompts(run), tokenizer)
     assert (texts, losses) == other
     assert len(texts) == 6
     assert losses == crew(2)(train, run)[0][0]
 
 
-def test_a_prompt_without_room_is_one_line_before_anything_starts(tmp_path: Path) -> None:
+def test_a_prompt_without_room_is_one_line_before_anything_starts(crew: Any, tmp_path: Path) -> None:
     long = "Sentence " * 60
-    process = python("train.py", *small(tmp_path), *SAMPLING, "data.held_out=0", f'evaluation.prompts=["{long}"]')
+    process = trained(crew(1), *small(tmp_path), *SAMPLING, "data.held_out=0", f'evaluation.prompts=["{long}"]')
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert line.startswith("error: evaluation.prompts: 'Sentence ")
