@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import ROOT, cold_python, write_text
+from command import ROOT, python, write_text
 from exporting import tampered
 from hugging_face import random_model
 from layouts import Layout, run_for
@@ -310,7 +309,9 @@ with reporting():
 def test_out_of_memory_is_called_so(tmp_path: Path, what: str) -> None:
     """A file that cannot be mapped within `ulimit -v`, and an allocation: no damaged file, no traceback."""
     random_model({"vocab_size": 30_000}).save_pretrained(tmp_path)  # 6 MB, more than the limit leaves
-    done = cold_python("-c", LIMITED, str(tmp_path), what, PYTHONPATH=os.pathsep.join([str(ROOT)]))
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    done = python(str(script), str(tmp_path), what)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert "out of memory" in line

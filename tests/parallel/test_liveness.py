@@ -98,12 +98,12 @@ def test_the_rank_of_the_store_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_is_waited_for_and_then_given_up(tmp_path: Path) -> None:
-    with hanging(tmp_path, [["0.5", "6", FOR_EVER]] * 3) as run:
+    with hanging(tmp_path, [["0.3", "3", FOR_EVER]] * 3) as run:
         run.wait_until_all_hang()
         os.kill(run.ranks[1].pid, signal.SIGSTOP)
-        time.sleep(2.0)
+        time.sleep(1.0)
         os.kill(run.ranks[1].pid, signal.SIGCONT)
-        time.sleep(5.0)
+        time.sleep(2.5)
         assert run.ended() == []
         os.kill(run.ranks[1].pid, signal.SIGSTOP)
         run.wait_until(lambda: run.ended() == [0, 2])
@@ -112,15 +112,15 @@ def test_a_stopped_rank_is_waited_for_and_then_given_up(tmp_path: Path) -> None:
         assert run.errors()[0].startswith(
             "error: rank 0: another rank is gone or cannot be reached (rank 1 sent no beat "
         )
-        assert "for 6 s): no answer from rank 1; the same command" in run.errors()[0]
+        assert "for 3 s): no answer from rank 1; the same command" in run.errors()[0]
 
 
 def test_ranks_that_leave_at_different_times_are_not_missed(tmp_path: Path) -> None:
     """As at the end of a run, and in a process that trains several runs one after the other."""
-    with hanging(tmp_path, [["0.2", "3", "0.1", str(seconds)] for seconds in (5, 0, 4, 0)]) as run:
-        assert run.statuses() == [0, 0, 0, 0]
+    with hanging(tmp_path, [["0.2", "2", "0.1", str(seconds)] for seconds in (3.5, 0, 3)]) as run:
+        assert run.statuses() == [0, 0, 0]
         assert run.errors() == []
-        assert [run.out(rank).split() for rank in range(4)] == [["hangs", "hangs", "ended"]] * 4
+        assert [run.out(rank).split() for rank in range(3)] == [["hangs", "hangs", "ended"]] * 3
 
 
 def leave_early(seconds: float) -> tuple[float, list[str]]:

@@ -313,11 +313,16 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_wandb_offline_and_tensorboard(tmp_path: Path, homeless: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wandb_offline_and_tensorboard(
+    tmp_path: Path, homeless: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a wandb project and name from the environment."""
     import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
+    monkeypatch.setenv("WANDB_PROJECT", "my-project")
+    monkeypatch.setenv("WANDB_NAME", "my-name")
     metrics = Metrics.open(run_in(folder, logging=LoggingConfig()), 1, True, CPU, Clock())
     for step in (1, 2, 3):
         take(metrics, step, loss=4.0 - step)
@@ -328,6 +333,8 @@ def test_wandb_offline_and_tensorboard(tmp_path: Path, homeless: Path, capfd: py
     written = recorded.read_bytes()  # compressed: what came up before is not spelled again
     assert b"train/" in written
     assert b"sequence_length" in written
+    assert b"my-project" in written
+    assert b"my-name" in written
 
     resumed = run_in(folder, logging=LoggingConfig(wandb=Wandb.disabled))
     metrics = Metrics.open(resumed, 1, True, CPU, at(2))
@@ -342,7 +349,9 @@ def test_wandb_offline_and_tensorboard(tmp_path: Path, homeless: Path, capfd: py
 
     out, err = capfd.readouterr()
     assert err == ""
-    assert [line for line in out.splitlines() if not line.startswith(("step ", "validation at", "stopped: "))] == []
+    assert [line for line in out.splitlines() if not line.startswith(("step ", "validation at", "stopped: "))] == [
+        "wandb follows the environment: WANDB_PROJECT=my-project, WANDB_NAME=my-name"
+    ]
     assert list(homeless.iterdir()) == []
 
 

@@ -76,6 +76,7 @@ def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_trackers(Wandb.offline)
 
 
+@pytest.mark.long
 def test_what_else_the_environment_says_counts_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import SMALL, python, train_rows, write_text
+from command import SMALL, train_rows, write_text
 from stores import counting_rows
+from training import trained
 
 from opt_parallel.checkpoint.damage import tokenizer_of
 from opt_parallel.config.model import ModelConfig
@@ -196,36 +197,36 @@ def test_a_checkpoint_from_before(tmp_path: Path) -> None:
     assert resumed_clock(run.run, run.prepared.train, manifest) == Clock(1, 30, 120, 30, {"web": 20, "books": 10})
 
 
-def test_train_py_with_other_sources(tmp_path: Path) -> None:
+def test_train_py_with_other_sources(crew: Any, tmp_path: Path) -> None:
     """And the weights once more: no source's epochs fall. The tokenizer stays that which was trained on the first."""
     (tmp_path / "more").mkdir()
     paths = [write_text(tmp_path, 60), write_text(tmp_path / "more", 25)]
-    arguments = [*SMALL, f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "steps=60"]
+    arguments = [*SMALL, f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "steps=18"]
 
     def go(stop: int, *weights: int) -> str:
         sources = [
             f"{{path: {path}, name: {name}, weight: {weight}}}"
             for path, name, weight in zip(paths, ("a", "b"), weights, strict=False)
         ]
-        done = python("train.py", *arguments, f"data.train=[{', '.join(sources)}]", f"stop_at={stop}")
+        done = trained(crew(1), *arguments, f"data.train=[{', '.join(sources)}]", f"stop_at={stop}")
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    go(20, 1)
+    go(6, 1)
     os.utime(paths[0].rename(tmp_path / "elsewhere.jsonl"))  # the same text
     paths[0] = tmp_path / "elsewhere.jsonl"
-    said = go(40, 1, 3)
-    assert "sample 80 of the run: a after 80 samples, b from its start" in said
+    said = go(12, 1, 3)
+    assert "sample 24 of the run: a after 24 samples, b from its start" in said
     assert "warning" not in said
-    go(60, 1, 3)
+    go(18, 1, 3)
     epochs = [row["epochs"] for row in train_rows(tmp_path / "run")]
     assert all(one["a"] <= other["a"] for one, other in pairwise(epochs))
-    rate = epochs[19]["a"] / 20
-    assert epochs[59]["a"] == pytest.approx(rate * (20 + 40 / 4), rel=1e-6)
-    clock = json.loads((tmp_path / "run" / "checkpoints" / "step-60" / "manifest.json").read_text())["clock"]
-    assert (clock["mixed"], clock["taken"], clock["orders"]) == (80, {"a": 80, "b": 0}, {"a": ""})
-    newest = tmp_path / "run" / "checkpoints" / "step-60"
+    rate = epochs[5]["a"] / 6
+    assert epochs[17]["a"] == pytest.approx(rate * (6 + 12 / 4), rel=1e-6)
+    clock = json.loads((tmp_path / "run" / "checkpoints" / "step-18" / "manifest.json").read_text())["clock"]
+    assert (clock["mixed"], clock["taken"], clock["orders"]) == (24, {"a": 24, "b": 0}, {"a": ""})
+    newest = tmp_path / "run" / "checkpoints" / "step-18"
     assert tokenizer_of(newest) == newest / "tokenizer"
     (newest / "tokenizer" / "tokenizer.json").write_text("{}")  # as the checkpoint, it is set aside: the one before it
-    assert tokenizer_of(newest) == newest.parent / "step-40" / "tokenizer"
+    assert tokenizer_of(newest) == newest.parent / "step-12" / "tokenizer"
     assert tokenizer_of(None) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -15,46 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 from command import ROOT, environment
+from encoders import Watched
 
-from opt_parallel.data.encode.columns import Encoded
 from opt_parallel.data.encode.pretrain import TextEncoder
-from opt_parallel.data.encode.tokenizer import train_tokenizer
+from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.store import build as filling
 from opt_parallel.data.store import selection, workers
 from opt_parallel.data.store.build import Recipe, fill
 from opt_parallel.data.store.selection import digests_of, find_duplicates
 from opt_parallel.data.store.workers import Pulse, Unfinished, run_jobs
 from opt_parallel.data.text import files, sources
-from opt_parallel.data.text.records import Record, Text
+from opt_parallel.data.text.records import Text
 from opt_parallel.data.text.sources import Corpus
 from opt_parallel.runtime.errors import UserError
 
 TOKENIZER = train_tokenizer(["some words to learn from, and some more words"] * 3, 280)
-
-
-class Watched(TextEncoder):
-    """Says into a file which records it encodes, and can be made to stop, or to change the text, before one of them."""
-
-    def __init__(self, log: Path, trap: str = "", action: str = "") -> None:
-        super().__init__(TOKENIZER, 2, Text())
-        self.log, self.trap, self.action = log, trap, action
-
-    def encode(self, records: list[Record]) -> Encoded:
-        for record in records:
-            if self.trap and self.trap in record.fields["text"]:
-                if self.action == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if self.action == "slow":
-                    time.sleep(5)
-                if self.action == "stop":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                if self.action == "hang":
-                    time.sleep(1000)
-                if self.action == "change":
-                    os.utime(record.where.partition(": ")[2].rpartition(",")[0], ns=(1, 1))
-            with self.log.open("a") as file:
-                file.write(f"{record.fields['text']}\n")
-        return super().encode(records)
 
 
 def corpus_of(folder: Path, texts: list[str]) -> Corpus:
@@ -93,21 +67,23 @@ def test_a_process_that_is_killed_costs_only_its_part(tmp_path: Path, monkeypatc
     corpus, log, target = corpus_of(tmp_path, TEXTS), tmp_path / "log", tmp_path / "store"
     target.mkdir()
     with pytest.raises(Unfinished, match=r"was killed, .* fewer than data.workers=2; completed parts are kept"):
-        fill(target, [Recipe(corpus, Watched(log, "document 40 ", "kill"))], 2)
+        fill(target, [Recipe(corpus, Watched(TOKENIZER, log, "document 40 ", "kill"))], 2)
     kept = {path.name: path.stat().st_ino for path in target.glob("part-?????")}
     assert len(kept) >= 2
     documents = [json.loads((target / name / "part.json").read_text())["part"]["documents"] for name in kept]
     log.unlink()
-    fill(target, [Recipe(corpus, Watched(log))], 1)
+    fill(target, [Recipe(corpus, Watched(TOKENIZER, log))], 1)
     assert {name: (target / name).stat().st_ino for name in kept} == kept
     assert len(log.read_text().splitlines()) == len(TEXTS) - sum(documents)  # nothing that was whole is done again
     straight = tmp_path / "straight"
     straight.mkdir()
-    fill(straight, [Recipe(corpus, Watched(log))], 1)
+    fill(straight, [Recipe(corpus, Watched(TOKENIZER, log))], 1)
     assert bytes_of(target) == bytes_of(straight)
 
 
-@pytest.mark.parametrize(("action", "how"), [("stop", "is stopped"), ("hang", "does nothing")])
+@pytest.mark.parametrize(
+    ("action", "how"), [("stop", "is stopped"), pytest.param("hang", "does nothing", marks=pytest.mark.long)]
+)
 def test_a_process_that_does_nothing_is_named_and_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], action: str, how: str
 ) -> None:
@@ -116,12 +92,12 @@ def test_a_process_that_does_nothing_is_named_and_given_up(
     corpus, log, target = corpus_of(tmp_path, TEXTS), tmp_path / "log", tmp_path / "store"
     target.mkdir()
     with pytest.raises(Unfinished, match=rf"process \d+ on .*, which prepares .*text.jsonl, {how} for 2.4 s: .*again"):
-        fill(target, [Recipe(corpus, Watched(log, "document 40 ", action))], 2)
+        fill(target, [Recipe(corpus, Watched(TOKENIZER, log, "document 40 ", action))], 2)
     said = capsys.readouterr().out
     assert f"text.jsonl, {how}: the run ends" in said
     assert "for 2.4 s\n" in said
     assert len(list(target.glob("part-?????"))) > 5
-    fill(target, [Recipe(corpus, Watched(tmp_path / "again"))], 1)  # goes on from there
+    fill(target, [Recipe(corpus, Watched(TOKENIZER, tmp_path / "again"))], 1)  # goes on from there
     assert len((tmp_path / "again").read_text().splitlines()) < len(TEXTS) / 2
 
 
@@ -138,22 +114,25 @@ def test_a_sign_of_life_counts_from_anew() -> None:
             child.stdout.readline()
             for _ in range(workers.GIVEN_UP):
                 pulse.look("which burns")
-        with pytest.raises(Unfinished):
+        with pytest.raises(Unfinished, match="which burns, does nothing for"):
             pulse.look("which burns")
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {here!r}]
+sys.path[:0] = [{tests!r}]
 from opt_parallel.data.store import build as filling
 from opt_parallel.data.text import files, sources
-from test_filling import Recipe, Watched, Corpus, fill
+from opt_parallel.data.encode.tokenizer import load_tokenizer
+from opt_parallel.data.store.build import Recipe, fill
+from opt_parallel.data.text.sources import Corpus
+from encoders import Watched
 if __name__ == "__main__":
     files.PIECE_BYTES = sources.PIECE_BYTES = 300
     filling.WORTH_A_PROCESS = 1
     folder = Path(sys.argv[1])
-    encoder = Watched(folder / "log", "document 58 ", "slow")
+    encoder = Watched(load_tokenizer(folder / "tokenizer"), folder / "log", "document 58 ", "slow")
     fill(folder / "store", [Recipe(Corpus.find("data.train", [str(folder / "text.jsonl")]), encoder)], 2)
 """
 
@@ -163,7 +142,8 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     corpus_of(tmp_path, TEXTS)
     (tmp_path / "store").mkdir()
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(ROOT / "tests" / "support"), here=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(ROOT / "tests" / "support")))
+    save_tokenizer(TOKENIZER, tmp_path / "tokenizer")
     with subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)], env=environment(PYTHONPATH=str(ROOT))
     ) as process:
@@ -179,27 +159,28 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{number}").exists() for number in below)
 
 
-def test_a_mistake_in_the_middle_of_a_file_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("processes", "deduplicate"), [(1, True), (2, False), pytest.param(2, True, marks=pytest.mark.long)]
+)
+def test_a_mistake_in_the_middle_of_a_file_has_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, deduplicate: bool
+) -> None:
     small_units(monkeypatch)
     corpus = corpus_of(tmp_path, TEXTS)
     path = corpus.files[0]
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:37], "oops", *lines[38:]]) + "\n")
-    for processes in (1, 2):
-        (tmp_path / f"store-{processes}").mkdir()
-        with pytest.raises(UserError, match=f"{path}, line 38 is not JSON"):
-            fill(
-                tmp_path / f"store-{processes}",
-                [Recipe(corpus, TextEncoder(TOKENIZER, 2), deduplicate=processes == 2)],
-                processes,
-            )
+    (tmp_path / "store").mkdir()
+    recipe = Recipe(corpus, TextEncoder(TOKENIZER, 2), deduplicate=deduplicate)
+    with pytest.raises(UserError, match=f"{path}, line 38 is not JSON"):
+        fill(tmp_path / "store", [recipe], processes)
 
 
 def test_text_that_changes_meanwhile(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, TEXTS)
     (tmp_path / "store").mkdir()
     with pytest.raises(UserError, match=r"text.jsonl changed while it was read: "):
-        fill(tmp_path / "store", [Recipe(corpus, Watched(tmp_path / "log", "document 30 ", "change"))], 1)
+        fill(tmp_path / "store", [Recipe(corpus, Watched(TOKENIZER, tmp_path / "log", "document 30 ", "change"))], 1)
 
 
 def broken(_: Any, report: Any) -> None:

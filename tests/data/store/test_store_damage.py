@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from command import ROOT, python, small
 from stores import store_of
+from training import trained
 
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.config.run import DataConfig, Run
@@ -109,14 +110,14 @@ def flipped(path: Path, dice: random.Random) -> Iterator[None]:
 
 @pytest.mark.parametrize("task", RECORDS)
 def test_flipped_bits(prepared: Any, task: Task, request: pytest.FixtureRequest) -> None:
-    """Of a hundred in each store (a thousand with --long), and half as many in store.json: all are named when the store
+    """Of sixty in each store (a thousand with --long), and half as many in store.json: all are named when the store
     is verified. Training names them, or is given what it would have been."""
     run, made = prepared[task]
     folder, dice = made.train[0].store, random.Random(task.value)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     assert len([path for path in paths if path.name == "part.json"]) > 2
     right, tally = trained_on(run, made), Counter[str]()
-    number = 1000 if request.config.getoption("long") else 100
+    number = 1000 if request.config.getoption("long") else 60
     for path in [*dice.choices(paths, k=number), *[folder / "store.json"] * (number // 2)]:
         with flipped(path, dice):
             trained = answer_of(lambda: trained_on(run, made))
@@ -277,16 +278,15 @@ def test_a_label_that_is_none(tmp_path: Path, label: float, labels: int | None) 
         samples.sample(1)
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_the_commands(crew: Any, tmp_path: Path) -> None:
     """A changed id ends a run with a line that says what to do, and verify=true names the part."""
     arguments = small(tmp_path)
-    assert python("scripts/prepare.py", *arguments).returncode == 0
+    assert trained(crew(1), *arguments, "stop_at=1", f"run.dir={tmp_path / 'first'}").returncode == 0
     (ids,) = (tmp_path / "cache").glob("store-*/part-00000/ids.bin")
     data = bytearray(ids.read_bytes())
     data[len(data) // 2] ^= 1
     ids.write_bytes(data)
-    for command in (["train.py", *arguments], ["scripts/prepare.py", *arguments, "verify=true"]):
-        refused = python(*command)
+    for refused in (trained(crew(1), *arguments), python("scripts/prepare.py", *arguments, "verify=true")):
         (line,) = [line for line in refused.stderr.splitlines() if line]
         assert refused.returncode == 2
         assert "part-00000/ids.bin differs from its checksum" in line

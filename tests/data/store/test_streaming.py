@@ -8,19 +8,19 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, SMALL, python
+from command import SMALL, python
+from encoders import Slow
 from stores import ids_of
+from training import trained
 
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.config.run import DataConfig, Run
 from opt_parallel.data import tasks
-from opt_parallel.data.encode.columns import Encoded
 from opt_parallel.data.encode.pretrain import TextEncoder
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import Prepared, prepare
@@ -31,7 +31,6 @@ from opt_parallel.data.store.build import Recipe, fill
 from opt_parallel.data.store.statistics import finish_store
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.data.store.stream import Filling, GrowingStore, complete_parts
-from opt_parallel.data.text.records import Record
 from opt_parallel.data.text.sources import Corpus
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import UserError
@@ -42,19 +41,8 @@ LENGTH, BLOCK = 8, 32
 EVERYTHING = 1 << 40  # tokens
 
 
-class Slow(TextEncoder):
-    """Takes its time."""
-
-    def encode(self, records: list[Record]) -> Encoded:
-        time.sleep(0.3)
-        return super().encode(records)
-
-
 @pytest.fixture(autouse=True)
-def fillers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the filler's process too, which finds the encoder here."""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent, ROOT))))
+def fillers() -> Iterator[None]:
     yield
     for filler in multiprocessing.active_children():
         filler.kill()
@@ -222,7 +210,9 @@ def configure(folder: Path, train: Any, **data: Any) -> Run:
     )
 
 
-def test_a_mixture_with_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_with_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """The first 400 samples, over an epoch of the stream, are the same while it arrives, later, and in every
     layout."""
     monkeypatch.setattr(tasks, "BLOCK", BLOCK)
@@ -238,9 +228,9 @@ def test_a_mixture_with_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [again.sample(position).ids.tolist() for position in (399, 0, 200)] == [
         samples[place] for place in (399, 0, 200)
     ]
-    for data in (1, 2, 4):
-        for micro in (1, 2, 4):
-            assert ids_of(tasks.open_mixture(run, prepared, Clock()), data, micro, 0, 400) == dict(enumerate(samples))
+    everything = [(data, micro) for data in (1, 2, 4) for micro in (1, 2, 4)]
+    for data, micro in everything if request.config.getoption("long") else [(2, 1), (1, 4)]:
+        assert ids_of(tasks.open_mixture(run, prepared, Clock()), data, micro, 0, 400) == dict(enumerate(samples))
     stream = TokenStore(prepared.train[1].store)
     plain = prepare(configure(tmp_path, sources[1]["path"], tokenizer=str(prepared.tokenizer)))
     known = TokenStore(plain.train[0].store)
@@ -248,7 +238,7 @@ def test_a_mixture_with_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fresh.epochs(400)["b"] > 1
 
 
-@pytest.mark.parametrize("batch", [2, 8, 32])
+@pytest.mark.parametrize("batch", [2, pytest.param(8, marks=pytest.mark.long), 32])
 def test_what_is_filled_follows_from_the_clock(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on with a smaller batch has more samples behind it than steps times the batch, and waits for no
     block that nobody makes."""
@@ -265,7 +255,7 @@ def test_what_is_filled_follows_from_the_clock(batch: int, tmp_path: Path, monke
         mixture.sample(position)
 
 
-def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
+def test_train_py_on_a_stream_that_ends_early(crew: Any, tmp_path: Path) -> None:
     """One line and status 2; nothing is amiss with one that has what it says."""
     folder = tmp_path / "set"
     folder.mkdir()
@@ -281,7 +271,7 @@ def test_train_py_on_a_stream_that_ends_early(tmp_path: Path) -> None:
         *SMALL, f"data.train=[{{path: {folder}, split: train, stream: true}}]", f"run.dir={tmp_path / 'run'}",
         f"data.tokenizer={tmp_path / 'tokenizer'}", f"data.cache={tmp_path / 'cache'}",
     ]  # fmt: skip
-    broken = python("train.py", *arguments)
+    broken = trained(crew(1), *arguments)
     assert broken.returncode == 2, broken.stdout + broken.stderr
     errors = [line for line in broken.stderr.splitlines() if line]
     assert len(errors) == 1, broken.stderr
