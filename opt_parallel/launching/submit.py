@@ -68,16 +68,26 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def composed(configs: Path, ours: Sequence[str], theirs: Sequence[str]) -> tuple[Launch, Run]:
     """Compose both configurations from the folder `configs`, and check each."""
+    return composed_launch(configs, ours), composed_run(configs, theirs)
+
+
+def composed_launch(configs: Path, ours: Sequence[str]) -> Launch:
+    """The checked settings of the launch system."""
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        return launch_from(compose("launch", list(ours)))
+
+
+def composed_run(configs: Path, theirs: Sequence[str]) -> Run:
+    """The checked configuration of the run that is started."""
     register_schema()
     with initialize_config_dir(str(configs), version_base="1.3"):
-        launch = launch_from(compose("launch", list(ours)))
         config = compose("config", list(theirs), return_hydra_config=True)
         HydraConfig.instance().set_config(config)  # the default of run.name reads the model's name from HydraConfig
         with open_dict(config):
             del config["hydra"]
         check_values(OmegaConf.to_container(config))  # before a message could repeat a secret in a value
         start_from_checkpoint(config, theirs)
-        return launch, run_from(config)
+        return run_from(config)
 
 
 def launch_from(config: DictConfig) -> Launch:

@@ -94,7 +94,7 @@ def test_labels_and_the_folder_of_a_hugging_face_classifier(classifier: Path) ->
     assert run.folder == Path("runs/from-a ${oc.env:HF_TOKEN} ${x")
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE[::3])
 def test_what_a_manifest_says_of_its_data_and_its_task(tmp_path: Path, text: str) -> None:
     said = {"label_field": text, "prompt_field": text, "labels": [text, "b"]}
     folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": text}, task=said)
@@ -179,7 +179,8 @@ def test_other_variables_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "canary" not in str(caught.value)
 
 
-def test_a_planted_secret_reaches_no_file(classifier: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trackers", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_planted_secret_reaches_no_file(classifier: Path, tmp_path: Path, trackers: bool) -> None:
     """By labels of a config.json and of data, a folder's name and a manifest's fields: no file, and no terminal."""
     name_labels(classifier, ["${oc.env:HF_TOKEN}", "B ${x", "${oc.env:HARMLESS}"])
     names = ["${oc.env:HF_TOKEN}", "B ${x", "${oc.env:HARMLESS}"] * 10
@@ -188,7 +189,8 @@ def test_a_planted_secret_reaches_no_file(classifier: Path, tmp_path: Path) -> N
     arguments = [
         *SMALL[1:], "task=classify", f"init_from={quoted(classifier)}", f"data.train={quoted(text)}", "steps=2",
         f"data.validation={quoted(text)}", "evaluation.every=1", f"data.cache={tmp_path}/cache", "export.at_end=true",
-        f"run.dir='{tmp_path}/run \\${{oc.env:HF_TOKEN}} \\${{x'", "logging.wandb=offline", "logging.tensorboard=true",
+        f"run.dir='{tmp_path}/run \\${{oc.env:HF_TOKEN}} \\${{x'",
+        *(["logging.wandb=offline", "logging.tensorboard=true"] if trackers else []),
     ]  # fmt: skip
     trained = python("train.py", *arguments)
     assert trained.returncode == 0, trained.stderr
@@ -204,8 +206,8 @@ def test_a_planted_secret_reaches_no_file(classifier: Path, tmp_path: Path) -> N
         assert CANARY not in process.stdout + process.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.yaml", "README.md", "manifest.json", "evaluation.json"} <= {path.name for path in files}
-    assert any("tfevents" in path.name for path in files)
-    assert any(path.suffix == ".wandb" for path in files)
+    assert any("tfevents" in path.name for path in files) == trackers
+    assert any(path.suffix == ".wandb" for path in files) == trackers
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]
     exported = json.loads((run / "export" / "config.json").read_text())
     assert set(exported["label2id"]) == set(names)

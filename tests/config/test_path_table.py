@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,58 +102,63 @@ def is_fine(case: str, item: str | None) -> bool:
     return case in (["~", "signs", "missing", "unreadable files"] if item is None else ["~", "signs", "read-only"])
 
 
-def composed(key: str, value: str, *more: str) -> Run:
-    network = [] if key == "init_from" else ["model=opt-tiny"]
-    return run_of(*network, "precision=fp32", "data.workers=1", f"{key}={value}", *more)
+@pytest.fixture(scope="module")
+def composed(tree: Path) -> Callable[[str], Run]:
+    """`composed(case)`: the run with the case's value at each key but init_from, which would be read."""
+
+    @functools.cache
+    def of_case(case: str) -> Run:
+        values = [f"{key}={value_in(case, tree, item)}" for key, (item, _) in KEYS.items() if key != "init_from"]
+        return run_of("model=opt-tiny", "precision=fp32", "data.workers=1", *values)
+
+    return of_case
 
 
-def use_text(key: str) -> Callable[[str], Any]:
-    """Finds the texts of `key`. Without `data.train`, Python's documentation would be prepared for each of them."""
+def use_text(key: str) -> Callable[[Run], Any]:
+    """Finds the texts of `key`, beside which the other key has none of the case's."""
 
-    def use(value: str) -> list[Path]:
-        text = [] if key == "data.train" else [f"data.train={write_text(Path.cwd())}"]
-        found = [corpus for corpus in corpora(composed(key, value, *text).data) if corpus.key == key]
+    def use(run: Run) -> list[Path]:
+        others = {"train": str(write_text(Path.cwd())), "validation": None}
+        others.pop(key.removeprefix("data."))
+        found = [corpus for corpus in corpora(replace(run.data, **others)) if corpus.key == key]
         return [path for corpus in found for path in corpus.files]
 
     return use
 
 
-def use_cache(value: str) -> Path:
-    folder = cached(composed("data.cache", value).data.cache, "kind", [])
+def use_cache(run: Run) -> Path:
+    folder = cached(run.data.cache, "kind", [])
     return build_once(folder, lambda partial: (partial / "file").write_text("")).parent
 
 
-def use_tokenizer(value: str) -> Path:
-    run = composed("data.tokenizer", value)
-    prepare_tokenizer(run, [])
+def use_tokenizer(run: Run) -> Path:
+    prepare_tokenizer(replace(run, data=replace(run.data, cache=str(Path.cwd() / "cache"))), [])
     return Path(str(run.data.tokenizer))
 
 
-def use_folder(value: str) -> Path:
-    run = composed("run.dir", value)
-    choose(run.resume, run.folder)
+def use_folder(run: Run) -> Path:
+    choose("auto", run.folder)
     make_run_folder(run.folder)
     return run.folder
 
 
-def use_resume(value: str) -> Path | None:
-    run = composed("resume", value)
-    return choose(run.resume, run.folder)
+def use_resume(run: Run) -> Path | None:
+    return choose(run.resume, Path("none"))
 
 
 def use_start(value: str) -> Path:
-    run = composed("init_from", value, "data.sequence_length=16")
+    run = run_of("precision=fp32", "data.workers=1", f"init_from={value}", "data.sequence_length=16")
     open_checkpoint(str(run.init_from), "init_from=").check_language_model()
     return Path(str(run.init_from))
 
 
-def use_sums(value: str) -> Path:
-    run = composed("init_md5", value)
+def use_sums(run: Run) -> Path:
     assert list(read_sums("init_md5=", str(run.init_md5))) == ["restored.pt"]
     return Path(str(run.init_md5))
 
 
-# what lies at a key's value, None: it is made; and what a command does with it, as far as it is looked at
+# what lies at a key's value, None: it is made; and what a command does with it, as far as it is looked at;
+# of init_from with the value, of the others with the run
 KEYS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "data.train": ("texts", use_text("data.train")),
     "data.validation": ("text.jsonl", use_text("data.validation")),
@@ -213,19 +220,20 @@ def test_no_key_is_forgotten() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key(tree: Path, tmp_path: Path, key: str, case: str) -> None:
+def test_a_key(tree: Path, composed: Callable[[str], Run], key: str, case: str) -> None:
     item, use = KEYS[key]
     value = value_in(case, tree, item)
+    given = value if key == "init_from" else composed(case)
     if is_fine(case, item):
         expected = Path(value.replace("~", str(tree / "home")) if case == "~" else value)
-        taken = use(value)
+        taken = use(given)
         print(f"{key} | {case} | taken")
         assert expected.exists()
         paths = [taken] if isinstance(taken, Path) else taken
         assert all(path == expected or expected in path.parents for path in paths)
         return
     with pytest.raises(UserError) as caught:
-        use(value)
+        use(given)
     check_line(str(caught.value), tree, key, case, value)
 
 
@@ -257,10 +265,14 @@ def test_hydras_own_folders(tree: Path, key: str) -> None:
         assert f"{key}={value}" in done.stderr
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
+    assert not (ROOT / "s3:").exists()
+    assert not (ROOT / "~").exists()
+
+
+def test_hydras_folder_within_a_runs() -> None:
     done = python("train.py", "model=opt-tiny", "hydra.output_subdir=s3://bucket/out")
     assert (done.returncode, done.stderr[:49]) == (2, "error: hydra.output_subdir=s3://bucket/out is a U")
     assert not (ROOT / "s3:").exists()
-    assert not (ROOT / "~").exists()
 
 
 def check_line(line: str, tree: Path, key: str, case: str, value: str) -> None:

@@ -35,6 +35,7 @@ PATHS = [
     "c:\\x",
     "1:2:3",
     "runs/a=b:c",
+    "a:b/c d",
 ]
 LAUNCHES = {
     "launch.hostfile": ["launch=deepspeed", "launch.nodes=2"],
@@ -53,17 +54,25 @@ def refused(work: Any, key: str, url: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_path_that_holds_a_colon_is_one(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("paths", zip(PATHS[::2], PATHS[1::2], strict=True))
+def test_a_path_that_holds_a_colon_is_one(
+    paths: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert local("run.dir=", path) == path
-    assert run_of("model=opt-tiny", f"run.dir={path}", f"data.cache={path}").run.dir == path
+    assert [local("run.dir=", path) for path in paths] == [*paths]
+    run = run_of("model=opt-tiny", f"run.dir={paths[0]}", f"data.cache={paths[1]}")
+    assert (run.run.dir, run.data.cache) == paths
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_is_no_path(url: str) -> None:
+    refused(lambda: local("run.dir=", url), "run.dir=", url)
 
 
 @pytest.mark.parametrize("key", path_keys(Run))
 def test_in_every_key(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for url in URLS:
+    for url in URLS[path_keys(Run).index(key) % 4 :: 4]:
         values = to_dict(Run())
         *outer, name = key.split(".")
         holder = values[outer[0]] if outer else values
@@ -93,6 +102,7 @@ def test_in_a_run_that_is_submitted() -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_in_every_option(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    module = load_script(script)
     for verb, action in options_of(script):
         if action.type is not Path:
             continue
@@ -100,18 +110,19 @@ def test_in_every_option(script: str, tmp_path: Path, monkeypatch: pytest.Monkey
         for url in URLS:
             word = [f"{name}={url}"] if name.startswith("-") else [url] * (2 if verb == "diff" else 1)
             monkeypatch.setattr(sys, "argv", [script, *([verb] if verb else []), *word])
-            line = refused(load_script(script).main, "a " if name == "b" else f"{name} ", url)
+            line = refused(module.main, "a " if name == "b" else f"{name} ", url)
         print(f"{script} {verb or ''} | {line}")
     assert not list(tmp_path.iterdir())
 
 
 def test_where_a_hub_id_may_stand_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, tokenizer = load_script("generate"), load_script("tokenizer")
     for url in URLS:
         monkeypatch.setattr(sys, "argv", ["generate", "--prompt", "https://example.com", "--checkpoint", url])
-        refused(load_script("generate").main, "--checkpoint ", url)
+        refused(generate.main, "--checkpoint ", url)
         monkeypatch.setattr(sys, "argv", ["x", "--vocab-size", "300", "--output", "new", "--input", "a", url])
         with pytest.raises(UserError, match=r"no such file|is a URL"):
-            load_script("tokenizer").main()
+            tokenizer.main()
     page = "https://huggingface.co/facebook/opt-125m/tree/main"
     with pytest.raises(UserError, match="write init_from=facebook/opt-125m"):
         run_of("model=opt-tiny", f"init_from={page}")

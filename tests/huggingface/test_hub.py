@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from command import python
+from command import launch
 from hugging_face import random_model
 
 from opt_parallel.huggingface.hub import weights_of
@@ -25,6 +25,11 @@ from opt_parallel.parallel.topology import ALONE
 with reporting():
     print(open_checkpoint(sys.argv[1]).model(ALONE, torch.device("cpu")).decoder.embed_tokens.weight.sum().item())
 """
+
+
+def script_in(folder: Path) -> str:
+    (folder / "script.py").write_text(SCRIPT)
+    return str(folder / "script.py")
 
 
 @pytest.fixture
@@ -82,20 +87,20 @@ def test_one_format_is_fetched_and_found_again(hub: tuple[str, Path], tmp_path: 
     for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "optimizer.pt", "merges.txt"):
         (folder / name).write_bytes(b"x" * 1000)
     env = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    process = python("-c", SCRIPT, "someone/theirs", **env)
+    process = launch(1, script_in(tmp_path), "someone/theirs", **env)
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) == pytest.approx(float(model.lm_head.weight.detach().sum()), rel=1e-5)
     fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
     wanted = {path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt")}
     assert fetched == wanted
     shutil.rmtree(folder)
-    again = python("-c", SCRIPT, "someone/theirs", **env, HF_HUB_OFFLINE="1")
+    again = launch(1, script_in(tmp_path), "someone/theirs", **env, HF_HUB_OFFLINE="1")
     assert again.stdout == process.stdout, again.stderr
 
 
 def test_what_the_hub_does_not_have_is_one_line(hub: tuple[str, Path], tmp_path: Path) -> None:
     env = {"HF_ENDPOINT": hub[0], "HF_HUB_CACHE": str(tmp_path / "cache")}
-    process = python("-c", SCRIPT, "someone/else", **env)
+    process = launch(1, script_in(tmp_path), "someone/else", **env)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
     assert "error: --checkpoint someone/else is not a local folder and could not be downloaded" in process.stderr

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from command import ROOT, launch, python, small, train_rows
+from command import launch, python, small, train_rows
+from composing import run_of
 from hugging_face import SHAPE, VARIANTS, logits_of, random_model, some_ids
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from stores import feed_of
 
-from opt_parallel.checkpoint.inherit import start_from_checkpoint
-from opt_parallel.config.compose import register_schema, run_from
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
+from opt_parallel.runtime.errors import UserError
 
 STORED = [(dtype, size) for dtype in ("float32", "float16", "bfloat16") for size in ("1GB", "40KB")]
 # every variant, and every way of storing at least once
@@ -107,32 +106,48 @@ def test_a_hub_id(checkpoint: Path, tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abcd")
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    process = python(*start(tmp_path, "someone/theirs", "steps=1"), **offline)
+    process = launch(1, *start(tmp_path, "someone/theirs", "steps=1"), **offline)
     assert process.returncode == 0, process.stderr
     assert "starting from someone/theirs: from-theirs," in process.stdout
 
 
-def test_one_of_our_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
-    """A run that resumes does not read the initial weights again. Another run starts from its checkpoint."""
-    theirs, first = tmp_path / "theirs", tmp_path / "first"
-    shutil.copytree(checkpoint, theirs)
-    arguments = ["steps=2", f"run.dir={first}", "model.dropout=0.3"]
-    process = python(*start(tmp_path, theirs, *arguments, "stop_at=1"))
-    assert process.returncode == 0, process.stderr
-    for file in theirs.rglob("*.safetensors"):
+@pytest.fixture(scope="module")
+def first(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run's text and cache, and in `first` the run, which stopped at step 1 of 2."""
+    folder = tmp_path_factory.mktemp("first")
+    done = python(*start(folder, checkpoint, *FIRST, f"run.dir={folder / 'first'}", "stop_at=1"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+FIRST = ["steps=2", "model.dropout=0.3"]
+
+
+def test_a_run_that_resumes_does_not_read_its_start_again(first: Path, checkpoint: Path) -> None:
+    """Another start than its own is named in a warning."""
+    other = Path(shutil.copytree(checkpoint, first / "other"))
+    for file in other.rglob("*.safetensors"):
         file.unlink()
-    process = python(*start(tmp_path, theirs, *arguments))
-    assert "continuing at step 1" in process.stdout, process.stderr
-    step = first / "checkpoints" / "step-2"
-    process = python(*start(tmp_path, step, "steps=1", "model.attention_dropout=0.2"))
+    shutil.copytree(first / "first", first / "resumed")
+    process = python(*start(first, other, *FIRST, f"run.dir={first / 'resumed'}"))
     assert process.returncode == 0, process.stderr
-    assert f"starting from {step}: from-first-step-2," in process.stdout
-    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-1" / "manifest.json").read_text())["config"]
+    assert "continuing at step 1" in process.stdout
+    assert f"warning: init_from={other} is not read" in process.stdout
+    assert f"started from {checkpoint}; choose another run.name" in process.stdout
+
+
+def test_one_of_our_checkpoints(first: Path) -> None:
+    """Another run starts from its weights, dropout and tokenizer."""
+    step = first / "first" / "checkpoints" / "step-1"
+    process = python(*start(first, step, "steps=1", "model.attention_dropout=0.2"))
+    assert process.returncode == 0, process.stderr
+    assert f"starting from {step}: from-first-step-1," in process.stdout
+    saved = json.loads((first / "run" / "checkpoints" / "step-1" / "manifest.json").read_text())["config"]
     taken = [saved["model"][name] for name in ("hidden_size", "dropout", "attention_dropout")]
     assert taken == [SHAPE["hidden_size"], 0.3, 0.2]  # the network's, the checkpoint's, the command line's
     assert saved["data"]["tokenizer"] == str(step / "tokenizer")
-    losses = [train_rows(folder)[0]["loss"] for folder in (tmp_path / "run", first)]
-    assert losses[0] < losses[1]  # of the same first batch, after two steps that saw it
+    losses = [train_rows(folder)[0]["loss"] for folder in (first / "run", first / "first")]
+    assert losses[0] < losses[1]  # of the same first batch, after a step that saw it
 
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
@@ -147,8 +162,16 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(checkpoint: Path, tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_is_one_line(checkpoint: Path, mistake: str) -> None:
     arguments, words = MISTAKES[mistake]
+    with pytest.raises(UserError) as caught:
+        run_of(f"init_from={checkpoint}", "data.sequence_length=16", *arguments)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_mistake_ends_with_status_2(checkpoint: Path, tmp_path: Path) -> None:
+    arguments, words = MISTAKES["field"]
     process = python(*start(tmp_path, checkpoint, *arguments))
     assert process.returncode == 2, process.stdout + process.stderr
     assert process.stderr.count("\n") == 1
@@ -156,7 +179,6 @@ def test_a_mistake_is_one_line_and_status_2(checkpoint: Path, tmp_path: Path, mi
 
 
 def test_the_same_shape_may_be_named_and_dropouts_differ(checkpoint: Path) -> None:
-    """As train.py composes it, short of training."""
     named = ["model=opt-tiny", *(f"model.{name}={value}" for name, value in SHAPE.items()), "model.vocab_size=300"]
     cases = [  # the named model's dropout, the command line's, the checkpoint's
         ([*named], 0.1),
@@ -164,12 +186,7 @@ def test_the_same_shape_may_be_named_and_dropouts_differ(checkpoint: Path) -> No
         (["model.word_embed_proj_dim=null"], 0.0),
     ]
     for given, dropout in cases:
-        overrides = [*given, f"init_from={checkpoint}"]
-        register_schema()
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            config = compose("config", overrides=[*overrides, "run.name=test"])
-        start_from_checkpoint(config, overrides)
-        assert run_from(config).model.dropout == dropout
+        assert run_of(*given, f"init_from={checkpoint}", "data.sequence_length=16").model.dropout == dropout
 
 
 def test_wrong_weights_are_one_line_on_every_rank(checkpoint: Path, tmp_path: Path) -> None:
@@ -188,16 +205,7 @@ def test_wrong_weights_are_one_line_on_every_rank(checkpoint: Path, tmp_path: Pa
     process = python(*start(tmp_path, broken))
     assert "has no tokenizer" in process.stderr
     assert process.returncode == 2
-    process = python(*start(tmp_path, "someone/else"), HF_HUB_OFFLINE="1")
+    process = launch(1, *start(tmp_path, "someone/else"), HF_HUB_OFFLINE="1")
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
     assert "init_from=someone/else is not a local folder" in process.stderr
-
-
-def test_a_run_that_goes_on_says_that_another_start_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(checkpoint, tmp_path / "other")
-    assert python(*start(tmp_path, checkpoint)).returncode == 0
-    process = python(*start(tmp_path, other))
-    assert process.returncode == 0, process.stderr
-    assert f"warning: init_from={other} is not read" in process.stdout
-    assert f"started from {checkpoint}; choose another run.name" in process.stdout

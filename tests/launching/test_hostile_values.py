@@ -6,6 +6,7 @@ import functools
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ KEYS = [
     for system, section in SECTIONS.items()
     for key in [*text_keys(section, "launch."), "run.name", "run.dir"]
 ]  # fmt: skip
+SLURM_KEYS = [key for system, key in KEYS if system is System.slurm]
+# Each key is tested with a share of the signs, another one than its neighbours.
+SHARES = [0, *(pytest.param(share, marks=pytest.mark.long) for share in range(1, 4))]
 
 
 @functools.cache
@@ -91,11 +95,12 @@ def test_in_a_list_too() -> None:
         dry("launch=slurm", "model=opt-tiny", "launch.options=['--qos=a\n#SBATCH --wrap=id']")
 
 
-@pytest.mark.parametrize("key", [key for system, key in KEYS if system is System.slurm])
-def test_no_value_becomes_a_command_or_a_directive(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("key", SLURM_KEYS)
+def test_no_value_becomes_a_command_or_a_directive(key: str, share: int, tmp_path: Path) -> None:
     plain = shown(System.slurm)
     directives = {line.split("=")[0] for line in plain.splitlines() if line.startswith("#SBATCH")}
-    for text in SIGNS:
+    for text in SIGNS[(share + SLURM_KEYS.index(key)) % len(SHARES) :: len(SHARES)]:
         try:
             script = shown(System.slurm, key, text)
         except UserError:
@@ -109,8 +114,8 @@ def test_no_value_becomes_a_command_or_a_directive(key: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("system", [System.torchrun, System.deepspeed, System.accelerate])
 def test_a_command_keeps_its_words(system: System) -> None:
     others = shlex.split(shown(system))
-    for key in [key for each, key in KEYS if each is system]:
-        for text in SIGNS[::3]:
+    for number, key in enumerate(key for each, key in KEYS if each is system):
+        for text in SIGNS[number % 6 :: 6]:
             try:
                 words = shlex.split(shown(system, key, text))
             except UserError:
@@ -138,9 +143,10 @@ def test_a_manifest_keeps_its_fields() -> None:
 
 
 def test_apptainers_and_slurms_own_signs() -> None:
-    for folder in ("/a,b", "/a:b"):
-        with pytest.raises(UserError, match="Apptainer"):
-            dry("launch=slurm", "launch.container=x.sif", "model=opt-tiny", f"run.dir='{folder}'")
-    for folder in ("/a%j", "/a\\b"):
-        with pytest.raises(UserError, match="Slurm"):
-            dry("launch=slurm", "model=opt-tiny", f"run.dir={folder}")
+    image = "x.sif"
+    for folder, container, words in (
+        ("/a,b", image, "Apptainer"), ("/a:b", image, "Apptainer"), ("/a%j", None, "Slurm"), ("/a\\b", None, "Slurm"),
+    ):  # fmt: skip
+        given = OmegaConf.create(verbatim({"launch": {"system": "slurm", "container": container}}))
+        with pytest.raises(UserError, match=words):
+            rendered(launch_from(given), replace(plain_run().run, dir=folder), [])

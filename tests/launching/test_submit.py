@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from command import ROOT, python
+from command import ROOT, launch, python
 from composing import dry
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
@@ -101,17 +102,12 @@ def test_torchrun_on_one_machine_and_on_many() -> None:
 
 def test_under_nohup_torchrun_leaves_sighup_alone() -> None:
     """It would take the signal for itself. A job's torchrun has no part in this shell's nohup."""
-    words = [
-        "nohup",
-        sys.executable,
-        "launch/submit.py",
-        "launch.dry_run=true",
-        "data.train=/data",
-        "launch.processes=2",
-    ]
-    for system, handled in (("torchrun", SIGNALS.replace("SIGHUP,", "")), ("slurm", SIGNALS)):
-        done = subprocess.run([*words, f"launch={system}"], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert f"--signals-to-handle {handled} " in done.stdout, done.stderr
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # all that nohup does
+    try:
+        for system, handled in (("torchrun", SIGNALS.replace("SIGHUP,", "")), ("slurm", SIGNALS)):
+            assert f"--signals-to-handle {handled} " in dry(f"launch={system}", "launch.processes=2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.long
@@ -172,18 +168,25 @@ def test_slurm_s_container_takes_the_environment_s_place() -> None:
     assert "export PATH" not in shown
 
 
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run, and its batch script with another PATH."""
+    folder = tmp_path_factory.mktemp("job")
+    return folder, re.sub(r"export PATH=.*", "", dry("launch=slurm", "model=opt-tiny", f"run.dir={folder}"))
+
+
 @pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "TERM", "USR1"])
-def test_slurm_s_script_outlives_a_signal(name: str, tmp_path: Path) -> None:
+def test_slurm_s_script_outlives_a_signal(name: str, job: tuple[Path, str], tmp_path: Path) -> None:
     """It requeues a run that stopped. Programs in place of Slurm's, of which srun sends the signal."""
+    folder, script = job
     programs = {
-        "srun": f"kill -{name} $PPID; echo stopped > {tmp_path}/state; exit 1",
+        "srun": f"kill -{name} $PPID; echo stopped > {folder}/state; exit 1",
         "squeue": "echo RUNNING",
         "scontrol": "echo scontrol $*",
     }
     for program, line in programs.items():
         (tmp_path / program).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / program).chmod(0o755)
-    script = re.sub(r"export PATH=.*", "", dry("launch=slurm", "model=opt-tiny", f"run.dir={tmp_path}"))
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
     done = subprocess.run(["bash"], input=script, env=variables, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("scontrol requeue 7\n", 1)
@@ -332,7 +335,8 @@ def test_a_program_that_is_not_there_is_said(system: str, tmp_path: Path) -> Non
     hostfile.write_text("node1 slots=2\nnode2 slots=2\n")
     more = ["launch.nodes=2", f"launch.hostfile={hostfile}"] if system == "deepspeed" else []
     absent = {"slurm": "sbatch", "kubernetes": "kubectl", "deepspeed": "pdsh"}[system]
-    done = python("launch/submit.py", *VARIOUS[system], *more, "model=opt-tiny", f"run.dir={tmp_path}", PATH="/nowhere")
+    words = [*VARIOUS[system], *more, "model=opt-tiny", f"run.dir={tmp_path}"]
+    done = launch(1, "launch/submit.py", *words, PATH="/nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {absent} is not installed")
 

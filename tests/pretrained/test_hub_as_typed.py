@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import python
+from command import launch
 from hugging_face import random_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -108,6 +108,11 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
+def script_in(folder: Path, content: str) -> str:
+    (folder / "script.py").write_text(content)
+    return str(folder / "script.py")
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[Hub, dict[str, Any]]]:
     """The hub, and the environment in which its address counts."""
@@ -117,9 +122,11 @@ def hub(tmp_path: Path) -> Iterator[tuple[Hub, dict[str, Any]]]:
     running.server.shutdown()
 
 
-def test_a_model_is_pushed_and_the_token_stays_secret(hub: tuple[Hub, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_model_is_pushed_and_the_token_stays_secret(
+    hub: tuple[Hub, dict[str, Any]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     server, env = hub
-    process = python("-c", PUSH, str(tmp_path / "theirs"), **env)
+    process = launch(1, script_in(tmp_path_factory.mktemp("script"), PUSH), str(tmp_path / "theirs"), **env)
     assert process.returncode == 0, process.stderr
     pushed, forbidden, misnamed = process.stdout.splitlines()
     assert pushed.endswith("/me/mine")
@@ -136,7 +143,7 @@ def test_a_model_is_pushed_and_the_token_stays_secret(hub: tuple[Hub, dict[str, 
 
 def test_a_revision_is_loaded_and_found_again(hub: tuple[Hub, dict[str, Any]], tmp_path: Path) -> None:
     server, env = hub
-    process = python("-c", LOAD, str(tmp_path / "cache"), **env)
+    process = launch(1, script_in(tmp_path, LOAD), str(tmp_path / "cache"), **env)
     assert process.returncode == 0, process.stderr
     total, name = process.stdout.splitlines()
     assert float(total) == pytest.approx(float(random_model().lm_head.weight.detach().sum()), rel=1e-5)

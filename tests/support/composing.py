@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import Action, ArgumentParser, Namespace, _HelpAction, _SubParsersAction
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from opt_parallel.config.compose import TEXTS, register_schema, run_from
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.paths import typed_fields
 from opt_parallel.config.run import Run
-from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed, rendered, split_overrides
+from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed_launch, composed_run, rendered, split_overrides
 
 
 def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
@@ -47,11 +48,18 @@ def path_keys(section: type, prefix: str = "") -> list[str]:
 
 
 def dry(*arguments: str) -> str:
-    """The command, batch script or manifests that `opt-parallel submit` would start for these arguments."""
+    """The command, batch script or manifests that `opt-parallel submit` would start for these arguments.
+
+    Equal arguments of the run are composed once."""
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
-    launch, run = composed(ROOT / "configs", ours, theirs)
+    launch, run = composed_launch(ROOT / "configs", ours), _composed_run(tuple(theirs))
     check(launch, run)
     return str(rendered(launch, run.run, theirs))
+
+
+@functools.cache
+def _composed_run(overrides: tuple[str, ...]) -> Run:
+    return composed_run(ROOT / "configs", overrides)
 
 
 def load_script(name: str) -> Any:

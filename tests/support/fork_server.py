@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from importlib import import_module
+from importlib import import_module, reload
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,8 @@ def become(request: dict[str, Any]) -> None:
     sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environment"])
+    if any(name.startswith("HF_") for name in request["environment"]):
+        reload(import_module("huggingface_hub.constants"))  # which read the environment when they were imported
     os.chdir(request["folder"])
     # Spawned processes look for the command's file in the folder that multiprocessing stored when it was imported.
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]

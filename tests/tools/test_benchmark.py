@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from command import ROOT, python
+from composing import load_script
+
+from opt_parallel.runtime.errors import UserError
 
 TINY = ["model=opt-tiny", "model.num_hidden_layers=1", "data.sequence_length=16", "batch.micro=2", "precision=fp32"]
 
@@ -62,8 +66,6 @@ def test_connecting_ranks() -> None:
     assert status == 0, said
     rows = [line.split() for line in printed.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["2", "4"]
-    status, printed, said = benchmark("ranks", "--processes", "3")
-    assert (status, "--processes 3 must be a multiple of --tensor 2" in said) == (2, True)
 
 
 @pytest.mark.long
@@ -124,15 +126,35 @@ def test_generation_beside_transformers() -> None:
         (["train", "zero.offload=cpu"], "zero.offload=none"),
         (["train", "--output", "/dev/null/here", *TINY], "/dev/null/here"),
         (["checkpoint", "--processes", "3", *TINY], "--processes 3"),
+        (["ranks", "--processes", "3"], "--processes 3 must be a multiple of --tensor 2"),
         (["resume", "--processes", "8", "--tensor", "3", *TINY], "--tensor 3"),
         (["loss", "--tokens", "many"], "many"),
         (["generate", "--prompt", "2000"], "2048 positions"),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
-    status, _, said = benchmark(*arguments)
-    assert status == 2
+def test_a_mistake_is_one_line(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(line: str, *_: object, **__: object) -> None:
+        print(line, file=sys.stderr)
+        raise SystemExit(2)
+
+    monkeypatch.setattr(
+        "opt_parallel.runtime.errors.leave", stop
+    )  # which ends the process; the next test sees it do so
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    module = load_script("benchmark")
+    monkeypatch.setattr(module, "quiet_libraries", lambda: None)  # which changes the settings of this process
+    with pytest.raises((UserError, SystemExit)) as caught:
+        module.main()
+    said = str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err
     assert words in said.splitlines()[-1]
+
+
+def test_a_mistake_ends_with_status_2() -> None:
+    status, printed, said = benchmark("train", "modle=opt-tiny")
+    assert (status, printed, said.count("\n")) == (2, "", 1)
+    assert "modle" in said
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import ROOT, environment, python
+from command import python, start
 from exporting import VARIANTS, checkpoint, random_ids
 from safetensors import safe_open
 from torch import Tensor
@@ -155,20 +155,20 @@ def test_an_export_says_which_checkpoint_it_is_of(trained: Callable[[str], Path]
     assert not is_of(tmp_path / "absent", checkpoint)
 
 
-def test_two_exports_into_one_folder(trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_two_exports_into_one_folder(
+    trained: Callable[[str], Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """At once: one of them is there, whole, and the other says so."""
     output = tmp_path / "export"
-    command = [sys.executable, "scripts/export.py", "--checkpoint", str(trained("pre-norm")), "--output", str(output)]
-    both = [
-        subprocess.Popen([*command, "--dtype", dtype], cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE)
-        for dtype in ("float32", "bfloat16")
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in both]
-    statuses = [process.returncode for process in both]
+    said = tmp_path_factory.mktemp("said")
+    command = ["scripts/export.py", "--checkpoint", str(trained("pre-norm")), "--output", str(output)]
+    both = [start(said / dtype, *command, "--dtype", dtype) for dtype in ("float32", "bfloat16")]
+    assert all(process.ended_within(200) for process in both)
+    statuses = [process.status for process in both]
     assert sorted(statuses) == [0, 2]
-    assert f"{output} " in errors[statuses.index(2)]
-    assert "remove it or choose another folder" in errors[statuses.index(2)]
-    assert len(errors[statuses.index(2)].splitlines()) == 1
+    (error,) = (said / ("float32", "bfloat16")[statuses.index(2)]).read_text().splitlines()
+    assert f"{output} " in error
+    assert "remove it or choose another folder" in error
     won = ("float32", "bfloat16")[statuses.index(0)]
     checksums = {name: checksum(tensor) for name, tensor in stored_tensors(output).items()}
     assert json.loads((output / "checksums.json").read_text()) == checksums
@@ -263,22 +263,21 @@ parameters = [(f"decoder.{number}", Shard((1 << 20,), 0, 0, 1, Constant(0.0), Fa
 with reporting():
     write_folder(Path(sys.argv[1]), {"model_type": "opt"}, parameters, source, torch.float32, 1 << 23)
 """
+HALF = "half of it is written\n"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_mid_write(tmp_path: Path, how: signal.Signals) -> None:
-    output = tmp_path / "export"
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, output], cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == "half of it is written\n"
-        os.kill(process.pid, how)
-        _, errors = process.communicate(timeout=240)
+def test_killed_in_mid_write(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, how: signal.Signals) -> None:
+    output, aside = tmp_path / "export", tmp_path_factory.mktemp("aside")
+    (aside / "slow.py").write_text(SLOW)
+    process, said = start(aside / "said", str(aside / "slow.py"), str(output)), aside / "said"
+    while not process.ended_within(0.02) and said.read_text() != HALF:
+        pass
+    os.kill(process.pid, how)
+    assert process.ended_within(240)
     assert not output.exists()
     if how is signal.SIGINT:
-        assert (process.returncode, errors) == (130, "error: interrupted\n")
+        assert (process.status, said.read_text()) == (130, f"{HALF}error: interrupted\n")
         assert list(tmp_path.iterdir()) == []
         return
     (partial,) = tmp_path.iterdir()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import ROOT, python, torchrun, write_text
+from command import ROOT, launch, python, write_text
 from tampering import edit
 
 from opt_parallel.checkpoint.sources import open_checkpoint
@@ -132,7 +132,7 @@ def test_several_prompts_and_processes(checkpoint: Path, tmp_path: Path) -> None
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts
     options = [word for prompt in prompts for word in ("--prompt", prompt)]
-    printed = torchrun(2, *common, *options, "--tensor", "2")
+    printed = launch(2, *common, *options, "--tensor", "2")
     assert printed.stdout == plain("\n\n".join(row["prompt"] + row["text"] for row in rows) + "\n"), printed.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command import python
+from composing import load_script
 from exporting import checkpoint, tampered
 from safetensors.torch import load_file
 from torch import Tensor
@@ -98,7 +100,9 @@ def test_a_flipped_bit_is_found(exported: tuple[Path, Path], tmp_path: Path) -> 
     ]
 
 
-def test_damaged_weights_are_seen_where_they_are_used(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_weights_are_seen_where_they_are_used(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a checkpoint of ours an error; of an export, which others may change, a warning."""
     source, folder = exported
     wrong = tampered(folder, tmp_path / "wrong", flip_a_bit)
@@ -112,14 +116,18 @@ def test_damaged_weights_are_seen_where_they_are_used(exported: tuple[Path, Path
         open_checkpoint(ours, checksums=True)
     with pytest.raises(UserError, match=re.escape(line)):
         verify(folder, against=ours)
-    words = ["scripts/generate.py", "--prompt", "x", "--max-new-tokens", "2", "--checkpoint"]
-    done = python(*words, str(ours))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert line in done.stderr
-    done = python(*words, str(wrong))
-    assert done.returncode == 0
-    assert f"warning: {wrong}, {KEY}: differs from checksums.json: if the folder is damaged" in done.stdout
-    assert "warning" not in python(*words, str(folder)).stdout
+    words = ["generate", "--prompt", "x", "--max-new-tokens", "2", "--checkpoint"]
+    generate = load_script("generate")
+    monkeypatch.setattr(sys, "argv", [*words, str(ours)])
+    with pytest.raises(UserError, match=re.escape(line)):
+        generate.main()
+    printed = []
+    for weights in (wrong, folder):
+        monkeypatch.setattr(sys, "argv", [*words, str(weights)])
+        generate.main()
+        printed.append(capsys.readouterr().out)
+    assert f"warning: {wrong}, {KEY}: differs from checksums.json: if the folder is damaged" in printed[0]
+    assert "warning" not in printed[1]
 
 
 def test_another_network_is_found(exported: tuple[Path, Path], tmp_path: Path) -> None:
@@ -213,11 +221,14 @@ def test_our_side_may_be_split(crew: Any, exported: tuple[Path, Path]) -> None:
         verify(folder, tensor=3)
 
 
-def test_the_script(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_script(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, folder = exported
-    yes = python("scripts/verify.py", "--checkpoint", str(folder), "--against", str(source))
-    assert yes.returncode == 0, yes.stderr
-    assert yes.stdout.startswith(f"{folder}: agrees with {source} in transformers; largest difference of outputs: ")
+    monkeypatch.setattr(sys, "argv", ["verify", "--checkpoint", str(folder), "--against", str(source)])
+    assert load_script("verify").main() == 0
+    agrees = f"{folder}: agrees with {source} in transformers; largest difference of outputs: "
+    assert capsys.readouterr().out.startswith(agrees)
     wrong = tampered(folder, tmp_path / "wrong", swap_query_and_key)
     no = python("scripts/verify.py", "--checkpoint", str(wrong))
     assert no.returncode == 1, no.stderr
