@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from classifying import HELD_OUT, PROBLEMS, Examples, run_of, their_model, train, train_theirs
-from command import launch, python
 from layouts import Layout, assemble
+from training import trained
 
 from opt_parallel.config.output import EvaluationConfig
 from opt_parallel.config.run import Run
@@ -49,9 +49,10 @@ def test_the_mean_of_the_examples_is_transformers_loss(problem: str) -> None:
 
 
 LAYOUTS = [
-    ("single", Layout(tensor=2, data=2, stage=3, micro=2, recompute="full")),
+    ("single", Layout(tensor=2, stage=3, micro=4, recompute="full")),
+    pytest.param("single", Layout(tensor=2, data=2, stage=3, micro=2, recompute="full"), marks=pytest.mark.long),
     ("single", Layout(data=2, stage=2, micro=4)),
-    ("multi", Layout(tensor=2, data=2, stage=1, micro=1)),
+    ("multi", Layout(tensor=2, data=2, stage=1, micro=2)),
     ("regression", Layout(tensor=2, stage=0, micro=4, sequence=False)),
     ("regression", Layout(data=2, stage=3, micro=2)),
 ]
@@ -93,13 +94,17 @@ def test_half_precision_stays_near(crew: Any, layout: Layout) -> None:
         assert found.loss == pytest.approx(plain[1].loss, rel=5e-2)
 
 
-def test_dropout_is_the_same_in_every_layout(crew: Any) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tensor=2, micro=4), pytest.param(Layout(tensor=2, data=2, stage=3, micro=2), marks=pytest.mark.long)],
+    ids=str,
+)
+def test_dropout_is_the_same_in_every_layout(crew: Any, layout: Layout) -> None:
     model = {"dropout": 0.1, "layerdrop": 0.2}
     (plain, _, _), *_ = crew(1)(train, run_of(Layout(micro=8), "single", model=model), "single", None)
     (still, _, _), *_ = crew(1)(train, run_of(Layout(micro=8), "single"), "single", None)
     assert plain != pytest.approx(still, rel=1e-3)
-    layout = Layout(tensor=2, data=2, stage=3, micro=2)
-    for losses, _, _ in crew(4)(train, run_of(layout, "single", model=model), "single", None):
+    for losses, _, _ in crew(layout.world)(train, run_of(layout, "single", model=model), "single", None):
         assert losses == pytest.approx(plain, rel=1e-5)
 
 
@@ -125,7 +130,7 @@ def validation_rows(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+def adapted(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
     """A run from a language model at tensor 2 to step 4 of 6, continued at ZeRO-0 and exported; its folder, arguments,
     and what both said."""
     from transformers import OPTConfig, OPTForCausalLM
@@ -143,17 +148,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
         "logging.wandb=disabled", "logging.tensorboard=false", "schedule.warmup_steps=0", "optimizer.lr=3e-3",
         f"data.cache={folder / 'cache'}", f"run.dir={folder / 'run'}", "export.at_end=true",
     ]  # fmt: skip
-    first = launch(2, "train.py", *arguments, "parallel.tensor=2", "zero.stage=3", "stop_at=4")
+    first = trained(crew(2), *arguments, "parallel.tensor=2", "zero.stage=3", "stop_at=4")
     assert first.returncode == 0, first.stderr
-    second = python("train.py", *arguments, "zero.stage=0")
+    second = trained(crew(1), *arguments, "zero.stage=0")
     assert second.returncode == 0, second.stderr
     return folder, arguments, first.stdout + second.stdout
 
 
-def test_from_a_language_model_to_an_export_in_two_layouts(trained: tuple[Path, list[str], str]) -> None:
+def test_from_a_language_model_to_an_export_in_two_layouts(adapted: tuple[Path, list[str], str]) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder, _, said = trained
+    folder, _, said = adapted
     assert "has no classification head: a new head for 2 labels is trained" in said
     assert "continuing at step 4" in said
     assert "validation at step 6: loss" in said
@@ -184,12 +189,12 @@ def test_from_a_language_model_to_an_export_in_two_layouts(trained: tuple[Path, 
     assert "`bad`, `good` (single_label_classification)" in card
 
 
-def test_ours_and_the_export_open_alike_and_verify(trained: tuple[Path, list[str], str]) -> None:
+def test_ours_and_the_export_open_alike_and_verify(adapted: tuple[Path, list[str], str]) -> None:
     from opt_parallel import OPTForSequenceClassification
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.tools.verify import verify
 
-    checkpoint, exported = trained[0] / "run" / "checkpoints" / "step-6", trained[0] / "run" / "export"
+    checkpoint, exported = adapted[0] / "run" / "checkpoints" / "step-6", adapted[0] / "run" / "export"
     ours, theirs = (OPTForSequenceClassification.from_pretrained(each) for each in (checkpoint, exported))
     assert ours.config.labels() == theirs.config.labels() == open_checkpoint(checkpoint).labels
     assert ours.config.id2label == {0: "bad", 1: "good"}
@@ -203,12 +208,12 @@ def test_ours_and_the_export_open_alike_and_verify(trained: tuple[Path, list[str
         open_checkpoint(checkpoint).check_language_model()
 
 
-def test_other_labels_do_not_continue_a_run(trained: tuple[Path, list[str], str], tmp_path: Path) -> None:
-    folder, arguments, _ = trained
+def test_other_labels_do_not_continue_a_run(crew: Any, adapted: tuple[Path, list[str], str], tmp_path: Path) -> None:
+    folder, arguments, _ = adapted
     relabelled = tmp_path / "relabelled.jsonl"
     relabelled.write_text((folder / "train.jsonl").read_text().replace('"bad"', '"poor"'))
-    process = python("train.py", *arguments, f"data.train={relabelled}", "data.validation=null", "evaluation.every=0",
-                     "steps=9")  # fmt: skip
+    process = trained(crew(1), *arguments, f"data.train={relabelled}", "data.validation=null", "evaluation.every=0",
+                      "steps=9")  # fmt: skip
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert (
@@ -216,6 +221,6 @@ def test_other_labels_do_not_continue_a_run(trained: tuple[Path, list[str], str]
         in line
     )
     checkpoint = folder / "run" / "checkpoints" / "step-6"
-    process = python("train.py", *arguments, f"init_from={checkpoint}", "task.labels=[good,bad]", "steps=9")
+    process = trained(crew(1), *arguments, f"init_from={checkpoint}", "task.labels=[good,bad]", "steps=9")
     assert process.returncode == 2
     assert "task.labels=['good', 'bad'], but the classifier of init_from=" in process.stderr

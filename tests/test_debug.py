@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import python, small, train_rows
 from composing import run_of
+from training import trained
 
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.rows import rows_of
 
 
-def test_overfit_trains_on_eight_samples_until_the_loss_is_near_zero(tmp_path: Path) -> None:
+def test_overfit_trains_on_eight_samples_until_the_loss_is_near_zero(crew: Any, tmp_path: Path) -> None:
     faster = ["debug=overfit", "batch.global=8", "batch.micro=8", "steps=100", "optimizer.lr=1e-2"]
-    process = python("train.py", *small(tmp_path), *faster)
+    process = trained(crew(1), *small(tmp_path), *faster)
     assert process.returncode == 0, process.stderr
     rows = train_rows(tmp_path / "run")
     assert rows[0]["loss"] > 5
@@ -23,15 +25,15 @@ def test_overfit_trains_on_eight_samples_until_the_loss_is_near_zero(tmp_path: P
     assert [row["epochs"]["train"] for row in rows] == list(range(1, 101))  # of eight samples
 
 
-def test_one_batch_does_one_step_of_everything(tmp_path: Path) -> None:
+def test_one_batch_does_one_step_of_everything(crew: Any, tmp_path: Path) -> None:
     arguments = [*small(tmp_path), "debug=one-batch", "steps=1", "data.held_out=0.2"]
-    process = python("train.py", *arguments)
+    process = trained(crew(1), *arguments)
     assert process.returncode == 0, process.stderr
     run = tmp_path / "run"
     assert [row["kind"] for row in rows_of(run / "metrics.jsonl")] == ["train", "validation"]
     assert (run / "checkpoints" / "step-1" / "manifest.json").exists()
     assert (run / "export" / "model.safetensors").exists()
-    again = python("train.py", *arguments)
+    again = trained(crew(1), *arguments)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "remove the folder" in again.stderr
 
@@ -51,10 +53,9 @@ def test_profile_writes_a_trace_of_three_steps(tmp_path: Path) -> None:
     [
         ("data.samples=0", "data.samples=0 must be at least 1"),
         ("logging.profile=-1", "logging.profile=-1 must not be negative"),
+        ("data.samples=3 data.stream=true", r"data\.samples=3 needs prepared text"),
     ],
 )
 def test_a_wrong_value_is_refused(argument: str, line: str) -> None:
     with pytest.raises(UserError, match=line):
-        run_of("model=opt-tiny", argument)
-    with pytest.raises(UserError, match=r"data\.samples=3 needs prepared text"):
-        run_of("model=opt-tiny", "data.samples=3", "data.stream=true")
+        run_of("model=opt-tiny", *argument.split())

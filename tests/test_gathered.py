@@ -25,19 +25,19 @@ class Gathered(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.parameters = [
-            parameter for block in model.modules() if isinstance(block, Block) for parameter in block.parameters()
-        ]
+        blocks = [block for block in model.modules() if isinstance(block, Block)]
+        self.parameters = [(each, each.ds_numel) for block in blocks for each in block.parameters()]
         self.alive: dict[int, int] = {}
         self.most = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for parameter in self.parameters:
-            storage = parameter.data.untyped_storage()
-            if parameter.data.numel() == parameter.ds_numel and storage._cdata not in self.alive:  # type: ignore[attr-defined]
-                self.alive[storage._cdata] = parameter.ds_numel  # type: ignore[attr-defined]
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
+        for parameter, full in self.parameters:
+            if parameter.numel() == full:
+                storage = parameter.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = full
+                    weakref.finalize(storage, self.alive.pop, storage._cdata)
         self.most = max(self.most, sum(self.alive.values()))
         return result
 
@@ -56,7 +56,7 @@ def most_gathered(run: Run, with_views: bool = False) -> list[float]:
         for step in range(2):  # DeepSpeed prefetches in the second step
             with Gathered(engine.wrapped.module) as watching:
                 engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), Clock(step))
-            block = sum(parameter.ds_numel for parameter in watching.parameters) / run.model.num_hidden_layers
+            block = sum(full for _, full in watching.parameters) / run.model.num_hidden_layers
             found.append(watching.most / block)
         engine.close()
     return found
@@ -68,11 +68,17 @@ def saving_a_view(hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tens
 
 
 def run_of(recompute: ActivationCheckpointing) -> Run:
-    run = run_for(Layout(data=2, stage=3, micro=4), {"num_hidden_layers": 6, "layerdrop": 0.0})
+    run = run_for(Layout(data=2, stage=3, micro=2), {"num_hidden_layers": 5, "layerdrop": 0.0}, batch=4)
     return dataclasses.replace(run, activation_checkpointing=recompute)
 
 
-@pytest.mark.parametrize("recompute", list(ActivationCheckpointing), ids=lambda kind: kind.value)
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.long if kind is ActivationCheckpointing.selective else [])
+    for kind in ActivationCheckpointing
+]
+
+
+@pytest.mark.parametrize("recompute", KINDS, ids=lambda kind: kind.value)
 def test_at_most_two_blocks_are_gathered(crew: Any, recompute: ActivationCheckpointing) -> None:
     for found in crew(2)(most_gathered, run_of(recompute)):
         assert max(found) <= 2, found

@@ -31,13 +31,13 @@ from opt_parallel.tools.verify import verify
 
 LAYOUTS = {
     "t1d1z0": Layout(),
-    "t1d2z3": Layout(data=2, stage=3),
+    "t1d2z3": Layout(data=2, stage=3, micro=2),
     "t2d1z1": Layout(tensor=2, stage=1, micro=4, sequence=False),
-    "t2d1z2": Layout(tensor=2, stage=2, recompute="full"),
-    "t2d2z3": Layout(tensor=2, data=2, stage=3),
-    "t2d2z1-offload": Layout(tensor=2, data=2, stage=1, offload=True),
+    "t2d1z2": Layout(tensor=2, stage=2, micro=4, recompute="full"),
+    "t2d2z3": Layout(tensor=2, data=2, stage=3, micro=2),
+    "t2d2z1-offload": Layout(tensor=2, data=2, stage=1, micro=4, offload=True),
 }
-HALF, STEPS = 2, 4
+HALF, STEPS = 2, 3
 LOSS = 1e-5  # relative: float32, sums in another order
 
 Straight = Callable[[str], tuple[list[dict[str, Any]], Run]]
@@ -91,7 +91,7 @@ def test_reduced_precision_follows(
     crew: Any, base: Path, plain: tuple[list[float], list[float]], tmp_path: Path, precision: str, stage: int
 ) -> None:
     """As close as test_engine holds full training: losses of order 5."""
-    layout = Layout(tensor=2, data=2 if stage == 1 else 1, stage=stage, precision=precision)
+    layout = Layout(tensor=2, data=2 if stage == 1 else 1, stage=stage, micro=4, precision=precision)
     answers = crew(layout.world)(go, run_on(base, tmp_path, layout, STEPS), STEPS)
     for answer in answers:
         assert answer["losses"] == answers[0]["losses"]
@@ -124,7 +124,7 @@ def test_peft_trains_alike(crew: Any, base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import OPTForCausalLM
 
-    layout = Layout(tensor=2, stage=1)
+    layout = Layout(tensor=2, stage=1, micro=4)
     run = run_on(base, tmp_path, layout, STEPS, ("q_proj", "v_proj", "fc2"), dropout=0.0, layerdrop=0.0)
     ours = crew(2)(go, run, STEPS, (0,))[0]["losses"]
     export_adapter(checkpoint_of(run, 0), tmp_path / "adapter", ExportDtype.float32)

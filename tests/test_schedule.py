@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import python, small, train_rows
+from command import small, train_rows
 from layouts import Layout, rate_at, run_for
+from training import trained
 
 from opt_parallel.config.run import Run, ScheduleConfig, ScheduleName
 from opt_parallel.runtime.clock import Clock
@@ -48,8 +49,9 @@ def run_of(name: str, unit: str, shape: dict[str, int]) -> Run:
 def rates(name: str, unit: str, change: dict[str, int], changed: int = CHANGED) -> Series:
     """The clock after each step, and the step's learning rate; the change comes after step `changed`."""
     clock, found = Clock(), []
+    before, after = run_of(name, unit, BEFORE), run_of(name, unit, BEFORE | change)
     for step in range(STEPS):
-        run = run_of(name, unit, BEFORE | (change if step >= changed else {}))
+        run = after if step >= changed else before
         clock = clock.after(run.global_batch, run.batch_tokens)
         found.append((clock, rate_at(run, clock)))
     return found
@@ -113,23 +115,23 @@ def test_padding_is_no_token() -> None:
     assert [rate_at(run, Clock(step, 8 * step, 64 * step)) for step in (1, 4, 8)] == [1 / 8, 4 / 8, 1.0]
 
 
-def test_train_py_goes_on_with_everything_changed(tmp_path: Path) -> None:
+def test_train_py_goes_on_with_everything_changed(crew: Any, tmp_path: Path) -> None:
     """With larger batches and longer rows: the rate is that of the clock's tokens."""
     arguments = [
         *small(tmp_path), "steps=20", "schedule.warmup_steps=null", "schedule.warmup_tokens=1280",
         "schedule.name=constant", "optimizer.lr=1e-3",
     ]  # fmt: skip
-    assert python("train.py", *arguments, "stop_at=10").returncode == 0
-    again = python("train.py", *arguments, "batch.global=8", "batch.micro=1", "data.sequence_length=24")
+    assert trained(crew(1), *arguments, "stop_at=10").returncode == 0
+    again = trained(crew(1), *arguments, "batch.global=8", "batch.micro=1", "data.sequence_length=24")
     assert again.returncode == 0, again.stderr
     rows = train_rows(tmp_path / "run")
     assert [row["tokens"] for row in rows[8:12]] == [9 * 64, 640, 640 + 192, 640 + 2 * 192]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3 * min(1, row["tokens"] / 1280) for row in rows], rel=1e-9)
 
 
-def test_train_py_refuses_a_warmup_that_would_not_end(tmp_path: Path) -> None:
+def test_train_py_refuses_a_warmup_that_would_not_end(crew: Any, tmp_path: Path) -> None:
     arguments = [*small(tmp_path), "schedule.warmup_steps=null", "schedule.warmup_tokens=321"]
-    refused = python("train.py", *arguments)
+    refused = trained(crew(1), *arguments)
     assert refused.returncode == 2
     assert "schedule.warmup_tokens=321 " in refused.stderr
     assert not (tmp_path / "cache").exists()  # nothing was prepared for it
