@@ -12,6 +12,7 @@ from opt_parallel.planning.parameters import embedding_parameters
 from opt_parallel.planning.workload import Recompute, Workload
 
 CHUNK_BYTES, ROWS = 512 * 2**20, 16384  # of the loss on a GPU, see `parallel/loss.py`
+CPU_CHUNK_BYTES, CPU_ROWS = 64 * 2**20, 2048
 
 
 @dataclass(frozen=True)
@@ -64,36 +65,52 @@ def layer_bytes(workload: Workload, recompute: Recompute) -> int:
 
 def loss_bytes(workload: Workload) -> int:
     """The loss at its last chunk of tokens: the chunk's logits, the gradients of the hidden states and of the rows of
-    the vocabulary (fp32 if there are several chunks, and in fp16), and two blocks of its product in fp32."""
+    the vocabulary (fp32 if there are several chunks, and in fp16), and a product in fp32: the chunk's gradient of the
+    hidden states, or two blocks of the gradient of the rows."""
     network, value = workload.network, workload.value
     tokens, rows = workload.micro * workload.length, -(-network.vocab // workload.tensor)
-    chunks = -(-tokens // max(1, CHUNK_BYTES // (rows * value)))
+    most, block = (CPU_CHUNK_BYTES, CPU_ROWS) if workload.cpu else (CHUNK_BYTES, ROWS)
+    chunks = -(-tokens // max(1, most // (rows * value)))
+    chunk = -(-tokens // chunks)
     exact = 4 if workload.precision == "fp16" else value
     gradients = network.width * (tokens * exact + (0 if workload.lora else rows * (exact if chunks == 1 else 4)))
-    products = 0 if workload.lora else 4 * min(2 * ROWS, rows) * network.width
-    return rows * value * -(-tokens // chunks) + gradients + products
+    products = 4 * max(chunk, 0 if workload.lora else min(2 * block, rows)) * network.width
+    return rows * value * chunk + gradients + products
 
 
 def _at_the_loss(workload: Workload) -> Activations:
     """In the loss, all layers hold what they keep. The input of the last LayerNorm and its output exist too, and with
-    sequence parallelism all positions of the output beside this rank's."""
+    sequence parallelism all positions of the output beside this rank's. A layer's input on its way to the host exists
+    until the copy ends."""
     layer = layer_bytes(workload, workload.recompute)
     part, network = part_bytes(workload), workload.network
     output = hidden_bytes(workload) * network.width // network.hidden
     last = part + output + (output // workload.splits if workload.sequence else 0)
+    last += output if network.projected else 0  # the embeddings before their projection
+    last += part if workload.recompute is Recompute.offload else 0
     return Activations(layer, network.layers * layer + last, loss_bytes(workload), 0, "the loss")
 
 
 def _at_the_last_layer(workload: Workload) -> Activations:
     """In the backward of the last layer, which has recomputed what it did not keep. The gradient of the rows of the
-    vocabulary waits for that of the embedding."""
-    layer = layer_bytes(workload, workload.recompute)
+    vocabulary waits for that of the embedding.
+
+    The gradient of the residual sum exists, and either the gradients before and after the activation, or the gradient
+    after it with both gradients of the first product: of its input (with sequence parallelism also the gathered input)
+    and of its weight."""
+    network, value, tensor = workload.network, workload.value, workload.tensor
+    layer, part, hidden = layer_bytes(workload, workload.recompute), part_bytes(workload), hidden_bytes(workload)
     again = layer_bytes(workload, Recompute.none) - layer if workload.recompute is not Recompute.none else 0
-    rows = 0 if workload.lora else embedding_parameters(workload.network, workload.tensor) * workload.value
-    ffn = workload.value * workload.micro * workload.length * workload.network.ffn // workload.tensor
-    temporary = 2 * part_bytes(workload) + 2 * hidden_bytes(workload) + 2 * ffn
-    saved = workload.network.layers * layer + again
-    return Activations(layer, saved, rows, temporary, "the backward of the last layer")
+    if workload.recompute is Recompute.selective:  # attention's LayerNorm is recomputed later
+        again -= part
+    again += part if workload.recompute is Recompute.offload else 0
+    rows = 0 if workload.lora else embedding_parameters(network, tensor) * value
+    ffn = value * workload.micro * workload.length * network.ffn // tensor
+    weight = 0 if workload.lora else value * network.hidden * network.ffn // tensor
+    copies = 3 if workload.cpu else 1  # gloo's sum of parts receives the other ranks' parts in a tensor of its own
+    product = hidden + (copies * hidden if workload.sequence else weight)
+    temporary = part + ffn + max(ffn, product)
+    return Activations(layer, network.layers * layer + again, rows, temporary, "the backward of the last layer")
 
 
 def activations(workload: Workload) -> Activations:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opt_parallel.planning.cluster import Cluster, Link
-from opt_parallel.planning.layer_time import Layer, collective
+from opt_parallel.planning.layer_time import Layer, collective, exposed
 from opt_parallel.planning.parameters import embedding_parameters, layer_parameters
-from opt_parallel.planning.rates import BESIDE, HIDDEN, rates_of
+from opt_parallel.planning.rates import HIDDEN, rates_of
+from opt_parallel.planning.states import rank_parameters
 from opt_parallel.planning.workload import Trainer, Workload
-
-
-def exposed(sent: float, computed: float) -> float:
-    """Seconds that a collective adds to the computation beside it."""
-    return max(0.0, sent - computed) + BESIDE * min(sent, computed)
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,15 @@ class Exchange:
         crossing = collective(size, max(2, round(hosts)), link, rates.between)
         return max(crossing, collective(size, here, cluster.within, rates.within))
 
-    def exposed(self, layer: Layer, head: Layer, stage: float) -> float:
+    def exposed(self, layer: Layer, stage: float) -> float:
         """Seconds of a step in which a rank waits for its data group."""
         workload = self.workload
         if workload.data * workload.context == 1:
             return 0.0
         if workload.stage == 3:
-            return self._gathering(layer, head, stage)
+            return self._gathering(layer, stage)
+        if workload.trainer is Trainer.ours:
+            return self._of_this_trainer(layer, stage)
         own = stage * layer_parameters(workload.network, workload.tensor).total
         own += embedding_parameters(workload.network, workload.tensor)
         gradients, weights = workload.states.gradient * own, workload.states.weight * own
@@ -53,13 +51,24 @@ class Exchange:
         computed = stage * layer.total  # beside the last backward and the first forward
         return max(0.0, total - computed) + HIDDEN * min(total, computed)
 
-    def _gathering(self, layer: Layer, head: Layer, stage: float) -> float:
+    def _of_this_trainer(self, layer: Layer, stage: float) -> float:
+        """Stages 0 to 2 (`gradients.py`): fp32 gradients are summed beside the backward, at stage 2 beside each one.
+        Nothing hides the gathering of the updated weights, and nothing the all-reduce of stage 0."""
+        workload = self.workload
+        own = rank_parameters(workload)
+        reduce, gather = self.ring(4 * own), self.ring(workload.states.weight * own)
+        if workload.stage == 0:
+            return 2 * reduce
+        micros = workload.accumulation if workload.stage == 2 else 1
+        return micros * exposed(reduce, stage * layer.total * (1 - layer.forward)) + gather
+
+    def _gathering(self, layer: Layer, stage: float) -> float:
         """ZeRO-3 gathers each layer's weights in the forward and in the backward of every micro-batch, and reduces its
         gradients, each beside the computation of another layer. What the computation does not hide is exposed, and what
         it hides slows it."""
         workload = self.workload
         own = layer_parameters(workload.network, workload.tensor).total
-        gather, reduce = self.ring(2 * own), self.ring(workload.reduced * own)
+        gather, reduce = self.ring(workload.value * own), self.ring(workload.reduced * own)
         forward, backward = layer.total * layer.forward, layer.total * (1 - layer.forward)
         micros = workload.accumulation
         reductions = 1 if not workload.gradients_split else micros

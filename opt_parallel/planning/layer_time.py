@@ -8,7 +8,7 @@ from opt_parallel.planning import rates as constants
 from opt_parallel.planning.cluster import Cluster, Link, Rates
 from opt_parallel.planning.parameters import layer_matrices, share_again
 from opt_parallel.planning.rates import rates_of
-from opt_parallel.planning.workload import Trainer, Workload
+from opt_parallel.planning.workload import Recompute, Trainer, Workload
 
 FUSED_PASSES, EAGER_PASSES = 1.0, 2.5  # passes over memory, relative to fused element-wise operations
 
@@ -32,6 +32,12 @@ def collective(size: float, ranks: int, link: Link, share: float) -> float:
     """Seconds of an all-gather or a reduce-scatter of a tensor of `size` bytes in a ring of `ranks`. An all-reduce
     takes both. (n − 1)/n of the bytes pass each link (Thakur et al. 2005), after n − 1 latencies."""
     return 0.0 if ranks == 1 else (ranks - 1) * (size / ranks / (link.bandwidth * share) + link.latency)
+
+
+def exposed(sent: float, computed: float) -> float:
+    """Seconds that a collective adds to the computation beside it: what the computation does not hide, and a share of
+    what it hides, because both use the device."""
+    return max(0.0, sent - computed) + constants.BESIDE * min(sent, computed)
 
 
 def rate_of_products(workload: Workload, cluster: Cluster, rates: Rates, *dims: float) -> float:
@@ -59,9 +65,10 @@ def _attention(workload: Workload, cluster: Cluster, rates: Rates, again: float)
 
 
 def _element_bytes(workload: Workload, again: float) -> float:
-    """Bytes of element-wise operations: per token, normalisations and residual sums move about 22 values of the hidden
-    width in the forward and 28 in the backward, split over the ranks with sequence parallelism; the activation moves
-    2 values of the feed-forward's width (3 if gated) and 3 (5) in the backward."""
+    """Bytes of element-wise operations. Per token, normalisations, dropout and residual sums move about 11 values of
+    the hidden width in the forward and 16 in the backward, split over the ranks with sequence parallelism; the
+    activation moves 2 values of the feed-forward's width (3 if gated) and 3 (5) in the backward; attention copies its
+    inputs."""
     network, tokens = workload.network, workload.micro * workload.length / workload.context
     hidden = workload.network.hidden / workload.splits
     ffn, gated = network.ffn / workload.tensor, network.gated
@@ -71,17 +78,23 @@ def _element_bytes(workload: Workload, again: float) -> float:
     return workload.value * tokens * (forward * (1 + again) + backward + cast * (2 + again))
 
 
-def _tensor(workload: Workload, cluster: Cluster, rates: Rates, again: float) -> float:
+def _tensor(workload: Workload, cluster: Cluster, rates: Rates, again: float, by_weight: float) -> float:
     """The tensor group's collectives of a layer: two all-reduces in the forward and two in the backward (Shoeybi et al.
-    2019), or an all-gather and a reduce-scatter for each, and with sequence parallelism the two all-gathers of the
-    inputs in the backward again, which the products hide."""
+    2019), or an all-gather and a reduce-scatter for each.
+
+    This trainer sums the gradient of a product's input, and with sequence parallelism gathers the input again, beside
+    the gradient of the weight, which takes `by_weight` seconds (`parallel/products.py`)."""
     if workload.tensor == 1:
         return 0.0
     size = workload.value * workload.micro * workload.length / workload.context * workload.network.hidden
     inside = workload.tensor <= cluster.per_host
     link, share = (cluster.within, rates.within) if inside else (cluster.between, rates.between)
-    each = 2 * collective(size, workload.tensor, link, share)
-    return each * (4 + 2 * again) * _left(workload)
+    each = collective(size, workload.tensor, link, share)
+    if workload.trainer is not Trainer.ours:
+        return 2 * each * (4 + 2 * again) * _left(workload)
+    repeated = 3 if workload.sequence else 2  # full recomputation leaves out the last sum
+    after = 4 + (repeated if again == 1.0 else 0) + (2 if workload.sequence else 0)
+    return each * after + exposed(4 * each, by_weight)
 
 
 def _left(workload: Workload) -> float:
@@ -104,7 +117,9 @@ def layer_of(workload: Workload, cluster: Cluster) -> Layer:
     moved = _element_bytes(workload, again.elementwise) * passes / (cluster.device.bandwidth * rates.memory)
     products = flops * (1 + again.products + backward) / rate
     attention = _attention(workload, cluster, rates, again.attention)
-    tensors = _tensor(workload, cluster, rates, again.products)
+    columns_share = (network.queries + 2 * network.keys + network.ffn) * network.hidden / layer_matrices(network)
+    whole = 1.0 if workload.recompute in (Recompute.full, Recompute.offload) else again.products
+    tensors = _tensor(workload, cluster, rates, whole, columns_share * flops / rate)
     return Layer(products, attention, moved, tensors, forward=1 / (2 + backward))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from opt_parallel.planning.activations import activations, part_bytes
+from opt_parallel.planning.activations import Activations, activations, part_bytes
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.fsdp import part as fully_split
 from opt_parallel.planning.megatron import part as megatron_part
@@ -82,6 +82,8 @@ def _of_others(workload: Workload, cluster: Cluster) -> Memory:
 
 def _of_this_trainer(workload: Workload) -> Memory:
     states, act = held(workload), activations(workload)
+    if workload.stage == 0 and workload.accumulation == 1:
+        states, act = _without_kept_gradients(states, act)
     allocated = sum(vars(states).values()) - states.host + act.total
     return Memory(
         weights=states.weights,
@@ -97,6 +99,14 @@ def _of_this_trainer(workload: Workload) -> Memory:
         host=states.host + _host(workload, states),
         peak_at=act.peak_at,
     )
+
+
+def _without_kept_gradients(states: Held, act: Activations) -> tuple[Held, Activations]:
+    """Stage 0 with one micro-batch: gradients come into being in the backward, while activations are freed. So only the
+    larger of both counts."""
+    if act.total > states.gradients:
+        return replace(states, gradients=0), act
+    return states, Activations(act.layer, 0, 0, 0, "the end of the backward")
 
 
 def communicators(workload: Workload) -> int:

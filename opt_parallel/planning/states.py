@@ -64,12 +64,16 @@ def _fully_split(workload: Workload, weights: int, part: int, optimizer: dict[st
     """Stage 3. At most one and a half layers and the prefetched weights are gathered, or the token embedding."""
     network, value = workload.network, workload.states.weight
     layer = layer_parameters(network, workload.tensor)
-    live = max(layer.total * 3 // 2 + workload.prefetch_bucket, embedding_parameters(network, workload.tensor))
-    kept = layer.whole * network.layers  # below the threshold from which ZeRO splits a parameter
+    live = (
+        0
+        if workload.data == 1
+        else max(layer.total * 3 // 2 + workload.prefetch_bucket, embedding_parameters(network, workload.tensor))
+    )
+    whole = layer.whole * network.layers if 2 * network.hidden < workload.persistence and workload.data > 1 else 0
     return Held(
         weights=weights // workload.data,
         gradients=0 if workload.offload else 4 * part,
         buffers=4 * min(workload.reduce_bucket, part * workload.data),
-        gathered=value * (min(live, weights // value) + kept),
+        gathered=value * (min(live, weights // value) + whole),
         **optimizer,
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from opt_parallel.planning.accuracy import LINE
 from opt_parallel.planning.choice import PARTS, Choice, settings, words
 from opt_parallel.planning.plan import DAY, Plan, scaling
 from opt_parallel.planning.weather import PUBLISHED, Weather
 from opt_parallel.runtime.log import aligned
 
 GIB = 2**30
-# how far plans are from published measurements, from the tables of docs/planning.md
-VALIDATION = "a plan is computed from formulas; docs/planning.md has it beside published measurements"
+# how far plans are from published measurements
+VALIDATION = f"{LINE}; docs/planning-formulas.md has them"
 KINDS = {
     "weights": "weights",
     "gradients": "gradients",

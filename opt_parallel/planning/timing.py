@@ -87,7 +87,7 @@ def time_of(workload: Workload, cluster: Cluster) -> Time:
         elementwise=in_all("elementwise"),
         launching=0.0,
         tensor=in_all("tensor"),
-        data=exchange.exposed(layer, head, stage),
+        data=exchange.exposed(layer, stage),
         pipeline=(workload.pipeline - 1) / workload.virtual * stage * layer.total + exchange.piped(),
         optimizer=exchange.optimizer(),
         input=0.0,

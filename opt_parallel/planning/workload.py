@@ -133,6 +133,7 @@ class Workload:
     overlap: bool = False  # the tensor group's collectives run beside the products, in pieces
     offload: bool = False
     lora: int = 0  # rank of LoRA's matrices, 0: every parameter is trained
+    cpu: bool = False  # on a CPU the loss has smaller chunks
     packed: bool = False  # attention needs a mask of (length, length)
     logits: Logits = Logits()
     embedding_split: bool = True  # over the tensor group

@@ -76,12 +76,14 @@ class Trace:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of live CUDA tensors, and the collectives. The tensors `known` are not counted.
+    """Counts the bytes of live tensors of `device`, and the collectives. The tensors `known` are not counted.
 
     `groups` are the groups of the collectives by name. If `strict`, an operator that makes a tensor on the CPU is a
     Fault, except pinned memory, copies for which the CPU does not wait, and what is computed of `known` tensors on the
     CPU, an offloaded state. A fake tensor itself refuses operators that mix devices, or that need its values on the
     CPU."""
+
+    device, aligned = "cuda", ALIGNED
 
     def __init__(self, trace: Trace, known: Iterable[Tensor], groups: dict[str, Group], strict: bool = False) -> None:
         super().__init__()
@@ -110,9 +112,9 @@ class Ledger(TorchDispatchMode):
         before = self.now
         for tensor in _tensors(result):
             storage = storage_of(tensor)
-            if storage._cdata in self.sizes or tensor.device.type != "cuda":
+            if storage._cdata in self.sizes or tensor.device.type != self.device:
                 continue
-            size = -(-storage.nbytes() // ALIGNED) * ALIGNED
+            size = -(-storage.nbytes() // self.aligned) * self.aligned
             self.sizes[storage._cdata] = size, place
             self.now += size
             self.live[place] = self.live.get(place, 0) + size

@@ -1,0 +1,153 @@
+"""The formulas of a plan: counts of parameters and FLOPs, the memory of this trainer and of others, collectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import pytest
+from composing import run_of as composed
+
+from opt_parallel.config.model import ModelConfig
+from opt_parallel.config.run import Run
+from opt_parallel.planning import megatron, parameters
+from opt_parallel.planning.activations import activations, layer_bytes
+from opt_parallel.planning.cluster import DEVICES, Cluster, Link
+from opt_parallel.planning.layer_time import collective
+from opt_parallel.planning.memory import memory
+from opt_parallel.planning.timing import time_of
+from opt_parallel.planning.workload import Network, Recompute, States, Trainer, Workload, network_of, of_run
+
+ROOT = Path(__file__).parents[2]
+SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b")
+H100 = Cluster(DEVICES["h100-80gb"], nodes=16)
+
+
+@functools.cache
+def run_of(size: str, *words: str) -> Run:
+    return composed(f"model=opt-{size}", *words)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_and_flops_are_those_of_the_configuration(size: str) -> None:
+    run = run_of(size)
+    workload = of_run(run, 1)
+    assert parameters.parameters(workload.network) == run.model.parameters()
+    length = run.data.sequence_length
+    assert parameters.model_flops(workload) == pytest.approx(run.model.flops_per_token(length), rel=1e-12)
+    assert parameters.model_flops(dataclasses.replace(workload, lora=8)) == pytest.approx(
+        run.model.flops_per_token(length, frozen=True)
+    )
+    for mode, whole in ((Recompute.selective, False), (Recompute.full, True)):
+        again = parameters.recomputed_flops(dataclasses.replace(workload, recompute=mode))
+        assert again == pytest.approx(run.model.recomputed_flops_per_token(length, whole), rel=0.01)
+
+
+def traced() -> list[tuple[str, int, bool, str, float, float]]:
+    """Size, tensor, sequence, recomputation, GiB at the peak and MiB saved by a layer, from docs/memory.md."""
+    row = r"\| (\S+) \| (\d+) \| (yes|no) \| (\w+) \| ([\d.]+) GiB \| \d+% \| ([\d.,]+) MiB"
+    found = re.findall(row, (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
+    return [(size, int(t), sp == "yes", mode, float(peak), float(saved)) for size, t, sp, mode, peak, saved in found]
+
+
+def test_activations_are_those_of_the_traces() -> None:
+    """The table rounds peaks to 0.01 GiB and saved bytes to 0.1 MiB."""
+    rows = traced()
+    assert len(rows) == 52
+    for size, tensor, sequence, mode, peak, saved in rows:
+        workload = Workload(network_of(run_of(size)), tensor=tensor, sequence=sequence, recompute=Recompute(mode))
+        assert layer_bytes(workload, workload.recompute) / 2**20 == pytest.approx(saved, abs=0.06), (size, mode)
+        assert activations(workload).total / 2**30 == pytest.approx(peak, rel=0.015, abs=0.005), (size, mode, sequence)
+
+
+@pytest.mark.parametrize(
+    ("size", "tensor", "sequence", "mode", "micro", "gib"),
+    [
+        ("6.7b", 1, False, "full", 8, 6.886),
+        ("13b", 2, True, "full", 8, 4.948),
+        ("66b", 8, True, "full", 8, 3.746),
+        ("66b", 8, False, "full", 4, 10.102),
+        ("66b", 8, True, "selective", 4, 7.570),
+        ("1.3b", 1, False, "offload", 8, 1.569),
+        ("175b", 8, False, "offload", 1, 0.683),
+    ],
+)
+def test_larger_micro_batches(size: str, tensor: int, sequence: bool, mode: str, micro: int, gib: float) -> None:
+    """`gib` are peaks that `opt-parallel benchmark memory` traced in bf16."""
+    network = network_of(run_of(size))
+    workload = Workload(network, micro=micro, tensor=tensor, sequence=sequence, recompute=Recompute(mode))
+    assert activations(workload).total / 2**30 == pytest.approx(gib, rel=0.003)
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "bytes_each"),
+    [(1, 1, 2 + 16 / 8), (1, 4, 2 + 12 / 8 + 4), (2, 4, 2 + 16 / 8), (3, 4, 18 / 8)],
+)
+def test_states_of_each_stage(stage: int, accumulation: int, bytes_each: float) -> None:
+    """Bytes of a parameter on eight data ranks, see docs/architecture.md, Gradients."""
+    workload = Workload(network_of(run_of("6.7b")), data=8, stage=stage, accumulation=accumulation)
+    found = memory(workload, H100)
+    states = found.weights + found.gradients + found.masters + found.moments
+    assert states / 6.658e9 == pytest.approx(bytes_each, rel=0.002)
+
+
+def test_megatrons_layer_is_the_published_formula() -> None:
+    """34 s b h + 5 a s² b bytes, and 34 s b h / t with sequence parallelism and recomputed attention (arXiv 2205.05198,
+    table 2)."""
+    network = Network(96, 12288, 96, 4 * 12288, 51200, activation_saves_output=False)
+    plain = Workload(network, Trainer.megatron, flash=False)
+    assert megatron.layer_bytes(plain, 1) == 34 * 2048 * 12288 + 5 * 96 * 2048**2
+    split = dataclasses.replace(plain, tensor=8, sequence=True, recompute=Recompute.attention)
+    assert megatron.layer_bytes(split, 1) == 34 * 2048 * 12288 // 8
+    full = dataclasses.replace(plain, recompute=Recompute.full)
+    assert megatron.layer_bytes(full, 1) == 2 * 2048 * 12288
+
+
+def test_a_pipeline_holds_micro_batches_of_its_schedule() -> None:
+    network = Network(96, 1024, 16, 4096, 51200)
+    plain = Workload(network, Trainer.megatron, pipeline=8, accumulation=64)
+    assert megatron.layers_in_flight(plain, last=False) == 96
+    assert megatron.layers_in_flight(plain, last=True) == 12
+    interleaved = dataclasses.replace(plain, virtual=3)
+    # L (1 + (p − 1) / (p v)) in the first stage (arXiv 2205.05198, section 4.2.3)
+    assert megatron.layers_in_flight(interleaved, last=False) == pytest.approx(96 * (1 + 7 / 24))
+    assert megatron.layers_in_flight(interleaved, last=True) == 4 * 17
+
+
+def test_an_all_gather_moves_all_parts_but_the_own() -> None:
+    assert collective(8e9, 8, Link(100e9, 1e-6), 0.5) == pytest.approx(7 * (1e9 / 50e9 + 1e-6))
+    assert collective(8e9, 1, Link(100e9, 1e-6), 0.5) == 0.0
+
+
+def test_time_adds_up_and_answers_to_each_part() -> None:
+    run = run_of("6.7b", "batch.global=128", "parallel.tensor=2", "precision=bf16")
+    workload = of_run(run, 16)
+    time = time_of(workload, H100)
+    assert time.step == pytest.approx(sum(time.parts().values()))
+    assert time.tokens_per_second == pytest.approx(128 * 2048 / time.step / 16)
+    assert 0.2 < time.mfu < time.hfu + 1e-9 < 0.7
+    full = time_of(dataclasses.replace(workload, recompute=Recompute.full), H100)
+    assert full.products > time.products
+    assert full.mfu < time.mfu < full.hfu * 1.1
+    slow = dataclasses.replace(H100, within=Link(45e9, 5e-6))
+    assert time_of(workload, slow).tensor > 3 * time.tensor
+    assert time_of(dataclasses.replace(workload, tensor=1, data=16), H100).tensor == 0.0
+
+
+def test_a_small_network_waits_for_the_host() -> None:
+    small = Workload(network_of(run_of("125m")), length=128)
+    assert time_of(small, H100).launching > 0
+    large = Workload(network_of(run_of("6.7b")), micro=4, stage=2)
+    assert time_of(large, H100).launching == 0
+
+
+def test_a_plan_needs_no_more_memory_for_fewer_states() -> None:
+    network = network_of(run_of("1.3b"))
+    fp32 = Workload(network, precision="fp32", states=States(weight=4))
+    assert memory(fp32, H100).weights == 2 * memory(Workload(network), H100).weights
+    offloaded = memory(dataclasses.replace(fp32, offload=True), H100)
+    assert offloaded.masters == offloaded.moments == 0
+    assert offloaded.host > memory(fp32, H100).host
+    assert ModelConfig().hidden_size == network_of(Run()).hidden
