@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ RECIPE = {
 }  # fmt: skip
 
 
+@functools.cache
 def composed(*overrides: str) -> Run:
     register_schema()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
@@ -42,7 +44,15 @@ def test_parameters(size: str) -> None:
     assert logical_parameters(whole) == PARAMETERS[size]
 
 
-@pytest.mark.parametrize("size", [size for size in PARAMETERS if size != "125m"])  # whose 12 heads do not split 8 ways
+# the smallest, one with its projections, and the largest; the 12 heads of 125m do not split 8 ways
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, marks=() if size in ("350m", "1.3b", "175b") else pytest.mark.long)
+        for size in PARAMETERS
+        if size != "125m"
+    ],
+)
 def test_parameters_over_eight_ranks(size: str) -> None:
     model = composed(f"model=opt-{size}").model
     seen: dict[str, int] = {}

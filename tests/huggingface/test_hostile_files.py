@@ -243,7 +243,7 @@ SAFETENSORS: dict[str, tuple[Any, bytes, int | None]] = {
     "overlapping": ({"a": of([1], 0, 4), "b": of([1], 0, 4)}, b"abcd", None),
     "a hole": ({"a": of([1], 0, 4), "b": of([1], 8, 12)}, b"a" * 12, None),
     "deep": (b'{"a":' + b"[" * 90_000, b"", None),
-    "millions of dims": ({"a": of([1] * 4_000_000, 0, 4)}, b"abcd", None),
+    "a million dims": ({"a": of([1] * 1_000_000, 0, 4)}, b"abcd", None),
     "a name of megabytes": ({"a" * 4_000_000: of([1], 0, 4)}, b"abcd", None),
     "a name of two lines": ({"a\nerror: b": of([1], 0, 4)}, b"abcd", None),
     "negative": ({"a": of([-1], 0, 4)}, b"abcd", None),
@@ -340,7 +340,7 @@ def of_size(size: tuple[int, ...], stride: tuple[int, ...], count: int = 1, zipp
 
 PICKLES = {
     "a key that is hashed for ever": nested_key(64),
-    "lists without end": b"\x80\x02" + b"]" * 10**6 + b".",
+    "lists without end": b"\x80\x02" + b"]" * 2 * 10**5 + b".",
     "10¹² bytes of nothing": b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\n\x8a\x06"
     + b"\0" * 5
     + b"\x01\x85Rs.",
@@ -506,7 +506,8 @@ def test_a_tree_that_swells(folder: Path, what: str) -> None:
     refused(folder, "flax_model.msgpack")
 
 
-def test_random_damage_is_a_line_or_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [20, pytest.param(100, marks=pytest.mark.long)])
+def test_random_damage_is_a_line_or_nothing(tmp_path: Path, changes: int) -> None:
     """Seeded changes of single bytes in each format: opened, or refused in one line."""
     model = random_model()
     model.save_pretrained(tmp_path / "st")
@@ -519,7 +520,7 @@ def test_random_damage_is_a_line_or_nothing(tmp_path: Path) -> None:
     for folder in sorted(tmp_path.iterdir()):
         path = max(folder.iterdir(), key=lambda file: file.stat().st_size)
         whole = path.read_bytes()
-        for _ in range(60):
+        for _ in range(changes):
             changed = bytearray(whole)
             ends = (int(generator.integers(20_000)), len(whole) - 1 - int(generator.integers(8_000)))
             changed[ends[int(generator.integers(2))]] = int(generator.integers(256))

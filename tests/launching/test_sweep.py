@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 from command import launch, python, small, train_rows
+from composing import run_of
 from hydra.errors import MissingConfigException
 
 from opt_parallel.config.compose import explain
-from opt_parallel.launching.sweep import LONGEST_NAME, folder_name
+from opt_parallel.launching.sweep import LONGEST_NAME, check_sweep, folder_name
+from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.rows import rows_of
 
 
@@ -61,7 +63,8 @@ def test_a_long_name_is_cut(tmp_path: Path, letter: str) -> None:
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_a_run_that_diverges_is_a_result_and_the_others_follow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_run_that_diverges_is_a_result_and_the_others_follow(tmp_path: Path, alone: bool) -> None:
     """On two ranks, in one process each; the run after the one that diverged is the run alone."""
     arguments = [*small(tmp_path), "steps=3", "optimizer.clip=0"]
     process = launch(2, "train.py", "-m", *arguments, "optimizer.lr=1e30,1e-4")
@@ -71,11 +74,13 @@ def test_a_run_that_diverges_is_a_result_and_the_others_follow(tmp_path: Path) -
     assert end == "error: 1 run of the sweep diverged: optimizer.lr=1e+30"
     folders = [tmp_path / "run" / f"optimizer.lr={value}" for value in ("1e+30", "0.0001")]
     assert [(folder / "state").read_text() for folder in folders] == ["diverged\n", "done\n"]
-    assert [len(train_rows(folder)) for folder in folders] == [1, 3]
-    alone = launch(2, "train.py", *arguments, "optimizer.lr=1e-4", f"run.dir={tmp_path / 'alone'}")
-    assert alone.returncode == 0, alone.stderr
-    losses = [[row["loss"] for row in train_rows(folder)] for folder in (folders[1], tmp_path / "alone")]
-    assert losses[0] == losses[1]
+    first, second = [[row["loss"] for row in train_rows(folder)] for folder in folders]
+    assert (len(first), len(second)) == (1, 3)
+    assert first[0] == second[0]  # of the same weights and batch
+    if alone:
+        process = launch(2, "train.py", *arguments, "optimizer.lr=1e-4", f"run.dir={tmp_path / 'alone'}")
+        assert process.returncode == 0, process.stderr
+        assert [row["loss"] for row in train_rows(tmp_path / "alone")] == second
 
 
 @pytest.mark.long
@@ -112,7 +117,7 @@ def test_optuna_minimises_the_validation_loss(tmp_path: Path) -> None:
         "hydra.sweeper.n_trials=3",
         "hydra.sweeper.params={optimizer.lr: 'choice(1e-4,1e-2,1e30)'}",
     ]
-    fixed = ["optimizer.weight_decay=0.1", "model.dropout=0.0", "optimizer.clip=0", "data.held_out=0.2"]
+    fixed = ["steps=3", "optimizer.weight_decay=0.1", "model.dropout=0.0", "optimizer.clip=0", "data.held_out=0.2"]
     arguments = [*small(tmp_path), *search, *fixed, "hydra.sweeper.sampler.seed=2"]
     process = python("train.py", *arguments)
     losses = {}
@@ -127,10 +132,14 @@ def test_optuna_minimises_the_validation_loss(tmp_path: Path) -> None:
     assert len(reached) < len(losses)
     assert process.returncode == 2
     assert " diverged: " in process.stderr
-    refused = python("train.py", *arguments, "evaluation.every=0", f"run.dir={tmp_path / 'other'}")
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("error: evaluation.every=0, but the sweeper minimises")
-    assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_a_sweeper_that_minimises_needs_validations(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+    search = ["hparams_search=optuna", f"run.dir={tmp_path}", "model=opt-tiny"]
+    check_sweep(run_of(*search, "steps=2", "data.held_out=0.2"))
+    with pytest.raises(UserError, match=r"^evaluation.every=0, but the sweeper minimises"):
+        check_sweep(run_of(*search, "evaluation.every=0"))
 
 
 def test_a_plugin_that_is_not_installed_is_named() -> None:

@@ -153,9 +153,9 @@ def test_files_of_a_configuration(tmp_path: Path) -> None:
         OPTConfig.from_json_file(tmp_path / "missing.json")
 
 
-def test_a_compiled_model() -> None:
-    """With gradients, and with padding, where dynamo falls back to Python."""
-    model = OPTForCausalLM(OPTConfig(**SHAPE))
+def compare_compiled() -> None:
+    """On the crew, whose processes have imported the compiler."""
+    model = OPTForCausalLM(OPTConfig(**{**SHAPE, "num_hidden_layers": 1}))
     expected = model(IDS, labels=IDS).loss
     compiled = torch.compile(model, backend="eager")
     loss = compiled(IDS, labels=IDS).loss
@@ -165,3 +165,8 @@ def test_a_compiled_model() -> None:
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0
     torch.testing.assert_close(compiled(IDS, mask).logits, model(IDS, mask).logits)
+
+
+def test_a_compiled_model(crew: Any) -> None:
+    """With gradients, and with padding, where dynamo falls back to Python."""
+    crew(1)(compare_compiled)

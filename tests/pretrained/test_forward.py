@@ -22,6 +22,11 @@ SHAPE = {
     "vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 96,
     "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.2,
 }  # fmt: skip
+# a style of the network and a tensor degree
+CELLS: list[Any] = [
+    ("pre-norm", 1), ("350m", 2),
+    *(pytest.param(*cell, marks=pytest.mark.long) for cell in (("pre-norm", 2), ("350m", 1))),
+]  # fmt: skip
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 values of order 1 to 10, summed in another order
 
 
@@ -78,7 +83,7 @@ def everything(model: Any, ids: Tensor, mask: Tensor | None, labels: Tensor) -> 
     }
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_every_output_is_transformers(crew: Any, folder: Path, padding: str, tensor: int) -> None:
     from transformers import OPTForCausalLM
@@ -117,7 +122,7 @@ def cached(model: Any, ids: Tensor, mask: Tensor, steps: list[int]) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 @pytest.mark.parametrize("steps", [[9], [9, 10, 11]], ids=["three at once", "one by one"])
 def test_cached_is_uncached(crew: Any, folder: Path, steps: list[int], tensor: int) -> None:
     ids, mask = ids_of(4, 12), mask_of(4, 12)
@@ -135,7 +140,7 @@ def with_gradient(model: Any, ids: Tensor, steps: list[int]) -> list[Any]:
     return [tensor.grad.numpy() for tensor in model.parameters()]
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 def test_gradients_pass_through_the_cache(crew: Any, folder: Path, tensor: int) -> None:
     whole = crew(tensor)(opened, with_gradient, folder, tensor, ids_of(2, 9), [])
     pieces = crew(tensor)(opened, with_gradient, folder, tensor, ids_of(2, 9), [4, 5, 6, 7])
@@ -149,7 +154,7 @@ def logits(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
         return model(ids, mask).logits
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 def test_left_padding_changes_nothing(crew: Any, folder: Path, tensor: int) -> None:
     ids = ids_of(2, 10)
     padded = torch.cat([torch.full((2, 32), 1), ids], dim=1)
@@ -159,7 +164,7 @@ def test_left_padding_changes_nothing(crew: Any, folder: Path, tensor: int) -> N
     torch.testing.assert_close(shifted[:, -10:], plain, **TOLERANCE)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 def test_a_row_of_a_batch_is_the_row_alone(crew: Any, folder: Path, tensor: int) -> None:
     ids, mask = ids_of(3, 10), mask_of(3, 10)
     together = on_ranks(crew, tensor, logits, folder, ids, mask)
@@ -174,7 +179,7 @@ def from_embeddings(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         return model(inputs_embeds=embeddings, attention_mask=mask).logits
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 def test_embeddings_stand_for_ids(crew: Any, folder: Path, tensor: int) -> None:
     ids, mask = ids_of(3, 10), mask_of(3, 10)
     got = on_ranks(crew, tensor, from_embeddings, folder, ids, mask)
@@ -186,7 +191,7 @@ def at_positions(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
         return model(ids, position_ids=positions).logits
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 def test_given_positions(crew: Any, folder: Path, tensor: int) -> None:
     from transformers import OPTForCausalLM
 
@@ -211,7 +216,7 @@ def without_heads(model: Any, ids: Tensor, dropped: list[tuple[int, int]], by_ma
         return model(ids, head_mask=head_mask if by_mask else None, output_attentions=attentions).logits
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 @pytest.mark.parametrize("attentions", [False, True])
 def test_a_masked_head_is_a_head_that_nobody_reads(crew: Any, folder: Path, attentions: bool, tensor: int) -> None:
     ids, dropped = ids_of(2, 10), [(0, 1), (2, 0), (2, 3)]
@@ -312,7 +317,7 @@ def generated(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> list[An
 SETTINGS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "drawn": {"do_sample": True}}
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 @pytest.mark.parametrize("how", SETTINGS)
 def test_generate(crew: Any, folder: Path, how: str, tensor: int) -> None:
     from transformers import OPTForCausalLM
@@ -372,7 +377,7 @@ def saved(folder: str, tensor: int, output: str, name: str, dtype: str) -> None:
         model.save_pretrained(output, max_shard_size="20KB")
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
 @pytest.mark.parametrize("name", ["OPTModel", "OPTForCausalLM"])
 def test_what_we_save_is_what_transformers_saved(
     crew: Any, folder: Path, tmp_path: Path, name: str, tensor: int

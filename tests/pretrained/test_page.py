@@ -75,7 +75,7 @@ def ours(code: str, tensor: int) -> dict[str, Any]:
         return results(made, {"group": topology.tensor, "__name__": "page"})
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("number", range(len(examples())))
 def test_the_examples_of_the_page(crew: Any, folders: dict[str, str], number: int, tensor: int) -> None:
     code = localised(examples()[number], folders)

@@ -149,7 +149,7 @@ print(cpus(), torch.get_num_threads())
 @pytest.mark.parametrize(
     ("affinity", "given", "threads"),
     [
-        (1, {}, 1),
+        pytest.param(1, {}, 1, marks=pytest.mark.long),
         # without a cgroup, as Slurm's default is
         pytest.param(None, {"SLURM_CPUS_PER_TASK": "1"}, 1, marks=pytest.mark.long),
         pytest.param(None, {"OMP_NUM_THREADS": "1"}, 1, marks=pytest.mark.long),  # torchrun's word, or the user's

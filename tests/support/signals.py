@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pty
 import random
@@ -46,8 +47,8 @@ CELLS = [
     for name in SIGNALS
     if (launcher, name) != ("python", "KILL")
 ]
-ROWS, LENGTH, LONGER = 12, 2000, 3  # Losses before the signal, steps of a run, and steps after resuming.
-STRAIGHT = 100  # Steps of the uninterrupted run.
+ROWS, LENGTH, LONGER = 8, 2000, 3  # Losses before the signal, steps of a run, and steps after resuming.
+STRAIGHT = 20  # The number of steps of an uninterrupted run is a multiple of this number, so that cells share runs.
 TIMEOUT = 600.0
 MARK = "OPT_PARALLEL_TEST_RUN"  # The environment variable that all processes of a run inherit.
 
@@ -181,13 +182,14 @@ def losses_in(run: Path) -> list[float]:
     return [row["loss"] for row in train_rows(run)]
 
 
-def straight(folder: Path, processes: int) -> list[float]:
-    """The losses of an uninterrupted run."""
-    run = folder / f"straight-{processes}"
+def straight(folder: Path, processes: int, steps: int) -> list[float]:
+    """The losses of the first steps of an uninterrupted run."""
+    rounded = math.ceil(steps / STRAIGHT) * STRAIGHT
+    run = folder / f"straight-{processes}-{rounded}"
     if not (run / "metrics.jsonl").exists():
-        done = launch(processes, "train.py", *arguments(folder, run), f"stop_at={STRAIGHT}")
+        done = launch(processes, "train.py", *arguments(folder, run), f"stop_at={rounded}")
         assert done.returncode == 0, done.stderr
-    return losses_in(run)
+    return losses_in(run)[:steps]
 
 
 def arguments(folder: Path, run: Path) -> list[str]:
@@ -210,8 +212,7 @@ def end_one(folder: Path, launcher: str, terminal: str, name: str) -> Cell:
     processes = 1 if launcher == "python" else 2
     state = (run / "state").read_text().strip()
     again = launch(processes, "train.py", *arguments(folder, run), f"stop_at={rows + LONGER}")
-    there, expected = losses_in(run), straight(folder, processes)
-    same = again.returncode == 0 and len(there) == rows + LONGER and there == expected[: len(there)]
+    same = again.returncode == 0 and losses_in(run) == straight(folder, processes, rows + LONGER)
     losses = "the same" if same else "others"
     return Cell(launcher, terminal, name, status, state, rows, last and step_of(last), losses, left)
 

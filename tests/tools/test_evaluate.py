@@ -113,11 +113,12 @@ def test_a_classifiers_figures_are_transformers_in_any_layout(crew: Any, tmp_pat
 
 
 def test_two_arguments_give_the_runs_own_validation_loss(tmp_path: Path) -> None:
-    arguments = [*small(tmp_path), f"data.validation={tmp_path / 'text.jsonl'}", "evaluation.every=5"]
+    more = [f"data.validation={tmp_path / 'text.jsonl'}", "steps=2", "evaluation.every=2"]
+    arguments = [*small(tmp_path), *more]
     assert python("train.py", *arguments).returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if row["kind"] == "validation"]
-    two = [f"init_from={tmp_path / 'run' / 'checkpoints' / 'step-5'}", f"data.validation={tmp_path / 'text.jsonl'}"]
+    two = [f"init_from={tmp_path / 'run' / 'checkpoints' / 'step-2'}", f"data.validation={tmp_path / 'text.jsonl'}"]
     places = ["parallel.tensor=2", f"run.dir={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}"]
     process = launch(2, "scripts/evaluate.py", *two, *places)
     assert process.returncode == 0, process.stderr
