@@ -80,9 +80,9 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py tests/test_docker.py
 
-# docs/matrix.md, from a run of all tests
+# docs/matrix.md, from a run of all tests, long ones included
 matrix: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --matrix
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --long --matrix
 
 docs: .venv/installed
 	$(BIN)/python scripts/reference.py
