@@ -11,13 +11,15 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from command import launch, small, train_rows
+from crew import Crew
 from faults import faults, why_not
+from training import trained
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 ERRORS = {  # the calls that a disk in that state refuses
@@ -129,20 +131,23 @@ class Straight:
     """Runs on a good disk, of one rank and of two, and of a stream, whose samples come in another order."""
 
     folder: Path
+    crew: Callable[[int], Crew]
 
     def like(self, row: Row) -> Path:
-        return self.folder / ("stream" if row.arguments == STREAM else str(row.ranks))
+        """The folder of the run that is like `row`, made at the first call."""
+        run = self.folder / ("stream" if row.arguments == STREAM else str(row.ranks))
+        if not run.exists():
+            arguments = arguments_of(self.folder, run, self.folder / "cache")
+            more = row.arguments if row.arguments == STREAM else ()
+            process = trained(self.crew(row.ranks), *arguments, f"parallel.tensor={row.ranks}", *more)
+            assert process.returncode == 0, process.stderr
+            assert said(process) == ([], [])
+        return run
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    folder = tmp_path_factory.mktemp("straight")
-    for name, ranks, more in (("1", 1, ()), ("2", 2, ()), ("stream", 1, STREAM)):
-        arguments = arguments_of(folder, folder / name, folder / "cache")
-        process = launch(ranks, "train.py", *arguments, f"parallel.tensor={ranks}", *more)
-        assert process.returncode == 0, process.stderr
-        assert said(process) == ([], [])
-    return Straight(folder)
+def straight(crew: Callable[[int], Crew], tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    return Straight(tmp_path_factory.mktemp("straight"), crew)
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -179,6 +184,7 @@ def where(straight: Straight, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 @pytest.mark.parametrize(("row", "error"), PARAMETERS)
 def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: Row, error: str) -> None:
     run, cache = where
+    expected = straight.like(row)
     if not row.in_cache:
         cache = straight.folder / "cache"
     arguments = [*arguments_of(straight.folder, run, cache), f"parallel.tensor={row.ranks}", *row.arguments]
@@ -196,7 +202,7 @@ def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: 
     assert "remove" in calls_of(row, error) or not list(run.rglob("*.partial*"))
     if outcome == GOES_ON:
         assert errors == []
-        assert weights(run) == weights(straight.like(row))
+        assert weights(run) == weights(expected)
         assert (run / "export" / "checkpoint.json").is_file()
     else:
         (line,) = errors
@@ -208,9 +214,9 @@ def test_a_disk_that_refuses(straight: Straight, where: tuple[Path, Path], row: 
     if outcome == NOT_EXPORTED:
         assert f"{run}/checkpoints/step-6 is complete" in errors[0]
 
-    again = launch(row.ranks, "train.py", *arguments)
+    again = trained(straight.crew(row.ranks), *arguments)
     assert again.returncode == 0, again.stderr
-    assert weights(run) == weights(straight.like(row))
+    assert weights(run) == weights(expected)
     if row.name != "metrics.jsonl" or error == "EINVAL":
         assert [each["step"] for each in train_rows(run)] == [1, 2, 3, 4, 5, 6]
     else:  # no row was ever taken, which was said
@@ -243,4 +249,4 @@ def test_wandb_on_a_disk_that_refuses(straight: Straight, tmp_path: Path, option
     assert errors == []
     (line,) = warnings
     assert "wandb" in line
-    assert weights(run) == weights(straight.folder / "1")
+    assert weights(run) == weights(straight.like(Row("", "")))

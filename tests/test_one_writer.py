@@ -7,9 +7,11 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command import launch, small, start
+from command import small, start
+from training import trained
 from two_starts import RUN, assert_names, assert_undisturbed
 
 
@@ -22,16 +24,16 @@ def wait_for(happened: Callable[[], bool], ended: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def straight(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run that nobody disturbs, and its arguments."""
     folder = tmp_path_factory.mktemp("straight")
     arguments = [*small(folder), *RUN]
-    process = launch(1, "train.py", *arguments)
+    process = trained(crew(1), *arguments)
     assert process.returncode == 0, process.stderr
     return folder / "run", arguments
 
 
-def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_second_start_changes_nothing(crew: Any, straight: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Of the same run, and of one with other settings, while the first trains."""
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]
@@ -40,7 +42,7 @@ def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_pa
     os.kill(first.pid, signal.SIGSTOP)  # so that it does not end too soon
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for other in ([], ["optimizer.lr=5e-3", "seed=7"]):
-        second = launch(1, "train.py", *arguments, *other)
+        second = trained(crew(1), *arguments, *other)
         assert second.returncode == 2, second.stdout
         assert_names(second.stderr.splitlines(), run)
         assert second.stdout == ""
@@ -51,7 +53,7 @@ def test_a_second_start_changes_nothing(straight: tuple[Path, list[str]], tmp_pa
     assert_undisturbed(run, straight[0])
 
 
-def test_a_killed_one_keeps_nobody_out(straight: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_killed_one_keeps_nobody_out(crew: Any, straight: tuple[Path, list[str]], tmp_path: Path) -> None:
     """And what it left goes, in a run with something left to do."""
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]
@@ -62,13 +64,14 @@ def test_a_killed_one_keeps_nobody_out(straight: tuple[Path, list[str]], tmp_pat
     leftovers = ["state.elsewhere-01234567.partial", "checkpoints/step-20.partial77", "checkpoints/step-30.partial"]
     for name in leftovers:
         (run / name).mkdir(parents=True)
-    second = launch(1, "train.py", *arguments)
+    second = trained(crew(1), *arguments)
     assert second.returncode == 0, second.stderr
     assert "continuing at step" in second.stdout
     assert_undisturbed(run, straight[0])
     assert not list(run.rglob("*.partial*"))
 
 
+@pytest.mark.long
 def test_of_two_starts_at_once_one_trains(straight: tuple[Path, list[str]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -11,10 +12,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import launch, small
 from faults import faults, why_not
+from training import trained
 from two_starts import losses
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -62,18 +65,26 @@ def arguments_of(folder: Path, ranks: int) -> list[str]:
     ]  # fmt: skip
 
 
-def straight(folder: Path, ranks: int, *more: str) -> Path:
-    run = folder / "straight"
-    process = launch(ranks, "train.py", *arguments_of(folder, ranks), *more, f"run.dir={run}")
-    assert process.returncode == 0, process.stderr
-    return run
+@pytest.fixture(scope="module")
+def straight(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[str]]]:
+    """`straight(ranks, *more)`: the folder of a run that loses nothing, and its arguments. `cache` is beside it."""
+
+    @functools.cache
+    def of(ranks: int, *more: str) -> tuple[Path, list[str]]:
+        folder = tmp_path_factory.mktemp("straight")
+        arguments = [*arguments_of(folder, ranks), *more]
+        process = trained(crew(ranks), *arguments)
+        assert process.returncode == 0, process.stderr
+        return folder / "run", arguments
+
+    return of
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_the_folder_of_a_run(tmp_path: Path, ranks: int) -> None:
+def test_the_folder_of_a_run(straight: Any, tmp_path: Path, ranks: int) -> None:
     """It is made anew, and nothing is missing at the end but what was removed."""
-    reference, run = straight(tmp_path, ranks), tmp_path / "run"
-    process = struck(ranks, arguments_of(tmp_path, ranks), run, lambda: remove(run))
+    (reference, arguments), run = straight(ranks), tmp_path / "run"
+    process = struck(ranks, [*arguments, f"run.dir={run}"], run, lambda: remove(run))
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     warnings = [line for line in process.stdout.splitlines() if line.startswith("warning: ")]
@@ -85,13 +96,14 @@ def test_the_folder_of_a_run(tmp_path: Path, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("what", TEXTS)
-def test_the_prepared_text(tmp_path: Path, ranks: int, what: str) -> None:
+def test_the_prepared_text(crew: Any, straight: Any, tmp_path: Path, ranks: int, what: str) -> None:
     """One line, after a save; the same command makes it anew and goes on. The validation's is read at step 8."""
     more = ["data.stream=true"] if what == "stream" else []
-    reference, run, cache = straight(tmp_path, ranks, *more), tmp_path / "run", tmp_path / "cache"
+    (reference, arguments), run, cache = straight(ranks, *more), tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(reference.parent / "cache", cache)
     sizes = {store: sum(path.stat().st_size for path in store.rglob("*.bin")) for store in cache.glob("store-*/")}
     folder = min(sizes, key=lambda store: sizes[store]) if what == "validation" else cache
-    arguments = [*arguments_of(tmp_path, ranks), *more]
+    arguments = [*arguments, f"run.dir={run}", f"data.cache={cache}"]
     process = struck(ranks, arguments, run, lambda: remove(folder))
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
@@ -100,14 +112,14 @@ def test_the_prepared_text(tmp_path: Path, ranks: int, what: str) -> None:
     assert "cannot be read (No such file or directory)" in line
     assert losses(run)[-1][0] == int(saved)
     assert int(saved) == 8 if what == "validation" else int(saved) > 4
-    again = launch(ranks, "train.py", *arguments)
+    again = trained(crew(ranks), *arguments)
     assert again.returncode == 0, again.stderr
     assert f"continuing at step {saved}: " in again.stdout
     assert losses(run) == losses(reference)
     assert weights(run) == weights(reference)
 
 
-def test_a_rank_that_is_lost_in_the_last_save_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_is_lost_in_the_last_save_is_named(crew: Any, tmp_path: Path) -> None:
     """And not the disk, which took what the others wrote."""
     arguments = [*small(tmp_path), "steps=4", "checkpoint.every=2", "parallel.tensor=2"]
     run = tmp_path / "run"
@@ -121,7 +133,7 @@ def test_a_rank_that_is_lost_in_the_last_save_is_named(tmp_path: Path) -> None:
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert re.search(r", rank 0: another rank is gone.*: no answer from \S+, rank 1; the same command resumes", line)
     assert "could not be written" not in ended.stdout + ended.stderr
-    again = launch(2, "train.py", *arguments)
+    again = trained(crew(2), *arguments)
     assert again.returncode == 0, again.stderr
     assert "continuing at step 2: " in again.stdout
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-2", "step-4"]
