@@ -53,15 +53,19 @@ def validation_parser() -> argparse.ArgumentParser:
 
 def run() -> None:
     with one_line_errors():
-        if sys.argv[1:2] == ["validate"]:
-            from opt_parallel.planning.validate import report as validated
+        main()
 
-            del sys.argv[1]
-            arguments = parsed(validation_parser())
-            print(validated(arguments.file, arguments.json))
-        else:
-            arguments = parsed(parser())
-            plan_run(arguments.overrides, arguments.json, arguments.picture)
+
+def main() -> None:
+    if sys.argv[1:2] == ["validate"]:
+        from opt_parallel.planning.validate import report as validated
+
+        del sys.argv[1]
+        arguments = parsed(validation_parser())
+        print(validated(arguments.file, arguments.json))
+    else:
+        arguments = parsed(parser())
+        plan_run(arguments.overrides, arguments.json, arguments.picture)
 
 
 def plan_run(overrides: list[str], as_json: bool, picture: Path | None) -> None:

@@ -94,7 +94,7 @@ class Ledger(TorchDispatchMode):
         known = list(known)
         self.sizes: dict[int, tuple[int, str]] = dict.fromkeys((storage_of(tensor)._cdata for tensor in known), (0, ""))
         self.on_host = {storage_of(tensor)._cdata for tensor in known if tensor.device.type == "cpu"}
-        self.groups = {group.handle.group_name: name for name, group in groups.items() if group.handle}
+        self.groups = {str(group.handle.group_name): name for name, group in groups.items() if group.handle}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -145,8 +145,7 @@ class Ledger(TorchDispatchMode):
 
     def _group(self, args: Any) -> str:
         handle = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
-        name = "" if handle is None else dist.ProcessGroup.unbox(handle).group_name
-        return self.groups.get(name, "")
+        return "" if handle is None else self.groups.get(str(dist.ProcessGroup.unbox(handle).group_name), "")
 
     def _refuse_cpu(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Raise Fault if the operator made a tensor on the CPU that the host would wait for, or that a GPU cannot

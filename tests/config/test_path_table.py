@@ -197,6 +197,7 @@ OPTIONS: dict[tuple[str, str | None, str], tuple[str | None, str]] = {
     ("generate", None, "--checkpoint"): ("model", "--prompt x"),
     ("generate", None, "--prompts-file"): ("prompts.txt", "--checkpoint good/model"),
     ("generate", None, "--output"): (None, "--checkpoint good/model --prompt x --max-new-tokens 1"),
+    ("plan", None, "--picture"): (None, "model=opt-tiny"),
     ("tokenizer", None, "--input"): ("texts", "--vocab-size 300 --output new"),
     ("tokenizer", None, "--output"): (None, "--vocab-size 300 --input good/text.jsonl"),
     ("verify", None, "--checkpoint"): ("model", ""),
