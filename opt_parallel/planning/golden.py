@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from opt_parallel.planning.cluster import Cluster
-from opt_parallel.planning.rows import Cells, Measurement, Refused, Row, cluster_of, number, whole
+from opt_parallel.planning.rows import Cells, Measurement, Refused, Row, cluster_of, number, require_numbers, whole
 from opt_parallel.planning.timing import time_of
 from opt_parallel.planning.workload import Network, Recompute, States, Trainer, Workload
 
@@ -21,6 +21,8 @@ UNKNOWN = {
     "modelopt_distill": "a second network, the teacher, is in memory",
     "mla": "multi-head latent attention has other matrices",
     "check_grads": "the number of tokens in the vocabulary is unknown",
+    "moe": "experts have other matrices",
+    "mtp": "further layers predict later tokens",
     "fsdp": "Megatron-FSDP splits weights and gradients too",
     "fp8": "fp8 copies of the weights are not described",
 }
@@ -38,6 +40,7 @@ def row(cells: Cells) -> Row:
     for word, reason in UNKNOWN.items():
         if word in case:
             raise Refused(f"the case's name says {word}: {reason}, and no column says how")
+    require_numbers(cells, "num-layers", "hidden-size", "num-attention-heads", "seq-length", "micro-batch-size")
     workload = _workload(cells)
     if workload.network.layers % (workload.pipeline * workload.virtual):
         raise Refused(f"{workload.network.layers} layers do not split into {workload.pipeline} × {workload.virtual}")
@@ -48,7 +51,7 @@ def row(cells: Cells) -> Row:
         # with fp16, Megatron's optimizer keeps fp32 gradients after a step, which the next step frees first
         if (value := number(cells.get(column))) and (quantity == "peak" or workload.precision == "bf16"):
             found.append(Measurement(quantity, value))
-    if (value := number(cells.get("iteration_s_median"))) is not None:
+    if value := number(cells.get("iteration_s_median")):
         found.append(Measurement("iter_s", value))
     return Row(
         f"{case}/{platform}", "golden", tuple(found), workload, cluster, _no_time(case, platform, workload, cluster)

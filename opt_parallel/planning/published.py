@@ -8,7 +8,7 @@ from dataclasses import replace
 from opt_parallel.planning.cluster import GIB, Cluster, Link
 from opt_parallel.planning.memory import memory
 from opt_parallel.planning.parameters import parameters
-from opt_parallel.planning.rows import Cells, Measurement, Refused, Row, cluster_of, number, whole
+from opt_parallel.planning.rows import Cells, Measurement, Refused, Row, cluster_of, number, require_numbers, whole
 from opt_parallel.planning.workload import Logits, Network, Recompute, States, Trainer, Workload
 
 FULL = 0.9  # of the device's memory
@@ -24,14 +24,14 @@ def row(cells: Cells) -> Row:
     """The row of a table's cells. Raises: Refused."""
     name = cells.get("id") or "?"
     source = re.sub(r"[\d.].*", "", name) or name
-    for column in ("layers", "hidden", "heads", "seq"):
-        if not number(cells.get(column)):
-            raise Refused(f"the cell {column} is empty")
+    require_numbers(cells, "layers", "hidden", "heads", "seq")
     count = whole(cells.get("gpus"), 0)
     workload = _workload(cells)
     cluster = cluster_of(cells.get("gpu") or "", count or workload.devices)
     if "Kempner" in (cells.get("source") or ""):  # hosts of four devices, every two of which have six links
         cluster = replace(cluster, per_host=min(4, count), within=Link(25e9 * 6 * max(1, workload.tensor - 1), 6e-6))
+    if workload.precision not in cluster.device.peak:
+        raise Refused(f"{cluster.device.name} has no products in {workload.precision}")
     workload = _guessed(cells, workload, cluster)
     return Row(name, source, tuple(_measured(cells)), workload, cluster, _no_time(cells, cluster))
 
@@ -198,13 +198,14 @@ def _measured(cells: Cells) -> list[Measurement]:
         found.append(Measurement("activations", float(act[1]) * unit))
     if "bytes" in kind:
         first, _, second = text.partition("/")
-        found += [Measurement("allocated", number(first) or 0), Measurement("peak", number(second) or 0)]
+        pairs = (("allocated", number(first)), ("peak", number(second)))
+        found += [Measurement(quantity, value) for quantity, value in pairs if value]
     elif (value := number(text)) and not states:
         reserved = "reserved" in kind or "torchtitan" in (cells.get("source") or "")
         found.append(Measurement("reserved" if reserved else "peak", value * unit))
     flops = cells.get("tflops_gpu_model") or ""
     for column, quantity in (("iter_s", "iter_s"), ("tok_s_gpu", "tok_s_gpu"), ("tflops_gpu_model", "tflops_gpu")):
-        if (value := number(cells.get(column))) is not None:
+        if value := number(cells.get(column)):
             hardware = quantity == "tflops_gpu" and "HARDWARE" in flops
             return [*found, Measurement("hardware_tflops_gpu" if hardware else quantity, value)]
     return found

@@ -54,9 +54,15 @@ def number(cell: str | None) -> float | None:
 
 
 def whole(cell: str | None, empty: int) -> int:
-    """The cell's number as an integer, or `empty` if it has none."""
-    value = number(cell)
-    return empty if value is None else int(value)
+    """The cell's number as an integer, or `empty` if it has none or 0."""
+    return int(number(cell) or empty)
+
+
+def require_numbers(cells: Cells, *columns: str) -> None:
+    """Raise Refused unless each of the cells has a number."""
+    for column in columns:
+        if not number(cells.get(column)):
+            raise Refused(f"the cell {column} is empty")
 
 
 # Hosts of the published measurements: devices a host, bytes/s of a device to another of its host and to another host.

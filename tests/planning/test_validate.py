@@ -83,6 +83,20 @@ def test_a_row_without_a_shape_or_with_an_unknown_device_is_refused() -> None:
         published.row(cells("K1", layers=""))
     with pytest.raises(Refused, match="TPU"):
         published.row(cells("K1", gpu="TPU v5"))
+    with pytest.raises(Refused, match="a100-80gb has no products in fp8"):
+        published.row(cells("S1", precision="fp8"))
+
+
+@pytest.mark.parametrize("cell", ["", "?", "0", "unknown"])
+def test_a_row_with_any_empty_cell_is_planned_or_refused(cell: str) -> None:
+    """No cell, if it is empty or odd, ends the comparison of the other rows."""
+    for name in ("K22", "M7", "S8", "P9", "B8", "TT10", "G1"):
+        for column in cells(name):
+            try:
+                row = published.row(cells(name, **{column: cell}))
+            except Refused:
+                continue
+            assert all(each.predicted > 0 for each in validate.compare([row])), (name, column)
 
 
 def test_a_row_with_unknown_cells_is_planned() -> None:
