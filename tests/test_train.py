@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import ROOT, environment, launch, python, small, start, torchrun, train_rows
+from training import trained
+
+from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["modle.dropout=0.1"], ["modle does not exist", "did you mean model?"]),
@@ -43,7 +47,15 @@ def said(process: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+FEW = (
+    "unknown key", "added field", "wrong type", "unknown model", "heads", "world size", "missing file",
+    "missing checkpoint", "bad tokenizer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mistake", [pytest.param(each, marks=[] if each in FEW else pytest.mark.long) for each in MISTAKES]
+)
 def test_a_mistake_is_one_line_and_status_2(tmp_path: Path, mistake: str) -> None:
     arguments, words = MISTAKES[mistake]
     line = said(python("train.py", *small(tmp_path), *arguments))
@@ -57,9 +69,8 @@ def test_mistakes_in_the_data(tmp_path: Path) -> None:
     broken.write_text('{"text": "fine"}\n{"text": \n')
     arguments = small(tmp_path)
     assert f"{broken}, line 2" in said(python("train.py", *arguments, f"data.train={broken}"))
-    assert python("train.py", *arguments, "steps=1").returncode == 0
-    tokenizer = next((tmp_path / "cache").glob("tokenizer-*/tokenizer.json")).parent
-    line = said(python("train.py", *arguments, f"data.tokenizer={tokenizer}", "model.vocab_size=100"))
+    save_tokenizer(train_tokenizer(["fine words"] * 9, 300), tmp_path / "tokenizer")
+    line = said(python("train.py", *arguments, f"data.tokenizer={tmp_path / 'tokenizer'}", "model.vocab_size=100"))
     assert "vocab_size=100" in line
 
 
@@ -69,7 +80,25 @@ def test_an_unwritable_run_folder(tmp_path: Path) -> None:
     assert f"run.dir={blocked}" in said(python("train.py", *small(tmp_path), f"run.dir={blocked}"))
 
 
-@pytest.mark.parametrize("mistake", ["unknown key", pytest.param("missing file", marks=pytest.mark.long)])
+def test_of_two_ranks_one_speaks_and_both_end_with_2(tmp_path: Path) -> None:
+    arguments, words = MISTAKES["unknown key"]
+    names = ("RANK", "LOCAL_RANK")
+    ranks = [
+        start(tmp_path / f"output-{rank}", "train.py", *small(tmp_path), *arguments, WORLD_SIZE="2",
+              LOCAL_WORLD_SIZE="2", **dict.fromkeys(names, str(rank)))
+        for rank in (0, 1)
+    ]  # fmt: skip
+    assert ranks[0].ended_within(100)
+    os.kill(ranks[1].pid, signal.SIGTERM)  # as a launcher does
+    assert ranks[1].ended_within(100)
+    assert [rank.status for rank in ranks] == [2, 2]
+    assert (tmp_path / "output-1").read_text() == ""
+    (line,) = (tmp_path / "output-0").read_text().splitlines()
+    assert all(word in line for word in words)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mistake", ["unknown key", "missing file"])
 def test_under_a_launcher_one_rank_speaks_and_all_end_with_2(tmp_path: Path, mistake: str) -> None:
     arguments, words = MISTAKES[mistake]
     process = torchrun(2, "train.py", *small(tmp_path), *arguments)
@@ -80,22 +109,24 @@ def test_under_a_launcher_one_rank_speaks_and_all_end_with_2(tmp_path: Path, mis
     assert process.stderr.count("exitcode  : 2") == process.stderr.count("exitcode  :") > 0
 
 
-def test_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rates", [["0.1"], pytest.param(["0.0", "0.1"], marks=pytest.mark.long)])
+def test_multirun_makes_a_folder_for_each(tmp_path: Path, rates: list[str]) -> None:
     (tmp_path / "other.txt").write_text("Another text, that is short but fills a block or two of sixteen tokens. " * 9)
     texts = f"data.train={tmp_path / 'text.jsonl'},{tmp_path / 'other.txt'}"
-    process = python("train.py", "-m", *small(tmp_path), texts, "model.dropout=0.0,0.1", "steps=2")
+    process = python("train.py", "-m", *small(tmp_path), texts, f"model.dropout={','.join(rates)}", "steps=2")
     assert process.returncode == 0, process.stderr
     folders = sorted(path.parent for path in (tmp_path / "run").rglob("metrics.jsonl"))
-    assert len(folders) == 4
-    assert sorted(folder.name.count("model.dropout=0.1") for folder in folders) == [0, 0, 1, 1]
-    assert sorted(folder.name.count("other.txt") for folder in folders) == [0, 0, 1, 1]
+    assert len(folders) == 2 * len(rates)
+    swept = [folder.name.count("model.dropout=0.1") for folder in folders]
+    assert sorted(swept) == ([0, 0, 1, 1] if len(rates) == 2 else [0, 0])
+    assert sum(folder.name.count("other.txt") for folder in folders) == len(rates)
     fixed = ("model=", "logging", "steps", "run.dir")  # Hydra writes some of them otherwise than they were given
     assert not [folder for folder in folders if any(word in folder.name for word in fixed)]
-    assert [len(train_rows(folder)) for folder in folders] == [2, 2, 2, 2]
+    assert all(len(train_rows(folder)) == 2 for folder in folders)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_interrupted_and_started_again_is_the_straight_run(crew: Any, tmp_path: Path, processes: int) -> None:
     """By Ctrl-C, which a terminal sends to every process; of two ranks by a launcher's signal, to one of them."""
     arguments = [*small(tmp_path), "steps=600", f"parallel.tensor={processes}", "model.layerdrop=0.2"]
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
@@ -125,19 +156,17 @@ def test_interrupted_and_started_again_is_the_straight_run(tmp_path: Path, proce
     assert (tmp_path / "run" / "state").read_text() == "stopped\n"
     steps = [row["step"] for row in train_rows(tmp_path / "run")]
     assert 3 <= len(steps) < 600
-    arguments.append(f"stop_at={steps[-1] + 5}")
+    arguments.append(f"stop_at={steps[-1] + 3}")
     again = launch(processes, "train.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert f"continuing at step {steps[-1]}" in again.stdout
-    if processes == 1:
-        (tmp_path / "run" / "state").unlink()
-        finished = launch(processes, "train.py", *arguments)
-        assert finished.returncode == 0
-        assert (tmp_path / "run" / "state").read_text() == "done\n"
-        assert "a larger stop_at continues the run" in finished.stdout
-        return
-    straight = launch(processes, "train.py", *arguments, f"run.dir={tmp_path / 'straight'}")
+    straight = trained(crew(processes), *arguments, f"run.dir={tmp_path / 'straight'}")
     assert straight.returncode == 0
     assert [(row["step"], row["loss"]) for row in train_rows(tmp_path / "run")] == [
         (row["step"], row["loss"]) for row in train_rows(tmp_path / "straight")
     ]
+    (tmp_path / "run" / "state").unlink()
+    finished = trained(crew(processes), *arguments)
+    assert finished.returncode == 0
+    assert (tmp_path / "run" / "state").read_text() == "done\n"
+    assert "a larger stop_at continues the run" in finished.stdout

@@ -95,10 +95,10 @@ def launch(processes: int, *arguments: str, timeout: float = 240, **env: str) ->
     return subprocess.CompletedProcess([sys.executable, *arguments], status, *texts)
 
 
-def start(output: Path, *arguments: str) -> Forked:
+def start(output: Path, *arguments: str, **env: str) -> Forked:
     """Start a Python file in the background, in a fork that leads a process group. Its output goes to `output`."""
     with output.open("wb") as file:
-        return fork_server().start(list(arguments), ROOT, environment(), file.fileno(), file.fileno())
+        return fork_server().start(list(arguments), ROOT, environment(**env), file.fileno(), file.fileno())
 
 
 def _wait_for_all(ranks: list[Forked], timeout: float, command: list[str]) -> int:
