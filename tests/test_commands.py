@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import ROOT, environment
@@ -27,6 +30,38 @@ def outside(folder: Path, *arguments: str, package: Path = ROOT, timeout: float 
         [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout,
         check=False,
     )  # fmt: skip
+
+
+FORKS = """
+import json, os, sys
+from importlib import import_module
+for name in ("config.reference", "commands.train", "commands.submit", "commands.export", "commands.checkpoint"):
+    import_module(f"opt_parallel.{name}")
+from hydra.core.plugins import Plugins
+from opt_parallel.__main__ import main
+Plugins.instance()
+for number, words in enumerate(json.loads(sys.argv[1])):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        for name, stream in (("out", 1), ("err", 2)):
+            os.dup2(os.open(f"{sys.argv[2]}/{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = ["opt-parallel", *words]
+        main()
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def forked(folder: Path, output: Path, commands: Sequence[list[str]], package: Path = ROOT) -> list[Any]:
+    """The results of several `opt-parallel` commands in `folder`, as forks of one process that has their modules."""
+    output.mkdir()
+    done = outside(folder, "-c", FORKS, json.dumps(commands), str(output), package=package)
+    assert done.returncode == 0, done.stderr
+    results = []
+    for number, (words, status) in enumerate(zip(commands, done.stdout.split(), strict=True)):
+        said = [(output / f"{number}.{name}").read_text() for name in ("out", "err")]
+        results.append(subprocess.CompletedProcess(words, int(status), *said))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -93,29 +128,31 @@ def test_a_mistake_in_the_first_word_is_one_line(words: list[str], line: str, tm
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ("opt-parallel ex", "export"),
-        ("opt-parallel --v", "--version"),
-        ("opt-parallel --shell-completion ", "bash zsh fish"),
-        ("opt-parallel export --che", "--checkpoint"),
-        ("opt-parallel export --dtype b", "bfloat16"),
-        ("opt-parallel checkpoint ", "list show verify diff"),
-        ("opt-parallel checkpoint diff --m", "--most"),
-        ("opt-parallel compare runs/", ""),  # the shell completes files
-        ("opt-parallel train model=opt-t", "model=opt-tiny"),
-        ("opt-parallel train model=opt-tiny optimizer.l", "optimizer.lr="),
-        ("opt-parallel prepare zero.offload=", "zero.offload=none zero.offload=cpu"),
-        ("opt-parallel submit launch.no", "launch.nodes="),
-        ("opt-parallel submit launch=s", "launch=slurm"),
-        ("opt-parallel nothing ", ""),
-    ],
-)
-def test_completion(line: str, found: str, tmp_path: Path) -> None:
-    done = outside(tmp_path, "-m", "opt_parallel", "--complete", line)
-    assert (done.stdout.strip(), done.stderr, done.returncode) == (found, "", 0)
-    assert not list(tmp_path.iterdir())
+COMPLETIONS = {
+    "opt-parallel ex": "export",
+    "opt-parallel --v": "--version",
+    "opt-parallel --shell-completion ": "bash zsh fish",
+    "opt-parallel export --che": "--checkpoint",
+    "opt-parallel export --dtype b": "bfloat16",
+    "opt-parallel checkpoint ": "list show verify diff",
+    "opt-parallel checkpoint diff --m": "--most",
+    "opt-parallel compare runs/": "",  # the shell completes files
+    "opt-parallel train model=opt-t": "model=opt-tiny",
+    "opt-parallel train model=opt-tiny optimizer.l": "optimizer.lr=",
+    "opt-parallel prepare zero.offload=": "zero.offload=none zero.offload=cpu",
+    "opt-parallel submit launch.no": "launch.nodes=",
+    "opt-parallel submit launch=s": "launch=slurm",
+    "opt-parallel nothing ": "",
+}
+
+
+def test_completion(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    results = forked(folder, tmp_path / "output", [["--complete", line] for line in COMPLETIONS])
+    for (line, found), done in zip(COMPLETIONS.items(), results, strict=True):
+        assert (done.stdout.strip(), done.stderr, done.returncode) == (found, "", 0), line
+    assert not list(folder.iterdir())
 
 
 def test_bash_completes_with_the_script_that_is_printed(tmp_path: Path) -> None:
@@ -147,40 +184,42 @@ def test_the_wheel_holds_the_configurations_and_templates(wheel: Path) -> None:
 
 
 def test_the_wheel_works_outside_of_the_checkout(site: Path, tmp_path: Path) -> None:
-    def said(*words: str) -> subprocess.CompletedProcess:
-        return outside(tmp_path, "-m", "opt_parallel", *words, package=site)
-
-    where = outside(tmp_path, "-c", "import opt_parallel; print(opt_parallel.__file__)", package=site)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    where = outside(folder, "-c", "import opt_parallel; print(opt_parallel.__file__)", package=site)
     assert where.stdout.strip() == str(site / "opt_parallel" / "__init__.py")
-    keys = said("train", "--help")
+    commands = [
+        ["train", "--help"],
+        ["train", "modle=opt-tiny"],
+        ["submit", "launch=slurm", "launch.dry_run=true", "model=opt-tiny"],
+        ["submit", "launch=accelerate", "launch.config=cpu-one.yaml", "launch.dry_run=true"],
+        ["submit", "--help"],
+    ]
+    keys, refused, slurm, accelerate, settings = forked(folder, tmp_path / "output", commands, site)
     assert "opt-parallel train model=" in keys.stdout
     assert "parallel.tensor=1" in keys.stdout
-    refused = said("train", "modle=opt-tiny")
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
     assert "modle" in refused.stderr
-    slurm = said("submit", "launch=slurm", "launch.dry_run=true", "model=opt-tiny")
     assert "-m opt_parallel train model=opt-tiny\n" in slurm.stdout
-    accelerate = said("submit", "launch=accelerate", "launch.config=cpu-one.yaml", "launch.dry_run=true")
     assert f"{site}/opt_parallel/launching/templates/accelerate/cpu-one.yaml" in accelerate.stdout
-    assert "launch.partition: null" in said("submit", "--help").stdout
-    assert not list(tmp_path.iterdir())
+    assert "launch.partition: null" in settings.stdout
+    assert not list(folder.iterdir())
 
 
 def test_a_folder_of_the_user_stands_beside_the_installed_one(site: Path, tmp_path: Path) -> None:
     mine = tmp_path / "my" / "experiment" / "mine.yaml"
     mine.parent.mkdir(parents=True)
     mine.write_text("# @package _global_\ndefaults:\n  - override /model: opt-tiny\nsteps: 7\n")
-    words = ["train", "--config-dir", "my", "experiment=mine", "--cfg", "job"]
-    done = outside(tmp_path, "-m", "opt_parallel", *words, package=site)
-    assert "\nsteps: 7\n" in done.stdout, done.stderr
     (tmp_path / "own.yaml").write_text(
         "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://opt_parallel.configs']}\n"
     )
-    done = outside(
-        tmp_path, "-m", "opt_parallel", "train", "--config-dir", ".", "--config-name", "own", "model=opt-tiny", "--cfg",
-        "job", package=site,
-    )  # fmt: skip
-    assert "hidden_size" in done.stdout, done.stderr
+    commands = [
+        ["train", "--config-dir", "my", "experiment=mine", "--cfg", "job"],
+        ["train", "--config-dir", ".", "--config-name", "own", "model=opt-tiny", "--cfg", "job"],
+    ]
+    experiment, own = forked(tmp_path, tmp_path / "output", commands, site)
+    assert "\nsteps: 7\n" in experiment.stdout, experiment.stderr
+    assert "hidden_size" in own.stdout, own.stderr
 
 
 @pytest.mark.long

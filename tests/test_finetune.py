@@ -17,6 +17,7 @@ from hugging_face import random_model
 from layouts import Layout, run_for
 from torch import Tensor
 from torch.nn import functional as F
+from training import trained
 
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.run import DataConfig, Run
@@ -211,20 +212,20 @@ def test_the_chat_template_goes_with_chats(
     assert f"the chat template of data.tokenizer={tmp_path / 'brought'} is not used" in capsys.readouterr().out
 
 
-def finetune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def finetune(crew: Any, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     settings = [each for each in SMALL if not each.startswith(("model=", "data.sequence_length", "steps"))]
-    return python(
-        "train.py", "task=finetune", *settings, "data.sequence_length=64", f"data.cache={folder / 'cache'}",
+    return trained(
+        crew(1), "task=finetune", *settings, "data.sequence_length=64", f"data.cache={folder / 'cache'}",
         f"run.dir={folder / 'run'}", *arguments,
     )  # fmt: skip
 
 
-def test_a_fine_tuned_model_answers(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_fine_tuned_model_answers(crew: Any, tmp_path: Path, checkpoint: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     data = write(tmp_path / "chats.jsonl", [*CHATS, *PAIRS] * 4)
     done = finetune(
-        tmp_path, f"init_from={checkpoint}", f"data.train={data}", f"data.validation={data}", "steps=60",
+        crew, tmp_path, f"init_from={checkpoint}", f"data.train={data}", f"data.validation={data}", "steps=60",
         "evaluation.every=30", "evaluation.prompts=['another dog']", "evaluation.max_new_tokens=8",
         "optimizer.lr=3e-3", "optimizer.weight_decay=0", "model.dropout=0", "export.at_end=true",
     )  # fmt: skip
@@ -255,11 +256,11 @@ def test_a_fine_tuned_model_answers(tmp_path: Path, checkpoint: Path) -> None:
     ],
 )
 def test_mistakes_end_with_2(
-    tmp_path: Path, checkpoint: Path, records: list[Any], arguments: list[str], words: str
+    crew: Any, tmp_path: Path, checkpoint: Path, records: list[Any], arguments: list[str], words: str
 ) -> None:
     data = write(tmp_path / "data.jsonl", records)
     filled = [argument.format(checkpoint=checkpoint) for argument in arguments]
-    failed = finetune(tmp_path, f"data.train={data}", *filled)
+    failed = finetune(crew, tmp_path, f"data.train={data}", *filled)
     assert failed.returncode == 2
     assert len(failed.stderr.splitlines()) == 1
     assert failed.stderr.startswith("error: ")
