@@ -240,7 +240,7 @@ def _check_disk(run: Run) -> str:
 def _check_data(data: DataConfig, topology: Topology) -> None:
     """Check that every host has the same data files, by comparing all sizes and the first and last bytes of some
     files."""
-    paths = topology.together(lambda: [path for corpus in corpora(data) for path in corpus.files])
+    paths = topology.together(lambda: [path for corpus in corpora(data) for path in corpus.every_file])
     files = topology.together(lambda: _files(paths) if _is_first_on_host(topology) else None)
     first_ranks = [topology.hosts.index(host) for host in dict.fromkeys(topology.hosts)]
     checksum = files and crc32(repr(files).encode())

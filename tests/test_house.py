@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["runtime"],
     ["storage", "config"],
+    ["data.ids"],
     ["data.text", "parallel", "report"],
     ["huggingface", "optim", "zero", "planning"],
     ["data.encode", "model", "gradients", "metaseq"],

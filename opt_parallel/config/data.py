@@ -14,7 +14,9 @@ from opt_parallel.config.model import Section, require
 from opt_parallel.config.paths import PATH
 
 # The configuration keys of a data source.
-KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream"]
+KNOWN = ["path", "weight", "name", "text_field", "template", "subset", "split", "stream", "dtype", "ids_of"]
+# The types of token ids in files without a header.
+TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 # The values python:train and python:validation mean the documentation in Python's standard library.
 PYTHON_TEXT = {"path": ("python:train", "python:validation")}
 
@@ -41,7 +43,9 @@ class SourceConfig:
     divided by the sum of the weights of the split's sources.
 
     `subset` and `split` select a part of a dataset on the Hugging Face hub or in a folder with the hub's layout.
-    `stream` trains while the text is read instead of preparing all text first."""
+    `stream` trains while the text is read instead of preparing all text first. `dtype` is the type of token ids in
+    files without a header. `ids_of` is the tokenizer that the source's token ids belong to, if it is another one than
+    the run's."""
 
     name: str
     path: tuple[str, ...]
@@ -51,6 +55,8 @@ class SourceConfig:
     subset: str | None = None
     split: str | None = None
     stream: bool = False
+    dtype: str | None = None
+    ids_of: str | None = None
 
 
 @dataclass
@@ -60,8 +66,8 @@ class DataConfig(Section):
     `train` and `validation` each take a file, a folder, a glob, a hub id, or `python:train` or `python:validation`
     (documentation in Python's standard library). A list of files, folders, globs or hub ids is one source. A list of
     mappings is several sources, each with a `path` and optionally `weight`, `name`, `text_field`, `template`, `subset`,
-    `split` and `stream`. With `tokenizer=null`, the tokenizer of `init_from` is used; without `init_from`, a tokenizer
-    of `model.vocab_size` tokens is trained on the training text."""
+    `split`, `stream`, `dtype` and `ids_of`. With `tokenizer=null`, the tokenizer of `init_from` is used; without
+    `init_from`, a tokenizer of `model.vocab_size` tokens is trained on the training text."""
 
     # training text: files, folders, globs, hub ids, python:train; or a list of sources (docs/data.md)
     train: Any = field(default=None, metadata=PYTHON_TEXT)
@@ -72,12 +78,17 @@ class DataConfig(Section):
     tokenizer: str | None = field(default=None, metadata=PATH)
     # number of tokens in a sample
     sequence_length: int = 2048
-    # the field of a record that holds its text
+    # the field of a record that holds its text, or a list of token ids, such as input_ids
     text_field: str = "text"
     # builds the text from several fields, such as "{title}: {body}"
     template: str | None = None
     # encode a special token's spelling in a text, such as </s>, as ordinary text (text) or as this token (tokens)
     special_tokens: SpecialTokens = SpecialTokens.text
+    # type of the token ids in files without a header, such as uint32; null: uint16, or as the file's header says
+    dtype: str | None = None
+    # tokenizer that the token ids in the files belong to (tokenizer.json, its folder, or a hub id), such as gpt2, if it
+    # numbers the same tokens otherwise than data.tokenizer; null: data.tokenizer
+    ids_of: str | None = field(default=None, metadata=PATH)
     # train while the text is read, instead of preparing it first
     stream: bool = False
     # number of samples of each training source to use, over and over; null: all
@@ -141,7 +152,7 @@ class DataConfig(Section):
             bool(paths) and all(isinstance(path, str) and path for path in paths),
             f"{key}={paths[0] if len(paths) == 1 else paths} must be a path, a glob or a hub id, or a list of them",
         )
-        for name in ("name", "text_field", "template", "subset", "split"):
+        for name in ("name", "text_field", "template", "subset", "split", "dtype", "ids_of"):
             value = entry.get(name)
             require(value is None or isinstance(value, str), f"{key}.{name}={value} is not a text: put it in quotes")
         weight = str(entry.get("weight", 1))
@@ -152,6 +163,9 @@ class DataConfig(Section):
         stream = entry.get("stream", self.stream and split == "train")
         require(isinstance(stream, bool), f"{key}.stream={stream} must be true or false")
         require(not stream or split == "train", f"{key}.stream=true: only data.train can be a stream; set it to false")
+        dtype = entry.get("dtype") or self.dtype
+        where = f"{key}.dtype" if entry.get("dtype") else "data.dtype"
+        require(dtype is None or dtype in TYPES, f"{where}={dtype} must be one of {', '.join(TYPES)}")
         template = entry.get("template") or (None if "text_field" in entry else self.template)
         _check_template(f"{key}.template" if entry.get("template") else "data.template", template)
         return SourceConfig(
@@ -163,6 +177,8 @@ class DataConfig(Section):
             entry.get("subset"),
             entry.get("split"),
             stream,
+            dtype,
+            entry.get("ids_of") or self.ids_of,
         )
 
 

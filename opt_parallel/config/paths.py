@@ -62,7 +62,8 @@ def _changed(value: Any, change: Callable[[str], str], keywords: tuple[str, ...]
     if isinstance(value, list):
         return [_changed(each, change, keywords) for each in value]
     if isinstance(value, dict) and "path" in value:
-        return {**value, "path": _changed(value["path"], change, keywords)}
+        named = {key: _changed(value[key], change, keywords) for key in ("path", "ids_of") if key in value}
+        return {**value, **named}
     return change(value) if isinstance(value, str) and value not in keywords else value
 
 

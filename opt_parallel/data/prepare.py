@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -18,22 +19,27 @@ from opt_parallel.config.run import Run
 from opt_parallel.config.task import TaskConfig
 from opt_parallel.data.encode.chat import chat_template
 from opt_parallel.data.encode.classify import check_label, find_labels
+from opt_parallel.data.encode.numbering import numbering_of, prove
+from opt_parallel.data.encode.pretrain import TextEncoder
 from opt_parallel.data.encode.tokenizer import check_padding, check_tokenizer, load_tokenizer, of_opt, train_tokenizer
 from opt_parallel.data.kinds import KINDS
-from opt_parallel.data.store.build import Recipe, fill
-from opt_parallel.data.store.cache import build_once, cached, fingerprint
+from opt_parallel.data.store.build import fill
+from opt_parallel.data.store.cache import build_once, build_together, cached, fingerprint
+from opt_parallel.data.store.recipe import Recipe
 from opt_parallel.data.store.sameness import content_of
 from opt_parallel.data.store.selection import HeldOut
 from opt_parallel.data.store.statistics import finish_store, line_of
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.data.text.python_text import python_documents, split, write_split
-from opt_parallel.data.text.records import LEFT_OUT, BadRecord, BadRecords, sift
+from opt_parallel.data.text.records import LEFT_OUT, BadRecord, BadRecords, Record, sift
 from opt_parallel.data.text.sources import Corpus
-from opt_parallel.huggingface.tokenizer import other_ids, read_tokenizer, write_tokenizer
+from opt_parallel.huggingface.tokenizer import LoadedTokenizer, other_ids, read_tokenizer, write_tokenizer
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
+from opt_parallel.storage.claims import Claims
 
 LABELS = "labels.json"
+SAMPLED, LONGEST_SAMPLE = 64, 4096  # documents of a corpus that show that its ids are translated, and their length
 TOKENIZER_BYTES = 10**9  # maximum bytes of text that a tokenizer is trained on
 
 
@@ -89,7 +95,10 @@ def prepare(run: Run, tokenizer_before: Path | None = None) -> Prepared:
         say(f"note: {min(shared)} is in both data.train and data.validation, which flatters the validation loss")
     _report_left_out([*train, *validation])
     folder = prepare_tokenizer(run, train, tokenizer_before)
-    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run.task, run.data, train)
+    loaded = read_tokenizer(str(folder))
+    train = [_numbered(run, *pair, loaded) for pair in zip(run.data.train_sources, train, strict=True)]
+    validation = [_numbered(run, *pair, loaded) for pair in zip(run.data.validation_sources, validation, strict=True)]
+    tokenizer, labels = loaded.tokenizer, prepare_labels(run.task, run.data, train)
     stores = []
     for source, corpus in zip(run.data.train_sources, train, strict=True):
         recipe, weight = _recipe(run, corpus, tokenizer, labels, chosen=False), Fraction(source.weight)
@@ -122,7 +131,9 @@ def prepare_validation(run: Run) -> Prepared:
     corpora = [_known(run.data, "data.validation", source) for source in run.data.validation_sources]
     _report_left_out(corpora)
     folder = prepare_tokenizer(run, corpora)
-    tokenizer, labels = load_tokenizer(str(folder)), prepare_labels(run.task, run.data, corpora)
+    loaded = read_tokenizer(str(folder))
+    corpora = [_numbered(run, *pair, loaded) for pair in zip(run.data.validation_sources, corpora, strict=True)]
+    tokenizer, labels = loaded.tokenizer, prepare_labels(run.task, run.data, corpora)
     recipes = [_recipe(run, corpus, tokenizer, labels, chosen=True) for corpus in corpora]
     return Prepared([], prepare_store(run.data, "data.validation", recipes, tokenizer), folder, labels)
 
@@ -131,9 +142,42 @@ def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | Non
     """How to encode a corpus. If `chosen`, only the documents held out for validation are encoded."""
     held_out = HeldOut(run.seed, run.data.held_out, chosen) if run.holds_out else None
     same = corpus.text if run.task.name.plain_text else None
-    return Recipe(
-        corpus, KINDS[run.task.name].encoder(run, tokenizer, corpus.text, labels), same, held_out, run.data.deduplicate
+    encoder = KINDS[run.task.name].encoder(run, tokenizer, corpus.text, labels)
+    if isinstance(encoder, TextEncoder):
+        encoder.table = corpus.ids.table
+    return Recipe(corpus, encoder, same, held_out, run.data.deduplicate)
+
+
+def _numbered(run: Run, source: SourceConfig, corpus: Corpus, ours: LoadedTokenizer) -> Corpus:
+    """The corpus with the id that ends its documents, and with the translation of its ids if `ids_of` is set.
+
+    Raises: UserError, also if the task does not read token ids."""
+    end = run.model.eos_token_id
+    require(
+        run.task.name.plain_text or not (corpus.has_ids or source.ids_of),
+        f"{corpus.key}: {corpus.names} has token ids, which task={run.task.name.value} does not read: name records "
+        "with text, or set task=pretrain",
     )
+    require(
+        not (corpus.has_ids and corpus.text.template),
+        f"{corpus.key}: {corpus.names} has token ids, and data.template={corpus.text.template!r} needs text: set "
+        "data.template=null",
+    )
+    if source.ids_of is None:
+        return replace(corpus, ids=replace(corpus.ids, end=end))
+    numbering = numbering_of(source.ids_of, read_tokenizer(source.ids_of), ours, end)
+    corpus = replace(corpus, ids=replace(corpus.ids, end=numbering.end))
+    records = islice((item for _, item in corpus.streamed()), SAMPLED) if source.stream else corpus.spread(SAMPLED)
+    given = [corpus.text.ids_of(record) for record in records if isinstance(record, Record)]
+    some = [ids[:LONGEST_SAMPLE] for ids in given if ids is not None]
+    if not some:
+        return corpus  # a source of text
+    compared = prove(numbering, ours.tokenizer, some, f"{corpus.key}: {corpus.names}")
+    say(
+        f"{corpus.key}: ids of {source.ids_of} are translated to those of data.tokenizer; of {compared:,} documents, "
+        "both tokenizers decode the same text and encode it to the same tokens"
+    )
+    return replace(corpus, ids=replace(corpus.ids, table=numbering.table))
 
 
 def prepare_labels(task: TaskConfig, data: DataConfig, corpora: list[Corpus]) -> Labels | None:
@@ -182,7 +226,8 @@ def _report_left_out(corpora: list[Corpus]) -> None:
 def _corpus(data: DataConfig, key: str, source: SourceConfig) -> Corpus:
     paths = _with_python_text(data.cache, list(source.path))
     skip = data.bad_records is BadRecordsPolicy.skip
-    return Corpus.find(key, paths, source.text_field, source.template, source.subset, source.split, skip)
+    text = (source.text_field, source.template)
+    return Corpus.find(key, paths, *text, source.subset, source.split, skip, source.dtype)
 
 
 def _known(data: DataConfig, key: str, source: SourceConfig) -> Corpus:
@@ -224,6 +269,11 @@ def prepare_tokenizer(run: Run, train: list[Corpus], before: Path | None = None)
             brought = replace(brought, chat_template=template)
         return build_once(
             cached(run.data.cache, "tokenizer", brought.identity()), lambda folder: write_tokenizer(brought, folder)
+        )
+    for corpus in train:
+        require(
+            not corpus.has_ids,
+            f"data.tokenizer=null: {corpus.names} has token ids: set data.tokenizer to the tokenizer of these ids",
         )
     require(
         run.task.name.plain_text,
@@ -278,8 +328,8 @@ def prepare_store(data: DataConfig, key: str, recipes: list[Recipe], tokenizer: 
 
     Raises: UserError."""
 
-    def fill_in(folder: Path) -> None:
-        metas = fill(folder, recipes, data.workers)
+    def fill_in(folder: Path, claims: Claims) -> None:
+        metas = fill(folder, recipes, data.workers, claims)
         tokens = sum(meta.part.tokens for meta in metas)
         documents = "; ".join(each.corpus.names for each in recipes)
         if key == "data.held_out":
@@ -294,8 +344,10 @@ def prepare_store(data: DataConfig, key: str, recipes: list[Recipe], tokenizer: 
             say(f"left out: {line}")
 
     cache_key, former_key = [each.cache_key() for each in recipes], [each.identity() for each in recipes]
+    places = [str(path) for each in recipes if each.corpus.has_ids for path in each.corpus.files]
+    cache_key += [places] if places else []  # the store of moved files of ids is built again, which takes seconds
     # The folder is not checked now, because a token store checks each block when it is read.
-    folder = build_once(cached(data.cache, "store", cache_key, former_key), fill_in, checked=False)
+    folder = build_together(cached(data.cache, "store", cache_key, former_key), fill_in, checked=False)
     say(line_of(key, TokenStore(folder)))
     return folder
 

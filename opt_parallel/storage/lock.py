@@ -47,7 +47,7 @@ class Writer:
     @classmethod
     def this(cls) -> Writer:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(process.host(), os.getpid(), now, _kernel(), secrets.token_hex(8))
+        return cls(process.host(), os.getpid(), now, running_kernel(), secrets.token_hex(8))
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}, since {self.since}"
@@ -190,7 +190,7 @@ def _writer_in(path: Path) -> Writer | None:
         return None
 
 
-def _kernel() -> str:
+def running_kernel() -> str:
     """An id of the running kernel, equal in all containers of a host."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -27,6 +27,7 @@ from opt_parallel.config.run import Run
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import corpora, prepare_tokenizer
 from opt_parallel.data.store.cache import build_once, cached
+from opt_parallel.huggingface.tokenizer import read_tokenizer
 from opt_parallel.launching.settings import SECTIONS
 from opt_parallel.metaseq.md5 import read_sums
 from opt_parallel.preflight import make_run_folder
@@ -136,6 +137,12 @@ def use_tokenizer(run: Run) -> Path:
     return Path(str(run.data.tokenizer))
 
 
+def use_numbering(run: Run) -> Path:
+    named = run.data.train_sources[0].ids_of or ""
+    read_tokenizer(named)
+    return Path(named)
+
+
 def use_folder(run: Run) -> Path:
     choose("auto", run.folder)
     make_run_folder(run.folder)
@@ -163,6 +170,7 @@ KEYS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "data.train": ("texts", use_text("data.train")),
     "data.validation": ("text.jsonl", use_text("data.validation")),
     "data.tokenizer": ("tokenizer", use_tokenizer),
+    "data.ids_of": ("tokenizer", use_numbering),
     "data.cache": (None, use_cache),
     "run.dir": (None, use_folder),
     "init_from": ("model", use_start),

@@ -26,7 +26,7 @@ from opt_parallel.runtime.errors import reporting
 from opt_parallel.storage import lock
 folder, kernel, silent = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 if kernel:
-    lock._kernel = lambda: kernel
+    lock.running_kernel = lambda: kernel
 with reporting(), lock.only_writer(folder, "run.dir=here", beat=0.2, silent=silent):
     print("writes", flush=True)
     sys.stdin.read()

@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Protocol
+from zlib import crc32
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.config.data import SpecialTokens
 from opt_parallel.data.encode.columns import LENGTHS, Column, Encoded, ids_column
+from opt_parallel.data.encode.numbering import mapped
 from opt_parallel.data.encode.tokenizer import encode_documents
-from opt_parallel.data.text.records import Item, Record, Text
+from opt_parallel.data.text.records import BadRecord, Item, Record, Text
 from opt_parallel.huggingface.tokenizer import count_tokens
 
 PART_CHARACTERS = 1 << 18  # A document with more characters is encoded in several parts.
@@ -41,7 +43,10 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Encodes documents for pretraining. Trailing white space is removed, and the token `end` follows each document."""
+    """Encodes documents for pretraining. Trailing white space is removed, and the token `end` follows each document.
+
+    A document may also be given as token ids. Ends that it has at its start or end are not doubled. `table` maps its
+    ids to those of the tokenizer if they belong to another tokenizer, see `numbering.py`."""
 
     def __init__(
         self,
@@ -49,31 +54,52 @@ class TextEncoder:
         end: int,
         text: Text | None = None,
         spelled: SpecialTokens = SpecialTokens.text,
+        table: np.ndarray | None = None,
     ) -> None:
-        self.tokenizer, self.end, self.text, self.spelled = tokenizer, end, text or Text(), spelled
-        self.columns = {"ids": ids_column(count_tokens(tokenizer)), "lengths": LENGTHS}
+        self.tokenizer, self.end, self.text, self.spelled, self.table = tokenizer, end, text or Text(), spelled, table
+        self.tokens = count_tokens(tokenizer)
+        self.columns = {"ids": ids_column(self.tokens), "lengths": LENGTHS}
 
     def identity(self) -> list[Any]:
         text = [self.text.field, self.text.template]
-        return ["text", self.tokenizer.to_str(), self.end, *text, *special_tokens_key(self.spelled)]
+        table = [] if self.table is None else [f"table {crc32(self.table.tobytes()):08x}"]
+        return ["text", self.tokenizer.to_str(), self.end, *text, *special_tokens_key(self.spelled), *table]
 
     def check(self, record: Record) -> None:
-        self.text.of(record)
+        if self._ids(record) is None:
+            self.text.of(record)
+
+    def text_of(self, record: Record) -> str:
+        """The text of a record, which is decoded if the record has token ids. Raises: BadRecord."""
+        ids = self._ids(record)
+        return self.text.of(record) if ids is None else self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def encode(self, records: list[Record]) -> Encoded:
-        texts = [text for record in records if (text := self.text.of(record).rstrip())]
-        parts = [list(_parts(text)) for text in texts]
+        given = [self._ids(record) for record in records]
+        texts = [self.text.of(each).rstrip() if ids is None else "" for each, ids in zip(records, given, strict=True)]
+        parts = [list(_parts(text)) if text else [] for text in texts]
         dtype = self.columns["ids"].dtype
         pieces = iter(_encoded([part for each in parts for part in each], self.tokenizer, dtype, self.spelled))
         end, ids, lengths = np.array([self.end], dtype), [], []
-        for each in parts:
-            document = [*islice(pieces, len(each)), end]
-            ids += document
-            lengths.append(sum(map(len, document)))
-        counts = Counter({EMPTY: len(records) - len(texts)} if len(texts) < len(records) else {})
+        for each, own in zip(parts, given, strict=True):
+            document = [*islice(pieces, len(each))] if own is None else [own.astype(dtype)]
+            if each or (own is not None and len(own)):
+                document.append(end)
+                ids += document
+                lengths.append(sum(map(len, document)))
+        counts = Counter({EMPTY: len(records) - len(lengths)} if len(lengths) < len(records) else {})
         size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         columns = {"ids": np.concatenate([np.empty(0, dtype), *ids]), "lengths": np.array(lengths, np.int64)}
         return Encoded(columns, counts, size)
+
+    def _ids(self, record: Record) -> np.ndarray | None:
+        """The token ids of a document without ends around it, or None if the record has text. Raises: BadRecord."""
+        ids = self.text.ids_of(record)
+        if ids is None or not len(ids):
+            return ids
+        ids = mapped(ids, record.where, self.tokens, self.table, BadRecord)
+        inside = np.nonzero(ids != self.end)[0]
+        return ids[inside[0] : inside[-1] + 1] if len(inside) else ids[:0]
 
 
 def special_tokens_key(spelled: SpecialTokens) -> list[str]:
@@ -112,7 +138,7 @@ def batches_of(items: Iterable[Item]) -> Iterator[list[Item]]:
     for item in items:
         batch.append(item)
         values = item.fields.values() if isinstance(item, Record) else ()
-        characters += 1 + sum(len(value if isinstance(value, str) else str(value)) for value in values)
+        characters += 1 + sum(len(value if isinstance(value, (str, np.ndarray)) else str(value)) for value in values)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -1,94 +1,37 @@
 """Builds a token store with several processes. Each part of the store holds the tokens of one piece of the text.
 
 A part is written under a temporary name and renamed when it is complete. After an interruption, the next start builds
-only the missing parts.
+only the missing parts. Several hosts that share the folder each build the parts that they claim.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from opt_parallel.config.model import require
-from opt_parallel.data.encode.columns import Encoded
-from opt_parallel.data.encode.pretrain import Encoder, batches_of
-from opt_parallel.data.store.blocks import checksums_of
-from opt_parallel.data.store.selection import (
-    DUPLICATES,
-    HELD_OUT,
-    HeldOut,
-    content_of,
-    digests_of,
-    find_duplicates,
-    identity_of,
-)
-from opt_parallel.data.store.store import META, Damaged, Part, PartWriter, part_name, read_part
+from opt_parallel.data.encode.pretrain import batches_of
+from opt_parallel.data.store.locate import locate
+from opt_parallel.data.store.parts import PartMaker, PartMeta, read_meta
+from opt_parallel.data.store.recipe import Recipe, chosen
+from opt_parallel.data.store.selection import digests_of, find_duplicates
+from opt_parallel.data.store.store import META, part_name
 from opt_parallel.data.store.workers import Report, progress, run_jobs
-from opt_parallel.data.text.records import LEFT_OUT, LISTED, BadRecord, BadRecords, Item, Record, Text, sift
-from opt_parallel.data.text.sources import Corpus, Unit
-from opt_parallel.runtime.errors import UserError, one_line
+from opt_parallel.data.text.records import LISTED, BadRecord, BadRecords
+from opt_parallel.data.text.sources import Unit
+from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.machine import cpus
-from opt_parallel.storage.atomic import PARTIAL, beside, publish, remove
-from opt_parallel.storage.checked import dump_checked
+from opt_parallel.storage.atomic import PARTIAL, beside, publish, remove, write_text
+from opt_parallel.storage.claims import Claims
 
-TOKEN_COUNTS = "words.npy"  # The file with the number of occurrences of each token id in a part.
 WORTH_A_PROCESS = 1 << 22  # Encoding this many bytes of text takes as long as the start of a process.
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Describes how to turn a corpus into a token store: its encoder and its selection of documents.
-
-    Two documents are duplicates if they have the same text `same`. If `same` is None, all fields must be equal.
-    """
-
-    corpus: Corpus
-    encoder: Encoder
-    same: Text | None = None
-    held_out: HeldOut | None = None
-    deduplicate: bool = False
-
-    def cache_key(self) -> list[Any]:
-        """The key of the token store in the cache, which depends on the content of the text and not on its path."""
-        return [self.corpus.cache_key(), *self._processing_key()]
-
-    def identity(self) -> list[Any]:
-        """The key of the token store in earlier versions, which depends on paths, sizes and times of the files."""
-        return [self.corpus.identity(), *self._processing_key()]
-
-    def _processing_key(self) -> list[Any]:
-        selection = identity_of(self.held_out, self.deduplicate)
-        return [self.encoder.identity(), selection, *([LEFT_OUT] if self.skip_bad else [])]
-
-    @property
-    def skip_bad(self) -> bool:
-        return self.corpus.skip_bad
-
-    def good(self, items: list[Item], bad: BadRecords) -> list[Record]:
-        """The records that the encoder accepts.
-
-        With `skip_bad`, the other records are added to `bad`. Without `skip_bad`, this method or the encoder raises an
-        error for the first bad record."""
-        return list(sift(items, self.encoder.check, bad if self.skip_bad else None))
-
-
-@dataclass(frozen=True)
-class PartMeta:
-    """A summary of a part of a token store. `lengths` maps a length in tokens to the number of such documents."""
-
-    part: Part
-    counts: dict[str, int]
-    lengths: dict[int, int]
-    text_bytes: int
-    position: list[int]  # The position after this part in a stream: the number of a file, and of a record in the file.
-    bad: list[str] = field(default_factory=list)  # Messages of the first bad records that were left out.
 
 
 @dataclass(frozen=True)
@@ -100,34 +43,27 @@ class PartPlan:
     unit: Unit
 
 
-def fill(folder: Path, recipes: list[Recipe], workers: int) -> list[PartMeta]:
+def fill(folder: Path, recipes: list[Recipe], workers: int, claims: Claims | None = None) -> list[PartMeta]:
     """Build the missing parts of the token store in `folder`, and return the summaries of all parts.
 
-    `workers` is the number of processes, and 0 means one process per CPU.
+    `workers` is the number of processes, and 0 means one process per CPU. With `claims`, other hosts build parts too,
+    and the function returns in the process that is to complete the token store.
 
     Raises: UserError, also if the text changes during the build, and Unfinished if the build was interrupted."""
     before = [recipe.corpus.identity() for recipe in recipes]
-    for leftover in folder.glob(f"*{PARTIAL}"):
-        remove(leftover)
     every = [(owner, unit) for owner, each in enumerate(recipes) for unit in each.corpus.units()]
     plans = [PartPlan(number, owner, unit) for number, (owner, unit) in enumerate(every)]
-
-    def run(what: str, job: Callable[..., None], missing: list[PartPlan]) -> None:
-        total = sum(plan.unit.size for plan in missing)
-        processes = min(workers or cpus(), len(missing), total // WORTH_A_PROCESS) or 1
-        with progress(f"{recipes[0].corpus.key}: {what}", total) as report:
-            run_jobs([(plan.unit.name, partial(job, folder, plan)) for plan in missing], recipes, processes, report)
-
+    work = partial(_work, folder, recipes, plans, workers, claims)
     try:
         if any(recipe.deduplicate for recipe in recipes):
-            digests = [folder / f"digests-{plan.number:05d}" for plan in plans]
-            run("comparing", _hash, [plan for plan, path in zip(plans, digests, strict=True) if not path.exists()])
-            find_duplicates(digests, [_duplicates(folder, plan) for plan in plans])
-        run("encoding", _encode, [each for each in plans if not _is_complete(folder / part_name(each.number))])
+            _compare(folder, plans, work, claims)
+        work("encoding", _encode, lambda plan: _is_complete(folder / part_name(plan.number)))
     except BadRecord as error:
-        run("counting bad records", _count, plans)
+        work("counting bad records", _count, lambda plan: _bad_file(folder, plan).exists())
         raise _refusal(folder, recipes, plans) or error from None
-    for path in [path for kind in ("digests", "duplicates", "bad") for path in folder.glob(f"{kind}-*")]:
+    if claims:
+        claims.only("store")
+    for path in [path for kind in ("digests-*", "duplicates*", "bad-*", f"*{PARTIAL}") for path in folder.glob(kind)]:
         remove(path)
     for recipe, was in zip(recipes, before, strict=True):
         require(
@@ -138,65 +74,41 @@ def fill(folder: Path, recipes: list[Recipe], workers: int) -> list[PartMeta]:
     return _with_lines([read_meta(folder / part_name(plan.number)) for plan in plans], recipes, plans)
 
 
-def read_meta(part: Path) -> PartMeta:
-    """The summary of the part in the folder `part`. Raises: Damaged."""
-    content, checksum = read_part(part.parent, part.name)
-    try:
-        lengths = {int(length): count for length, count in content["lengths"].items()}
-        own = replace(Part(**content["part"]), checksum=checksum if "blocks" in content else None)
-        text_bytes, position, bad = content["text_bytes"], content["position"], content.get("bad", [])
-        return PartMeta(own, content["counts"], lengths, text_bytes, position, bad)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Damaged(part.parent, f"{part.name}/{META} has the wrong content ({one_line(error)})") from error
+def _work(
+    folder: Path, recipes: list[Recipe], plans: list[PartPlan], workers: int, claims: Claims | None,
+    what: str, job: Callable[..., None], done: Callable[[PartPlan], bool],
+) -> None:  # fmt: skip
+    """Do a job for all plans. With `claims`, do it for those that no other process has claimed, and wait for others."""
+    if claims:
+        claims.free()
+    while missing := [plan for plan in plans if not done(plan)]:
+        kind = job.__name__.strip("_")
+        mine = (plan for plan in missing if not claims or (claims.take(f"{kind}-{plan.number:05d}") and not done(plan)))
+        if (first := next(mine, None)) is None:
+            assert claims is not None
+            claims.wait()
+            continue
+        total = sum(plan.unit.size for plan in missing)
+        processes = min(workers or cpus(), len(missing), total // WORTH_A_PROCESS) or 1
+        with progress(f"{recipes[0].corpus.key}: {what}", total) as report:
+            jobs = ((plan.unit.name, partial(job, folder, plan)) for plan in chain([first], mine))
+            run_jobs(jobs, recipes, processes, report)
 
 
-class PartMaker:
-    """Writes a part of a token store under a temporary name. `finish` renames the part."""
-
-    def __init__(self, folder: Path, name: str, encoder: Encoder) -> None:
-        self.target = folder / name
-        self.temporary = beside(self.target)
-        self.writer = PartWriter(self.temporary, encoder.columns)
-        self.lengths: Counter[int] = Counter()
-        self.token_counts = np.zeros(0, np.int64)
-        self.text_bytes = 0
-
-    def write(self, encoded: Encoded) -> None:
-        self.writer.write(encoded)
-        lengths, counts = np.unique(encoded.columns["lengths"], return_counts=True)
-        self.lengths.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
-        self.token_counts = add_counts(self.token_counts, np.bincount(encoded.columns["ids"].astype(np.int64)))
-        self.text_bytes += encoded.text_bytes
-
-    def finish(
-        self, position: tuple[int, int] = (0, 0), counts: Counter[str] | None = None, bad: BadRecords | None = None
-    ) -> PartMeta:
-        """Complete and rename the part. `counts` and `bad` count the documents that were left out before encoding."""
-        bad = bad or BadRecords()
-        part = replace(self.writer.close(), name=self.target.name)
-        left_out = self.writer.counts + (counts or Counter()) + Counter({LEFT_OUT: bad.count})
-        meta = PartMeta(part, dict(left_out), dict(self.lengths), self.text_bytes, [*position], bad.first)
-        np.save(self.temporary / TOKEN_COUNTS, self.token_counts.astype(np.uint32))
-        write_meta(self.temporary, self.writer.columns, meta)
-        publish(self.temporary, self.target)
-        return read_meta(self.target)
-
-
-def write_meta(part: Path, columns: Iterable[str], meta: PartMeta) -> None:
-    """Write the part's summary to part.json, with checksums of the part's other files, which must exist."""
-    blocks = {name: checksums_of(part / f"{name}.bin") for name in columns}
-    content = {**asdict(meta), "blocks": blocks, TOKEN_COUNTS: checksums_of(part / TOKEN_COUNTS)}
-    del content["part"]["checksum"]
-    (part / META).write_text(dump_checked(content), encoding="utf-8")
-
-
-def add_counts(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The sum of two arrays of counts, in int64. The shorter array is padded with zeros."""
-    if len(one) < len(other):
-        one, other = other, one
-    total = one.astype(np.int64)
-    total[: len(other)] += other
-    return total
+def _compare(folder: Path, plans: list[PartPlan], work: Callable[..., None], claims: Claims | None) -> None:
+    """Find the duplicates among all documents. With `claims`, one process compares the hashes of all processes."""
+    digests = [folder / f"digests-{plan.number:05d}" for plan in plans]
+    work("comparing", _hash, lambda plan: digests[plan.number].exists())
+    marker = folder / "duplicates"
+    while not marker.exists():
+        if claims is None or claims.take("duplicates"):
+            targets = [beside(_duplicates(folder, plan)) for plan in plans]
+            find_duplicates(digests, targets)
+            for plan, target in zip(plans, targets, strict=True):
+                target.replace(_duplicates(folder, plan))
+            marker.touch()
+        else:
+            claims.wait()
 
 
 def _is_complete(part: Path) -> bool:
@@ -223,7 +135,7 @@ def _hash(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report) -
         with temporary.open("wb") as file:
             for items in batches_of(recipe.corpus.read(plan.unit, count_lines)):
                 records = recipe.good(items, BadRecords())
-                file.write(digests_of(content_of(record, recipe.same) for record in records).tobytes())
+                file.write(digests_of(map(recipe.content, records)).tobytes())
 
     _naming_lines(write, plan.unit)
     publish(temporary, target)
@@ -236,15 +148,19 @@ def _encode(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report)
     duplicates: set[int] = set()
     if recipe.deduplicate:
         duplicates = set(np.fromfile(_duplicates(folder, plan), "<i8").tolist())
+    if plan.unit.ids is not None:
+        locate(folder, part_name(plan.number), plan.unit.ids, recipe, duplicates)
+        report(plan.unit.size)
+        return
 
     def write(count_lines: bool) -> None:
-        maker, counts, number = PartMaker(folder, part_name(plan.number), recipe.encoder), Counter[str](), 0
+        maker, counts, number = PartMaker(folder, part_name(plan.number), recipe.encoder.columns), Counter[str](), 0
         bad = BadRecords()
         for items in batches_of(recipe.corpus.read(plan.unit, count_lines)):
             records = recipe.good(items, bad)
-            kept = _selected(records, recipe, duplicates, number, counts)
+            kept = chosen(records, recipe, duplicates, number, counts)
             number += len(records)
-            encoded = recipe.encoder.encode(kept)
+            encoded = recipe.encoder.encode([records[index] for index in kept])
             maker.write(encoded)
             report(encoded.text_bytes)
         # Bad records of held-out text were reported before, because the training store was built from the same files.
@@ -257,7 +173,7 @@ def _encode(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report)
 def _count(folder: Path, plan: PartPlan, recipes: list[Recipe], report: Report) -> None:
     """Write the number of bad records in one piece of the text."""
     bad = _bad_of(recipes[plan.owner], plan.unit)
-    _bad_file(folder, plan).write_text(json.dumps(asdict(bad)), encoding="utf-8")
+    write_text(_bad_file(folder, plan), json.dumps(asdict(bad)))
     report(plan.unit.size)
 
 
@@ -292,24 +208,6 @@ def _with_lines(metas: list[PartMeta], recipes: list[Recipe], plans: list[PartPl
             metas[number] = replace(meta, bad=_bad_of(recipes[plan.owner], plan.unit, count_lines=True).first)
         listed += len(meta.bad)
     return metas
-
-
-def _selected(
-    records: list[Record], recipe: Recipe, duplicates: set[int], first: int, counts: Counter[str]
-) -> list[Record]:
-    """The records that belong into the token store. The numbers of other records are added to `counts`.
-
-    `first` is the index of the first of the `records` in its piece of the text."""
-    if recipe.held_out is not None:
-        taken = [recipe.held_out.takes(content_of(record, recipe.same)) for record in records]
-    else:
-        taken = [True] * len(records)
-    kept = [number for number, takes in enumerate(taken) if takes and first + number not in duplicates]
-    if not all(taken) and recipe.held_out and not recipe.held_out.chosen:
-        counts[HELD_OUT] += len(records) - sum(taken)
-    if len(kept) < sum(taken):
-        counts[DUPLICATES] += sum(taken) - len(kept)
-    return [records[number] for number in kept]
 
 
 def _naming_lines(work: Callable[[bool], None], unit: Unit) -> None:

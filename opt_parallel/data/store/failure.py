@@ -8,6 +8,8 @@ from pathlib import Path
 
 from opt_parallel.storage.atomic import write_text
 
+UNFINISHED = "unfinished-"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -18,10 +20,17 @@ class Failure:
     message: str
     mark: str
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the data are the cause, so that other hosts fail too."""
+        return not self.mark.startswith(UNFINISHED)
 
-def record_failure(folder: Path, message: str) -> None:
-    """Write a failure with this message to a file beside `folder`. Raises: OSError."""
-    write_text(_file_of(folder), f"{message}\n{secrets.token_hex(8)}\n")
+
+def record_failure(folder: Path, message: str, unfinished: bool = False) -> None:
+    """Write a failure with this message to a file beside `folder`. Raises: OSError.
+
+    After an `unfinished` failure, other hosts can continue the work."""
+    write_text(_file_of(folder), f"{message}\n{UNFINISHED if unfinished else ''}{secrets.token_hex(8)}\n")
 
 
 def failure_of(folder: Path) -> Failure | None:

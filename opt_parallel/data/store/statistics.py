@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_parallel.data.encode.columns import Column
-from opt_parallel.data.store.build import TOKEN_COUNTS, PartMeta, add_counts
+from opt_parallel.data.store.parts import TOKEN_COUNTS, PartMeta, add_counts
 from opt_parallel.data.store.store import TokenStore, write_manifest
 from opt_parallel.data.text.records import LISTED
 
@@ -77,7 +77,10 @@ def line_of(key: str, store: TokenStore) -> str:
     left_out = "".join(f", {count:,} {what}" for what, count in store.counts.items())
     size = store.statistics.get("text_bytes", 0)
     rate = f" ({size / 1e6:,.1f} MB, {store.tokens / size:.3f} tokens a byte)" if size else ""
-    return f"{key}: {store.documents:,} documents, {store.tokens:,} tokens{rate}{left_out}; in {store.folder}"
+    places = {part.elsewhere.path for part in store.parts if part.elsewhere}
+    count = f"{store.documents:,} documents, " if store.statistics.get("lengths") or not places else ""
+    where = f"; {len(places):,} {'file' if len(places) == 1 else 'files'} of ids read in place" if places else ""
+    return f"{key}: {count}{store.tokens:,} tokens{rate}{left_out}{where}; in {store.folder}"
 
 
 def table_of(store: TokenStore) -> list[list[str]]:
@@ -87,7 +90,7 @@ def table_of(store: TokenStore) -> list[list[str]]:
     lengths = ", ".join(f"{name} {value:,.0f}" for name, value in known["lengths"].items())
     shown = [repr(text if len(text) < 80 else f"{text[:80]}…") for text in known.get("examples", [])]
     return [
-        ["tokens of a document", lengths],
+        *([["tokens of a document", lengths]] if lengths else []),
         ["unigram entropy", f"{known['unigram_entropy']:.3f} nats"],
         *(["begins" if number == 0 else "", text] for number, text in enumerate(shown)),
         *(["left out" if number == 0 else "", line] for number, line in enumerate(known.get("bad_records", []))),

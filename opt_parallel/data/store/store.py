@@ -7,6 +7,7 @@
 
 Parts are in the order of the text. A row of a batch may cross the boundary of two parts, so a token store does not
 depend on the sequence length. A reader reads only the bytes that it needs, so its memory does not grow with the text.
+The ids of a part may be elsewhere, in a file of the user's (`elsewhere.py`). Readers of the store notice no difference.
 
 store.json has its own checksum and the checksum of each part.json. Each block is checked when it is read, so training
 never uses a changed block. Token stores of earlier versions have no checksums and are read without a check.
@@ -30,6 +31,7 @@ from typing_extensions import TypedDict
 
 from opt_parallel.data.encode.columns import Column, Encoded
 from opt_parallel.data.store.blocks import BLOCK, first_wrong
+from opt_parallel.data.store.elsewhere import COLUMNS, Elsewhere, Spans, check_file, read_ids
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.atomic import write_text
 from opt_parallel.storage.checked import Count, Size, dump_checked, parse_checked, read_checked
@@ -40,6 +42,7 @@ LARGEST = 2**30  # Maximum bytes of store.json.
 LOOKED_INTO = 200  # Number of parts that are checked when a token store is opened.
 PART = re.compile(r"part-[0-9]+")
 PARTS_KNOWN = 1024  # number of parts whose checksums are cached in memory
+PARTS_LAID_OUT = 32  # number of parts with ids elsewhere, whose documents are cached in memory
 
 
 class Damaged(UserError):
@@ -56,12 +59,23 @@ class Damaged(UserError):
 class Part:
     """A part of a token store, which holds complete documents.
 
-    `checksum` is the checksum of its part.json, or None if an earlier version wrote the part."""
+    `checksum` is the checksum of its part.json, or None if an earlier version wrote the part. `elsewhere` is the file
+    that has the part's ids, or None if the part has them."""
 
     name: str
     documents: int
     tokens: int
     checksum: str | None = None
+    elsewhere: Elsewhere | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        return values if self.elsewhere else {name: value for name, value in values.items() if name != "elsewhere"}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Part:
+        elsewhere = values.get("elsewhere")
+        return cls(**{**values, "elsewhere": Elsewhere(**elsewhere) if elsewhere else None})
 
 
 class PartWriter:
@@ -99,7 +113,7 @@ def write_manifest(
     content = {
         "format": FORMAT,
         "columns": {name: asdict(column) for name, column in columns.items()},
-        "parts": [asdict(part) for part in parts],
+        "parts": [part.as_json() for part in parts],
         "counts": dict(counts),
         **more,
     }
@@ -112,11 +126,21 @@ class _Column(TypedDict):
     width: Size
 
 
+class _Elsewhere(TypedDict):
+    path: str
+    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+    offset: Count
+    size: Count
+    end: Count
+    table: str | None
+
+
 class _Part(TypedDict):
     name: str
     documents: Count
     tokens: Count
     checksum: NotRequired[str | None]
+    elsewhere: NotRequired[_Elsewhere]
 
 
 class _Statistics(TypedDict):
@@ -193,7 +217,7 @@ class TokenStore:
         self.folder, self.vocab_size = Path(folder), vocab_size
         self.manifest = read_manifest(self.folder)
         self.columns = {name: Column(**column) for name, column in self.manifest["columns"].items()}
-        self.parts = [Part(**part) for part in self.manifest["parts"]]
+        self.parts = [Part.of_json(part) for part in self.manifest["parts"]]
         self._first_token = list(accumulate((part.tokens for part in self.parts), initial=0))
         self._first_document = list(accumulate((part.documents for part in self.parts), initial=0))
         self.remember()
@@ -203,6 +227,7 @@ class TokenStore:
     def remember(self) -> None:
         """Start to cache the checksums of recently read parts."""
         self._known = functools.lru_cache(PARTS_KNOWN)(self._look_at)
+        self._laid_out = functools.lru_cache(PARTS_LAID_OUT)(self._ends_in)
 
     @property
     def tokens(self) -> int:
@@ -254,21 +279,24 @@ class TokenStore:
             raise Damaged(self.folder, f"its documents have {ends[-1]:,} tokens, its parts {self.tokens:,}")
         return ends
 
+    def columns_of(self, number: int) -> Mapping[str, Column]:
+        """The columns in the folder of a part."""
+        return COLUMNS if self.parts[number].elsewhere else self.columns
+
     def size_of(self, number: int, name: str) -> int:
         """The size in bytes of the column `name` of a part."""
-        part, column = self.parts[number], self.columns[name]
+        part, column = self.parts[number], self.columns_of(number)[name]
         return column.itemsize * (part.tokens if column.per_token else part.documents)
 
     def _look_at(self, number: int) -> dict[str, str]:
         """Check the sizes of a part's files, and return the checksums of its blocks by column. Raises: Damaged.
 
         The result is empty if the part has no checksums."""
-        part = self.parts[number]
-        for name, column in self.columns.items():
-            size, path = (
-                column.itemsize * (part.tokens if column.per_token else part.documents),
-                f"{part.name}/{name}.bin",
-            )
+        part, columns = self.parts[number], self.columns_of(number)
+        if part.elsewhere:
+            check_file(part.elsewhere)
+        for name in columns:
+            size, path = self.size_of(number, name), f"{part.name}/{name}.bin"
             try:
                 found = (self.folder / path).stat().st_size
             except OSError as error:
@@ -278,7 +306,7 @@ class TokenStore:
         if part.checksum is None:
             return {}
         blocks = read_part(self.folder, part.name, part.checksum)[0].get("blocks")
-        if not isinstance(blocks, dict) or not all(isinstance(blocks.get(name), str) for name in self.columns):
+        if not isinstance(blocks, dict) or not all(isinstance(blocks.get(name), str) for name in columns):
             raise Damaged(self.folder, f"{part.name}/{META} lacks checksums")
         return blocks
 
@@ -288,12 +316,38 @@ class TokenStore:
         while start < stop:
             end = min(stop, firsts[number + 1])
             if start < end:
-                first, last = ((index - firsts[number]) * column.itemsize for index in (start, end))
-                pieces.append(np.frombuffer(self.bytes_of(number, name, first, last), column.dtype))
+                first, last = (index - firsts[number] for index in (start, end))
+                if column.per_token and self.parts[number].elsewhere:
+                    pieces.append(self._ids_elsewhere(number, first, last))
+                else:
+                    pieces.append(self._entries(number, name, column, first, last))
                 start = end
             number += 1
         values = pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, column.dtype)])
         return values if column.width == 1 else values.reshape(-1, column.width)
+
+    def _entries(self, number: int, name: str, column: Column, first: int, last: int) -> np.ndarray:
+        """The entries `first` to `last` of a column of a part."""
+        read = self.bytes_of(number, name, first * column.itemsize, last * column.itemsize)
+        return np.frombuffer(read, column.dtype)
+
+    def _ends_in(self, number: int) -> np.ndarray:
+        """The number of tokens up to and including each document of a part, (documents,) int64. Raises: Damaged."""
+        part = self.parts[number]
+        ends = np.cumsum(self._entries(number, "lengths", COLUMNS["lengths"], 0, part.documents), dtype=np.int64)
+        if part.documents and ends[-1] != part.tokens:
+            raise Damaged(self.folder, f"the documents of {part.name} have {ends[-1]:,} tokens, not {part.tokens:,}")
+        return ends
+
+    def _ids_elsewhere(self, number: int, first: int, last: int) -> np.ndarray:
+        """The tokens `first` to `last` of a part whose ids are elsewhere. Raises: UserError."""
+        elsewhere, dtype, ends = self.parts[number].elsewhere, self.columns["ids"].dtype, self._laid_out(number)
+        assert elsewhere is not None
+        low, high = int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last - 1, "right")) + 1
+        columns = {name: self._entries(number, name, column, low, high) for name, column in COLUMNS.items()}
+        spans = Spans(**columns, begins=ends[low:high] - columns["lengths"])
+        below = min(self.vocab_size or np.iinfo(dtype).max + 1, np.iinfo(dtype).max + 1)
+        return read_ids(self.folder, elsewhere, spans, first, last, below).astype(dtype)
 
     def bytes_of(self, number: int, name: str, first: int, last: int) -> bytes:
         """The bytes `first` to `last` of the column `name` of a part. Raises: Damaged, if a checksum differs."""

@@ -27,8 +27,9 @@ from opt_parallel.config.model import require
 from opt_parallel.data.encode.columns import Column
 from opt_parallel.data.encode.pretrain import batches_of
 from opt_parallel.data.store import workers
-from opt_parallel.data.store.build import PartMaker, PartMeta, Recipe, read_meta
 from opt_parallel.data.store.failure import failure_of, forget_failure, record_failure
+from opt_parallel.data.store.parts import PartMaker, PartMeta, read_meta
+from opt_parallel.data.store.recipe import Recipe
 from opt_parallel.data.store.statistics import finish_store
 from opt_parallel.data.store.store import MANIFEST, META, Part, TokenStore, part_name
 from opt_parallel.data.store.workers import Pulse, Unfinished
@@ -114,7 +115,8 @@ class Filling:
         position = (metas[-1].position[0], metas[-1].position[1]) if metas else (0, 0)
         if done >= self.enough:
             return
-        maker, bad, started = PartMaker(self.folder, part_name(len(metas)), encoder), BadRecords(), time.monotonic()
+        maker = PartMaker(self.folder, part_name(len(metas)), encoder.columns)
+        bad, started = BadRecords(), time.monotonic()
         try:
             for next_position, batch in _batches(corpus, *position):
                 maker.write(encoder.encode(self.recipe.good(batch, bad)))
@@ -125,7 +127,7 @@ class Filling:
                     done += tokens
                     if done >= self.enough:
                         return
-                    maker, bad = PartMaker(self.folder, part_name(len(metas)), encoder), BadRecords()
+                    maker, bad = PartMaker(self.folder, part_name(len(metas)), encoder.columns), BadRecords()
                     started = time.monotonic()
         except UserError as error:
             if maker.writer.documents:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from opt_parallel.data.store.blocks import BLOCK, checksums_of
-from opt_parallel.data.store.build import TOKEN_COUNTS
+from opt_parallel.data.store.parts import TOKEN_COUNTS
 from opt_parallel.data.store.store import META, Damaged, TokenStore, read_part
 from opt_parallel.data.store.workers import progress
 
@@ -20,7 +20,7 @@ def verify(key: str, store: TokenStore) -> str:
 
     `key` is the configuration key of the store's text, for messages. Raises: Damaged, which names the damaged parts."""
     wrong: list[str] = []
-    size = sum(store.size_of(number, name) for number in range(len(store.parts)) for name in store.columns)
+    size = sum(store.size_of(number, name) for number in range(len(store.parts)) for name in store.columns_of(number))
     with progress(f"{key}: comparing", size) as report:
         for number in range(len(store.parts)):
             try:
@@ -40,7 +40,7 @@ def _compare(store: TokenStore, number: int) -> Iterator[int]:
     """Compare a part with its checksums, and yield the number of compared bytes after each chunk. Raises: Damaged."""
     part = store.parts[number]
     lengths = most = 0
-    for name, column in store.columns.items():
+    for name, column in store.columns_of(number).items():
         size, chunk = store.size_of(number, name), CHUNK // column.itemsize * column.itemsize
         for first in range(0, size, chunk):
             read = store.bytes_of(number, name, first, min(first + chunk, size))
@@ -50,6 +50,10 @@ def _compare(store: TokenStore, number: int) -> Iterator[int]:
             if name == "ids":
                 most = max(most, int(values.max()))
             yield len(read)
+    if part.elsewhere:
+        start = sum(each.tokens for each in store.parts[:number])
+        for first in range(start, start + part.tokens, CHUNK // 8):
+            store.of_tokens("ids", first, min(first + CHUNK // 8, start + part.tokens))
     if lengths != part.tokens:
         raise Damaged(store.folder, f"{part.name} has {part.tokens:,} tokens, but its documents have {lengths:,}")
     if store.vocab_size is not None and most >= store.vocab_size:

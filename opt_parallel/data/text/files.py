@@ -12,12 +12,15 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from opt_parallel.config.model import require
+from opt_parallel.data.ids import documents, formats
 from opt_parallel.data.text.parquet import parquet_records, row_groups
 from opt_parallel.data.text.records import BadRecord, Item, Record
 from opt_parallel.data.text.tables import csv_records, tsv_records
@@ -30,7 +33,7 @@ JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")  # Such a file has one objec
 TABLES = {".csv": csv_records, ".tsv": tsv_records}
 PARQUET = ".parquet"
 ENDINGS = (*DOCUMENTS, *JSON, *TABLES, PARQUET)
-READ = f"{', '.join(ENDINGS)}, and packed {', '.join(PACKED)}"
+READ = f"{', '.join(ENDINGS)}, packed {', '.join(PACKED)}, and token ids in {', '.join(formats.ENDINGS)}"
 PIECE_BYTES = 1 << 25
 CHUNK = 1 << 20  # Number of bytes or characters that are read at a time.
 LONGEST_LINE = 1 << 28  # Maximum bytes of a line or of an array's item, so that it fits the memory.
@@ -43,9 +46,9 @@ SPACE = re.compile(r"\s*")
 class Piece:
     """A piece of a file.
 
-    `start` and `stop` are byte positions in a file of lines, and numbers of row groups in a parquet file. Any other
-    file is one piece. `size` is the approximate number of bytes. `first_line` is the number of the first line that
-    starts in the piece."""
+    `start` and `stop` are byte positions in a file of lines, numbers of row groups in a parquet file, and numbers of
+    documents or ids in a file of ids. Any other file is one piece. `size` is the approximate number of bytes.
+    `first_line` is the number of the first line that starts in the piece."""
 
     path: Path
     start: int
@@ -54,15 +57,30 @@ class Piece:
     first_line: int = 1
 
 
+@dataclass(frozen=True)
+class Ids:
+    """How token ids are read: the type of a file without header, and the id that ends a document.
+
+    `table` maps the ids to those of the run's tokenizer, or is None if they are equal (`encode/numbering.py`)."""
+
+    dtype: str | None = None
+    end: int = -1
+    table: np.ndarray | None = field(default=None, compare=False)
+
+
 def shown(path: Path) -> str:
     """A path as text for messages, in which line breaks and invalid UTF-8 are escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
-def pieces_of(path: Path, key: str, cut: bool) -> list[Piece]:
-    """The pieces of a file, in order. Without `cut`, the file is one piece unless it is parquet. Raises: UserError."""
+def pieces_of(path: Path, key: str, cut: bool, dtype: str | None = None) -> list[Piece]:
+    """The pieces of a file, in order. Without `cut`, a file with lines is one piece. Raises: UserError.
+
+    `dtype` is the type of a file of ids without header."""
     ending, packed = ending_of(path)
     where, size = f"{key}: {shown(path)}", path.stat().st_size
+    if ending in formats.ENDINGS:
+        return [Piece(path, *piece) for piece in documents.pieces_of(formats.open_ids(path, where, dtype))]
     check_fetched(path, where)
     require(ending != PARQUET or not packed, f"{where}: parquet has its own compression: unpack it")
     try:
@@ -96,12 +114,16 @@ def numbered(piece: Piece) -> Piece:
     return replace(piece, first_line=lines + 2)
 
 
-def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
-    """The records of a piece of a file. A file that is one document becomes the record `{text_field: …}`.
+def records_of(piece: Piece, key: str, text_field: str, ids: Ids | None = None) -> Iterator[Item]:
+    """The records of a piece of a file. A file that is one document becomes the record `{text_field: …}`, and so does
+    each document of a file of ids.
 
     Raises: UserError, whose message names the file and the line."""
     ending, _ = ending_of(piece.path)
     where = f"{key}: {shown(piece.path)}"
+    if ending in formats.ENDINGS:
+        yield from _documents_of_ids(piece, where, text_field, ids or Ids())
+        return
     try:
         if ending in JSON:
             yield from _array(piece, where) if _is_array(piece.path) else _json_lines(piece, where)
@@ -115,6 +137,13 @@ def records_of(piece: Piece, key: str, text_field: str) -> Iterator[Item]:
             yield _document(piece, where, text_field)
     except DAMAGES as error:
         raise damaged(piece.path, where, error) from error
+
+
+def _documents_of_ids(piece: Piece, where: str, text_field: str, ids: Ids) -> Iterator[Record]:
+    file = formats.open_ids(piece.path, where, ids.dtype)
+    for starts, stops in documents.documents(file, piece.start, piece.stop, ids.end):
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            yield Record(f"{where}, id {start:,}", {text_field: file.read(start, stop)})
 
 
 def has_text(path: Path) -> bool:

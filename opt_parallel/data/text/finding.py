@@ -21,10 +21,12 @@ import yaml
 
 from opt_parallel.config.model import require
 from opt_parallel.config.paths import local, reach
+from opt_parallel.data.ids import formats
 from opt_parallel.data.text.files import DOCUMENTS, ENDINGS, READ, check_document, has_text, shown
 from opt_parallel.data.text.unpacking import ending_of
 from opt_parallel.runtime.errors import UserError
 
+IDS = (*formats.ENDINGS, *formats.PARTNERS)
 ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar")
 SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # files that `datasets.save_to_disk` writes
 CARD = "README.md"
@@ -45,11 +47,13 @@ class Found:
     """The files and datasets that an entry names.
 
     `files` maps the real path of a file to its path. `datasets` are folders and hub ids. `left_out` counts the files
-    that are not read, by reason."""
+    that are not read, by reason. `ids` are files of token ids and their indices, which are read if the entry has no
+    text, because folders with text may contain other files with these endings."""
 
     files: dict[str, Path] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    ids: list[tuple[Path, str]] = field(default_factory=list)
 
     def add(self, path: Path, real: str) -> None:
         """Add a file. The alphabetically first path of a file is kept, so the order of entries does not matter."""
@@ -69,11 +73,16 @@ def find(key: str, entry: str) -> Found:
     reach(f"{key}=", entry)
     if path.is_dir():
         _search(key, path, found)
+        _settle(key, found)
         _check_splits(where, path.absolute(), found)
         missing = f"{where} contains no text: a folder is searched for {READ}"
     elif os.path.lexists(path):
+        path = formats.data_file_of(path, where)
         _check_ending(where, path)
         _check_file(key, path)
+        if formats.is_ids(path):
+            found.add(path, os.path.realpath(path))
+            return found
         require(has_text(path), f"{where} contains no text: name a file with text")
         found.add(path, os.path.realpath(path))
         return found
@@ -84,9 +93,10 @@ def find(key: str, entry: str) -> Found:
                 _take(key, match, os.path.realpath(match), found)
             elif "**" not in parts:
                 found.left_out["folders"] += 1
+        _settle(key, found)
         missing = f"{where} matches no file that is read: check the pattern, or name the files"
     else:
-        hub_id = re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", entry) and ending_of(path)[0] not in ENDINGS
+        hub_id = re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", entry) and ending_of(path)[0] not in (*ENDINGS, *IDS)
         require(bool(hub_id), f"{where}: no such file or folder; check the path")
         found.datasets.append(entry)
         return found
@@ -179,6 +189,9 @@ def _reading(key: str, folder: Path) -> Iterator[None]:
 def _take(key: str, path: Path, real: str, found: Found) -> None:
     """Add a file that a search or a pattern found, or count the file as not read."""
     ending, packed = ending_of(path)
+    if ending in IDS and not packed:
+        found.ids.append((path, real))
+        return
     if ending not in ENDINGS:
         found.left_out[f"{ending}{packed}" or "without an ending"] += 1
         return
@@ -187,8 +200,24 @@ def _take(key: str, path: Path, real: str, found: Found) -> None:
     found.add(path, real)
 
 
+def _settle(key: str, found: Found) -> None:
+    """Take the files of token ids if there is no text, and count them as not read otherwise."""
+    has_text = bool(found.files or found.datasets)
+    has_ids = any(formats.is_ids(path) for path, _ in found.ids)
+    for path, real in found.ids:
+        if has_text or not has_ids:
+            found.left_out[ending_of(path)[0]] += 1
+        elif path.suffix.lower() != ".metadata":
+            data = formats.data_file_of(path, f"{key}: {shown(path)}")
+            _check_file(key, data)
+            found.add(data, real if data == path else os.path.realpath(data))
+
+
 def _check_ending(where: str, path: Path) -> None:
     ending, packed = ending_of(path)
+    if ending in formats.ENDINGS:
+        require(not packed, f"{where} is packed, but ids are read in place: unpack it")
+        return
     require(ending not in ARCHIVES, f"{where} is an archive, which is not read: unpack it, and name the folder")
     problem = f"ends in {ending}{packed}, which is not read" if ending else "has no ending that names its format"
     require(ending in ENDINGS, f"{where} {problem}: rename it to its format, or convert it; readable are {READ}")

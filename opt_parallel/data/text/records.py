@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from opt_parallel.runtime.errors import UserError, one_line
 
 LISTED = 10  # Maximum number of bad records whose messages are printed.
 LONGEST_NAMES = 200  # Maximum number of characters for the names of a record's fields in a message.
 LEFT_OUT = "bad records left out"
+IDS = "input_ids"  # The usual name of a field with token ids.
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,25 @@ class Text:
     field: str = "text"
     template: str | None = None
 
+    def ids_of(self, record: Record) -> np.ndarray | None:
+        """The token ids (tokens,) int64 of a record whose field has ids instead of text, or None. Raises: BadRecord."""
+        value = record.fields.get(self.field) if self.template is None else None
+        if not isinstance(value, (list, np.ndarray)):
+            return None
+        ids = np.asarray(value) if len(value) else np.zeros(0, np.int64)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise BadRecord(f"{record.where}: {self.field!r} is {value!s:.40}, not a list of token ids")
+        return ids.astype(np.int64)
+
     def of(self, record: Record) -> str:
         """The text of `record`. Raises: BadRecord."""
         if self.template is None:
             value = self._value(record, self.field)
+            if isinstance(value, (list, np.ndarray)):
+                raise BadRecord(
+                    f"{record.where}: {self.field!r} is a list, not a string: lists of token ids are read by "
+                    "task=pretrain with data.tokenizer, the tokenizer of these ids"
+                )
             if not isinstance(value, str):
                 raise BadRecord(f"{record.where}: {self.field!r} is {value!r:.40}, not a string: {self._wanted}")
             text = value
@@ -76,7 +94,8 @@ class Text:
 
     def _value(self, record: Record, name: str) -> Any:
         if name not in record.fields:
-            raise BadRecord(f"{record.where} has no field {name!r}, only {record.names}: {self._wanted}")
+            wanted = f"set data.text_field={IDS} to read its token ids" if IDS in record.fields else self._wanted
+            raise BadRecord(f"{record.where} has no field {name!r}, only {record.names}: {wanted}")
         return record.fields[name]
 
     @property

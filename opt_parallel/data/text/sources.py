@@ -13,7 +13,8 @@ from typing import Any
 
 from opt_parallel.config.model import require
 from opt_parallel.config.paths import reach
-from opt_parallel.data.text.files import PARQUET, PIECE_BYTES, Piece, numbered, pieces_of, records_of, shown
+from opt_parallel.data.ids.formats import is_ids, partners_of
+from opt_parallel.data.text.files import PARQUET, PIECE_BYTES, Ids, Piece, numbered, pieces_of, records_of, shown
 from opt_parallel.data.text.finding import Found, describe, find
 from opt_parallel.data.text.hub_data import Dataset
 from opt_parallel.data.text.parquet import class_names_in
@@ -21,6 +22,7 @@ from opt_parallel.data.text.records import BadRecords, Item, Record, Text, sift
 from opt_parallel.data.text.unpacking import ending_of
 from opt_parallel.runtime.errors import UserError
 
+SPREAD = 8  # number of units from which `spread` takes records
 ROWS_APART = 4096  # the number of rows in a piece of a dataset is a multiple of this number
 
 
@@ -44,6 +46,12 @@ class Unit:
     @property
     def size(self) -> int:
         return sum(piece.size for piece in self.pieces)
+
+    @property
+    def ids(self) -> Piece | None:
+        """The piece of a file of token ids that the unit consists of, or None for a unit of text."""
+        first = self.pieces[0]
+        return first if isinstance(first, Piece) and is_ids(first.path) else None
 
     @property
     def name(self) -> str:
@@ -70,6 +78,7 @@ class Corpus:
     left_out: str = field(default="", compare=False)
     skip_bad: bool = False
     content: tuple[str, ...] = ()  # checksums of the files, which data/store/sameness.py computes
+    ids: Ids = field(default_factory=Ids)
 
     @classmethod
     def find(
@@ -81,6 +90,7 @@ class Corpus:
         subset: str | None = None,
         split: str | None = None,
         skip_bad: bool = False,
+        dtype: str | None = None,
     ) -> Corpus:
         """The corpus of the files and datasets that `entries` name. Raises: UserError.
 
@@ -100,6 +110,7 @@ class Corpus:
             split or default,
             describe(found.left_out),
             skip_bad,
+            ids=Ids(dtype),
         )
 
     def cache_key(self) -> list[Any]:
@@ -116,7 +127,7 @@ class Corpus:
         """An identifier made of the paths, sizes and times of the files. Raises: UserError if a file is missing."""
         below = [path for folder in self.folders for path in sorted(folder.rglob("*")) if path.is_file()]
         try:
-            status = [(path, path.stat()) for path in (*self.files, *below)]
+            status = [(path, path.stat()) for path in (*self.every_file, *below)]
         except OSError as error:
             raise UserError(f"{self.key}: {error.filename} cannot be read ({error.strerror}): restore it") from error
         files = [[str(path), each.st_size, each.st_mtime_ns] for path, each in status]
@@ -125,7 +136,18 @@ class Corpus:
     @property
     def _reading(self) -> list[str]:
         """A part of the identifier for files from which earlier versions of the reader read a different text."""
-        return ["quotation marks are text"] if any(ending_of(path)[0] == ".tsv" for path in self.files) else []
+        marks = ["quotation marks are text"] if any(ending_of(path)[0] == ".tsv" for path in self.files) else []
+        return marks + ([f"ids {self.ids.dtype}"] if self.has_ids and self.ids.dtype else [])
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the corpus has files of token ids, which are read in place."""
+        return any(map(is_ids, self.files))
+
+    @property
+    def every_file(self) -> list[Path]:
+        """The files, each followed by its index if it is a file of token ids."""
+        return [each for path in self.files for each in (path, *(partners_of(path) if is_ids(path) else ()))]
 
     @property
     def names(self) -> str:
@@ -135,14 +157,17 @@ class Corpus:
 
     def units(self, cut: bool = True) -> list[Unit]:
         """The text as units, in order. With `cut`, large files are split into pieces without line numbers."""
-        pieces: list[Piece | Slice] = [piece for path in self.files for piece in pieces_of(path, self.key, cut)]
+        pieces: list[Piece | Slice] = []
+        for path in self.files:
+            pieces += pieces_of(path, self.key, cut, self.ids.dtype)
         for name in self.hub:
             pieces += self._slices(name)
         units: list[Unit] = []
         gathered: list[Piece | Slice] = []
         size = 0
         for piece in pieces:
-            if gathered and size + piece.size > PIECE_BYTES:
+            alone = any(isinstance(each, Piece) and is_ids(each.path) for each in (piece, *gathered[-1:]))
+            if gathered and (alone or size + piece.size > PIECE_BYTES):
                 units.append(Unit(tuple(gathered)))
                 gathered, size = [], 0
             gathered.append(piece)
@@ -157,7 +182,7 @@ class Corpus:
             if isinstance(piece, Slice):
                 yield from piece.dataset.rows(piece.opened, piece.start, piece.stop)
             else:
-                yield from records_of(numbered(piece) if count_lines else piece, self.key, self.text.field)
+                yield from records_of(numbered(piece) if count_lines else piece, self.key, self.text.field, self.ids)
 
     def items(self) -> Iterator[Item]:
         """All records in order, including bad records. Raises: UserError."""
@@ -181,6 +206,13 @@ class Corpus:
                     break
                 left -= len(json.dumps(dict(record.fields), ensure_ascii=False, default=str)) + 1
                 yield self.text.of(record).rstrip()
+
+    def spread(self, number: int) -> Iterator[Item]:
+        """At most `number` records, from the starts of units throughout the corpus. Raises: UserError."""
+        units = self.units()
+        places = sorted({len(units) * place // SPREAD for place in range(SPREAD)} if units else ())
+        for place in places:
+            yield from islice(self.read(units[place]), -(-number // len(places)))
 
     def streamed(self, unit: int = 0, taken: int = 0) -> Iterator[tuple[int, Item]]:
         """The records after the first `taken` records of a unit, each as a pair (number of its unit, record).

@@ -1,0 +1,1 @@
+"""Reads files of token ids: their formats, and their documents."""
