@@ -11,6 +11,7 @@ import pickle
 import random
 import struct
 import sys
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ def _write_archive(path: Path, content: bytes, sizes: list[int], drawn: random.R
         for name, size, written in [*records, ("version", 2, b"3\n")]:
             start, full = file.tell(), f"{path.stem}/{name}".encode()
             padding = -(start + 30 + len(full) + 4) % ALIGNMENT
-            fields = (0, 0, 0, 0, drawn.getrandbits(32), size, size, len(full))
+            crc = drawn.getrandbits(32) if written is None else zlib.crc32(written)
+            fields = (0, 0, 0, 0, crc, size, size, len(full))
             file.write(b"PK\x03\x04" + struct.pack("<HHHHHIIIHH", 0, *fields, 4 + padding) + full)
             file.write(struct.pack("<HH", 0x4246, padding) + bytes(padding))
             file.write(written) if written is not None else file.seek(size, io.SEEK_CUR)
