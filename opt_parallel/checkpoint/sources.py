@@ -79,7 +79,11 @@ class Opened:
     def weights(self, name: str, shard: Shard) -> Tensor:
         """The elements `shard.range` of the full tensor `name`. Raises: UserError if a file is damaged."""
         values = self.stored(name, shard)
-        if values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):  # minimum of NaN is NaN
+        if self.metaseq:
+            wrong = (name, shard.index) in self.metaseq.findings.not_finite
+        else:
+            wrong = values.numel() > 0 and not all(bool(end.isfinite()) for end in values.aminmax())  # NaN: both are
+        if wrong:
             self.not_finite.append(name)
         return values
 

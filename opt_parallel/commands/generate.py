@@ -71,7 +71,7 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", required=True, help="…/checkpoints/step-<N>, a Hugging Face folder, or a hub id"
+        "--checkpoint", required=True, help="…/checkpoints/step-<N>, a Hugging Face or metaseq folder, or a hub id"
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")

@@ -118,11 +118,12 @@ class _Machine(pickle._Unpickler):
 
     def load(self) -> Any:
         """The object that the instructions build. The base class would not count them, and reads more slowly."""
+        dispatch: dict[int, Callable[[Any], None]] = _Machine.dispatch
         for _ in range(MOST_STEPS):
             code = self.read(1)
             if code == pickle.STOP:
                 return self.stack.pop()
-            self.dispatch[code[0]](self)
+            dispatch[code[0]](self)
         raise ValueError(f"the pickle has more than {MOST_STEPS:,} instructions")
 
     def find_class(self, module: str, name: str) -> Any:

@@ -17,6 +17,7 @@ HEADS = {
     (64, 9216): 72, (96, 12288): 96,
 }  # fmt: skip
 MOST = 1 << 31
+RATES = ("dropout", "attention_dropout")
 SMALL = (24, 1024)  # OPT-350m, the one size with LayerNorms after the residual sums
 VOCABULARY, POSITIONS = 50272, 2048  # of all published sizes
 NUMBERS = {
@@ -55,7 +56,7 @@ def settings_of(content: object) -> Settings:
         values.get("max_target_positions"), values.get("tokens_per_sample"),
         item(content, "cfg", "task", "tokens_per_sample"),
     ]  # fmt: skip
-    rates = {name: value for name in ("dropout", "attention_dropout") if type(value := values.get(name)) is float}
+    rates = {name: float(value) for name in RATES if isinstance(value := values.get(name), int | float)}
     before, activation, unscaled = (
         values.get(name) for name in ("decoder_normalize_before", "activation_fn", "no_scale_embedding")
     )
@@ -99,7 +100,7 @@ def network(folder: Path, settings: Settings, shapes: Shapes) -> ModelConfig:
     norm_first = given.get("do_layer_norm_before") if settings.norm_first is None else settings.norm_first
     _set_norms(values, norm_first, size, "decoder.layer_norm.weight" in shapes)
     for name, value in given.items():
-        if name in values and name not in ("dropout", "attention_dropout") and value != values[name]:
+        if name in values and name not in RATES and value != values[name]:
             raise UserError(
                 f"{folder / CONFIG} says {name}={value!r:.80}, but the checkpoint has {values[name]!r}: change the file"
             )
@@ -131,11 +132,14 @@ def _from_shapes(folder: Path, shapes: Shapes) -> dict[str, Any]:
 
 
 def _set_norms(values: dict[str, Any], norm_first: bool | None, size: tuple[int, int], last: bool) -> None:
-    """Set where the LayerNorms are. Early conversions lost the last one, and post-norm networks have none.
+    """Set where the LayerNorms are. `last` is whether there is one after the last layer.
 
-    `norm_first` is what the settings say. `decoder.version` says nothing about this."""
-    if norm_first is None and (last or size in HEADS):
-        norm_first = last or size != SMALL
+    Only networks with LayerNorm first have it, and early conversions lost it. `norm_first` is what the settings say.
+    `decoder.version` says nothing about this."""
+    if last or size == SMALL:
+        norm_first = last
+    elif norm_first is None and size in HEADS:
+        norm_first = True
     if norm_first is not None:
         values["do_layer_norm_before"] = norm_first
         values["_remove_final_layer_norm"] = norm_first and not last

@@ -38,6 +38,7 @@ from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 from opt_parallel.storage.foreign import content_of, file_in
+from opt_parallel.tools.progress import shown
 
 CARD, BASE = "README.md", "base"
 SHARD = 5 * 10**9  # Maximum number of bytes of a weights file of an adapter's base model.
@@ -77,7 +78,9 @@ def export(
     needed = a_value * largest_parameter(opened)
     require_memory(f"{checkpoint}: exporting its largest tensor", needed, "free memory, or raise the limit")
     files = _other_files(opened)
-    write_folder(output, content, parameters, opened.weights, stored, max_shard_size, files, replace=replace)
+    total = sum(shard.numel for _, shard in parameters)
+    with shown("export", opened.weights, total) as source:
+        write_folder(output, content, parameters, source, stored, max_shard_size, files, replace=replace)
     if opened.metaseq:
         opened.warn_of_not_finite(ALONE)
 

@@ -14,6 +14,7 @@ from opt_parallel.parallel.shard import marked
 from opt_parallel.parallel.topology import ALONE, Group
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import aligned, bytes_in_words
+from opt_parallel.tools.progress import shown
 
 DEGREES = (1, 2, 4, 8, 16)  # tensor degrees for which the bytes of a rank are shown
 
@@ -26,8 +27,9 @@ def odd_values(folder: Path, md5: Path | None) -> list[str]:
     opened.check_md5("--md5 ", md5)
     with torch.device("meta"):
         parameters = [(name, shard) for name, _, shard in marked(CausalLM(opened.config, ALONE))]
-    for name, shard in parameters:
-        weights(name, shard)
+    with shown("verify", weights, sum(shard.numel for _, shard in parameters)) as source:
+        for name, shard in parameters:
+            source(name, shard)
     return warnings_of(folder, [weights.findings])
 
 
