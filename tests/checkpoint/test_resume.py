@@ -160,16 +160,18 @@ def test_another_precision_and_layout_go_on(
 def test_steps_that_fp16_skipped_are_no_updates(crew: Any, tmp_path: Path, layout: str) -> None:
     """Adam's bias correction goes by updates; saved before the first of them there are no moments either."""
     folder, crew = with_tokenizer(tmp_path / "run"), crew(LAYOUTS[layout].world)
-    run = run_of(folder, LAYOUTS[layout], 5, "fp16", scale=2.0**14)
-    wanted = agreed(crew(go, run, 0, 5, (1, 3)))
-    assert wanted["updates"] == 5 - sum(wanted["skipped"])
-    for step in (1, 3):
+    run = run_of(folder, LAYOUTS[layout], 7, "fp16", scale=2.0**14)
+    wanted = agreed(crew(go, run, 0, 7, (1, 5)))
+    assert wanted["updates"] == 7 - sum(wanted["skipped"])
+    for step in (1, 5):
         skipped = sum(wanted["skipped"][:step])
         saved = folder / "checkpoints" / f"step-{step}"
         assert json.loads((saved / "manifest.json").read_text())["updates"] == step - skipped
-        assert skipped == 1 if step == 1 else 1 < skipped < 3
+        assert (
+            skipped == 1 if step == 1 else 1 < skipped < 4
+        )  # at least two updates: one looks like a count that starts anew
         elsewhere = RunConfig("test", str(with_tokenizer(tmp_path / f"from-{step}")))
-        got = agreed(crew(go, dataclasses.replace(run, run=elsewhere, resume=str(saved)), step, 5))
+        got = agreed(crew(go, dataclasses.replace(run, run=elsewhere, resume=str(saved)), step, 7))
         assert (got["losses"], got["scale"]) == (wanted["losses"][step:], wanted["scale"])
         assert got["updates"] == wanted["updates"]
 
