@@ -43,8 +43,8 @@ BUDGET = 60.0
 # The files that take longest start first, so that the workers of `make test` end at about the same time.
 SLOWEST = {
     "test_resume", "test_engine", "test_export", "test_import", "test_lora", "test_path_table", "test_checkpoint",
-    "test_damage", "test_train", "test_evaluate", "test_signals", "test_secrets", "test_failing_disks",
-    "test_fake_cuda", "test_commands", "test_classify",
+    "test_damage", "test_train", "test_evaluate", "test_foreign_text", "test_secrets", "test_failing_disks",
+    "test_fake_cuda", "test_commands", "test_classify", "test_verify", "test_forward",
 }  # fmt: skip
 
 
