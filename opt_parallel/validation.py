@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -84,7 +83,7 @@ def validate(evaluated: Evaluated, samples: Samples, labels: Labels | None = Non
     total, targets = torch.zeros((), device=evaluated.topology.device, dtype=torch.float64), 0
     tallied = np.zeros(1)
     batches = validation_batches(samples, run.micro_batch, data.rank, data.size, run.model.pad_token_id)
-    while (batch := read_together(partial(next, batches, None), evaluated.topology)) is not None:
+    for batch in read_together(batches, evaluated.topology):
         targets += batch.targets
         if labels is None:
             total += evaluated.evaluate(batch)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opt_parallel.parallel.collectives import all_gather_last, all_reduce, all_reduce_in_place
+from opt_parallel.parallel.collectives import all_gather_last, all_reduce
 from opt_parallel.parallel.topology import Group
 
 CALLS = 1000  # in a round
@@ -29,7 +29,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
     calls: dict[str, Callable[[], object]] = {
         "all-reduce, functional": lambda: functional.wait_tensor(functional.all_reduce(tensor, "sum", group.handle)),
         "all-reduce, of a copy": lambda: all_reduce(tensor, group),
-        "all-reduce, in place": lambda: all_reduce_in_place(tensor, group),
+        "all-reduce, in place": lambda: dist.all_reduce(tensor, group=group.handle),
         "all-gather, functional": lambda: functional.wait_tensor(functional.all_gather_tensor(tensor, 0, group.handle)),
         "all-gather, ours": lambda: all_gather_last(tensor, group),
     }

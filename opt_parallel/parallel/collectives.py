@@ -1,7 +1,7 @@
 """Collectives of a process group, with and without a gradient.
 
-The collectives with a gradient are named after their forward pass. All except `all_reduce_in_place`,
-`start_all_reduce`, `reduce_to` and `all_gather_in_place` return a new tensor. A group of size 1 does not communicate.
+The collectives with a gradient are named after their forward pass. All except `start_all_reduce`, `reduce_to` and
+`all_gather_in_place` return a new tensor. A group of size 1 does not communicate.
 
 The functions of `torch.distributed` are called directly, because torch's functional collectives take ten times as long
 on the host. torch.compile needs the functional collectives, because it loses the gradient of a tensor that is
@@ -35,12 +35,6 @@ def all_reduce(tensor: Tensor, group: Group, operation: str = "sum") -> Tensor:
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, getattr(dist.ReduceOp, operation.upper()), group=group.handle)
     return total
-
-
-def all_reduce_in_place(tensor: Tensor, group: Group) -> None:
-    """Replace `tensor` by its sum over the group, without allocating a second tensor of its size."""
-    if group.size > 1:
-        dist.all_reduce(tensor, group=group.handle)
 
 
 def reduce_to(tensor: Tensor, rank: int, group: Group) -> dist.Work | None:

@@ -131,20 +131,13 @@ class Topology:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank. The all-reduce runs on the CPU, so the GPU does not wait for it."""
-        return bool(self.largest(int(flag)))
-
-    def largest(self, value: int) -> int:
-        """The maximum of the integers that the ranks pass."""
-        return self._reduced(value, self.world, dist.ReduceOp.MAX)
+        return self.sum(int(flag), self.world) > 0
 
     def sum(self, value: int, group: Group) -> int:
         """The sum of the integers that the ranks of `group` pass."""
-        return self._reduced(value, group, dist.ReduceOp.SUM)
-
-    def _reduced(self, value: int, group: Group, operation: Any) -> int:
         total = torch.tensor(value, dtype=torch.int64)
         if group.size > 1:
-            dist.all_reduce(total, operation, group=group.handle)
+            dist.all_reduce(total, group=group.handle)
         return int(total)
 
     def start_sum(self, values: list[int]) -> Callable[[], list[int]]:

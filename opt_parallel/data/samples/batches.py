@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Thread
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from opt_parallel.parallel.topology import Topology
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import INTERRUPTED, STOPPED, Unread, UserError
 
-T = TypeVar("T")
 STEPS_AHEAD = 2  # number of optimizer steps whose batches are prepared in advance
 
 
@@ -150,20 +149,32 @@ class Ahead:
         return max(INTERRUPTED * (interrupted > 0), STOPPED * (stopped > 0))
 
 
-def read_together(read: Callable[[], T], topology: Topology) -> T:
-    """Call `read` on every rank, and return this rank's result.
+def read_together(batches: Iterator[Batch], topology: Topology) -> Iterator[Batch]:
+    """This rank's `batches`, of which all ranks have the same number. Each batch is read, and the exchange of errors
+    starts, before the caller gets the previous batch.
 
-    If `read` fails on one rank, all ranks raise an error at the same step, so that they can save a checkpoint.
+    Raises: Unread on every rank, if a batch of any rank raises UserError, so that all ranks can save a checkpoint."""
+    batch, mistake, failures = _read(batches, topology)
+    while True:
+        if failures()[0]:
+            raise _unread(mistake, topology)
+        if batch is None:
+            return
+        present = batch
+        batch, mistake, failures = _read(batches, topology)
+        yield present
 
-    Raises: Unread on every rank, if `read` raises UserError on any rank."""
-    result, mistake = None, None
+
+def _read(
+    batches: Iterator[Batch], topology: Topology
+) -> tuple[Batch | None, UserError | None, Callable[[], list[int]]]:
+    """The next batch, or None at the end, the error of reading it, and the started sum of the ranks' errors."""
+    batch, mistake = None, None
     try:
-        result = read()
+        batch = next(batches, None)
     except UserError as error:
         mistake = error
-    if topology.any(mistake is not None):
-        raise _unread(mistake, topology)
-    return result  # type: ignore[return-value]
+    return batch, mistake, topology.start_sum([mistake is not None])
 
 
 def _unread(mistake: UserError | None, topology: Topology) -> Unread:
