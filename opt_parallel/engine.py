@@ -19,12 +19,13 @@ from deepspeed.utils import numa
 from torch import Tensor, nn
 
 from opt_parallel.config.model import Labels
+from opt_parallel.config.optimizer import StateDtype
 from opt_parallel.config.run import Offload, Precision, Run
 from opt_parallel.data.samples.batches import Totals
 from opt_parallel.data.samples.samples import Batch
 from opt_parallel.gradients import PartitionedGradients, ShardedGradients, WholeGradients
 from opt_parallel.model.build import network
-from opt_parallel.optim import OPTIMIZERS, LossScaler, build_optimizer, learning_rate, norm_of
+from opt_parallel.optim import OPTIMIZERS, LossScaler, RoundedAdamW, build_optimizer, learning_rate, norm_of
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Source, fill, trained
@@ -34,12 +35,15 @@ from opt_parallel.runtime.errors import Diverged, UserError
 from opt_parallel.zero import (
     Fragment,
     Replica,
+    base_optimizer,
     flat_weights,
     held_fragments,
     owned_fragments,
+    pieces,
     refresh_working_weights,
     replicas,
     reset_moments,
+    share_weights,
     updates_made,
 )
 
@@ -73,6 +77,11 @@ class Engine:
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
         self.run, self.topology, self.moments = run, topology, OPTIMIZERS[run.optimizer.name].moments
         self.wrapped = wrapped  # deepspeed.DeepSpeedEngine.
+        if run.optimizer.state_dtype is StateDtype.bf16:
+            share_weights(wrapped, run.zero.stage, topology.data.rank)
+            optimizer = base_optimizer(wrapped)
+            assert isinstance(optimizer, RoundedAdamW)
+            optimizer.pieces = pieces(wrapped, run.zero.stage, topology.data.rank, run.seed)
         self.scaler = LossScaler(run.precision) if run.precision.name is Precision.fp16 else None
         self.gradients = _gradients(run, topology, wrapped)
 
@@ -127,7 +136,7 @@ class Engine:
         lr = learning_rate(run.optimizer.lr, run.schedule, run.steps, run.batch_tokens, after)
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
-        averaged = 1 if isinstance(self.gradients, PartitionedGradients) else data.size
+        averaged = data.size if self.gradients.averaged else 1
         weight, unscale, loss_scale = averaged / targets, 1.0, None
         if self.scaler is not None:
             self.scaler.begin_step()
@@ -154,9 +163,7 @@ class Engine:
 
     def _loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         draw = Draw(self.run.seed, step, micro, self.topology.data.rank, batch.samples)
-        # At stages 1 and 2, DeepSpeed's engine would prepare its own reduction of gradients.
-        model = self.wrapped.module if isinstance(self.gradients, PartitionedGradients) else self.wrapped
-        loss = model(batch.ids, batch.labels, batch.positions, batch.segments, draw)
+        loss = self.gradients.module(batch.ids, batch.labels, batch.positions, batch.segments, draw)
         assert isinstance(loss, Tensor)
         return loss
 
@@ -250,24 +257,19 @@ def _forget_models() -> None:
 
 
 def _gradients(run: Run, topology: Topology, wrapped: Any) -> WholeGradients | PartitionedGradients | ShardedGradients:
-    """The gradients of a step under the run's ZeRO stage.
-
-    With several micro-batches, stage 1 communicates once in a step, and so it keeps fp32 gradients of all parameters.
-    Stage 2 communicates in each micro-batch. With one micro-batch there is no difference."""
+    """The gradients of a step under the run's ZeRO stage."""
     if run.zero.stage == 0:
         return WholeGradients(wrapped, topology.data)
     if run.zero.stage == 3:
         return ShardedGradients(wrapped)
-    several = run.global_batch > run.micro_batch * topology.data.size
-    keep = topology.data.size == 1 or (run.zero.stage == 1 and several)
-    keep = keep and run.zero.offload is Offload.none
-    return PartitionedGradients(wrapped.optimizer, topology.data, run.zero.reduce_bucket_size, keep)
+    return PartitionedGradients(wrapped.module, wrapped.optimizer, topology.data, run.zero.reduce_bucket_size)
 
 
 def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
     """The configuration dictionary that DeepSpeed needs for the run."""
     zero, layer = run.zero, run.model.layer_parameters // topology.tensor.size
     on_gpu = topology.device.type == "cuda"
+    bf16_state = run.optimizer.state_dtype is StateDtype.bf16
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": run.global_batch // (run.micro_batch * topology.data.size),
@@ -275,7 +277,11 @@ def deepspeed_settings(run: Run, topology: Topology) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "timers": {"throughput": {"enabled": False}},  # this timer waits for the device twice in each micro-batch
-        "bf16": {"enabled": run.precision.name is Precision.bf16},
+        "bf16": {
+            "enabled": run.precision.name is Precision.bf16,
+            "bf16_master_weights_and_grads": bf16_state,
+            "bf16_optimizer_states": bf16_state,
+        },
         "fp16": {"enabled": run.precision.name is Precision.fp16, "loss_scale": 1.0},  # Engine scales
         "zero_optimization": {
             "stage": 2 if zero.stage == 1 else zero.stage,  # PartitionedGradients replaces the reduction of both

@@ -1,6 +1,7 @@
 """The gradients of an optimizer step under each ZeRO stage: their sum over the data ranks, their norm, and the update.
 
-Each class has the same three methods. `backward` adds the gradients of a micro-batch. After the last micro-batch,
+Each class has the same attributes and methods. `module` computes the forward. `averaged` is true if DeepSpeed divides
+the gradients by the number of data ranks. `backward` adds the gradients of a micro-batch. After the last micro-batch,
 `squares` is the sum of squares of this rank's gradients, and `update` updates the weights. No method waits for the
 device.
 """
@@ -28,17 +29,27 @@ def _gradients_of(tensors: list[nn.Parameter]) -> list[Tensor]:
     return gradients
 
 
-class WholeGradients:
-    """Stage 0: DeepSpeed averages the gradients over the data ranks in the last backward, and each rank holds all of
-    them."""
+class _AveragedGradients:
+    """Gradients that DeepSpeed averages over the data ranks."""
 
-    def __init__(self, wrapped: Any, data: Group) -> None:
-        self.wrapped, self.data = wrapped, data
+    averaged = True
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = self.module = wrapped
+        self.optimizer = wrapped.optimizer
 
     def backward(self, loss: Tensor, first: bool, last: bool) -> None:
         self.wrapped.backward(loss, scale_wrt_gas=False)
         if not last:
             self.wrapped.step()  # this call only counts the micro-batch
+
+
+class WholeGradients(_AveragedGradients):
+    """Stage 0: DeepSpeed communicates in the last backward, and each rank holds all gradients."""
+
+    def __init__(self, wrapped: Any, data: Group) -> None:
+        super().__init__(wrapped)
+        self.data = data
 
     def squares(self) -> Tensor:
         """This rank's share of the sum of squares, see `sums_of_squares`. The sum over the data ranks is the total."""
@@ -53,20 +64,15 @@ class WholeGradients:
         self.wrapped.step()
 
 
-class ShardedGradients:
-    """Stage 3: DeepSpeed averages the gradients over the data ranks in each backward, into fp32 partitions."""
+class ShardedGradients(_AveragedGradients):
+    """Stage 3: DeepSpeed communicates in each backward, and each rank holds fp32 partitions."""
 
     def __init__(self, wrapped: Any) -> None:
-        self.wrapped, self.optimizer = wrapped, wrapped.optimizer
+        super().__init__(wrapped)
         stream = self.optimizer.reduce_and_partition_stream
         if stream is not None:
             # DeepSpeed makes the host wait for this stream after each backward. Only the device has to wait.
             stream.synchronize = lambda: torch.cuda.current_stream().wait_stream(stream)
-
-    def backward(self, loss: Tensor, first: bool, last: bool) -> None:
-        self.wrapped.backward(loss, scale_wrt_gas=False)
-        if not last:
-            self.wrapped.step()  # this call only counts the micro-batch
 
     def squares(self) -> Tensor:
         """The sum of squares of this rank's partition, see `sums_of_squares`."""
@@ -122,7 +128,7 @@ class _Bucket:
 @dataclass
 class _Sending:
     """A sum over the data ranks that is on its way. `target` is the part of this rank's partition to which the sum is
-    added, or None if another rank owns it or if the sum is computed in place."""
+    added, or None if another rank owns it."""
 
     work: Any
     values: Tensor
@@ -138,22 +144,23 @@ class PartitionedGradients:
     in about this order. A bucket whose gradients are all computed is converted to fp32 and summed on the rank that owns
     it. All ranks send the buckets in the same order.
 
-    If `keep` is false, every micro-batch is summed into the partition, through two buffers of `bucket` elements. If
-    `keep` is true, this rank adds its micro-batches to fp32 gradients of all parameters, and only the last micro-batch
-    communicates. Then the partition is a part of these gradients.
+    Every micro-batch is summed into the partition, through two buffers of `bucket` elements. A single data rank adds
+    its gradients to the partition directly, unless the partition is on another device.
     """
 
-    def __init__(self, optimizer: Any, data: Group, bucket: int, keep: bool) -> None:
-        self.optimizer, self.data, self.size = optimizer, data, bucket
+    averaged = False
+
+    def __init__(self, module: nn.Module, optimizer: Any, data: Group, bucket: int) -> None:
+        # `module` is not DeepSpeed's engine, which would prepare its own reduction of gradients in the forward.
+        self.module, self.optimizer, self.data, self.size = module, optimizer, data, bucket
         flats, self.weights = optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups
         largest = max(flat.numel() for flat in flats)
-        self.whole = [torch.zeros_like(flat, dtype=torch.float32) for flat in flats] if keep else []
-        self.buffers = [] if keep else [flats[0].new_empty(min(bucket, largest), dtype=torch.float32) for _ in range(2)]
-        for group, weights in enumerate(self.weights):
-            if keep:
-                weights.grad = self.whole[group][data.rank * len(weights) :][: len(weights)]
-            elif weights.grad is None:  # DeepSpeed has created the gradients of an offloaded optimizer
-                weights.grad = torch.zeros_like(weights)
+        self.direct = data.size == 1 and self.weights[0].device == flats[0].device
+        size = 0 if self.direct else min(bucket, largest)
+        self.buffers = [flats[0].new_empty(size, dtype=torch.float32) for _ in range(2)]
+        for weights in self.weights:
+            if weights.grad is None:  # DeepSpeed has created the gradients of an offloaded optimizer
+                weights.grad = torch.zeros_like(weights, dtype=torch.float32)
         self.sending: list[list[_Sending]] = [[], []]  # for each buffer
         self.buckets = sorted(self._buckets(), key=lambda each: -each.start / flats[each.group].numel())
         for hook in optimizer._grad_acc_hooks:
@@ -176,7 +183,7 @@ class PartitionedGradients:
                     stop, members = start, []
 
     def backward(self, loss: Tensor, first: bool, last: bool) -> None:
-        self.first, self.last, self.sent = first, last, 0
+        self.first, self.sent = first, 0
         for bucket in self.buckets:
             bucket.missing = len(bucket.members)
         loss.backward()
@@ -195,12 +202,9 @@ class PartitionedGradients:
     def _send(self, bucket: _Bucket) -> None:
         parts = [gradient.reshape(-1) for gradient in _gradients_of([tensor for tensor, _ in bucket.members])]
         offsets = [offset for _, offset in bucket.members]
-        if self.whole:
-            whole = self.whole[bucket.group]
-            add = torch._foreach_copy_ if self.first else torch._foreach_add_
-            add([whole[offset:][: len(part)] for offset, part in zip(offsets, parts, strict=True)], parts)
-            if self.last and self.data.size > 1:
-                self._reduce(bucket, bucket.start, whole[bucket.start : bucket.stop], self.sending[0])
+        if self.direct:
+            own, add = self.weights[bucket.group].grad, torch._foreach_copy_ if self.first else torch._foreach_add_
+            add([own[offset:][: len(part)] for offset, part in zip(offsets, parts, strict=True)], parts)
         else:
             for start in range(bucket.start, bucket.stop, self.size):
                 self._send_piece(bucket, start, min(start + self.size, bucket.stop), offsets, parts)
@@ -219,18 +223,17 @@ class PartitionedGradients:
                 sources.append(part[low - offset : high - offset])
                 targets.append(values[low - start : high - start])
         torch._foreach_copy_(targets, sources)
-        self._reduce(bucket, start, values, self.sending[1])
+        self._reduce(bucket, start, values)
 
-    def _reduce(self, bucket: _Bucket, start: int, values: Tensor, sending: list[_Sending]) -> None:
+    def _reduce(self, bucket: _Bucket, start: int, values: Tensor) -> None:
         """Begin to sum `values`, the elements of the flat group from `start` on, each on the rank that owns it."""
         own = self.weights[bucket.group].grad
         size, stop = len(own), start + len(values)
         for owner in range(start // size, (stop - 1) // size + 1):
             low, high = max(start, owner * size), min(stop, (owner + 1) * size)
             part = values[low - start : high - start]
-            in_place = bool(self.whole) or owner != self.data.rank
-            target = None if in_place else own[low - owner * size : high - owner * size]
-            sending.append(_Sending(reduce_to(part, owner, self.data), part, target, self.first))
+            target = own[low - owner * size : high - owner * size] if owner == self.data.rank else None
+            self.sending[1].append(_Sending(reduce_to(part, owner, self.data), part, target, self.first))
 
     def _receive(self, buffer: int) -> None:
         """Let the device wait for the sums that are on their way in a buffer, and add this rank's to its partition."""

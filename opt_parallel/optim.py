@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt_parallel.config.run import (
-    OptimizerConfig,
-    OptimizerName,
-    PrecisionConfig,
-    Scaler,
-    ScheduleConfig,
-    ScheduleName,
-)
+from opt_parallel.config.optimizer import OptimizerConfig, OptimizerName, StateDtype
+from opt_parallel.config.run import PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
 from opt_parallel.parallel.collectives import all_reduce
+from opt_parallel.parallel.rounding import Piece, addresses, keys, rounded
 from opt_parallel.parallel.shard import shard_of, trained
 from opt_parallel.parallel.topology import Group
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import Diverged
+
+CHUNK = 2**22  # elements that `RoundedAdamW` updates at a time, which bounds the memory of its fp32 values
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class OptimizerKind:
     `moments` are the names of the state tensors, torch's names if torch has the optimizer. Checkpoints store the
     moments under these names. The optimizer must meet these requirements:
 
-    * The state of a parameter consists of the moments, each in fp32 with the parameter's shape, and of `step`, the
-      number of updates of the parameter.
+    * The state of a parameter consists of the moments, each with the shape of the parameter and the dtype
+      `optimizer.state_dtype`, and of `step`, the number of updates of the parameter.
     * `step()` accepts a state that it did not create. In a resumed run, `zero.reset_moments` creates `step` (0-d
       float32) and moments of zeros before the first step, and the checkpoint's values are then copied into the moments.
     * The optimizer is elementwise, because under ZeRO 1–3 DeepSpeed updates flat one-dimensional partitions of the
@@ -50,14 +48,64 @@ class OptimizerKind:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Number of bytes in a checkpoint for each trained element, which has an fp32 weight and moments."""
+        """Number of bytes in a checkpoint for each trained element, which has a weight and moments, all fp32."""
         return 4 * (1 + len(self.moments))
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), with torch's fused kernels."""
+    """AdamW (Loshchilov & Hutter 2019), with torch's fused kernels if the state is fp32."""
+    if config.state_dtype is StateDtype.bf16:
+        return RoundedAdamW(groups, config)
     first, second = config.betas
     return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW with bf16 weights and moments and fp32 gradients. An update is computed in fp32, and then rounded
+    stochastically to bf16.
+
+    `pieces` has the parameters of each flat tensor. The engine sets it, since ZeRO flattens the parameters."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        first, second = config.betas
+        defaults = {"lr": config.lr, "betas": (first, second), "eps": config.eps, "weight_decay": config.weight_decay}
+        super().__init__(groups, defaults)
+        self.pieces: dict[Tensor, list[Piece]] = defaultdict(list)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weights in group["params"]:
+                if weights.grad is not None:
+                    self._update(weights, weights.grad, group)
+
+    def _update(self, weights: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weights]
+        if not state:
+            state["step"] = torch.zeros((), device=weights.device)
+            state |= {"exp_avg": torch.zeros_like(weights), "exp_avg_sq": torch.zeros_like(weights)}
+        state["step"] += 1
+        rounding, exact = keys(state["step"], 3), state["step"].double()
+        corrections = [(1 - beta**exact).float() for beta in group["betas"]]
+        for begin in range(0, len(weights), CHUNK):
+            end = min(begin + CHUNK, len(weights))
+            # `data` has no gradient. torch.compile does not accept a bf16 tensor with an fp32 gradient.
+            tensors = [each[begin:end] for each in (weights.data, state["exp_avg"], state["exp_avg_sq"])]
+            values = torch.stack([each.float() for each in tensors])
+            _adamw_update(values, gradient[begin:end], corrections, group)
+            numbers = addresses(self.pieces[weights], begin, end, weights.device)
+            for tensor, result in zip(tensors, rounded(values, numbers, rounding), strict=True):
+                tensor.copy_(result)
+
+
+def _adamw_update(values: Tensor, gradient: Tensor, corrections: list[Tensor], group: dict[str, Any]) -> None:
+    """Update `values` (3, n), the weights and their two moments, in fp32. `corrections` are 1 - beta^step."""
+    weights, first, second = values
+    (first_beta, second_beta), rate = group["betas"], group["lr"]
+    first.lerp_(gradient, 1 - first_beta)
+    second.mul_(second_beta).addcmul_(gradient, gradient, value=1 - second_beta)
+    size = (second / corrections[1]).sqrt_().add_(group["eps"]).mul_(corrections[0])
+    weights.mul_(1 - rate * group["weight_decay"]).addcdiv_(first, size, value=-rate)
 
 
 OPTIMIZERS = {OptimizerName.adamw: OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"))}

@@ -1,10 +1,13 @@
-"""Live views of a rank's training state, which is its fp32 weights and optimizer moments, under each ZeRO stage.
+"""Live views of a rank's training state, which is the optimizer's weights and moments, under each ZeRO stage.
+
+The weights are the fp32 copy that the optimizer updates, or the working weights with `optimizer.state_dtype=bf16`.
 
 The views copy no values, so writing to a fragment changes the optimizer's state.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt_parallel.parallel.random import number
+from opt_parallel.parallel.rounding import Piece
 from opt_parallel.parallel.shard import Shard, marked, trained
 from opt_parallel.parallel.topology import Topology
 
@@ -20,8 +25,8 @@ from opt_parallel.parallel.topology import Topology
 class Fragment:
     """Elements `start` to `start` + n of the flattened shard of a parameter, including padding.
 
-    `weights` is an fp32 tensor (n,). `moments` maps names to tensors (n,) and is empty before the first optimizer
-    step."""
+    `weights` is a tensor (n,), and `moments` maps names to tensors (n,), all in the dtype `optimizer.state_dtype`.
+    `moments` is empty before the first optimizer step."""
 
     name: str
     shard: Shard
@@ -116,10 +121,10 @@ def reset_moments(wrapped: Any, stage: int, moments: tuple[str, ...], updates: i
 
 
 def refresh_working_weights(wrapped: Any, stage: int) -> None:
-    """Round the fp32 weights to the dtype of the working weights and store them there, as DeepSpeed does at the end of
-    a step.
+    """Round the optimizer's weights to the dtype of the working weights and store them there, as DeepSpeed does at the
+    end of a step.
 
-    At stage 0 the fp32 weights are the working weights."""
+    At stage 0 the optimizer's weights are the working weights."""
     optimizer = wrapped.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
@@ -143,8 +148,33 @@ def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
     return base
 
 
+def share_weights(wrapped: Any, stage: int, data_rank: int) -> None:
+    """Let the optimizer update this rank's part of the bf16 working weights, so that there is no second copy. The
+    gradients of this part remain fp32."""
+    optimizer = wrapped.optimizer
+    if stage == 3:
+        parts = optimizer.fp16_partitioned_groups_flat
+    else:
+        parts = [group[data_rank] for group in optimizer.parallel_partitioned_bit16_groups]
+    for weights, part in zip(flat_weights(wrapped, stage), parts, strict=True):
+        weights.data, weights.grad_dtype = part, torch.float32
+    if stage < 3:
+        optimizer._link_all_hp_params()  # DeepSpeed's links to the copy would keep it in memory
+
+
+def pieces(wrapped: Any, stage: int, data_rank: int, seed: int) -> dict[Tensor, list[Piece]]:
+    """The parts of the parameters in each tensor that the torch optimizer updates, for `RoundedAdamW`."""
+    found: dict[Tensor, list[Piece]] = defaultdict(list)
+    for name, tensor, shard in trained(wrapped.module):
+        address = _address(wrapped, stage, data_rank, tensor)
+        if address is not None:
+            flat, start, offset, count = address
+            found[flat].append(Piece(number("rounding", seed, name, bits=62), shard, start, offset, count))
+    return found
+
+
 def flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
-    """The tensors that the torch optimizer updates, which are the parameters at stage 0, and this rank's flat fp32
+    """The tensors that the torch optimizer updates, which are the parameters at stage 0, and this rank's flat
     partitions at other stages."""
     if stage == 3:
         return list(wrapped.optimizer.fp32_partitioned_groups_flat)
@@ -152,9 +182,9 @@ def flat_weights(wrapped: Any, stage: int) -> list[Tensor]:
 
 
 def _address(wrapped: Any, stage: int, data_rank: int, tensor: Tensor) -> tuple[Tensor, int, int, int] | None:
-    """The position of this rank's fp32 elements of a parameter, or None if this rank has no elements of it. The tuple
-    holds the flat tensor, the first element's index in the flattened shard, its offset in the flat tensor, and the
-    number of elements."""
+    """The position of this rank's elements of a parameter in the optimizer's weights, or None if this rank has no
+    elements of it. The tuple holds the flat tensor, the first element's index in the flattened shard, its offset in the
+    flat tensor, and the number of elements."""
     if stage == 0:
         return tensor, 0, 0, tensor.numel()
     if stage == 3:

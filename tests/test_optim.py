@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 from layouts import Layout, rate_at, run_for
+from torch import Tensor, nn
 
-from opt_parallel.config.run import (
-    OptimizerConfig,
-    OptimizerName,
-    PrecisionConfig,
-    Scaler,
-    ScheduleConfig,
-    ScheduleName,
-)
+from opt_parallel.config.optimizer import OptimizerConfig, OptimizerName, StateDtype
+from opt_parallel.config.run import PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.optim import OPTIMIZERS, LossScaler, build_optimizer, norm_of, sums_of_squares
-from opt_parallel.parallel.shard import fill, random_source
+from opt_parallel.optim import OPTIMIZERS, LossScaler, RoundedAdamW, build_optimizer, norm_of, sums_of_squares
+from opt_parallel.parallel.rounding import Piece
+from opt_parallel.parallel.shard import Normal, Shard, fill, random_source
 from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import UserError
@@ -73,6 +70,85 @@ def test_checkpoints_store_the_complete_state_of_an_optimizer(name: OptimizerNam
         for moment in OPTIMIZERS[name].moments:
             assert state[moment].dtype is torch.float32, (key, moment)
             assert state[moment].shape == tensor.shape, (key, moment)
+
+
+BF16 = OptimizerConfig(lr=1e-2, betas=[0.8, 0.9], weight_decay=0.3, state_dtype=StateDtype.bf16)
+FULL = Shard((4, 8, 10), 1, 0, 1, Normal(0.1), True)
+
+
+def rounded_adamw(shard: Shard, cuts: list[int], values: dict[str, Tensor], steps: int = 3) -> dict[str, Tensor]:
+    """The weights and moments after updates of this shard, which is cut into flat tensors with two elements of padding.
+    `values` are the full weights, and the full gradient of each step."""
+    local = {name: full[shard.range].reshape(-1) for name, full in values.items()}
+    bounds = list(itertools.pairwise([0, *cuts, len(local["weights"])]))
+    padded = {name: [nn.functional.pad(each[a:b], (0, 2)) for a, b in bounds] for name, each in local.items()}
+    flats = [nn.Parameter(each.bfloat16()) for each in padded["weights"]]
+    optimizer = OPTIMIZERS[OptimizerName.adamw].build([{"params": flats, "weight_decay": 0.3}], BF16)
+    assert isinstance(optimizer, RoundedAdamW)
+    for flat, (a, b) in zip(flats, bounds, strict=True):
+        flat.grad_dtype = torch.float32
+        optimizer.pieces[flat] = [Piece(12345, shard, a, 0, b - a)]
+    for step in range(steps):
+        for flat, gradient in zip(flats, padded[f"gradient {step}"], strict=True):
+            flat.grad = gradient
+        optimizer.step()
+    assert all(not flat[-2:].any() for flat in flats)
+    kinds = {"weights": flats} | {kind: [optimizer.state[flat][kind] for flat in flats] for kind in MOMENTS}
+    return {kind: torch.cat([each.detach()[:-2] for each in parts]) for kind, parts in kinds.items()}
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def random_updates(steps: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    names = ["weights", *(f"gradient {step}" for step in range(steps))]
+    return {name: torch.randn(FULL.shape, generator=generator).bfloat16().float() for name in names}
+
+
+def test_rounded_adamw_rounds_torchs_update() -> None:
+    """Weights and moments of one update are the bf16 values next to torch's fp32 values."""
+    values = random_updates(1)
+    found = rounded_adamw(FULL, [], values, 1)
+    exact = nn.Parameter(values["weights"].reshape(-1).clone())
+    exact.grad = values["gradient 0"].reshape(-1)
+    optimizer = build_optimizer_of(exact)
+    optimizer.step()
+    for kind, wanted in {"weights": exact.detach(), **optimizer.state[exact]}.items():
+        if kind != "step":
+            assert found[kind].dtype is torch.bfloat16
+            spacing = 2.0 ** (wanted.abs().log2().floor() - 7)
+            assert ((found[kind].float() - wanted).abs() < spacing).all(), kind
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_rounded_adamw_gives_the_same_bits_in_every_layout(dim: int, count: int) -> None:
+    values = random_updates()
+    wanted = {kind: each.view(FULL.shape) for kind, each in rounded_adamw(FULL, [], values).items()}
+    for index in range(count):
+        shard = dataclasses.replace(FULL, dim=dim, index=index, count=count)
+        for kind, part in rounded_adamw(shard, [17, 90], values).items():
+            assert torch.equal(part.view(shard.local_shape), wanted[kind][shard.range]), kind
+
+
+def test_small_updates_add_up() -> None:
+    """Each update is a hundredth of the distance of two bf16 values. Rounded to the nearest value, it would be lost."""
+    weights = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    config = dataclasses.replace(BF16, lr=2**-7 / 100, weight_decay=0.0)
+    optimizer = RoundedAdamW([{"params": [weights]}], config)
+    weights.grad_dtype = torch.float32
+    optimizer.pieces[weights] = [Piece(1, Shard((4096,), 0, 0, 1, Normal(1), True), 0, 0, 4096)]
+    for _ in range(50):
+        weights.grad = torch.full((4096,), -1.0)
+        optimizer.step()
+    # The mean of 4,096 weights that each took 50 steps up with probability 1/100: deviation 0.7 / 64 of a step.
+    assert (weights.double().mean().item() - 1) * 2**7 == pytest.approx(0.5, abs=0.06)
+
+
+def build_optimizer_of(exact: nn.Parameter) -> torch.optim.Optimizer:
+    groups = [{"params": [exact], "weight_decay": 0.3}]
+    return OPTIMIZERS[OptimizerName.adamw].build(groups, dataclasses.replace(BF16, state_dtype=StateDtype.fp32))
 
 
 def test_the_norm_is_torchs() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opt_parallel.config.optimizer import StateDtype
 from opt_parallel.config.run import Precision, Run
 from opt_parallel.data.samples.samples import Batch
 from opt_parallel.parallel.topology import DTYPES, local_device
@@ -230,10 +231,14 @@ def _whole_refuses(run: Run, world: int) -> str:
     return "needs parallel.tensor > 1" if run.parallel.tensor == 1 else ""
 
 
+def _others_refuse(run: Run, world: int) -> str:
+    return "is timed with fp32 moments only" if run.optimizer.state_dtype is StateDtype.bf16 else ""
+
+
 def _autotp_refuses(run: Run, world: int) -> str:
     if run.parallel.tensor == 1:
         return "needs parallel.tensor > 1"
-    return "stops at ZeRO-2" if run.zero.stage == 3 else ""
+    return "stops at ZeRO-2" if run.zero.stage == 3 else _others_refuse(run, world)
 
 
 def _dtensor_refuses(run: Run, world: int) -> str:
@@ -241,14 +246,14 @@ def _dtensor_refuses(run: Run, world: int) -> str:
         return "needs parallel.tensor > 1"
     if run.parallel.tensor != world:
         return "has no ZeRO, so it needs data-parallel degree 1"
-    return ""
+    return _others_refuse(run, world)
 
 
 CONTENDERS = {
     "ours": Contender("opt-parallel", True, build_ours),
     "whole": Contender("opt-parallel, sequence=false", True, build_whole, _whole_refuses),
     "transformers": Contender(
-        "transformers + DeepSpeed", False, lambda run: build_with_deepspeed(run, autotp=False)
+        "transformers + DeepSpeed", False, lambda run: build_with_deepspeed(run, autotp=False), _others_refuse
     ),
     "autotp": Contender(
         "DeepSpeed AutoTP", True, lambda run: build_with_deepspeed(run, autotp=True), _autotp_refuses

@@ -18,7 +18,7 @@ import safetensors
 from safetensors.numpy import save
 
 from opt_parallel.checkpoint.manifest import LARGEST, MANIFEST, Damaged, wrong_size
-from opt_parallel.config.run import OptimizerName
+from opt_parallel.config.optimizer import OptimizerName
 from opt_parallel.optim import OPTIMIZERS, saved_optimizer
 from opt_parallel.parallel.shard import Constant, Shard
 from opt_parallel.runtime.errors import UserError

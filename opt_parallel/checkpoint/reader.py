@@ -113,12 +113,14 @@ class CheckpointReader:
 
 
 def _read(file: StoredFile, key: str, shared: Shared, into: Tensor) -> None:
-    """Read the values of a rectangle into `into`, without a copy if the file stores them in the same order."""
+    """Read the values of a rectangle into `into`, without a copy if the file stores them in the same order and dtype.
+
+    Into bf16, the values are rounded to the nearest bf16 value."""
     box, ranges = shared.theirs, shared.out_of
     row = box.numel // box.shape[0]
     first, last = ranges[0].start, ranges[0].stop
     full_rows = all(part == slice(0, size) for part, size in zip(ranges[1:], box.shape[1:], strict=True))
-    if full_rows and into.is_contiguous() and into.device.type == "cpu":
+    if full_rows and into.is_contiguous() and into.device.type == "cpu" and into.dtype is torch.float32:
         file.read(key, box.offset + first * row, into)
         return
     step = max(1, CHUNK // row)

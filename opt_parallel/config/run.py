@@ -13,6 +13,7 @@ from pathlib import Path
 
 from opt_parallel.config.data import DataConfig
 from opt_parallel.config.model import ModelConfig, Section, require
+from opt_parallel.config.optimizer import OptimizerConfig, StateDtype
 from opt_parallel.config.output import CheckpointConfig, EvaluationConfig, ExportConfig, LoggingConfig
 from opt_parallel.config.paths import PATH
 from opt_parallel.config.task import TaskConfig
@@ -39,12 +40,6 @@ class Scaler(Enum):
 
     paper = "paper"
     standard = "standard"
-
-
-class OptimizerName(Enum):
-    """Names of the optimizers in `optim.OPTIMIZERS`."""
-
-    adamw = "adamw"
 
 
 class ScheduleName(Enum):
@@ -85,8 +80,8 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
 
-    # 0 partitions nothing (fp32 only); 1 partitions the optimizer state over the data ranks, and gradients if a step
-    # has one micro-batch; 2 always partitions gradients, and sums them in each micro-batch; 3 also weights
+    # 0 partitions nothing (fp32 only), and communicates gradients once in a step; 1 and 2 partition the optimizer state
+    # and the gradients over the data ranks, and sum gradients in each micro-batch; 3 also partitions weights
     stage: int = 1
     # cpu: keep the optimizer's state in the host's memory and update the weights on the CPU
     offload: Offload = Offload.none
@@ -131,34 +126,6 @@ class PrecisionConfig(Section):
             self.initial_scale >= self.floor,
             f"precision.initial_scale={self.initial_scale} is below precision.floor={self.floor}",
         )
-
-
-@dataclass
-class OptimizerConfig(Section):
-    """The optimizer and gradient clipping. `clip=0` disables clipping."""
-
-    # name of the optimizer
-    name: OptimizerName = OptimizerName.adamw
-    # peak learning rate
-    lr: float = 6e-4
-    # decay rates of the two moments
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    # number added to the square root of the second moment
-    eps: float = 1e-8
-    # weight decay of matrices; biases and LayerNorms have none
-    weight_decay: float = 0.1
-    # maximum gradient norm; 0: no clipping
-    clip: float = 1.0
-
-    def check(self) -> None:
-        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
-        require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optimizer.betas={list(self.betas)} must be two numbers, 0 ≤ beta < 1",
-        )
-        require(self.eps > 0, f"optimizer.eps={self.eps} must be positive")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
-        require(self.clip >= 0, f"optimizer.clip={self.clip} must not be negative (0: no clipping)")
 
 
 @dataclass
@@ -298,10 +265,26 @@ class Run(Section):
             f"precision={self.precision.name.value} needs ZeRO's fp32 master weights, which zero.stage=0 does not "
             "keep: use zero.stage=1, 2 or 3, or precision=fp32",
         )
+        self._check_state_dtype()
         require(
             (self.schedule.warmup_steps or 0) <= self.steps,
             f"the warm-up takes {self.schedule.warmup_steps} steps but steps={self.steps}: shorten "
             "schedule.warmup_steps, or train longer",
+        )
+
+    def _check_state_dtype(self) -> None:
+        if self.optimizer.state_dtype is StateDtype.fp32:
+            return
+        require(
+            self.precision.name in (Precision.bf16, Precision.auto) and self.zero.stage > 0,
+            f"optimizer.state_dtype=bf16 updates the bf16 weights of the network, which precision="
+            f"{self.precision.name.value} with zero.stage={self.zero.stage} does not have: use precision=bf16 with "
+            "zero.stage=1, 2 or 3, or optimizer.state_dtype=fp32",
+        )
+        require(
+            self.zero.offload is Offload.none,
+            f"zero.offload={self.zero.offload.value} updates a second copy of the weights in the host's memory, which "
+            "optimizer.state_dtype=bf16 does not have: use zero.offload=none, or optimizer.state_dtype=fp32",
         )
 
     def _check_model_fits(self) -> None:

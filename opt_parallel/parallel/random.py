@@ -21,7 +21,7 @@ from opt_parallel.parallel.topology import Group
 # The constants of a two-round 32-bit integer hash (Wellons 2018, "Prospecting for hash functions", lowbias32), as
 # signed numbers, since the tensors are int32.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
-_GOLDEN = 0x9E3779B9 - (1 << 32)
+GOLDEN = 0x9E3779B9 - (1 << 32)
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,15 @@ def hash_dropped(samples: Tensor, length: int, channels: int, p: float, key: Ten
     a 0-d int32 tensor. The first of the `length` positions is `first`.
     """
     low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
-    sample = _mix(low + _mix(high + key))
+    sample = mix(low + mix(high + key))
     position = torch.arange(first, first + length, dtype=torch.int32, device=samples.device)
     channel = torch.arange(channels, dtype=torch.int32, device=samples.device)
-    rows = _mix(sample.unsqueeze(-1) + _mix(position * _GOLDEN))
-    hashes = _mix(rows.unsqueeze(-1) ^ _mix(channel * _GOLDEN + key))
+    rows = mix(sample.unsqueeze(-1) + mix(position * GOLDEN))
+    hashes = mix(rows.unsqueeze(-1) ^ mix(channel * GOLDEN + key))
     return hashes < int(p * 2**32) - 2**31
 
 
-def _mix(values: Tensor) -> Tensor:
+def mix(values: Tensor) -> Tensor:
     """The hash lowbias32 of int32 values. Products wrap around. The masks make the right shifts logical shifts."""
     mixed = values ^ ((values >> 16) & 0xFFFF)
     mixed *= _FIRST

@@ -76,6 +76,14 @@ class Shard:
         """Number of elements of the full (unsplit) tensor."""
         return math.prod(self.shape)
 
+    def index_of(self, local: Tensor) -> Tensor:
+        """The indices in the flattened full tensor of the elements `local` of this flattened part.
+
+        The indices of padding have no meaning."""
+        row = math.prod(self.shape[self.dim + 1 :])
+        part, full = self.local_shape[self.dim] * row, self.shape[self.dim] * row
+        return local // part * full + self.index * part + local % part
+
 
 Source = Callable[[str, Shard], Tensor]
 """A function `source(name, shard)` that returns the elements `shard.range` of the full (unsplit) tensor `name`."""

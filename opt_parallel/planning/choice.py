@@ -90,7 +90,7 @@ def candidates(run: Run, cluster: Cluster, free: Collection[str]) -> Iterator[Ru
         micros = [size for size in _divisors(each) if size <= MOST_MICRO]
         for micro in micros if "batch.micro" in free else [size for size in micros if size == run.micro_batch]:
             for stage in stages:
-                if stage == 2 and each == micro and 1 in stages:
+                if stage == 2 and 1 in stages:
                     continue  # the same as stage 1
                 for kind in kinds:
                     yield with_settings(run, tensor, stage, micro, kind)

@@ -52,15 +52,14 @@ class Exchange:
         return max(0.0, total - computed) + HIDDEN * min(total, computed)
 
     def _of_this_trainer(self, layer: Layer, stage: float) -> float:
-        """Stages 0 to 2 (`gradients.py`): fp32 gradients are summed beside the backward, at stage 2 beside each one.
-        Nothing hides the gathering of the updated weights, and nothing the all-reduce of stage 0."""
+        """Stages 0 to 2 (`gradients.py`): at stages 1 and 2, fp32 gradients are summed beside each backward. Nothing
+        hides the gathering of the updated weights, and nothing the all-reduce of stage 0."""
         workload = self.workload
         own = rank_parameters(workload)
         reduce, gather = self.ring(4 * own), self.ring(workload.states.weight * own)
         if workload.stage == 0:
             return 2 * reduce
-        micros = workload.accumulation if workload.stage == 2 else 1
-        return micros * exposed(reduce, stage * layer.total * (1 - layer.forward)) + gather
+        return workload.accumulation * exposed(reduce, stage * layer.total * (1 - layer.forward)) + gather
 
     def _gathering(self, layer: Layer, stage: float) -> float:
         """ZeRO-3 gathers each layer's weights in the forward and in the backward of every micro-batch, and reduces its

@@ -35,12 +35,6 @@ def rank_parameters(workload: Workload) -> int:
     return network.layers * layer_parameters(network, tensor).total + ends
 
 
-def keeps_gradients(workload: Workload) -> bool:
-    """Whether a rank keeps fp32 gradients of all its parameters (`engine._gradients`)."""
-    keep = workload.data == 1 or (workload.stage == 1 and workload.accumulation > 1)
-    return keep and not workload.offload
-
-
 def held(workload: Workload) -> Held:
     """The states of a rank of this trainer."""
     every = rank_parameters(workload)
@@ -49,14 +43,13 @@ def held(workload: Workload) -> Held:
     if workload.stage == 0:
         return Held(weights, 4 * trained, 0, workload.states.moments * trained)
     part = -(-trained // workload.data)
-    optimizer = {"masters": 4 * part, "moments": workload.states.moments * part}
+    optimizer = {"masters": workload.states.master * part, "moments": workload.states.moments * part}
     if workload.offload:
         optimizer = {"host": sum(optimizer.values()) + 4 * part}
     if workload.stage == 3:
         return _fully_split(workload, weights, part, optimizer)
-    if keeps_gradients(workload):
-        return Held(weights, gradients=4 * trained, **optimizer)
-    buffers = 2 * 4 * min(workload.reduce_bucket, trained)
+    direct = workload.data == 1 and not workload.offload
+    buffers = 0 if direct else 2 * 4 * min(workload.reduce_bucket, trained)
     return Held(weights, gradients=0 if workload.offload else 4 * part, buffers=buffers, **optimizer)
 
 

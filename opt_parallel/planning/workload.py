@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from opt_parallel.config.model import POSITION_OFFSET, Activation
+from opt_parallel.config.optimizer import StateDtype
 from opt_parallel.config.run import Offload, Precision, Run
 
 
@@ -196,7 +197,7 @@ def network_of(run: Run) -> Network:
 def of_run(run: Run, world: int) -> Workload:
     """The workload of a run on `world` devices. The precision `auto` is planned as bf16."""
     precision = run.precision.name
-    fp32 = precision is Precision.fp32
+    fp32, bf16_state = precision is Precision.fp32, run.optimizer.state_dtype is StateDtype.bf16
     data = world // run.parallel.tensor
     return Workload(
         network=network_of(run),
@@ -204,7 +205,7 @@ def of_run(run: Run, world: int) -> Workload:
         micro=run.micro_batch,
         accumulation=run.global_batch // (run.micro_batch * data),
         precision="bf16" if precision is Precision.auto else precision.value,
-        states=States(weight=4 if fp32 else 2, master=0 if run.zero.stage == 0 else 4),
+        states=States(4 if fp32 else 2, 4, 0 if run.zero.stage == 0 or bf16_state else 4, 4 if bf16_state else 8),
         tensor=run.parallel.tensor,
         sequence=run.parallel.sequence and run.parallel.tensor > 1,
         data=data,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from opt_parallel.config.model import Labels, ProblemType
+from opt_parallel.config.optimizer import StateDtype
 from opt_parallel.config.run import Offload, Run
 from opt_parallel.gradients import PartitionedGradients
 from opt_parallel.model.build import network
@@ -134,10 +135,7 @@ def _loss(run: Run, model: nn.Module) -> Tensor:
 def _gradients(run: Run, model: nn.Module, data: Group) -> Any:
     if run.zero.stage not in (1, 2):
         return _FreedGradients(model)
-    several = run.global_batch > run.micro_batch * data.size
-    keep = data.size == 1 or (run.zero.stage == 1 and several)
-    keep = keep and run.zero.offload is Offload.none
-    return _Rehearsed(_partitions(run, model, data), data, run.zero.reduce_bucket_size, keep)
+    return _Rehearsed(model, _partitions(run, model, data), data, run.zero.reduce_bucket_size)
 
 
 class _Rehearsed(PartitionedGradients):
@@ -146,11 +144,11 @@ class _Rehearsed(PartitionedGradients):
     def states(self) -> list[Tensor]:
         own = [*self.weights, *(weights.grad for weights in self.weights)]
         host = getattr(self.optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", [])
-        return [*self.optimizer.bit16_groups_flat, *own, *host, *self.whole, *self.buffers]
+        return [*self.optimizer.bit16_groups_flat, *own, *host, *self.buffers]
 
     def sums(self, micros: int) -> int:
         """The number of times in a step of `micros` micro-batches that gradients are summed over the data ranks."""
-        return 1 if self.whole else micros
+        return micros
 
 
 class _FreedGradients:
@@ -186,7 +184,11 @@ def _partitions(run: Run, model: nn.Module, data: Group) -> Any:
         groups.append(group["params"])
         share = -(-sum(tensor.numel() for tensor in groups[-1]) // (2 * data.size)) * 2
         flats.append(torch.empty(share * data.size, dtype=groups[-1][0].dtype, device=DEVICE))
-        parts.append(nn.Parameter(torch.empty(share, dtype=torch.float32, **place)))
+        if run.optimizer.state_dtype is StateDtype.bf16:
+            parts.append(nn.Parameter(flats[-1].chunk(data.size)[0]))
+            parts[-1].grad_dtype = torch.float32
+        else:
+            parts.append(nn.Parameter(torch.empty(share, dtype=torch.float32, **place)))
         if run.zero.offload is Offload.cpu:
             parts[-1].grad = torch.empty(share, dtype=torch.float32, **place)
         group["params"] = [parts[-1]]

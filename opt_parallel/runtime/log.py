@@ -53,8 +53,10 @@ def quiet_libraries() -> None:
     if home := machine.ensure_home():
         say(f"note: user {os.getuid()} has no home folder here: {home} is used instead")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # DeepSpeed's file that logs a missing GPU, which we report ourselves.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.filename != "real_accelerator.py")
+    # DeepSpeed's file that logs a missing GPU, which we report ourselves, and its warning of optimizers that are not
+    # torch's.
+    unwanted = {"real_accelerator.py", "_do_optimizer_sanity_check"}
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not unwanted & {record.filename, record.funcName})
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger(RETRIES).setLevel(logging.ERROR)

@@ -22,11 +22,17 @@ from opt_parallel.config.run import (
     PrecisionConfig,
     Run,
     ScheduleConfig,
+    StateDtype,
     ZeroConfig,
 )
 from opt_parallel.config.task import LoraConfig, Task, TaskConfig
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import UserError
+
+
+def bf16_state(**settings: Any) -> Run:
+    return Run(optimizer=OptimizerConfig(state_dtype=StateDtype.bf16), **settings)
+
 
 REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: ModelConfig(hidden_size=100, num_attention_heads=12), ["100", "12", "100 = 12 × 8 + 4"]),
@@ -63,6 +69,10 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (lambda: EvaluationConfig(max_new_tokens=0), ["evaluation.max_new_tokens=0"]),
     (lambda: OptimizerConfig(betas=[0.9]), ["betas=[0.9]"]),
     (lambda: OptimizerConfig(lr=0.0), ["lr=0.0"]),
+    (lambda: bf16_state(precision=PrecisionConfig(Precision.fp16)), ["precision=fp16", "optimizer.state_dtype=fp32"]),
+    (lambda: bf16_state().in_precision(Precision.fp32), ["precision=fp32", "use precision=bf16"]),
+    (lambda: bf16_state(zero=ZeroConfig(stage=0)), ["zero.stage=0", "zero.stage=1, 2 or 3"]),
+    (lambda: bf16_state(zero=ZeroConfig(offload=Offload.cpu)), ["zero.offload=cpu", "use zero.offload=none"]),
     (lambda: PrecisionConfig(initial_scale=1e-3), ["initial_scale=0.001", "floor=0.03125"]),
     (lambda: DataConfig(train=3), ["data.train=3"]),
     (lambda: ExportConfig(max_shard_size="5 apples"), ["export.max_shard_size=5 apples", "5GB"]),

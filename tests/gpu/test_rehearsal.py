@@ -146,7 +146,7 @@ def test_faults_name_the_line(found: Any) -> None:
 
 
 def test_gradients_are_summed_over_the_data_ranks(found: Any) -> None:
-    """In fp32, once in a step at stage 1 and in each micro-batch at stage 2; the weights are gathered in bf16."""
+    """In fp32, in each micro-batch; the weights are gathered in bf16."""
     parameters = {}
     for name in ("ZeRO-1", "ZeRO-2, three"):
         data = found["steps"][name]["collectives"]["data"]

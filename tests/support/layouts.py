@@ -19,6 +19,7 @@ from opt_parallel.config.run import (
     PrecisionConfig,
     Run,
     ScheduleConfig,
+    StateDtype,
     ZeroConfig,
 )
 from opt_parallel.data.samples.samples import Batch
@@ -100,6 +101,13 @@ def run_for(
         activation_checkpointing=ActivationCheckpointing(layout.recompute),
         steps=steps,
     )
+
+
+def in_bf16(run: Run) -> Run:
+    """The same run with bf16 moments and no fp32 copy of the weights. Without clipping, data ranks and ZeRO stages give
+    the same bits, because the factor of clipping depends on the order in which squares are summed."""
+    optimizer = dataclasses.replace(run.optimizer, state_dtype=StateDtype.bf16, clip=0.0)
+    return dataclasses.replace(run.in_precision(Precision.bf16), optimizer=optimizer)
 
 
 def batch_of(run: Run, samples: range) -> Batch:
