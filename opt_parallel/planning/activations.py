@@ -6,7 +6,7 @@ traces of `docs/memory.md`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opt_parallel.planning.parameters import embedding_parameters
 from opt_parallel.planning.workload import Recompute, Workload
@@ -110,7 +110,16 @@ def _at_the_last_layer(workload: Workload) -> Activations:
     copies = 3 if workload.cpu else 1  # gloo's sum of parts receives the other ranks' parts in a tensor of its own
     product = hidden + (copies * hidden if workload.sequence else weight)
     temporary = part + ffn + max(ffn, product)
+    if workload.stage == 3 and workload.data > 1:  # DeepSpeed sums the gradient of a matrix in an fp32 copy
+        temporary += 4 * weight // value
     return Activations(layer, network.layers * layer + again, rows, temporary, "the backward of the last layer")
+
+
+def at_the_first_layer(workload: Workload) -> Activations:
+    """In the backward of the first layer, when no other layer holds anything."""
+    network = replace(workload.network, layers=1)
+    last = _at_the_last_layer(replace(workload, network=network))
+    return replace(last, logits=0, peak_at="the backward of the first layer")
 
 
 def activations(workload: Workload) -> Activations:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from opt_parallel.planning.activations import Activations, activations, part_bytes
+from opt_parallel.planning.activations import Activations, activations, at_the_first_layer, part_bytes
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.fsdp import part as fully_split
 from opt_parallel.planning.megatron import part as megatron_part
@@ -83,7 +83,7 @@ def _of_others(workload: Workload, cluster: Cluster) -> Memory:
 def _of_this_trainer(workload: Workload) -> Memory:
     states, act = held(workload), activations(workload)
     if workload.stage == 0 and workload.accumulation == 1:
-        states, act = _without_kept_gradients(states, act)
+        states, act = _with_growing_gradients(workload, states)
     allocated = sum(vars(states).values()) - states.host + act.total
     return Memory(
         weights=states.weights,
@@ -101,12 +101,13 @@ def _of_this_trainer(workload: Workload) -> Memory:
     )
 
 
-def _without_kept_gradients(states: Held, act: Activations) -> tuple[Held, Activations]:
-    """Stage 0 with one micro-batch: gradients come into being in the backward, while activations are freed. So only the
-    larger of both counts."""
-    if act.total > states.gradients:
-        return replace(states, gradients=0), act
-    return states, Activations(act.layer, 0, 0, 0, "the end of the backward")
+def _with_growing_gradients(workload: Workload, states: Held) -> tuple[Held, Activations]:
+    """Stage 0 with one micro-batch: gradients come into being in the backward, while activations are freed. So the peak
+    is before the first gradient or after the last."""
+    before, after = activations(workload), at_the_first_layer(workload)
+    if before.total > states.gradients + after.total:
+        return replace(states, gradients=0), before
+    return states, after
 
 
 def communicators(workload: Workload) -> int:
@@ -117,4 +118,7 @@ def communicators(workload: Workload) -> int:
 def _host(workload: Workload, states: Held) -> int:
     """The copy of a checkpoint that is written during training, and offloaded inputs of the layers."""
     inputs = workload.network.layers * part_bytes(workload) if workload.recompute is Recompute.offload else 0
-    return states.masters + states.moments + inputs
+    saved = states.masters + states.moments  # at stage 0 each data rank saves a share of the weights and moments
+    if workload.stage == 0:
+        saved = (states.weights + states.moments) // workload.data
+    return saved + inputs

@@ -93,6 +93,18 @@ def test_states_of_each_stage(stage: int, accumulation: int, bytes_each: float) 
     assert states / 6.658e9 == pytest.approx(bytes_each, rel=0.002)
 
 
+def test_gradients_and_activations_of_stage_0_do_not_add_up() -> None:
+    """With one micro-batch there are no gradients at the loss, and at the last gradient one layer's activations."""
+    network = network_of(run_of("1.3b"))
+    fp32 = Workload(network, precision="fp32", states=States(weight=4, master=0), stage=0)
+    wide = memory(dataclasses.replace(fp32, micro=8), H100)
+    assert wide.gradients == 0
+    narrow = memory(dataclasses.replace(fp32, recompute=Recompute.full), H100)
+    assert narrow.peak_at == "the backward of the first layer"
+    assert narrow.gradients == narrow.weights
+    assert memory(dataclasses.replace(fp32, micro=8, accumulation=2), H100).gradients == narrow.gradients
+
+
 def test_megatrons_layer_is_the_published_formula() -> None:
     """34 s b h + 5 a s² b bytes, and 34 s b h / t with sequence parallelism and recomputed attention (arXiv 2205.05198,
     table 2)."""

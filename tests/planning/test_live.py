@@ -69,4 +69,5 @@ def test_the_plan_is_what_lives(crew: Any) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_the_plan_of_each_stage_is_what_lives(crew: Any, stage: int, tensor: int, recompute: str) -> None:
-    check(crew, Layout(tensor, 4 // tensor, stage, 4, recompute))
+    micro = 8 if tensor == 4 else 4  # so that the loss of a rank's words is large enough to be compiled
+    check(crew, Layout(tensor, 4 // tensor, stage, micro, recompute))
