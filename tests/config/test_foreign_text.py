@@ -94,7 +94,9 @@ def test_labels_and_the_folder_of_a_hugging_face_classifier(classifier: Path) ->
     assert run.folder == Path("runs/from-a ${oc.env:HF_TOKEN} ${x")
 
 
-@pytest.mark.parametrize("text", HOSTILE[::3])
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=pytest.mark.long if n % 3 else ()) for n, text in enumerate(HOSTILE)]
+)
 def test_what_a_manifest_says_of_its_data_and_its_task(tmp_path: Path, text: str) -> None:
     said = {"label_field": text, "prompt_field": text, "labels": [text, "b"]}
     folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": text}, task=said)

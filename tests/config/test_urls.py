@@ -69,10 +69,11 @@ def test_a_url_is_no_path(url: str) -> None:
     refused(lambda: local("run.dir=", url), "run.dir=", url)
 
 
+@pytest.mark.parametrize("share", [0, *(pytest.param(share, marks=pytest.mark.long) for share in range(1, 4))])
 @pytest.mark.parametrize("key", path_keys(Run))
-def test_in_every_key(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_every_key(key: str, share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for url in URLS[path_keys(Run).index(key) % 4 :: 4]:
+    for url in URLS[(share + path_keys(Run).index(key)) % 4 :: 4]:
         values = to_dict(Run())
         *outer, name = key.split(".")
         holder = values[outer[0]] if outer else values

@@ -111,11 +111,12 @@ def test_no_value_becomes_a_command_or_a_directive(key: str, share: int, tmp_pat
         run_script(script, tmp_path)
 
 
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("system", [System.torchrun, System.deepspeed, System.accelerate])
-def test_a_command_keeps_its_words(system: System) -> None:
+def test_a_command_keeps_its_words(system: System, share: int) -> None:
     others = shlex.split(shown(system))
     for number, key in enumerate(key for each, key in KEYS if each is system):
-        for text in SIGNS[number % 6 :: 6]:
+        for text in SIGNS[(share + number) % len(SHARES) :: len(SHARES)]:
             try:
                 words = shlex.split(shown(system, key, text))
             except UserError:

@@ -94,11 +94,12 @@ def test_greedy_and_beams_are_transformers(
     assert len(set(ended)) > 2  # or the settings would show nothing
 
 
-def test_settings_together(models: tuple[OPTForCausalLM, Any]) -> None:
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
+def test_settings_together(models: tuple[OPTForCausalLM, Any], every: int) -> None:
     ours, theirs = models
     ids, mask = prompts()
     choices = ((1.0, 1.2), (0, 2), (0, 6), (2, [7, 9]), ({}, SEARCHES[1], SEARCHES[4]))
-    for penalty, size, least, ends, search in list(itertools.product(*choices))[::7]:
+    for penalty, size, least, ends, search in list(itertools.product(*choices))[::every]:
         settings = {
             "repetition_penalty": penalty, "no_repeat_ngram_size": size, "min_new_tokens": least, "eos_token_id": ends,
             "max_new_tokens": 14, **search,

@@ -155,8 +155,9 @@ def test_accelerate() -> None:
     assert answers[0] == pytest.approx(answers[1], rel=1e-2)  # bf16 has 8 bits
 
 
+@pytest.mark.parametrize("steps", [4, pytest.param(10, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", CLASSES[1:])
-def test_steps_of_their_trainer(tmp_path: Path, name: str) -> None:
+def test_steps_of_their_trainer(tmp_path: Path, name: str, steps: int) -> None:
     from transformers import Trainer, TrainingArguments
 
     def example(number: int) -> dict[str, Any]:
@@ -167,15 +168,15 @@ def test_steps_of_their_trainer(tmp_path: Path, name: str) -> None:
     for number, model in enumerate(pair(name)):
         folder = str(tmp_path / str(number))
         arguments = TrainingArguments(
-            folder, max_steps=4, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
-            eval_strategy="steps", eval_steps=4, disable_tqdm=True, learning_rate=1e-3,
+            folder, max_steps=steps, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
+            eval_strategy="steps", eval_steps=steps, disable_tqdm=True, learning_rate=1e-3,
         )  # fmt: skip
         trainer = Trainer(model=model, args=arguments, train_dataset=examples, eval_dataset=examples[:4])
         trainer.train()  # which saves a checkpoint at its end
         rows = trainer.state.log_history
         answers.append([row[key] for row in rows for key in ("loss", "eval_loss") if key in row])
         trainer.train(resume_from_checkpoint=True)
-    assert len(answers[0]) == 5
+    assert len(answers[0]) == steps + 1
     assert answers[0] == pytest.approx(answers[1], rel=1e-3)
 
 

@@ -103,12 +103,12 @@ def test_read_while_it_is_filled(tmp_path: Path) -> None:
     assert not store.ended
     filler.kill()
     filler.join()
-    kept = {path.name: path.stat().st_ino for path in (tmp_path / "stream").glob("part-?????")}
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stream").glob("part-?????")}
     assert kept
     filling.start()
     assert store.arrived(EVERYTHING) == (len(expected) - 1) // LENGTH
     assert store.of_tokens("ids", 0, store.tokens).tolist() == expected
-    assert {name: (tmp_path / "stream" / name).stat().st_ino for name in kept} == kept
+    assert {name: (tmp_path / "stream" / name).stat().st_mtime_ns for name in kept} == kept
     whole = TokenStore(tmp_path / "stream")
     assert whole.of_tokens("ids", 0, whole.tokens).tolist() == expected
     assert whole.manifest["statistics"]["documents"] == len(TEXTS)
@@ -155,11 +155,11 @@ def test_a_stream_that_breaks_off_is_told_to_all_who_wait(tmp_path: Path) -> Non
     assert len(complete_parts(filling.folder)) == before  # nothing is added where nothing came
     path.write_bytes(whole)  # a line of the hub: the same place, and the rest is there now
     store = growing(filling)  # opened before the filler begins, when the failure is still told
-    kept = [part.stat().st_ino for part in sorted((tmp_path / "stream").glob("part-?????"))]
+    kept = [part.stat().st_mtime_ns for part in sorted((tmp_path / "stream").glob("part-?????"))]
     filling.start()
     assert store.arrived(EVERYTHING) == (len(expected) - 1) // LENGTH
     assert store.of_tokens("ids", 0, store.tokens).tolist() == expected
-    assert [part.stat().st_ino for part in sorted((tmp_path / "stream").glob("part-?????"))][: len(kept)] == kept
+    assert [part.stat().st_mtime_ns for part in sorted((tmp_path / "stream").glob("part-?????"))][: len(kept)] == kept
 
 
 def test_a_filler_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
