@@ -11,7 +11,7 @@ import torch
 
 from opt_parallel.config.run import Run
 from opt_parallel.parallel.topology import Topology
-from opt_parallel.planning.choice import changes, nearest
+from opt_parallel.planning.choice import MARGIN, changes, nearest
 from opt_parallel.planning.cluster import DEVICES, Cluster, Device
 from opt_parallel.planning.plan import Plan, plan_of
 from opt_parallel.planning.rates import RATES
@@ -45,7 +45,9 @@ def _check(run: Run, topology: Topology) -> None:
         return
     line = f"the run needs {needed / GIB:,.1f} GiB on the fullest rank, and {_where(plan, topology)}"
     if run.plan.enforce:
-        raise UserError(f"{line}: {_advice(plan, plan.limit)}, or plan.enforce=false to try it nevertheless")
+        raise UserError(
+            f"{line}: {_advice(plan, round((1 - MARGIN) * plan.limit))}, or plan.enforce=false to try it nevertheless"
+        )
     say(f"warning: {line}")
 
 

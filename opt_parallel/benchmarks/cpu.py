@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -17,7 +18,8 @@ from opt_parallel.runtime.machine import cpu_model, cpus, memory_limit
 from opt_parallel.storage.atomic import write_text
 
 ROUNDS, SECONDS = 3, 5.0  # of each measurement, at most
-ROWS, WIDTH, WIDE = 1024, 1024, 4096  # a product of the shape of a feed-forward layer
+ROWS, WIDTH, WIDE = (16, 128, 1024), 1024, 4096  # products of the shape of a feed-forward layer
+SLOW = 0.5  # seconds of a product from which larger ones are not measured, such as bf16 where a CPU emulates it
 
 
 def measure(config: ClusterConfig) -> ClusterConfig:
@@ -41,8 +43,14 @@ def measure(config: ClusterConfig) -> ClusterConfig:
 
 def _product(dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product."""
-    left, right = torch.ones(ROWS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDE, dtype=dtype)
-    return 2 * ROWS * WIDTH * WIDE / _fastest(lambda: torch.mm(left, right))
+    right, rate = torch.ones(WIDTH, WIDE, dtype=dtype), 0.0
+    for rows in ROWS:
+        left = torch.ones(rows, WIDTH, dtype=dtype)
+        seconds = _fastest(partial(torch.mm, left, right))
+        rate = 2 * rows * WIDTH * WIDE / seconds
+        if seconds > SLOW:
+            break
+    return rate
 
 
 def _bandwidth() -> float:

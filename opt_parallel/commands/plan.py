@@ -70,7 +70,7 @@ def main() -> None:
 
 def plan_run(overrides: list[str], as_json: bool, picture: Path | None) -> None:
     """Compose, plan and print a run."""
-    ours, theirs, free = split_overrides(checked(overrides, TEXTS))
+    ours, theirs, free = split_overrides(checked(overrides, TEXTS | {"cluster"}))
     config, planned = composed(ours, theirs)
     cluster = measured(config.cluster)
     plan, choice = planned_on(planned, cluster, free)

@@ -17,6 +17,7 @@ GIB = 2**30
 FREE = ("parallel.tensor", "zero.stage", "batch.micro", "activation_checkpointing")
 MOST_MICRO = 64  # sequences of a micro-batch that the search considers
 AUTO = "auto"
+MARGIN = 0.04  # the share of a device's memory that chosen settings leave free, since a plan is not exact
 SAME = 0.002  # relative difference of two times that are called the same
 PARTS = {
     "products": "products",
@@ -90,7 +91,7 @@ def candidates(run: Run, cluster: Cluster, free: Collection[str]) -> Iterator[Ru
         micros = [size for size in _divisors(each) if size <= MOST_MICRO]
         for micro in micros if "batch.micro" in free else [size for size in micros if size == run.micro_batch]:
             for stage in stages:
-                if stage == 2 and 1 in stages:
+                if 1 in stages and (stage == 2 or (stage > 1 and devices == tensor)):
                     continue  # the same as stage 1
                 for kind in kinds:
                     yield with_settings(run, tensor, stage, micro, kind)
@@ -108,7 +109,7 @@ def choose(run: Run, cluster: Cluster, free: Collection[str]) -> Choice:
     for each in candidates(run, cluster, free):
         searched += 1
         needed = memory(of_run(each, cluster.devices), cluster).total
-        if needed > cluster.device.memory:
+        if needed > (1 - MARGIN) * cluster.device.memory:
             least = min(least or (needed, each), (needed, each), key=lambda pair: pair[0])
             continue
         plan = plan_of(each, cluster)
@@ -139,7 +140,8 @@ def _nothing_fits(run: Run, cluster: Cluster, free: Collection[str], least: tupl
     needed, smallest = least
     return (
         f"no settings fit on {where}: {words(smallest)} needs least, {needed / GIB:.1f} GiB of "
-        f"{cluster.device.memory / GIB:.1f}: plan more devices (cluster.nodes), larger ones, or zero.offload=cpu"
+        f"{cluster.device.memory / GIB:.1f}, of which {MARGIN:.0%} stay free: plan more devices (cluster.nodes), "
+        "larger ones, or zero.offload=cpu"
     )
 
 
@@ -154,6 +156,8 @@ def _against(best: Plan, cluster: Cluster, free: Collection[str]) -> list[tuple[
 
 
 def _reason(best: Plan, other: Plan) -> str:
+    if 0 <= other.spare < MARGIN * other.limit:
+        return f"needs {other.memory.total / GIB:.1f} GiB, which leaves less than {MARGIN:.0%} free"
     if other.spare < 0:
         return f"needs {other.memory.total / GIB:.1f} GiB, {-other.spare / GIB:.1f} more than a device has"
     if other.spare_on_host < 0:

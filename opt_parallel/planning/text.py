@@ -78,7 +78,7 @@ def time_table(plan: Plan) -> str:
 def speed_line(plan: Plan) -> str:
     time, cost = plan.time, plan.cost
     return (
-        f"{time.tokens_per_second:,.0f} tokens/s a device, {time.model_flops / time.step / 1e12:,.1f} TFLOP/s of the "
+        f"{time.tokens_per_second:,.0f} tokens/s a device, {time.model_flops / time.step / 1e12:,.4g} TFLOP/s of the "
         f"model, MFU {time.mfu:.1%}, HFU {time.hfu:.1%}; {plan.run.stop:,} steps take {duration(plan.seconds)}"
         + ("" if cost is None else f" and cost ${cost:,.0f}")
     )

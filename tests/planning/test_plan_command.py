@@ -48,6 +48,7 @@ def test_a_plan_imports_no_torch() -> None:
     ("words", "line"),
     [
         (["cluster=h1000"], "cluster=h1000 does not exist: choose"),
+        (["cluster=1000"], "cluster=1000 does not exist: choose"),
         (["cluster.nodes=-1"], "cluster.nodes=-1 must be at least 1"),
         (["cluster.nods=2"], "cluster.nods does not exist: did you mean cluster.nodes?"),
         (["cluster.price=-2"], "cluster.price=-2.0 must not be negative"),
