@@ -71,10 +71,10 @@ def numbering_of(name: str, theirs: LoadedTokenizer, ours: LoadedTokenizer, end:
         if partner is not None:
             table[theirs.tokenizer.token_to_id(text)] = partner
     ends = theirs.tokenizer.token_to_id(roles.get("eos_token", ""))
-    require(
-        ends is not None,
-        f"{key} names no end-of-text token: name its folder with tokenizer_config.json, which has eos_token",
-    )
+    if ends is None:
+        raise UserError(
+            f"{key} names no end-of-text token: name its folder with tokenizer_config.json, which has eos_token"
+        )
     return Numbering(name, theirs.tokenizer, table, ends)
 
 
