@@ -37,7 +37,7 @@ for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
 
 # CPU seconds of a test that is not marked long, all its processes together. Wall time would depend on what else the
 # machine does. A ceiling against runaways: a machine under load has shown twice the CPU time of a quiet one.
-BUDGET = 60.0
+BUDGET = 15.0
 
 
 # The files that take longest start first, so that the workers of `make test` end at about the same time.
