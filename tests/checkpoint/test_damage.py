@@ -307,9 +307,10 @@ def unpickling(source: str) -> list[str]:
     return found
 
 
-# These import pickle and run no foreign one: an unpickler that knows no class, and errors between our own processes.
+# These import pickle and run no foreign one: unpicklers that know no class, and errors between our own processes.
 KNOWN = {
     "opt_parallel/huggingface/pickled.py": ["pickle"],
+    "opt_parallel/metaseq/pickled.py": ["pickle"],
     "opt_parallel/data/store/workers.py": ["pickle"],
     "opt_parallel/benchmarks/checkpoints.py": ["save_checkpoint", "load_checkpoint"],  # DeepSpeed's, to compare with
 }

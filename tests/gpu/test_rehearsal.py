@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import ROOT, cold_python
+from command import ROOT, cold_python, launch
 from torch import Tensor, nn
 
 from opt_parallel.config.model import ModelConfig
@@ -240,11 +240,12 @@ def test_all_sizes_rehearse_without_faults_and_as_planned() -> None:
 
 def test_without_a_compiler_the_formulas_stand_alone(tmp_path: Path) -> None:
     words = [str(ROOT / "scripts" / "plan.py"), "model=opt-tiny", "data.sequence_length=64", "rehearse=true"]
-    process = cold_python(*words, XDG_CACHE_HOME=str(tmp_path), CXX="/nonexistent/c++")
+    process = launch(1, *words, XDG_CACHE_HOME=str(tmp_path), CXX="/nonexistent/c++")
     assert process.returncode == 0, process.stderr
     assert "no rehearsal, so the formulas stand alone: /nonexistent/c++ was not found" in process.stdout
 
 
+@pytest.mark.long
 def test_train_rehearses_one_of_many_ranks() -> None:
     words = ["model=opt-tiny", "data.sequence_length=64", "parallel.tensor=2", "batch.global=8", "rehearse=16"]
     process = cold_python(str(ROOT / "train.py"), *words)
