@@ -1,8 +1,8 @@
 """Checks before step 1. All ranks must have the same code, libraries, settings and data, and devices and network must
 work.
 
-A failed check raises an error with the host and rank on every rank. A device or network that hangs fails within a
-minute.
+A failed check raises an error with the host and rank on every rank. If a device or the network hangs, its check fails
+within a minute.
 """
 
 from __future__ import annotations

@@ -41,17 +41,18 @@ def main() -> int:
     truth = np.array([names.index(row["label"]) for row in held_out])
     commonest = Counter(row["label"] for row in train).most_common(1)[0][0]
     always = np.eye(len(names))[[names.index(commonest)] * len(held_out)]
-    print("labels, always the most frequent:", described(figures(tally(always, truth, SINGLE), SINGLE)))
+    print("labels, if every answer is the most frequent one:", described(figures(tally(always, truth, SINGLE), SINGLE)))
     scores = bag_of_words(train, held_out, names)
     print("labels, bag of words:", described(figures(tally(scores, truth, SINGLE), SINGLE)))
 
     pairs, asked = (read(arguments.data / f"pairs-{name}.jsonl") for name in ("train", "validation"))
     completion = Counter(row["completion"] for row in pairs).most_common(1)[0][0]
-    print(f"pairs, always the most frequent: {np.mean([row['completion'] == completion for row in asked]):.1%} right")
+    right = np.mean([row["completion"] == completion for row in asked])
+    print(f"pairs, if every answer is the most frequent one: {right:.1%} right")
     if answers:
         expected = {row["prompt"]: row["completion"] for row in asked}
-        right = [row["text"] == expected[row["prompt"]] for row in answers]
-        print(f"pairs, fine-tuned model: {np.mean(right):.1%} of {len(right):,} answers are right")
+        equal = [row["text"] == expected[row["prompt"]] for row in answers]
+        print(f"pairs, fine-tuned model: {np.mean(equal):.1%} of {len(equal):,} answers are right")
     return 0
 
 

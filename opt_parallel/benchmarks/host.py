@@ -4,8 +4,8 @@ On a GPU, the CPU starts operations and the GPU computes them later. If a layer'
 to compute, the GPU waits. The measurement uses tensors so small that computing takes almost no time. The tensor group
 is torch's `fake` process group, whose collectives return immediately. Functions that are compiled for large tensors are
 compiled here too. Attention seeds its generator, but computes without dropout, because attention with dropout is one
-operation on a GPU and many on a CPU. The result is CPU time, which other programs on the machine change less than
-elapsed time.
+operation on a GPU and many on a CPU. The result is CPU time, because other programs on the machine affect it less than
+they affect elapsed time.
 """
 
 from __future__ import annotations

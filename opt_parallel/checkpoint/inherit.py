@@ -29,8 +29,8 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def model_at(folder: Path, key: str) -> ModelConfig:
-    """The network's configuration in a training checkpoint `checkpoints/step-<N>`, a Hugging Face folder or a folder
-    with a metaseq checkpoint.
+    """The configuration of the network in `folder`, which may be a training checkpoint (`checkpoints/step-<N>`), a
+    Hugging Face folder, or a folder with a metaseq checkpoint.
 
     Raises: UserError if `folder` is none of them. The error message starts with `key` (such as `init_from=`)."""
     if (folder / MANIFEST).is_file():

@@ -17,7 +17,7 @@ from opt_parallel.parallel.shard import Shard, require_same_tensors
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.zero import Fragment
 
-CHUNK = 2**22  # number of elements that are read at a time if their order changes
+CHUNK = 2**22  # number of elements that are read at a time if the file stores them in another order
 
 
 Read = tuple[str, Shared, dict[str, Tensor]]  # a full tensor, a part of it, and the tensor of each kind that it fills

@@ -184,7 +184,7 @@ class Opened:
         """A source of the tensors `wanted` of a classifier. Raises: UserError for any other tensors.
 
         If the checkpoint has no classification head, the head is randomly initialised with `seed`, and a note is
-        printed. If `replaced`, a head with another number of labels is replaced in the same way."""
+        printed. If `replaced` is true, a random head also replaces a head with another number of labels."""
         wanted = dict(wanted)
         rows = len(self.labels.names) if self.is_classifier else 0
         if rows == wanted[SCORE][0] or (rows and not replaced):

@@ -3,7 +3,7 @@
 The checksums are computed by reading the whole text once. `data.cache` stores the checksums by the path, size, time and
 first and last bytes of each file. If files were moved or touched, they are read again, and the text is recognised by
 its checksums. A stream is identified only by the sizes and the first and last bytes of its files, because training
-starts before the whole stream is read. Of a file of token ids of more than 256 MiB, 1,024 places are read.
+starts before the whole stream is read. If a file of token ids is larger than 256 MiB, only 1,024 blocks of it are read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGEST = 2**30  # Maximum bytes of a file with checksums.
 
 
 def content_of(cache: str, corpus: Corpus, stream: bool) -> tuple[str, ...]:
-    """A checksum and the file name extension of each file, in order.
+    """For each file, in the order of the corpus: its checksum, and the extension of its name.
 
     For a data set in a folder, the path within the folder replaces the extension. Raises: UserError if a file cannot be
     read."""
