@@ -43,10 +43,10 @@ endif
 	$(BIN)/python scripts/generate.py --checkpoint $(DEMO)/export --prompt "$(PROMPT)" --temperature 0.7 --top-p 0.9
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --long --all-pairs
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --long --all-pairs
 	$(MAKE) test-interop
 
 # the device of make test-gpu: cuda, or cpu for what a CPU can check of it
@@ -82,7 +82,7 @@ check: .venv/installed
 
 # docs/matrix.md, from a run of all tests, long ones included
 matrix: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --long --matrix
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --long --matrix
 
 docs: .venv/installed
 	$(BIN)/python scripts/reference.py

@@ -214,7 +214,7 @@ def test_gradients_that_are_not_finite_end_the_run(crew: Any, layout: Layout) ->
         assert "step 1: the gradients are not finite" in words
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_growing_loss_scale_changes_nothing(crew: Any, stage: int) -> None:
     """Gradients are divided by the scale they were made with: powers of two, so to the last digit but underflow."""
     steady = run_for(Layout(2, 1, stage, 1, precision="fp16"), steps=3, batch=2)

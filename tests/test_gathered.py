@@ -73,7 +73,7 @@ def run_of(recompute: ActivationCheckpointing) -> Run:
 
 
 KINDS = [
-    pytest.param(kind, marks=pytest.mark.long if kind is ActivationCheckpointing.selective else [])
+    pytest.param(kind, marks=[] if kind is ActivationCheckpointing.full else pytest.mark.long)
     for kind in ActivationCheckpointing
 ]
 

@@ -62,8 +62,8 @@ LEAN = 2 + 16 / 2
     [
         (1, 4, "fp32", LEAN),
         (2, 2, "fp32", LEAN),
-        (1, 2, "fp32", LEAN),
-        (3, 4, "fp32", 18 / 2),
+        pytest.param(1, 2, "fp32", LEAN, marks=pytest.mark.long),
+        pytest.param(3, 4, "fp32", 18 / 2, marks=pytest.mark.long),
         (1, 4, "bf16", 2 + 8 / 2),  # the fp32 gradients and bf16 moments of half of the weights
         (3, 4, "bf16", 10 / 2),
     ],

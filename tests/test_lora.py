@@ -74,7 +74,9 @@ def checkpoint_of(run: Run, step: int) -> Path:
 pytestmark = pytest.mark.filterwarnings("error:Found missing adapter keys")  # so mildly does `peft` say it
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ("t1d2z3", "t2d1z2") else ()) for name in LAYOUTS]
+)
 def test_any_layout_is_one_process(straight: Straight, plain: tuple[list[float], list[float]], name: str) -> None:
     losses, norms = plain
     assert len(set(losses)) == STEPS
@@ -140,7 +142,12 @@ def test_peft_trains_alike(crew: Any, base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "targets"),
-    [("pre-norm", None), ("350m", ("q_proj", "v_proj")), ("galactica", ("k_proj", "fc1")), ("gelu", ("out_proj",))],
+    [
+        ("pre-norm", None),
+        ("350m", ("q_proj", "v_proj")),
+        pytest.param("galactica", ("k_proj", "fc1"), marks=pytest.mark.long),
+        pytest.param("gelu", ("out_proj",), marks=pytest.mark.long),
+    ],
 )
 def test_peft_and_transformers_read_it(
     crew: Any, tmp_path: Path, variant: str, targets: tuple[str, ...] | None

@@ -53,6 +53,7 @@ def test_a_second_start_changes_nothing(crew: Any, straight: tuple[Path, list[st
     assert_undisturbed(run, straight[0])
 
 
+@pytest.mark.long
 def test_a_killed_one_keeps_nobody_out(crew: Any, straight: tuple[Path, list[str]], tmp_path: Path) -> None:
     """And what it left goes, in a run with something left to do."""
     run = tmp_path / "run"

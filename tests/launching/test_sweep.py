@@ -109,6 +109,7 @@ def test_a_mistake_in_a_job_elsewhere_is_said_once_the_others_have_ended(tmp_pat
     assert [len(train_rows(folder)) for folder in folders] == [2, 2]
 
 
+@pytest.mark.long
 def test_optuna_minimises_the_validation_loss(tmp_path: Path) -> None:
     """A run that diverges is the worst result, and no error of the search."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")

@@ -95,7 +95,8 @@ def test_attention_seed_depends_on_everything_it_names() -> None:
     assert len(set(values)) == len(values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.long
 def test_compiled_is_bit_for_bit_the_same(dtype: torch.dtype) -> None:
     """A large tensor's dropout is compiled; which elements fall may not hang on that, nor on the machine."""
     generator = torch.Generator().manual_seed(4)

@@ -167,6 +167,7 @@ def compare_compiled() -> None:
     torch.testing.assert_close(compiled(IDS, mask).logits, model(IDS, mask).logits)
 
 
+@pytest.mark.long
 def test_a_compiled_model(crew: Any) -> None:
     """With gradients, and with padding, where dynamo falls back to Python."""
     crew(1)(compare_compiled)

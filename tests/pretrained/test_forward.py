@@ -361,6 +361,7 @@ def overfit(tensor: int) -> tuple[list[float], list[int]]:
 
 
 @pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_overfitting(crew: Any, tensor: int) -> None:
     for losses, written in crew(tensor)(overfit, tensor):
         assert losses[-1] < 0.1 * losses[0]

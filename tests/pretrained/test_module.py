@@ -156,7 +156,7 @@ def test_accelerate() -> None:
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(10, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", CLASSES[1:])
+@pytest.mark.parametrize("name", [CLASSES[1], *(pytest.param(name, marks=pytest.mark.long) for name in CLASSES[2:])])
 def test_steps_of_their_trainer(tmp_path: Path, name: str, steps: int) -> None:
     from transformers import Trainer, TrainingArguments
 

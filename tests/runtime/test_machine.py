@@ -153,7 +153,7 @@ print(cpus(), torch.get_num_threads())
         # without a cgroup, as Slurm's default is
         pytest.param(None, {"SLURM_CPUS_PER_TASK": "1"}, 1, marks=pytest.mark.long),
         pytest.param(None, {"OMP_NUM_THREADS": "1"}, 1, marks=pytest.mark.long),  # torchrun's word, or the user's
-        (None, {"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "2"}, 2),
+        pytest.param(None, {"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "2"}, 2, marks=pytest.mark.long),
     ],
 )
 def test_threads_of_a_real_process(affinity: int | None, given: dict[str, str], threads: int) -> None:
