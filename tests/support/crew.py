@@ -88,7 +88,11 @@ def _work(pipe: Connection, meeting_point: str) -> None:
             succeeded, answer = True, function(*arguments, **named)
         except BaseException:
             succeeded, answer = False, f"rank {rank}:\n{traceback.format_exc()}"
-        pipe.send((succeeded, answer, time.process_time() - before))
+        seconds = time.process_time() - before
+        try:
+            pipe.send((succeeded, answer, seconds))
+        except Exception:  # the answer cannot be pickled
+            pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}", seconds))
 
 
 if __name__ == "__main__":
