@@ -101,7 +101,8 @@ def test_sealed_once_made() -> None:
         run.model.dropout = 0.0
 
 
-def test_survives_the_way_to_yaml_and_back() -> None:
+def test_survives_the_way_to_yaml_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # paths that exist here, such as `cache`, would become absolute
     run = Run(model=ModelConfig(activation_function=Activation.silu), precision=PrecisionConfig(name=Precision.fp16))
     again = run_from(OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.create(to_yaml(run))))
     assert again == run
