@@ -17,21 +17,11 @@ GATHERED = 2  # bytes of a gathered weight
 
 
 @dataclass(frozen=True)
-class Part:
-    """Bytes of a rank."""
+class Part(megatron.Held):
+    """Bytes of a rank, at the peak of its memory."""
 
-    weights: int
-    gradients: int
-    masters: int
-    moments: int
-    activations: int
-    logits: int
     gathered: int
     peak_at: str
-
-    @property
-    def states(self) -> int:
-        return self.weights + self.gradients + self.masters + self.moments
 
     @property
     def total(self) -> int:

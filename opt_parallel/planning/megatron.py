@@ -15,8 +15,8 @@ MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this number time
 
 
 @dataclass(frozen=True)
-class Part:
-    """Bytes of a rank of Megatron-LM."""
+class Held:
+    """Bytes that a rank of any trainer holds."""
 
     weights: int
     gradients: int
@@ -24,11 +24,17 @@ class Part:
     moments: int
     activations: int
     logits: int
-    workspace: int
 
     @property
     def states(self) -> int:
         return self.weights + self.gradients + self.masters + self.moments
+
+
+@dataclass(frozen=True)
+class Part(Held):
+    """Bytes of a rank of Megatron-LM."""
+
+    workspace: int
 
     @property
     def total(self) -> int:
