@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import matrix
 import pytest
 import torch
+from command import SHARED_SERVER, fork_server
 from crew import Crew
 from fork_server import Forked
 
 # What a developer's shell or a batch system may have set, and what would change what commands do and print.
 FOREIGN = re.compile(
     r"(HF|ONEDNN|DNNL|ATEN|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|WANDB|TORCH|TORCHELASTIC|NCCL|GLOO|DS|OMP|MKL|SLURM|OMPI|PMIX?|HYDRA|MPL"
-    r"|MASTER|LC)_.*|PYTHON(IOENCODING|UTF8|OPTIMIZE|WARNINGS|UNBUFFERED|FAULTHANDLER)|MPLBACKEND|LANG|LANGUAGE"
+    r"|MASTER|LC)_.*|PYTHON(DONTWRITEBYTECODE|IOENCODING|UTF8|OPTIMIZE|WARNINGS|UNBUFFERED|FAULTHANDLER)|MPLBACKEND|LANG|LANGUAGE"
     r"|(HTTP|HTTPS|ALL|NO|FTP)_PROXY|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|COLUMNS|LINES|NO_COLOR|FORCE_COLOR",
     re.IGNORECASE,
 )
@@ -29,6 +31,7 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",  # the crew is of CPUs; tests marked gpu start their own processes
 }
 torch.set_num_threads(1)
+sys.dont_write_bytecode = False  # compiling the tests' modules again takes each worker ten seconds
 # A job in the background of a shell, or under nohup, ignores these, and so would every command that a test starts.
 for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(ignored) is signal.SIG_IGN:
@@ -52,6 +55,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-pairs", action="store_true", help="resume from every layout in every layout, not a choice")
     parser.addoption("--matrix", action="store_true", help="write docs/matrix.md: which features ran together")
     parser.addoption("--long", action="store_true", help="also what takes half a minute and more, marked long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        os.environ[SHARED_SERVER] = fork_server().path  # which the workers inherit
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 from fork_server import Forked, ForkServer
 
 ROOT = Path(__file__).parents[2]
+# the environment variable with the socket of the fork server that the workers of `make test` share
+SHARED_SERVER = "OPT_PARALLEL_FORK_SERVER"
 # Settings of a run of a few seconds, which trains opt-tiny on synthetic text without trackers.
 SMALL = [
     "model=opt-tiny", "precision=fp32", "data.sequence_length=16", "batch.global=4", "batch.micro=2", "steps=5",
@@ -120,7 +122,9 @@ def _wait_for_all(ranks: list[Forked], timeout: float, command: list[str]) -> in
 @functools.cache
 def fork_server(preloaded: str = "") -> ForkServer:
     """The fork server, started if necessary. `preloaded` is an LD_PRELOAD library, which a fork cannot load later."""
-    return ForkServer(environment(LD_PRELOAD=preloaded))
+    if SHARED_SERVER in os.environ and not preloaded:
+        return ForkServer(os.environ[SHARED_SERVER])
+    return ForkServer.started(environment(LD_PRELOAD=preloaded))
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:

@@ -39,19 +39,25 @@ PRELOADED = (
 
 
 class ForkServer:
-    """The client, which starts the fork server. The server ends when the client's process ends."""
+    """The client of a fork server, which listens on the Unix socket `path`."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.path = str(Path(tempfile.mkdtemp()) / "commands")
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @classmethod
+    def started(cls, environment: dict[str, str]) -> ForkServer:
+        """Start a server, which ends when this process ends."""
+        path = str(Path(tempfile.mkdtemp()) / "commands")
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.path)
+        listener.bind(path)
         listener.listen()
         with listener:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, __file__, str(listener.fileno())], env=environment, pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
-        atexit.register(self.process.kill)
+        atexit.register(process.kill)
+        return cls(path)
 
     def start(self, arguments: list[str], folder: Path, environment: dict[str, str], out: int, err: int) -> Forked:
         """Run a Python file in a fork. `out` and `err` are the descriptors for its standard output and error."""
