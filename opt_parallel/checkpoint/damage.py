@@ -25,7 +25,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
 
 
 def read_share(folder: Path, share: int, of: int) -> tuple[CheckpointReader | None, list[str]]:
-    """Check share number `share` of `of` shares of a checkpoint's files.
+    """Divide a checkpoint's files into `of` shares, and check the files of share number `share`.
 
     The result is a reader (None if the manifest is damaged) and a list of errors. Each error starts with the name of a
     file."""

@@ -149,7 +149,8 @@ def _recipe(run: Run, corpus: Corpus, tokenizer: Tokenizer, labels: Labels | Non
 
 
 def _numbered(run: Run, source: SourceConfig, corpus: Corpus, ours: LoadedTokenizer) -> Corpus:
-    """The corpus with the id that ends its documents, and with the translation of its ids if `ids_of` is set.
+    """The corpus with the id that ends its documents and, if `ids_of` is set, the table that maps its ids to those of
+    `data.tokenizer`.
 
     Raises: UserError, also if the task does not read token ids."""
     end = run.model.eos_token_id

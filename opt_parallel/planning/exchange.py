@@ -52,8 +52,8 @@ class Exchange:
         return max(0.0, total - computed) + HIDDEN * min(total, computed)
 
     def _of_this_trainer(self, layer: Layer, stage: float) -> float:
-        """Stages 0 to 2 (`gradients.py`): at stages 1 and 2, fp32 gradients are summed beside each backward. Nothing
-        hides the gathering of the updated weights, and nothing the all-reduce of stage 0."""
+        """Stages 0 to 2 (`gradients.py`): at stages 1 and 2, the fp32 gradients are summed over the data ranks
+        while each backward runs. The gathering of the updated weights and the all-reduce of stage 0 overlap nothing."""
         workload = self.workload
         own = rank_parameters(workload)
         reduce, gather = self.ring(4 * own), self.ring(workload.states.weight * own)

@@ -64,7 +64,8 @@ def stage_parameters(workload: Workload, last: bool) -> int:
 
 
 def layer_bytes(workload: Workload, copies: int) -> int:
-    """What one layer keeps of a micro-batch (Korthikanti et al. 2022, arXiv 2205.05198, section 4).
+    """The bytes of activations that a layer keeps for the backward of a micro-batch (Korthikanti et al. 2022, arXiv
+    2205.05198, section 4).
 
     Without tensor parallelism these are their 34 s b h + 5 a s² b: the inputs and outputs of two LayerNorms (8 s b h),
     two masks of dropout (2 s b h), query, key and value (6 s b h), the input of the output projection (2 s b h), the

@@ -26,9 +26,9 @@ class Trainer(Enum):
 class Recompute(Enum):
     """What the backward computes again.
 
-    `none` to `offload` are those of `activation_checkpointing`. `attention` is Megatron's selective recomputation of
-    scores, softmax and dropout (Korthikanti et al. 2022), `feed_forward` also of the feed-forward. `operators` is
-    torchtitan's: the results of every second matrix product and of attention are kept."""
+    The first four are the values of the key `activation_checkpointing`. `attention` is Megatron's selective
+    recomputation of scores, softmax and dropout (Korthikanti et al. 2022), `feed_forward` also of the feed-forward.
+    `operators` is torchtitan's: the results of every second matrix product and of attention are kept."""
 
     none = "none"
     selective = "selective"

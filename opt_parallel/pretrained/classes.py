@@ -87,8 +87,8 @@ class OPTModel(PretrainedOPT):
             input_ids: (B, S), or inputs_embeds (B, S, E).
             attention_mask: (B, K), 1 for tokens and 0 for padding; None: no padding.
             head_mask: (A,) or (L, A), factors of the heads' outputs.
-            past_key_values: from an earlier output, a tuple of L pairs, or transformers' cache. Ours is extended in
-                place. A rank's cache holds its share of the heads.
+            past_key_values: from an earlier output, a tuple of L pairs, or transformers' cache. A cache of this
+                package is extended in place. A rank's cache holds its share of the heads.
             use_cache: whether to return past_key_values. None, here and below: as in `config`.
             output_attentions: whether to return attention weights; disables the fused attention.
             output_hidden_states: whether to return the hidden states before each layer and after the last.
@@ -252,13 +252,15 @@ class OPTForCausalLM(PretrainedOPT):
         """Continue prompts (B, P), padded on the left; returns prompts with n new tokens (B · texts, P + n).
 
         Args:
-            inputs: the prompts, also by the name `input_ids`; None: one that holds the beginning-of-text token.
+            inputs: the prompts, also by the name `input_ids`; None: one
+                prompt of the beginning-of-text token.
             generation_config: ours, transformers', or a dictionary; settings that it leaves open are those of
                 `self.generation_config`, which `from_pretrained` reads from generation_config.json.
-            attention_mask: (B, P), 0 for padding; None: the padding token is padding.
+            attention_mask: (B, P), 0 for padding; None: padding tokens are masked.
             streamer: an object with `put(tokens)` and `end()`, such as transformers' TextStreamer.
-            seed: of sampling. A token depends on the seed, its row and its position only. None: drawn from torch's
-                generator, which `torch.manual_seed` sets; in a tensor group the first rank's counts.
+            seed: the seed of random sampling. A token depends on the seed, its row and its position
+                only. None: a seed from torch's generator, which `torch.manual_seed` sets; a tensor group takes its
+                first rank's.
             settings: the fields of `GenerationConfig`.
 
         Raises: WrongArgument."""

@@ -114,7 +114,7 @@ class Ahead:
             batches = self._loader.next()
         except UserError as error:
             self._mistake = error
-        status, counts = self._own_status(), self._topology.tensor.rank == 0  # a tensor group has the same batches
+        status, counts = self._own_status(), self._topology.tensor.rank == 0  # tensor ranks read the same batches
         self._batches = batches
         self._sums = self._topology.start_sum(
             [

@@ -49,7 +49,7 @@ def _write_all(maker: PartMaker, file: IdFile, piece: Piece, encoder: TextEncode
         maker.count(mapped(ids, file.where, encoder.tokens, encoder.table))
         seen += len(ids)
     _write(maker, starts, stops, ended)
-    if seen == last - first:  # all ids outside the documents are ends
+    if seen == last - first:  # every id outside the documents ends one
         maker.count_more(encoder.end, int(ended.sum()) - (seen - int((stops - starts).sum())))
     if file.documents is None:
         maker.lengths.clear()  # the lengths of documents are not known

@@ -68,8 +68,8 @@ class Pulse:
 def run_jobs(jobs: Iterable[tuple[str, Job]], shared: Any, workers: int, report: Report) -> None:
     """Call `job(shared, report)` for each pair (name, job), in `workers` processes.
 
-    One worker means that this process calls the jobs. A job passes the number of bytes that it has processed to
-    `report`.
+    With one worker, this process runs the jobs itself and starts no other process. A job passes the number of bytes
+    that it has processed to `report`.
 
     Raises: the first error of a job, or Unfinished if a process dies or makes no progress."""
     if workers == 1:
