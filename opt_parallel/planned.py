@@ -5,25 +5,83 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from opt_parallel.config.run import Run
 from opt_parallel.parallel.topology import Topology
 from opt_parallel.planning.choice import MARGIN, changes, nearest
-from opt_parallel.planning.cluster import DEVICES, Cluster, Device
-from opt_parallel.planning.plan import Plan, plan_of
-from opt_parallel.planning.rates import RATES
-from opt_parallel.planning.settings import MEASURED
+from opt_parallel.planning.cluster import Cluster
+from opt_parallel.planning.compose import cluster_file
+from opt_parallel.planning.memory import Memory, of_this_trainer
+from opt_parallel.planning.plan import plan_of
 from opt_parallel.planning.text import KINDS, memory_line
+from opt_parallel.planning.workload import of_run
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 from opt_parallel.runtime.machine import memory_limit
 
 GIB = 2**30
 STATES = ("weights", "gradients", "masters", "moments")
+# the files of configs/cluster/ by the name that the driver gives to a GPU
+SHEETS = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "NVIDIA H200": "h200-141gb",
+    "NVIDIA B200": "b200",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 4090": "4090",
+}
+UNKNOWN = "a100-80gb"  # the file whose rates another GPU takes
+# the rates of a CPU, which are not measured here because that takes up to a minute
+ASSUMED = {"device": "cpu", "bf16": 0.1, "fp32": 0.1, "bandwidth": 20.0, "measured": True}
 RESERVE = 0.9  # after memory has run out, the tensors of other settings must need less than this share of the planned
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a run. `name` is what the driver calls the GPUs, None for CPUs. `memory` are the bytes of each: of
+    a GPU all, of a CPU this process's equal share of the machine's memory."""
+
+    name: str | None
+    memory: int
+    hosts: int
+    per_host: int
+
+    @property
+    def number(self) -> int:
+        return self.hosts * self.per_host
+
+    @property
+    def rates(self) -> str:
+        """The origin of the rates and links that a plan assumes here, as a part of a message."""
+        if self.name is None:
+            return "at assumed rates; opt-parallel plan with cluster=cpu measures those of this machine"
+        if file := SHEETS.get(self.name):
+            return f"at the rates of cluster={file}"
+        return (
+            f"at the rates of cluster={UNKNOWN}, because those of {self.name} are unknown; opt-parallel plan takes "
+            "others with cluster=…"
+        )
+
+    def cluster(self) -> Cluster:
+        """The cluster of these devices, with the rates and links of `rates`. The memory of hosts does not count."""
+        config = cluster_file("cpu", **ASSUMED) if self.name is None else cluster_file(SHEETS.get(self.name, UNKNOWN))
+        found = config.cluster()
+        device = replace(found.device, memory=self.memory)
+        return replace(found, device=device, nodes=self.hosts, per_host=self.per_host, host_memory=2**62)
+
+
+def devices_of(topology: Topology) -> Devices:
+    hosts, world = len(set(topology.hosts)), topology.world.size
+    hosts = hosts if world % hosts == 0 else 1
+    if topology.device.type == "cuda":
+        found = torch.cuda.get_device_properties(topology.device)
+        return Devices(found.name, found.total_memory, hosts, world // hosts)
+    ranks = len(topology.ranks_on(topology.hosts[topology.world.rank]))
+    return Devices(None, memory_limit() // ranks, hosts, world // hosts)
 
 
 def check_memory(run: Run, topology: Topology) -> None:
@@ -31,62 +89,44 @@ def check_memory(run: Run, topology: Topology) -> None:
 
     On a CPU only the states count, because activations depend on the kernels that torch has for the CPU.
     Raises: UserError on every rank."""
-    topology.together(lambda: _check(run, topology))
+    topology.together(lambda: _check(run, devices_of(topology)))
 
 
-def _check(run: Run, topology: Topology) -> None:
-    plan = plan_here(run, topology)
-    if topology.device.type == "cuda":
-        needed, what = plan.memory.total, memory_line(plan)
+def _check(run: Run, devices: Devices) -> None:
+    planned = of_this_trainer(of_run(run, devices.number))
+    if devices.name is None:
+        needed = _states(planned)
+        what = f"{needed / GIB:.2f} of {devices.memory / GIB:.1f} GiB for weights and states"
     else:
-        needed, what = _states(plan), f"{_states(plan) / GIB:.2f} of {plan.limit / GIB:.1f} GiB for weights and states"
+        needed, what = planned.total, memory_line(planned, devices.memory)
     say(f"planned memory: {what}")
-    if needed <= plan.limit:
+    if needed <= devices.memory:
         return
-    line = f"the run needs {needed / GIB:,.1f} GiB on the fullest rank, and {_where(plan, topology)}"
+    has = f"each of {devices.per_host} processes on this machine can have"
+    if devices.name is not None:
+        has = f"{devices.name} has"
+    line = f"the run needs {needed / GIB:,.1f} GiB on the fullest rank, and {has} {devices.memory / GIB:.1f} GiB"
     if run.plan.enforce:
-        raise UserError(
-            f"{line}: {_advice(plan, round((1 - MARGIN) * plan.limit))}, or plan.enforce=false to try it nevertheless"
-        )
+        advice = _advice(run, devices, round((1 - MARGIN) * devices.memory))
+        raise UserError(f"{line}: {advice}, or plan.enforce=false to try it nevertheless")
     say(f"warning: {line}")
 
 
-def _states(plan: Plan) -> int:
+def _states(planned: Memory) -> int:
     """Bytes of weights, gradients and the optimizer's state of a rank that are in the host's memory if it is a CPU."""
-    kinds = plan.memory.kinds()
+    kinds = planned.kinds()
     return sum(kinds[kind] for kind in STATES)
 
 
-def _where(plan: Plan, topology: Topology) -> str:
-    if topology.device.type == "cuda":
-        return f"{plan.cluster.device.name} has {plan.limit / GIB:.1f} GiB"
-    return f"each of {plan.cluster.per_host} processes on this machine can have {plan.limit / GIB:.1f} GiB"
-
-
-def _advice(plan: Plan, limit: int) -> str:
-    """The settings to try next, as a part of a message."""
+def _advice(run: Run, devices: Devices, limit: int) -> str:
+    """The settings to try next that need at most `limit` bytes of a device, as a part of a message."""
     found = [
-        f"{changes(plan.run, each.run)} ({each.memory.total / GIB:.1f} GiB planned)" for each in nearest(plan, limit)
+        f"{changes(run, each.run)} ({each.memory.total / GIB:.1f} GiB planned)"
+        for each in nearest(plan_of(run, devices.cluster()), limit)
     ]
-    return f"try {', or '.join(found)}" if found else "use more devices, or a smaller model"
-
-
-def plan_here(run: Run, topology: Topology) -> Plan:
-    """The plan of a run on its own devices."""
-    hosts, world = len(set(topology.hosts)), topology.world.size
-    hosts = hosts if world % hosts == 0 else 1
-    ranks = len(topology.ranks_on(topology.hosts[topology.world.rank]))
-    if topology.device.type == "cuda":
-        found = torch.cuda.get_device_properties(topology.device)
-        like = next((one for name, one in DEVICES.items() if name.partition("-")[0].upper() in found.name), None)
-        like = like or DEVICES["a100-80gb"]
-        rates = RATES[like.name.removeprefix("g").partition("-")[0]]
-        device = replace(like, name=found.name, memory=found.total_memory, rates=rates)
-    else:
-        device = Device(
-            "this machine", memory_limit() // ranks, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11}, 2e10, MEASURED
-        )
-    return plan_of(run, Cluster(device, hosts, world // hosts, host_memory=2**62))
+    if not found:
+        return "use more devices, or a smaller model"
+    return f"try {', or '.join(found)} (fewest changes first, then the fastest {devices.rates})"
 
 
 @contextmanager
@@ -96,18 +136,23 @@ def explaining_out_of_memory(run: Run, topology: Topology) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        plan = plan_here(run, topology)
-        kinds = ", ".join(
-            f"{KINDS[kind]} {size / GIB:.2f}" for kind, size in plan.memory.kinds().items() if size > plan.limit // 1000
-        )
-        context = plan.memory.context
-        limit = context + round(RESERVE * (min(plan.memory.total, plan.limit) - context))
-        why = str(error).partition("\n")[0].split(". GPU")[0]
-        raise UserError(
-            f"out of memory ({why}): {plan.memory.total / GIB:.2f} GiB were planned ({kinds or 'little of each kind'}; "
-            f"{plan.memory.allocated / GIB:.2f} GiB of tensors), and tensors had {_measured(topology) / GIB:.2f} GiB "
-            f"of {plan.limit / GIB:.1f}: {_advice(plan, limit)}"
-        ) from error
+        line = out_of_memory(str(error), run, devices_of(topology), _measured(topology))
+        raise UserError(line) from error
+
+
+def out_of_memory(why: str, run: Run, devices: Devices, measured: int) -> str:
+    """What the user reads after torch's error `why`, when tensors had `measured` bytes."""
+    planned, limit = of_this_trainer(of_run(run, devices.number)), devices.memory
+    kinds = ", ".join(
+        f"{KINDS[kind]} {size / GIB:.2f}" for kind, size in planned.kinds().items() if size > limit // 1000
+    )
+    target = planned.context + round(RESERVE * (min(planned.total, limit) - planned.context))
+    why = why.partition("\n")[0].split(". GPU")[0]
+    return (
+        f"out of memory ({why}): {planned.total / GIB:.2f} GiB were planned ({kinds or 'little of each kind'}; "
+        f"{planned.allocated / GIB:.2f} GiB of tensors), and tensors had {measured / GIB:.2f} GiB "
+        f"of {limit / GIB:.1f}: {_advice(run, devices, target)}"
+    )
 
 
 def _measured(topology: Topology) -> int:

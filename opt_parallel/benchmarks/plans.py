@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from opt_parallel.benchmarks.runs import PUBLISHED, composed
+from opt_parallel.config.overrides import PLANNED
 from opt_parallel.config.run import Precision, Run
-from opt_parallel.planning.choice import FREE, choose
+from opt_parallel.planning.choice import choose
 from opt_parallel.planning.compose import keys_from
 from opt_parallel.planning.settings import ClusterConfig
 from opt_parallel.runtime.errors import UserError
@@ -40,7 +41,7 @@ def planned(run: Run, config: ClusterConfig, devices: int) -> list[str]:
     gpus = min(devices, config.gpus)
     cluster = replace(config, nodes=devices // gpus, gpus=gpus).cluster()
     try:
-        best = choose(run, cluster, FREE).best
+        best = choose(run, cluster, PLANNED).best
     except UserError:
         return [""] * 4
     chosen = best.run

@@ -25,10 +25,10 @@ from opt_parallel.checkpoint.inherit import start_from_checkpoint
 from opt_parallel.config.compose import CONFIGS, TEXTS, one_line_errors, register_schema, run_from
 from opt_parallel.config.model import require
 from opt_parallel.config.options import parsed
-from opt_parallel.config.overrides import checked
+from opt_parallel.config.overrides import AUTO, PLANNED, checked
 from opt_parallel.config.run import Run
 from opt_parallel.config.values import check_values
-from opt_parallel.planning.choice import AUTO, FREE, Choice, choose
+from opt_parallel.planning.choice import Choice, choose
 from opt_parallel.planning.compose import keys_from
 from opt_parallel.planning.plan import Plan, plan_of
 from opt_parallel.planning.settings import ClusterConfig, PlanKeys
@@ -70,8 +70,8 @@ def main() -> None:
 
 def plan_run(overrides: list[str], as_json: bool, picture: Path | None) -> None:
     """Compose, plan and print a run."""
-    ours, theirs, free = split_overrides(checked(overrides, TEXTS | {"cluster"}))
-    config, planned = composed(ours, theirs)
+    ours, theirs, free = split_overrides(overrides)
+    config, planned = composed(checked(ours, {"cluster"}), checked(theirs, TEXTS))
     cluster = measured(config.cluster)
     plan, choice = planned_on(planned, cluster, free)
     seen = weather(plan, cluster)
@@ -92,7 +92,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str], list[st
     ours, theirs, free = [], [], []
     for argument in arguments:
         key, _, value = argument.lstrip("+~").partition("=")
-        if key in FREE and value == AUTO:
+        if key in PLANNED and value == AUTO:
             free.append(key)
         elif key in ("cluster", "rehearse") or key.startswith("cluster."):
             ours.append(argument)

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from opt_parallel.checkpoint.inherit import start_from_checkpoint, take_special_tokens
-from opt_parallel.config.compose import CONFIGS, command, one_line_errors, run_from, take
+from opt_parallel.config.compose import CONFIGS, command, run_from, take
 from opt_parallel.config.run import Run
 from opt_parallel.launching.sweep import (
     check_sweep,
@@ -21,8 +21,6 @@ from opt_parallel.launching.sweep import (
     reported,
     swept_values,
 )
-from opt_parallel.planning.choice import AUTO, FREE
-from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.process import set_ranks, world_size
 
 
@@ -71,18 +69,4 @@ def run_or_sweep() -> None:
 
 
 def run() -> None:
-    with one_line_errors():
-        refuse_auto(sys.argv[1:])
     command(run_or_sweep)
-
-
-def refuse_auto(arguments: list[str]) -> None:
-    """Raise UserError for a value that only `opt-parallel plan` knows."""
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in FREE and value == AUTO:
-            raise UserError(
-                f"{argument} is a value for opt-parallel plan, which finds the fastest setting that fits: run "
-                "opt-parallel plan with the same keys and cluster=…, and train with the settings that it prints",
-                shared=True,
-            )

@@ -15,13 +15,16 @@ from opt_parallel.config.values import check_values
 from opt_parallel.runtime.errors import UserError
 
 KEY = re.compile(r"[\w./-]+(@[\w.:/-]*)?")
+# The keys whose value `opt-parallel plan` chooses if it is AUTO. No other command knows this value.
+PLANNED, AUTO = ("parallel.tensor", "zero.stage", "batch.micro", "activation_checkpointing"), "auto"
 
 
 def checked(arguments: Sequence[str], texts: Collection[str]) -> list[str]:
     """The overrides of the command line, checked and quoted for Hydra. Values of the text keys `texts` are quoted if
     Hydra's grammar would refuse them or read them as another type (1e3, true).
 
-    Raises: UserError for a secret, and for a number that is not finite or too large."""
+    Raises: UserError for a secret, for a number that is not finite or too large, and for a value that only
+    `opt-parallel plan` knows."""
     parser = OverridesParser.create()
     several = bool({"-m", "--multirun"} & set(arguments))
     return [_checked(parser, argument, texts, several) for argument in arguments]
@@ -44,11 +47,21 @@ def _checked(parser: OverridesParser, argument: str, texts: Collection[str], sev
     except HydraException:  # Hydra itself handles malformed lists and possible sweeps
         is_text = not re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL) and not (several and "," in value)
     else:
+        _refuse_auto(argument, key, value_read)
         # The value is quoted below, so that the text 1e3 does not become a number.
         is_text = isinstance(value_read, (bool, int, float))
         if not (is_text and key in texts):
             check_values(value_read, key)
     return f"{head}={_in_quotes(value)}" if is_text and key in texts else argument
+
+
+def _refuse_auto(argument: str, key: str, value: Any) -> None:
+    if key in PLANNED and AUTO in (value if isinstance(value, list) else [value]):
+        raise UserError(
+            f"{argument}: {AUTO} is a value for opt-parallel plan, which finds the fastest setting that fits: run "
+            "opt-parallel plan with the same keys and cluster=…, and use the settings that it prints",
+            shared=True,
+        )
 
 
 def _value(override: Override) -> Any:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from opt_parallel.config.overrides import AUTO, PLANNED
 from opt_parallel.config.run import ActivationCheckpointing, Precision, Run
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.memory import memory
@@ -14,9 +15,7 @@ from opt_parallel.planning.workload import of_run
 from opt_parallel.runtime.errors import UserError
 
 GIB = 2**30
-FREE = ("parallel.tensor", "zero.stage", "batch.micro", "activation_checkpointing")
 MOST_MICRO = 64  # sequences of a micro-batch that the search considers
-AUTO = "auto"
 MARGIN = 0.04  # the share of a device's memory that chosen settings leave free, since a plan is not exact
 SAME = 0.002  # relative difference of two times that are called the same
 PARTS = {
@@ -56,7 +55,7 @@ def settings(run: Run) -> dict[str, str]:
     }
 
 
-def words(run: Run, keys: Collection[str] = FREE) -> str:
+def words(run: Run, keys: Collection[str] = PLANNED) -> str:
     """The settings as words of a command line."""
     return " ".join(f"{key}={value}" for key, value in settings(run).items() if key in keys)
 
@@ -148,7 +147,7 @@ def _nothing_fits(run: Run, cluster: Cluster, free: Collection[str], least: tupl
 def _against(best: Plan, cluster: Cluster, free: Collection[str]) -> list[tuple[str, str]]:
     """What speaks against each other value of one free key, with the other keys as chosen."""
     chosen, found = settings(best.run), dict[str, str]()
-    for key in [key for key in FREE if key in free]:
+    for key in [key for key in PLANNED if key in free]:
         for run in candidates(best.run, cluster, {key}):
             if settings(run) != chosen:
                 found[words(run, {key})] = _reason(best, plan_of(run, cluster))
@@ -179,8 +178,8 @@ def nearest(plan: Plan, limit: int, number: int = 3) -> list[Plan]:
     def changed(run: Run) -> int:
         return sum(value != before[key] for key, value in settings(run).items())
 
-    runs = list(candidates(plan.run, plan.cluster, FREE))
-    for distance in range(1, len(FREE) + 1):
+    runs = list(candidates(plan.run, plan.cluster, PLANNED))
+    for distance in range(1, len(PLANNED) + 1):
         plans = [plan_of(run, plan.cluster) for run in runs if changed(run) == distance]
         fitting = [each for each in plans if each.memory.total <= limit and each.spare_on_host >= 0]
         found += sorted(fitting, key=lambda each: each.time.step)

@@ -56,7 +56,7 @@ class Memory:
 
 def memory(workload: Workload, cluster: Cluster) -> Memory:
     """The memory of the fullest rank."""
-    return _of_this_trainer(workload) if workload.trainer is Trainer.ours else _of_others(workload, cluster)
+    return of_this_trainer(workload) if workload.trainer is Trainer.ours else _of_others(workload, cluster)
 
 
 def _of_others(workload: Workload, cluster: Cluster) -> Memory:
@@ -80,7 +80,8 @@ def _of_others(workload: Workload, cluster: Cluster) -> Memory:
     )
 
 
-def _of_this_trainer(workload: Workload) -> Memory:
+def of_this_trainer(workload: Workload) -> Memory:
+    """The memory of the fullest rank of this trainer, which does not depend on the cluster."""
     states, act = held(workload), activations(workload)
     if workload.stage == 0 and workload.accumulation == 1:
         states, act = _with_growing_gradients(workload, states)

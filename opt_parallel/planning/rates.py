@@ -14,6 +14,7 @@ RATES = {
     "h200": Rates(0.78, 0.485, 160, 0.65, 0.50, 0.65, 0.50, 0.69, 4e-3),
     "b200": Rates(0.59, 0.55, 160, 0.65, 0.50, 0.65, 0.54, 0.92, 5.5e-3),
 }
+UNFITTED = "a100"  # whose shares other devices take
 FP8_SMALL = 220.0  # as `small`, of products in fp8, with the conversion of their inputs
 TORCH_ATTENTION = 0.92  # of the rate of Megatron's attention on Hopper: torch's scaled_dot_product_attention
 POWER = 0.85  # of the rates of an H100 of 700 W, at 500 W
@@ -23,11 +24,21 @@ PIECES, TORCH_PIECES = 0.17, 0.6  # of the tensor group's collectives is left if
 LOGIT_BYTES, COMPILED_LOGIT_BYTES = 60.0, 20.0  # read and written for a logit, in its loss and gradient
 
 
+def _family(device: Device) -> str:
+    return device.name.removeprefix("g").partition("-")[0]
+
+
+def is_fitted(device: Device) -> bool:
+    """Whether the rates of the device were measured, or fitted to published runs."""
+    return device.rates is not None or _family(device) in RATES
+
+
 def rates_of(device: Device, workload: Workload) -> Rates:
-    """The rates of a device, by the family that its name begins with. A measured device names its own."""
+    """The rates of a device, by the family that its name begins with. A measured device names its own, and a
+    family without rates takes those of UNFITTED."""
     if device.rates is not None:
         return device.rates
-    rates = RATES[device.name.removeprefix("g").partition("-")[0]]
+    rates = RATES.get(_family(device), RATES[UNFITTED])
     if workload.trainer is not Trainer.megatron and rates.fp8:
         attention, backward = rates.attention * TORCH_ATTENTION, rates.attention_backward * TORCH_ATTENTION
         rates = replace(rates, attention=attention, attention_backward=backward)

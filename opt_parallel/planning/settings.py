@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from opt_parallel.config.model import Section, require
 from opt_parallel.planning.cluster import GIB, Cluster, Device, Link, Rates
-from opt_parallel.planning.rates import RATES
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 # of a device whose products and memory bandwidth are measured by programs like ours; attention is an estimate
@@ -61,10 +60,9 @@ class ClusterConfig(Section):
         peak = {"bf16": self.bf16 * TERA, "fp16": self.bf16 * TERA, "fp32": self.fp32 * TERA}
         if self.fp8:
             peak["fp8"] = self.fp8 * TERA
-        known = self.device.partition("-")[0] in RATES
         return Cluster(
             Device(
-                self.device, round(self.memory * GIB), peak, self.bandwidth * GIGA, None if known else self._rates()
+                self.device, round(self.memory * GIB), peak, self.bandwidth * GIGA, MEASURED if self.measured else None
             ),
             self.nodes,
             self.gpus,
@@ -73,10 +71,6 @@ class ClusterConfig(Section):
             round(self.host_memory * GIB),
             self.price,
         )
-
-    def _rates(self) -> Rates:
-        """What a device reaches whose rates were not fitted: a measured one its own, another the shares of an A100."""
-        return MEASURED if self.measured else RATES["a100"]
 
 
 @dataclass

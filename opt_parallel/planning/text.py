@@ -6,7 +6,9 @@ from typing import Any
 
 from opt_parallel.planning.accuracy import LINE
 from opt_parallel.planning.choice import PARTS, Choice, settings, words
+from opt_parallel.planning.memory import Memory
 from opt_parallel.planning.plan import DAY, Plan, scaling
+from opt_parallel.planning.rates import UNFITTED, is_fitted
 from opt_parallel.planning.weather import PUBLISHED, Weather
 from opt_parallel.runtime.log import aligned
 
@@ -39,11 +41,11 @@ def title(plan: Plan) -> str:
     )
 
 
-def memory_line(plan: Plan) -> str:
-    """The memory of the fullest rank in a line, and whether it fits."""
-    kinds = sorted(plan.memory.kinds().items(), key=lambda pair: -pair[1])
+def memory_line(memory: Memory, limit: int) -> str:
+    """The memory of the fullest rank in a line, beside the bytes `limit` of a device."""
+    kinds = sorted(memory.kinds().items(), key=lambda pair: -pair[1])
     largest = ", ".join(f"{KINDS[kind]} {size / GIB:.1f}" for kind, size in kinds[:4] if size)
-    return f"{plan.memory.total / GIB:.1f} of {plan.limit / GIB:.1f} GiB on the fullest rank ({largest})"
+    return f"{memory.total / GIB:.1f} of {limit / GIB:.1f} GiB on the fullest rank ({largest})"
 
 
 def verdict(plan: Plan) -> str:
@@ -81,6 +83,17 @@ def speed_line(plan: Plan) -> str:
         f"{time.tokens_per_second:,.0f} tokens/s a device, {time.model_flops / time.step / 1e12:,.4g} TFLOP/s of the "
         f"model, MFU {time.mfu:.1%}, HFU {time.hfu:.1%}; {plan.run.stop:,} steps take {duration(plan.seconds)}"
         + ("" if cost is None else f" and cost ${cost:,.0f}")
+    )
+
+
+def rates_line(plan: Plan) -> str:
+    """Whose shares of the peak the times assume if none were fitted for the device, else nothing."""
+    device = plan.cluster.device
+    if is_fitted(device):
+        return ""
+    return (
+        f"no rates of {device.name} were fitted: the times assume that it reaches the same shares of its peak as an "
+        f"{UNFITTED}"
     )
 
 
@@ -144,7 +157,8 @@ def text(plan: Plan, choice: Choice | None, free: list[str], weather: Weather | 
     parts = [title(plan)]
     if choice:
         parts.append(choice_text(choice, free))
-    parts += [f"{memory_table(plan)}\n{verdict(plan)}", f"{time_table(plan)}\n{speed_line(plan)}", scaling_table(plan)]
+    times = [time_table(plan), speed_line(plan), rates_line(plan)]
+    parts += [f"{memory_table(plan)}\n{verdict(plan)}", "\n".join(filter(None, times)), scaling_table(plan)]
     if weather:
         parts.append("\n".join(weather_lines(plan, weather)))
     return "\n\n".join([*parts, validation])
@@ -157,6 +171,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "settings": settings(plan.run) | {"batch.global": plan.run.global_batch, "precision": plan.workload.precision},
         "devices": cluster.devices,
         "device": cluster.device.name,
+        "rates_fitted": is_fitted(cluster.device),
         "fits": plan.fits,
         "memory": plan.memory.kinds()
         | {"total": plan.memory.total, "limit": plan.limit, "host": plan.memory.host, "peak_at": plan.memory.peak_at},

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from opt_parallel.config.model import ModelConfig
+from opt_parallel.config.overrides import PLANNED
 from opt_parallel.config.run import ActivationCheckpointing, Precision, PrecisionConfig, Run
-from opt_parallel.planning.choice import FREE, MARGIN, SAME, changes, choose, nearest, settings, with_settings
+from opt_parallel.planning.choice import MARGIN, SAME, changes, choose, nearest, settings, with_settings
 from opt_parallel.planning.cluster import DEVICES, Cluster
 from opt_parallel.planning.compose import keys_from
 from opt_parallel.planning.plan import plan_of, scaled
@@ -29,7 +30,7 @@ def run_of(model: ModelConfig = OPT_6_7B, batch: int = 64, **changed: Any) -> Ru
 def test_the_choice_is_the_fastest_that_fits() -> None:
     """Compared with a plain search over all values, without the rules that leave some out."""
     run = run_of()
-    choice = choose(run, CLUSTER, FREE)
+    choice = choose(run, CLUSTER, PLANNED)
     fastest = None
     for tensor, stage, micro, kind in itertools.product(
         (1, 2, 4, 8), (1, 2, 3), (1, 2, 4, 8, 16, 32), ActivationCheckpointing
@@ -58,7 +59,7 @@ def test_what_speaks_against_other_values_names_each_once() -> None:
 def test_a_model_that_cannot_fit_is_refused_with_what_it_needs() -> None:
     large = ModelConfig(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=49152)
     with pytest.raises(UserError, match=r"no settings fit on 16 × a100-40gb: .* needs least, \d+"):
-        choose(run_of(large), CLUSTER, FREE)
+        choose(run_of(large), CLUSTER, PLANNED)
 
 
 def test_a_batch_that_cannot_be_split_is_refused() -> None:

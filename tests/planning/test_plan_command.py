@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from command import ROOT, cold_python, python
 
+from opt_parallel.commands.plan import plan_run
+
 PLAN = str(ROOT / "scripts" / "plan.py")
 OPT_30B = ["model=opt-30b", "cluster=h100-80gb", "cluster.nodes=2", "parallel.tensor=4", "batch.global=64"]
 
@@ -70,7 +72,14 @@ def test_a_mistake_is_one_line(words: list[str], line: str) -> None:
     assert line in said
 
 
+def test_rates_that_were_not_fitted_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, named in ((["cluster=l4"], True), (["cluster.device=mine"], True), (["cluster=h200-141gb"], False)):
+        plan_run(["model=opt-125m", *words], False, None)
+        assert ("were fitted: the times assume that it reaches" in capsys.readouterr().out) is named, words
+
+
 def test_train_names_plan_for_auto() -> None:
     process = python(str(ROOT / "train.py"), "model=opt-tiny", "zero.stage=auto")
     assert process.returncode == 2
-    assert "zero.stage=auto is a value for opt-parallel plan" in process.stderr
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: zero.stage=auto: auto is a value for opt-parallel plan, which finds")
