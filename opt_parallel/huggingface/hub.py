@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+import huggingface_hub  # its functions are named at their use, because the first name imports for half a second
+from huggingface_hub import constants
 
 from opt_parallel.config.paths import reach
 from opt_parallel.config.secrets import masked, refuse_secret_value
@@ -62,13 +63,14 @@ def find_checkpoint(name: str | Path, key: str, download: Download | None = None
 def _snapshot(name: str, download: Download) -> Path:
     """The folder of a repository in the hub's cache, which is downloaded if it is not complete."""
     fetch = partial(
-        snapshot_download, name, revision=download.revision, cache_dir=download.cache_dir, token=download.token
-    )
+        huggingface_hub.snapshot_download, name, revision=download.revision, cache_dir=download.cache_dir,
+        token=download.token,
+    )  # fmt: skip
     if constants.HF_HUB_OFFLINE or download.local_files_only:
         # With more patterns, this call would require all matching files of the hub. Missing files are reported when
         # they are read.
         return Path(str(fetch(local_files_only=True, allow_patterns=["config.json"])))
-    files = HfApi(token=download.token).list_repo_files(name, revision=download.revision)
+    files = huggingface_hub.HfApi(token=download.token).list_repo_files(name, revision=download.revision)
     if download.weights is not None:
         files = [file for file in files if file.startswith(Path(download.weights).stem)]
     return Path(str(fetch(allow_patterns=[*TOKENIZER, *weights_of(files)])))
@@ -105,7 +107,7 @@ def upload(
         if not writes:
             return repo_id
         try:
-            api = HfApi(token=token)
+            api = huggingface_hub.HfApi(token=token)
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         except Exception as error:  # errors of requests, huggingface_hub and the file system share no base class

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import huggingface_hub  # its functions are named at their use, because the first name imports for half a second
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from opt_parallel.config.model import ModelConfig, require
@@ -92,7 +92,7 @@ def find_tokenizer(name: str) -> Path:
     way_out = "name a folder with tokenizer.json, or set data.tokenizer=null to train one on data.train"
     require(HUB_ID.fullmatch(name) is not None, f"data.tokenizer={name} does not exist: {way_out}")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:
         raise UserError(
             f"data.tokenizer={name} is not a local folder and could not be downloaded from the hub "

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -24,7 +25,6 @@ from opt_parallel.data.encode.tokenizer import (
     train_tokenizer,
 )
 from opt_parallel.data.text.records import Record
-from opt_parallel.huggingface import tokenizer as hf_tokenizer
 from opt_parallel.runtime.errors import UserError
 
 TEXT = ["the cat sat on the mat and the dog sat on the cat", "  déjà vu, 日本 🙂\n\n\tthe end"]
@@ -145,7 +145,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str, **_: object) -> str:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(hf_tokenizer, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"tokenizer=some/where is not a local folder.*no route; to host") as raised:
         load_tokenizer("some/where")
     assert "\n" not in str(raised.value)
@@ -153,7 +153,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_id(trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tokenizer(trained, tmp_path)
-    monkeypatch.setattr(hf_tokenizer, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert load_tokenizer("some/where").to_str() == trained.to_str()
 
 
