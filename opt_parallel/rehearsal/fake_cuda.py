@@ -43,14 +43,7 @@ def cache() -> Path:
 
 
 def load() -> None:
-    """Give this process a CUDA device that computes nothing. The library is compiled at the first use.
-
-    Raises: NoFakeDevice with a build of torch for CUDA, without a C++ compiler, or if the library does not compile."""
-    if torch.version.cuda or torch.version.hip:
-        raise NoFakeDevice(
-            f"torch {torch.__version__} is built for GPUs, and fake CUDA tensors need a build for CPUs: run this "
-            "command in an environment with such a build"
-        )
+    """Give this process a CUDA device that computes nothing. Raises: NoFakeDevice, as `built` does."""
     ctypes.CDLL(str(built()))
     torch.cuda.default_generators = (torch.Generator(),)  # attention dropout seeds the device's generator
     torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[misc, assignment]
@@ -72,7 +65,14 @@ class _Stream:
 
 
 def built() -> Path:
-    """The compiled library. Raises: NoFakeDevice without a C++ compiler, or if the library does not compile."""
+    """The compiled library, which is compiled at the first use.
+
+    Raises: NoFakeDevice with a build of torch for CUDA, without a C++ compiler, or if the library does not compile."""
+    if torch.version.cuda or torch.version.hip:
+        raise NoFakeDevice(
+            f"torch {torch.__version__} is built for GPUs, and fake CUDA tensors need a build for CPUs: run this "
+            "command in an environment with such a build"
+        )
     compiler = os.environ.get("CXX", "c++")
     words = [
         "-std=c++20", "-O1", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",

@@ -29,7 +29,7 @@ from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import fill
 from opt_parallel.parallel.topology import DTYPES, Group
-from opt_parallel.rehearsal.fake_cuda import DEVICE, fake_tensors, group_of, load
+from opt_parallel.rehearsal.fake_cuda import DEVICE, built, fake_tensors, group_of, load
 from opt_parallel.rehearsal.ledger import Fault, Ledger, Trace, explaining_faults
 from opt_parallel.rehearsal.trace import nothing, without_gradients
 from opt_parallel.runtime.errors import UserError
@@ -48,6 +48,7 @@ def rehearse(run: Run, world: int) -> Rehearsal:
     """Rehearse a step of the first of `world` ranks, in a process of its own.
 
     Raises: UserError if the step has a fault, or where fake CUDA tensors are not available."""
+    built()  # What is missing is known here, without starting a process.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_rehearsed, run, world).result()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from cells import cells
 from layouts import Layout, micro_batches, run_for
 
 from opt_parallel.config.run import ActivationCheckpointing, Run
@@ -154,20 +155,6 @@ def collective_checks(arguments: argparse.Namespace) -> bool:
 
 def alone(group: Group) -> Group:
     return Group(group.handle, 0, 1)
-
-
-def cells() -> dict[str, Run]:
-    """Runs whose memory is traced and measured: six layers of opt-1.3b's width, with each kind of recomputation."""
-    base = Run()
-    model = dataclasses.replace(base.model, hidden_size=2048, num_hidden_layers=6, num_attention_heads=32, ffn_dim=8192)
-    found = {}
-    for kind in ActivationCheckpointing:
-        found[kind.value] = dataclasses.replace(
-            base, model=model, batch={"global": 4, "micro": 4}, activation_checkpointing=kind,
-            precision=run_for(Layout(stage=1, precision="bf16")).precision,
-            data=dataclasses.replace(base.data, sequence_length=2048),
-        )  # fmt: skip
-    return found
 
 
 def memory(arguments: argparse.Namespace) -> bool:

@@ -1,7 +1,7 @@
 """The network on fake CUDA tensors, without a GPU: devices, waiting for the device, memory, and collectives.
 
-The tracing runs in a process of its own, because a process keeps the CUDA device that computes nothing. It starts cold,
-because the autograd engine of the fork server has already counted the devices.
+The tracing runs in a process of its own (`tests/gpu/traced.py`), because a process keeps the CUDA device that computes
+nothing. It starts cold, because the autograd engine of the fork server has already counted the devices.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def alone(function: str, *arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def found() -> Any:
-    """The results of `print_all`."""
-    return alone("print_all")
+def found(traced: Any) -> Any:
+    return traced["network"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +186,7 @@ def test_planted_faults_are_found(found: Any) -> None:
     assert [name for name in FAULTS if not found["faults"][name]] == []
 
 
-BATCH, LENGTH, WIDTH, HEADS, LAYERS = 4, 2048, 64, 4, 8
+BATCH, LENGTH, WIDTH, HEADS, LAYERS = 4, 2048, 64, 4, 5
 UNIT = 2 * BATCH * LENGTH * WIDTH  # bytes of the hidden states in bf16
 
 
@@ -213,39 +212,33 @@ def plain(trace: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def print_all() -> None:
-    """In a process of its own: the results that the tests check."""
+def results() -> dict[str, Any]:
+    """In a process of its own: what the tests check."""
     from opt_parallel.benchmarks.memory import row
     from opt_parallel.rehearsal import trace
-    from opt_parallel.rehearsal.fake_cuda import load
 
-    load()
     runs = {
         "1 none": traced_run(1, "none"),
         "2 none": traced_run(2, "none"),
         "2 full": traced_run(2, "full"),
         "2 sequence": traced_run(2, "none", sequence=True),
     }
-    traces = {
-        "whole": trace.trace(runs["2 none"], LAYERS),
-        "2 none": trace.extrapolated(runs["2 none"]),
-    }
     with mock.patch.object(trace, "DEPTHS", (2, 3)):  # faster, and these layers are equal from the first on
-        traces |= {name: trace.extrapolated(run) for name, run in runs.items() if name not in traces}
-    results = {
+        traces = {name: trace.extrapolated(run) for name, run in runs.items()}
+    traces["whole"] = trace.trace(runs["2 none"], LAYERS)
+    return {
         "errors": errors_of(FEW),
         "faults": errors_of_faults("none"),
         "traces": {name: plain(one) for name, one in traces.items()},
         "row": row(runs["2 sequence"], traces["2 sequence"]),
         "none": peaks(["none"])["none"],
     }
-    print(json.dumps(results))
 
 
 def peaks(kinds: list[str]) -> dict[str, int]:
     """The peaks that are measured on a GPU, traced again."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from checks import cells
+    from cells import cells
 
     from opt_parallel.rehearsal.trace import trace
 
@@ -275,7 +268,7 @@ def test_the_peak_is_what_the_formula_says(traces: Any) -> None:
     """With full recomputation, the peak is in the backward of the last layer's activation: the inputs of all layers,
     the layer's tensors without its input, the gradient of its output, and both gradients around the activation."""
     peak = UNIT * (LAYERS + 3 + 8 / 2 + 1 + 2 * 4 / 2)
-    assert traces["2 full"]["peak"] == pytest.approx(peak, rel=0.02)  # the rest: token ids, sums, a gradient
+    assert traces["2 full"]["peak"] == pytest.approx(peak, rel=0.025)  # the rest: token ids, sums, a gradient
 
 
 def test_collectives_of_a_forward_and_a_backward(traces: Any) -> None:
@@ -325,7 +318,8 @@ def test_all_peaks_to_measure_on_a_gpu_are_up_to_date() -> None:
 
 def test_a_row_of_the_table(found: Any) -> None:
     layers, tensor, sequence, micro, recompute, precision, peak, saved, _, collectives = found["row"]
-    assert (layers, tensor, sequence, micro, recompute, precision) == ("8 × 64", "2", "yes", "4", "none", "bf16")
+    assert layers == f"{LAYERS} × 64"
+    assert (tensor, sequence, micro, recompute, precision) == ("2", "yes", "4", "none", "bf16")
     traced = found["traces"]["2 sequence"]
     assert peak == f"{traced['peak'] / 2**30:.2f} GiB"
     assert saved == f"{traced['saved_by_a_layer'] / 2**20:,.1f} MiB"
