@@ -25,7 +25,7 @@ from opt_parallel.data.samples.batches import Totals
 from opt_parallel.data.samples.samples import Batch
 from opt_parallel.gradients import PartitionedGradients, ShardedGradients, WholeGradients
 from opt_parallel.model.build import network
-from opt_parallel.optim import OPTIMIZERS, LossScaler, RoundedAdamW, build_optimizer, learning_rate, norm_of
+from opt_parallel.optim import LossScaler, build_optimizer, kind_of, learning_rate, norm_of
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import Source, fill, trained
@@ -35,15 +35,12 @@ from opt_parallel.runtime.errors import Diverged, UserError
 from opt_parallel.zero import (
     Fragment,
     Replica,
-    base_optimizer,
     flat_weights,
     held_fragments,
     owned_fragments,
-    pieces,
     refresh_working_weights,
     replicas,
     reset_moments,
-    share_weights,
     updates_made,
 )
 
@@ -75,13 +72,11 @@ class Engine:
     """A model wrapped by DeepSpeed ZeRO, with optimizer steps, evaluation, and views of the training state."""
 
     def __init__(self, run: Run, topology: Topology, wrapped: Any) -> None:
-        self.run, self.topology, self.moments = run, topology, OPTIMIZERS[run.optimizer.name].moments
+        self.run, self.topology = run, topology
         self.wrapped = wrapped  # deepspeed.DeepSpeedEngine.
-        if run.optimizer.state_dtype is StateDtype.bf16:
-            share_weights(wrapped, run.zero.stage, topology.data.rank)
-            optimizer = base_optimizer(wrapped)
-            assert isinstance(optimizer, RoundedAdamW)
-            optimizer.pieces = pieces(wrapped, run.zero.stage, topology.data.rank, run.seed)
+        kind = kind_of(run.optimizer)
+        kind.prepare(wrapped, run.zero.stage, topology.data.rank, run.seed)
+        self.moments = kind.moments
         self.scaler = LossScaler(run.precision) if run.precision.name is Precision.fp16 else None
         self.gradients = _gradients(run, topology, wrapped)
 

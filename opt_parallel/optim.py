@@ -19,16 +19,19 @@ from opt_parallel.parallel.shard import shard_of, trained
 from opt_parallel.parallel.topology import Group
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import Diverged
+from opt_parallel.zero import keep_copy, share_weights
 
 CHUNK = 2**22  # elements that `RoundedAdamW` updates at a time, which bounds the memory of its fp32 values
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """A function that builds a torch optimizer, and the names of the optimizer's state tensors.
+    """The functions that build a torch optimizer and give it weights, and the names of the optimizer's state tensors.
 
     `moments` are the names of the state tensors, torch's names if torch has the optimizer. Checkpoints store the
-    moments under these names. The optimizer must meet these requirements:
+    moments under these names, which do not depend on the dtype of the state. `prepare` determines which weights the
+    optimizer updates after DeepSpeed has flattened them: `zero.keep_copy` or `zero.share_weights`. The optimizer must
+    meet these requirements:
 
     * The state of a parameter consists of the moments, each with the shape of the parameter and the dtype
       `optimizer.state_dtype`, and of `step`, the number of updates of the parameter.
@@ -45,6 +48,7 @@ class OptimizerKind:
 
     build: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
     moments: tuple[str, ...]
+    prepare: Callable[[Any, int, int, int], None]
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -53,9 +57,7 @@ class OptimizerKind:
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), with torch's fused kernels if the state is fp32."""
-    if config.state_dtype is StateDtype.bf16:
-        return RoundedAdamW(groups, config)
+    """AdamW (Loshchilov & Hutter 2019) with torch's fused kernels."""
     first, second = config.betas
     return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
 
@@ -64,7 +66,7 @@ class RoundedAdamW(torch.optim.Optimizer):
     """AdamW with bf16 weights and moments and fp32 gradients. An update is computed in fp32, and then rounded
     stochastically to bf16.
 
-    `pieces` has the parameters of each flat tensor. The engine sets it, since ZeRO flattens the parameters."""
+    `pieces` has the parameters of each flat tensor. `zero.share_weights` sets it, since ZeRO flattens parameters."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         first, second = config.betas
@@ -108,7 +110,15 @@ def _adamw_update(values: Tensor, gradient: Tensor, corrections: list[Tensor], g
     weights.mul_(1 - rate * group["weight_decay"]).addcdiv_(first, size, value=-rate)
 
 
-OPTIMIZERS = {OptimizerName.adamw: OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"))}
+OPTIMIZERS = {
+    (OptimizerName.adamw, StateDtype.fp32): OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"), keep_copy),
+    (OptimizerName.adamw, StateDtype.bf16): OptimizerKind(RoundedAdamW, ("exp_avg", "exp_avg_sq"), share_weights),
+}
+
+
+def kind_of(config: OptimizerConfig) -> OptimizerKind:
+    """The kind of the configured optimizer."""
+    return OPTIMIZERS[config.name, config.state_dtype]
 
 
 def saved_optimizer(config: dict[str, Any]) -> str:
@@ -125,7 +135,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     for _, tensor, shard in trained(model):
         (decaying if shard.decay else not_decaying).append(tensor)
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": not_decaying, "weight_decay": 0.0}]
-    return OPTIMIZERS[config.name].build([group for group in groups if group["params"]], config)
+    return kind_of(config).build([group for group in groups if group["params"]], config)
 
 
 def learning_rate(peak: float, schedule: ScheduleConfig, steps: int, batch_tokens: int, clock: Clock) -> float:

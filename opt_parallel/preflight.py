@@ -34,7 +34,7 @@ from opt_parallel.config.run import Run
 from opt_parallel.data.prepare import corpora
 from opt_parallel.data.store.sameness import ends_of
 from opt_parallel.model.build import network
-from opt_parallel.optim import OPTIMIZERS
+from opt_parallel.optim import kind_of
 from opt_parallel.parallel.shard import trained_shapes
 from opt_parallel.parallel.topology import ALONE, DEVICE_TIMEOUT, Group, Topology
 from opt_parallel.runtime.errors import UserError
@@ -222,7 +222,7 @@ def _check_disk(run: Run) -> str:
     as text."""
     labels = Labels.numbered(2) if run.task.name.classifies else None
     parameters = sum(map(math.prod, trained_shapes(network(run.model, run.task.lora, labels, ALONE)).values()))
-    size = OPTIMIZERS[run.optimizer.name].checkpoint_bytes * parameters
+    size = kind_of(run.optimizer).checkpoint_bytes * parameters
     saves = -(-run.stop // run.checkpoint.every) if run.checkpoint.every else 1
     folder = run.folder / "checkpoints"  # the user may have linked this folder to a larger disk
     more = max(min(run.checkpoint.keep + 1, saves) - len(steps_in(folder)), 1)

@@ -148,9 +148,13 @@ def base_optimizer(wrapped: Any) -> torch.optim.Optimizer:
     return base
 
 
-def share_weights(wrapped: Any, stage: int, data_rank: int) -> None:
+def keep_copy(wrapped: Any, stage: int, data_rank: int, seed: int) -> None:
+    """Let the optimizer update DeepSpeed's fp32 copy of the weights, which is ready for this."""
+
+
+def share_weights(wrapped: Any, stage: int, data_rank: int, seed: int) -> None:
     """Let the optimizer update this rank's part of the bf16 working weights, so that there is no second copy. The
-    gradients of this part remain fp32."""
+    gradients of this part remain fp32. The optimizer's `pieces` then describe the part."""
     optimizer = wrapped.optimizer
     if stage == 3:
         parts = optimizer.fp16_partitioned_groups_flat
@@ -160,10 +164,11 @@ def share_weights(wrapped: Any, stage: int, data_rank: int) -> None:
         weights.data, weights.grad_dtype = part, torch.float32
     if stage < 3:
         optimizer._link_all_hp_params()  # DeepSpeed's links to the copy would keep it in memory
+    optimizer.optimizer.pieces = _pieces(wrapped, stage, data_rank, seed)
 
 
-def pieces(wrapped: Any, stage: int, data_rank: int, seed: int) -> dict[Tensor, list[Piece]]:
-    """The parts of the parameters in each tensor that the torch optimizer updates, for `RoundedAdamW`."""
+def _pieces(wrapped: Any, stage: int, data_rank: int, seed: int) -> dict[Tensor, list[Piece]]:
+    """The parts of the parameters in each tensor that the torch optimizer updates."""
     found: dict[Tensor, list[Piece]] = defaultdict(list)
     for name, tensor, shard in trained(wrapped.module):
         address = _address(wrapped, stage, data_rank, tensor)

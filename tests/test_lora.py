@@ -13,7 +13,7 @@ import pytest
 import torch
 from command import launch, python, small
 from hugging_face import some_ids
-from layouts import Layout
+from layouts import Layout, in_bf16
 from lora_runs import go, go_plainly, go_with_peft, random_adapter, run_on, write_base
 from tampering import edit
 
@@ -99,6 +99,25 @@ def test_reduced_precision_follows(
         assert answer["losses"] == answers[0]["losses"]
         assert answer["losses"] == pytest.approx(plain[0], abs={"bf16": 0.03, "fp16": 0.01}[precision])
         assert answer["moved"] == []
+
+
+@pytest.mark.parametrize(("data", "stage"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.long)])
+def test_bf16_state_follows(
+    crew: Any, base: Path, plain: tuple[list[float], list[float]], tmp_path: Path, data: int, stage: int
+) -> None:
+    """Only A and B are rounded stochastically. They are small, and the frozen weights stay as the base has them."""
+    layout = Layout(data=data, stage=stage, micro=4, precision="bf16")
+    run = run_on(base, tmp_path, layout, STEPS)
+    losses = {}
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, clip=0.0))
+    for name, each in {"fp32": run, "bf16": in_bf16(run)}.items():
+        answers = crew(data)(go, each, HALF)
+        assert all(answer["moved"] == [] for answer in answers)
+        losses[name] = answers[0]["losses"]
+    assert losses["bf16"][0] == losses["fp32"][0]
+    assert losses["bf16"][1] != losses["fp32"][1]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.01)
+    assert losses["bf16"] == pytest.approx(plain[0][:HALF], abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from opt_parallel.config.optimizer import OptimizerConfig, OptimizerName, StateDtype
 from opt_parallel.config.run import PrecisionConfig, Scaler, ScheduleConfig, ScheduleName
 from opt_parallel.model.heads import CausalLM
-from opt_parallel.optim import OPTIMIZERS, LossScaler, RoundedAdamW, build_optimizer, norm_of, sums_of_squares
+from opt_parallel.optim import (
+    OPTIMIZERS,
+    LossScaler,
+    RoundedAdamW,
+    build_optimizer,
+    kind_of,
+    norm_of,
+    sums_of_squares,
+)
 from opt_parallel.parallel.rounding import Piece
 from opt_parallel.parallel.shard import Normal, Shard, fill, random_source
 from opt_parallel.parallel.topology import ALONE
@@ -56,20 +64,21 @@ def test_biases_and_layer_norms_do_not_decay() -> None:
     assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS, ids=lambda name: name.value)
-def test_checkpoints_store_the_complete_state_of_an_optimizer(name: OptimizerName) -> None:
+@pytest.mark.parametrize(("name", "dtype"), OPTIMIZERS, ids=lambda each: each.value)
+def test_checkpoints_store_the_complete_state_of_an_optimizer(name: OptimizerName, dtype: StateDtype) -> None:
     """A state tensor that `moments` does not list would be lost at a resume."""
-    model = small_model()
-    optimizer = build_optimizer(model, OptimizerConfig(name=name))
-    for tensor in model.parameters():
-        tensor.grad = torch.randn_like(tensor)
+    kind = OPTIMIZERS[name, dtype]
+    held = {StateDtype.fp32: torch.float32, StateDtype.bf16: torch.bfloat16}[dtype]
+    flat = nn.Parameter(torch.randn(7, dtype=held))
+    flat.grad_dtype = torch.float32
+    flat.grad = torch.randn(7)
+    optimizer = kind.build([{"params": [flat], "weight_decay": 0.1}], OptimizerConfig(name=name, state_dtype=dtype))
     optimizer.step()
-    for key, tensor in model.named_parameters():
-        state = optimizer.state[tensor]
-        assert state.keys() == {"step", *OPTIMIZERS[name].moments}, key
-        for moment in OPTIMIZERS[name].moments:
-            assert state[moment].dtype is torch.float32, (key, moment)
-            assert state[moment].shape == tensor.shape, (key, moment)
+    state = optimizer.state[flat]
+    assert state.keys() == {"step", *kind.moments}
+    for moment in kind.moments:
+        assert state[moment].dtype is held, moment
+        assert state[moment].shape == flat.shape, moment
 
 
 BF16 = OptimizerConfig(lr=1e-2, betas=[0.8, 0.9], weight_decay=0.3, state_dtype=StateDtype.bf16)
@@ -83,8 +92,7 @@ def rounded_adamw(shard: Shard, cuts: list[int], values: dict[str, Tensor], step
     bounds = list(itertools.pairwise([0, *cuts, len(local["weights"])]))
     padded = {name: [nn.functional.pad(each[a:b], (0, 2)) for a, b in bounds] for name, each in local.items()}
     flats = [nn.Parameter(each.bfloat16()) for each in padded["weights"]]
-    optimizer = OPTIMIZERS[OptimizerName.adamw].build([{"params": flats, "weight_decay": 0.3}], BF16)
-    assert isinstance(optimizer, RoundedAdamW)
+    optimizer = RoundedAdamW([{"params": flats, "weight_decay": 0.3}], BF16)
     for flat, (a, b) in zip(flats, bounds, strict=True):
         flat.grad_dtype = torch.float32
         optimizer.pieces[flat] = [Piece(12345, shard, a, 0, b - a)]
@@ -147,8 +155,8 @@ def test_small_updates_add_up() -> None:
 
 
 def build_optimizer_of(exact: nn.Parameter) -> torch.optim.Optimizer:
-    groups = [{"params": [exact], "weight_decay": 0.3}]
-    return OPTIMIZERS[OptimizerName.adamw].build(groups, dataclasses.replace(BF16, state_dtype=StateDtype.fp32))
+    config = dataclasses.replace(BF16, state_dtype=StateDtype.fp32)
+    return kind_of(config).build([{"params": [exact], "weight_decay": 0.3}], config)
 
 
 def test_the_norm_is_torchs() -> None:

@@ -23,7 +23,7 @@ from opt_parallel.config.compose import recorded
 from opt_parallel.config.run import Run
 from opt_parallel.huggingface.folder import safetensors_header
 from opt_parallel.model.build import network
-from opt_parallel.optim import OPTIMIZERS
+from opt_parallel.optim import kind_of
 from opt_parallel.parallel.shard import Shard, trained
 from opt_parallel.parallel.topology import Group
 from opt_parallel.report.metrics import forget_peak_memory, peak_memory
@@ -67,7 +67,7 @@ def fragments_of(
 
 def make(folder: Path, run: Run, tensor: int, data: int) -> None:
     """Write a checkpoint as if `tensor` × `data` ranks had saved it after a step with ZeRO-3."""
-    shards, kinds = shards_of(run, tensor), ("weights", *OPTIMIZERS[run.optimizer.name].moments)
+    shards, kinds = shards_of(run, tensor), ("weights", *kind_of(run.optimizer).moments)
     numbers = {name: number for number, name in enumerate(sorted(name for name, _ in shards))}
     files, tables = {}, {}
     for rank in range(tensor * data):

@@ -18,7 +18,7 @@ import safetensors
 from safetensors.numpy import save
 
 from opt_parallel.checkpoint.manifest import LARGEST, MANIFEST, Damaged, wrong_size
-from opt_parallel.config.optimizer import OptimizerName
+from opt_parallel.config.optimizer import OptimizerName, StateDtype
 from opt_parallel.optim import OPTIMIZERS, saved_optimizer
 from opt_parallel.parallel.shard import Constant, Shard
 from opt_parallel.runtime.errors import UserError
@@ -210,4 +210,4 @@ def kinds_in(folder: Path, manifest: dict[str, Any]) -> set[str]:
             f"{folder} was trained with optimizer.name={name!r}, which this version does not have (it has "
             f"{', '.join(known)}): choose another checkpoint, or use the version that wrote it"
         )
-    return {"weights", *OPTIMIZERS[OptimizerName(name)].moments}
+    return {"weights", *OPTIMIZERS[OptimizerName(name), StateDtype.fp32].moments}

@@ -152,7 +152,7 @@ def test_one_host_without_bf16_is_enough(crew: Any, tmp_path: Path) -> None:
 def test_a_named_one_is_taken_with_a_warning(crew: Any, tmp_path: Path) -> None:
     write_text(tmp_path)
     (said,) = crew(1)(trained, tmp_path, [ZEN_2], 1, name=BF16)
-    assert "warning: the CPU emulates bf16" in said
+    assert said.count("warning: the CPU emulates bf16") == 1
     assert "precision=auto" not in said
     assert written(tmp_path, 1) == {"bf16"}
 
