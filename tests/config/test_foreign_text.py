@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 from classifying import their_model
-from command import ROOT, SMALL, python
-from composing import dry, run_of
+from command import ROOT, SMALL
+from composing import changed, dry, run_of
 from omegaconf import OmegaConf
 
-from opt_parallel.config.compose import recorded, run_from, to_dict, to_yaml, verbatim
+from opt_parallel.config.compose import recorded, run_from, to_dict, to_yaml
 from opt_parallel.config.model import Labels
 from opt_parallel.config.run import Run
 from opt_parallel.config.task import TaskConfig
@@ -26,6 +29,7 @@ from opt_parallel.huggingface.card import model_card
 from opt_parallel.report.plots import Curve, draw, draw_confusion, draw_curves
 from opt_parallel.runtime.errors import UserError
 
+LONG = pytest.mark.long
 CANARY = "canary-0123456789-canary"
 HOSTILE = [
     "${oc.env:HF_TOKEN}", "${oc.env:HARMLESS}", "B ${x", "${", "}${}", r"\${run.name}", r"\\${run.name}", r"a\b\\",
@@ -72,16 +76,19 @@ def quoted(path: Path) -> str:
     return "'{}'".format(str(path).replace("${", "\\${"))
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_any_text_comes_through_a_configuration_as_it_is(text: str) -> None:
-    values = to_dict(Run())
-    values["task"]["labels"] = [text, "other"]
-    values["task"]["label_field"] = values["task"]["pair_field"] = text
-    run = run_from(OmegaConf.create(verbatim(values)))
-    assert run.task.labels == [text, "other"]
-    assert (run.task.label_field, run.task.pair_field) == (text, text)
-    assert to_dict(run) == values
-    assert run_from(OmegaConf.create(to_yaml(run))).task.labels == [text, "other"]
+FIELDS = ["task.label_field", "task.pair_field", "task.prompt_field", "task.completion_field", "data.text_field"]
+
+
+@pytest.mark.parametrize("texts", [HOSTILE[start::4] for start in range(4)])
+def test_any_text_comes_through_a_configuration_as_it_is(texts: list[str]) -> None:
+    """A text in each field, and all of them as labels."""
+    values = {**dict(zip(FIELDS, texts, strict=False)), "task.labels": HOSTILE}
+    run = changed(Run(), values)
+    again = run_from(OmegaConf.create(to_yaml(run)))
+    for key, value in values.items():
+        section, name = key.split(".")
+        assert getattr(getattr(run, section), name) == value
+        assert getattr(getattr(again, section), name) == value
 
 
 def test_labels_and_the_folder_of_a_hugging_face_classifier(classifier: Path) -> None:
@@ -95,17 +102,21 @@ def test_labels_and_the_folder_of_a_hugging_face_classifier(classifier: Path) ->
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param(text, marks=pytest.mark.long if n % 3 else ()) for n, text in enumerate(HOSTILE)]
+    "start", [pytest.param(start, marks=LONG if start % 9 else ()) for start in range(0, len(HOSTILE), 3)]
 )
-def test_what_a_manifest_says_of_its_data_and_its_task(tmp_path: Path, text: str) -> None:
-    said = {"label_field": text, "prompt_field": text, "labels": [text, "b"]}
-    folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": text}, task=said)
+def test_what_a_manifest_says_of_its_data_and_its_task(tmp_path: Path, start: int) -> None:
+    texts = [HOSTILE[(start + number) % len(HOSTILE)] for number in range(3)]
+    said = {"label_field": texts[0], "prompt_field": texts[1], "labels": HOSTILE}
+    folder = a_manifest(tmp_path / "checkpoints" / "step-1", data={"text_field": texts[2]}, task=said)
     run = run_of(f"init_from={folder}", "data.validation=x", evaluation=True)
-    assert run.data.text_field == run.task.label_field == run.task.prompt_field == text
-    assert run.task.labels == [text, "b"]
+    assert [run.task.label_field, run.task.prompt_field, run.data.text_field] == texts
+    assert run.task.labels == HOSTILE
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "dropout", "activation_function", "init_std"])
+NUMBERS = ["vocab_size", "activation_function", *(pytest.param(key, marks=LONG) for key in ("dropout", "init_std"))]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
 def test_a_manifests_numbers_are_not_looked_up_either(tmp_path: Path, key: str) -> None:
     folder = a_manifest(tmp_path / "checkpoints" / "step-1", model={key: "${oc.env:HARMLESS}"})
     with pytest.raises(Exception, match=r"oc\.env:HARMLESS") as caught:
@@ -181,31 +192,38 @@ def test_other_variables_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "canary" not in str(caught.value)
 
 
+def in_the_environment(module: str, function: str, run: Run) -> str:
+    """On the crew, with the secret in the environment: what a function of a module prints."""
+    work, said = getattr(importlib.import_module(module), function), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        patch.setenv("HF_TOKEN", CANARY)
+        patch.setenv("HARMLESS", CANARY)
+        work(run)
+    return said.getvalue()
+
+
 @pytest.mark.parametrize("trackers", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_planted_secret_reaches_no_file(classifier: Path, tmp_path: Path, trackers: bool) -> None:
+def test_a_planted_secret_reaches_no_file(crew: Any, classifier: Path, tmp_path: Path, trackers: bool) -> None:
     """By labels of a config.json and of data, a folder's name and a manifest's fields: no file, and no terminal."""
     name_labels(classifier, ["${oc.env:HF_TOKEN}", "B ${x", "${oc.env:HARMLESS}"])
     names = ["${oc.env:HF_TOKEN}", "B ${x", "${oc.env:HARMLESS}"] * 10
     text = tmp_path / "${oc.env:HF_TOKEN}.jsonl"
     text.write_text("".join(json.dumps({"text": f"the fox {n}", "label": name}) + "\n" for n, name in enumerate(names)))
     arguments = [
-        *SMALL[1:], "task=classify", f"init_from={quoted(classifier)}", f"data.train={quoted(text)}", "steps=2",
+        *SMALL[1:], "task=classify", f"init_from={quoted(classifier)}", f"data.train={quoted(text)}", "steps=1",
         f"data.validation={quoted(text)}", "evaluation.every=1", f"data.cache={tmp_path}/cache", "export.at_end=true",
         f"run.dir='{tmp_path}/run \\${{oc.env:HF_TOKEN}} \\${{x'",
         *(["logging.wandb=offline", "logging.tensorboard=true"] if trackers else []),
     ]  # fmt: skip
-    trained = python("train.py", *arguments)
-    assert trained.returncode == 0, trained.stderr
+    said = crew(1)(in_the_environment, "opt_parallel.loop", "train", run_of(*arguments, tokenizer=True))
     run = tmp_path / "run ${oc.env:HF_TOKEN} ${x"
-    checkpoint = quoted(run / "checkpoints" / "step-2")
-    judged = python("scripts/evaluate.py", f"init_from={checkpoint}", f"data.validation={quoted(text)}",
-                    f"run.dir={tmp_path}/judged", f"data.cache={tmp_path}/cache")  # fmt: skip
-    assert judged.returncode == 0, judged.stderr
+    places = [f"init_from={quoted(run / 'checkpoints' / 'step-1')}", f"data.validation={quoted(text)}"]
+    judged = run_of(*places, f"run.dir={tmp_path}/judged", f"data.cache={tmp_path}/cache", evaluation=True)
+    said += crew(1)(in_the_environment, "opt_parallel.tools.evaluate", "evaluate", judged)
     systems = (["launch=slurm"], ["launch=kubernetes", "launch.name=a", "launch.image=b", "launch.claim=c"])
     rendered = [dry(*system, *arguments) for system in systems]
     assert not [text for text in rendered if CANARY in text]
-    for process in (trained, judged):
-        assert CANARY not in process.stdout + process.stderr
+    assert not [text for text in said if CANARY in text]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.yaml", "README.md", "manifest.json", "evaluation.json"} <= {path.name for path in files}
     assert any("tfevents" in path.name for path in files) == trackers

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 from command import launch, python, small
-from composing import SCRIPTS, options_of, parser_of
+from composing import SCRIPTS, changed, options_of, parser_of
 from omegaconf import OmegaConf
 
-from opt_parallel.config.compose import TEXTS, run_from, to_dict, verbatim
+from opt_parallel.config.compose import TEXTS, run_from, to_dict
 from opt_parallel.config.options import name_of, parsed
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.paths import text_keys, typed_fields
 from opt_parallel.config.run import Run
 from opt_parallel.config.secrets import looks_secret, masked, secrets_in
+from opt_parallel.config.values import check_values
 from opt_parallel.launching.settings import SECTIONS
 from opt_parallel.launching.submit import LAUNCH_TEXTS
+from opt_parallel.report.trackers import open_trackers
+from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.errors import UserError
 
 CANARY = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00"  # as wandb's keys look
@@ -79,22 +82,40 @@ def test_no_key_of_ours_looks_like_one() -> None:
     )
 
 
+VARIABLES = {"WANDB_API_KEY": CANARY, "HF_TOKEN": "hf_canaryCanaryCanary", "DB_PASSWORD": "a canary's password"}
+
+
+def files_without_variables(folder: Path) -> list[Path]:
+    """All files of the folder. None of them may hold one of the secrets in the environment."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        for name, secret in VARIABLES.items():
+            assert secret.encode() not in path.read_bytes(), f"{path} holds {name}"
+    return files
+
+
 def test_what_the_environment_holds_is_written_nowhere(tmp_path: Path) -> None:
-    secrets = {"WANDB_API_KEY": CANARY, "HF_TOKEN": "hf_canaryCanaryCanary", "DB_PASSWORD": "a canary's password"}
-    arguments = [*small(tmp_path), "steps=1", "logging.wandb=offline", "logging.tensorboard=true"]
-    process = launch(1, "train.py", "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'run'}", "seed=1", **secrets)
+    arguments = [*small(tmp_path), "steps=1", f"hydra.sweep.dir={tmp_path / 'run'}", "seed=1"]
+    process = launch(1, "train.py", "-m", *arguments, **VARIABLES)
     assert process.returncode == 0, process.stderr
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    names = {path.name for path in files}
+    names = {path.name for path in files_without_variables(tmp_path / "run")}
     assert {"config.yaml", "multirun.yaml", "metrics.jsonl", "rank-00000.log", "manifest.json"} <= names
+    for secret in VARIABLES.values():
+        assert secret not in process.stdout + process.stderr
+
+
+def test_what_the_environment_holds_reaches_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    for name, value in {**VARIABLES, "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    trackers = open_trackers(changed(Run(), {"run.dir": str(tmp_path / "run"), "logging.wandb": "offline"}), Clock())
+    trackers.log({"loss": 1.0}, 1)
+    trackers.finish()
+    wandb.teardown()  # its service has written everything when it has ended
+    files = files_without_variables(tmp_path)
     assert any(path.suffix == ".wandb" for path in files)
     assert any("tfevents" in path.name for path in files)
-    for path in files:
-        content = path.read_bytes()
-        for name, secret in secrets.items():
-            assert secret.encode() not in content, f"{path} holds {name}"
-    for secret in secrets.values():
-        assert secret not in process.stdout + process.stderr
 
 
 # what a user may type, each with CANARY or another word for the secret in it
@@ -123,8 +144,9 @@ HARMLESS = [
 ]  # fmt: skip
 KEYS = [key for key, _, _ in typed_fields(Run)] + ["hydra.sweep.dir", "+anything", "hydra.job.name", "experiment"]
 TEXT_KEYS = text_keys(Run)
-# Each key is tested with a share of the secrets, another one than its neighbours.
+# Each key is tested with a share of the secrets or of their forms, another one than its neighbours.
 SHARES = [0, *(pytest.param(share, marks=pytest.mark.long) for share in range(1, 6))]
+FORMS = ["{}", "'{}'", "[a,'{}']", "[{{path: '{}'}}]", "a,'{}'"]
 LAUNCH_KEYS = sorted({key for section in SECTIONS.values() for key, _, _ in typed_fields(section, "launch.")})
 
 
@@ -152,14 +174,15 @@ def test_a_value_that_holds_none(value: str) -> None:
 
 
 @pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("share", SHARES[: len(FORMS)])
 @pytest.mark.parametrize("value", SECRETS)
-def test_a_value_that_holds_one(value: str) -> None:
+def test_a_value_that_holds_one(value: str, share: int) -> None:
     assert CANARY not in masked(value)
     assert "canary" not in masked(value).lower()
     refused(lambda: checked([value], TEXTS), "")
-    for key in KEYS + LAUNCH_KEYS:
-        for form in (value, f"'{value}'", f"[a,'{value}']", f"[{{path: '{value}'}}]", f"a,'{value}'"):
-            refused(lambda key=key, form=form: checked([f"{key}={form}"], {*TEXTS, *LAUNCH_TEXTS}), key.lstrip("+"))
+    for number, key in enumerate(KEYS + LAUNCH_KEYS):
+        form = FORMS[(share + number + SECRETS.index(value)) % len(FORMS)].format(value)
+        refused(lambda key=key, form=form: checked([f"{key}={form}"], {*TEXTS, *LAUNCH_TEXTS}), key.lstrip("+"))
 
 
 @pytest.mark.usefixtures("_variable")
@@ -168,41 +191,40 @@ def test_a_value_that_holds_one(value: str) -> None:
 def test_in_a_file_of_the_users(key: str, share: int) -> None:
     chosen = SECRETS[(share + TEXT_KEYS.index(key)) % len(SHARES) :: len(SHARES)]
     for value in chosen:
-        values = to_dict(Run())
-        *outer, name = key.split(".")
-        (values[outer[0]] if outer else values)[name] = value
-        refused(lambda values=values: run_from(OmegaConf.create(verbatim(values))), key)
+        refused(lambda value=value: changed(Run(), {key: value}), key)
     print(f"{key} | {len(chosen)} of {len(chosen)} refused, none repeated")
 
 
 @pytest.mark.usefixtures("_variable")
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_in_every_option_of(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_every_option_of(script: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = parser_of(script)
-    for verb, action in options_of(script):
-        name = name_of(action)
-        for value in SECRETS:
+    for number, (verb, action) in enumerate(options_of(script)):
+        name, chosen = name_of(action), SECRETS[(share + number) % len(SHARES) :: len(SHARES)]
+        for value in chosen:
             ways = [[name, value], [f"{name}={value}"]] if name.startswith("-") else [[value]]
             for way in ways:
                 monkeypatch.setattr(sys, "argv", [script, *([verb] if verb else []), *way])
                 refused(lambda: parsed(parser), name if name.startswith("-") else "the command line")
-        print(f"{script} {verb or ''} {name} | {len(SECRETS)} of {len(SECRETS)} refused, none repeated")
+        print(f"{script} {verb or ''} {name} | {len(chosen)} of {len(chosen)} refused, none repeated")
     for word in ("--hf-token", f"--wandb_api_key={CANARY}"):
         monkeypatch.setattr(sys, "argv", [script, word, CANARY])
         refused(lambda: parsed(parser), word.partition("=")[0])
 
 
 def test_a_file_of_the_users_is_checked_before_hydra_writes(tmp_path: Path) -> None:
-    """A multirun's configuration goes to multirun.yaml before any run begins."""
+    """A multirun's configuration goes to multirun.yaml before any run begins. A section of Hydra's is in no run."""
     (tmp_path / "configs" / "experiment").mkdir(parents=True)
-    for text in (f"data:\n  train: https://u:{CANARY}@h/x", f"hydra:\n  job:\n    env_set:\n      HF_TOKEN: {CANARY}",
-                 f"steps: https://h/x?sig={CANARY}"):  # fmt: skip
-        (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
-        done = python(
-            "train.py", "-m", "--config-dir", str(tmp_path / "configs"), "experiment=mine", "seed=1",
-            f"hydra.sweep.dir={tmp_path / 'sweep'}", f"run.dir={tmp_path / 'run'}",
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1
-        assert CANARY not in done.stdout + done.stderr
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["configs"]
+    text = f"# @package _global_\nhydra:\n  job:\n    env_set:\n      HF_TOKEN: {CANARY}\n"
+    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(text)
+    done = python(
+        "train.py", "-m", "--config-dir", str(tmp_path / "configs"), "experiment=mine", "seed=1",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", f"run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert CANARY not in done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs"]
+    refused(lambda: check_values({"data": {"train": f"https://u:{CANARY}@h/x"}}), "data.train")
+    refused(lambda: check_values({"steps": f"https://h/x?sig={CANARY}"}), "steps")

@@ -4,10 +4,12 @@ Each is refused in one line, by the same call that opens a checkpoint."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import time
 import zipfile
@@ -47,10 +49,20 @@ def refused(folder: Path, *words: str) -> str:
     return line
 
 
+model = functools.cache(random_model)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as transformers writes it."""
+    folder = tmp_path_factory.mktemp("original")
+    model().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    random_model().save_pretrained(tmp_path / "theirs")
-    return tmp_path / "theirs"
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "theirs"))
 
 
 def config_with(folder: Path, **fields: Any) -> None:
@@ -85,7 +97,7 @@ def test_a_link_within_the_folder_and_a_link_to_the_folder_are_followed(folder: 
     (folder / "model.safetensors").symlink_to("kept")
     (folder.parent / "link").symlink_to(folder)
     ours = open_checkpoint(folder.parent / "link").model(ALONE, CPU)
-    torch.testing.assert_close(ours(some_ids()), logits_of(random_model()), rtol=0, atol=1e-5)  # fp32, another order
+    torch.testing.assert_close(ours(some_ids()), logits_of(model()), rtol=0, atol=1e-5)  # fp32, another order
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -296,7 +308,7 @@ def test_a_pointer_of_git_lfs(folder: Path, name: str) -> None:
 
 def as_torch(folder: Path, zipped: bool = True) -> Path:
     path = folder / "pytorch_model.bin"
-    torch.save(random_model().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    torch.save(model().state_dict(), path, _use_new_zipfile_serialization=zipped)
     (folder / "model.safetensors").unlink(missing_ok=True)
     return path
 
@@ -396,7 +408,7 @@ def test_a_zip_of_records_that_overlap(folder: Path) -> None:
 
 def as_h5(folder: Path, change: Callable[[Any, str, np.ndarray], None]) -> Path:
     """The same model, one dataset made by `change(file, its place, its values)`."""
-    write_h5(random_model(), folder, "single")
+    write_h5(model(), folder, "single")
     (folder / "model.safetensors").unlink(missing_ok=True)
     with h5py.File(folder / "tf_model.h5", "a") as file:
         place = next(place for place in _places(file) if place.endswith("fc1/kernel:0"))
@@ -457,7 +469,7 @@ def test_h5_that_swells(folder: Path) -> None:
 
 
 def test_h5_and_its_index_inside_the_folder(folder: Path) -> None:
-    write_h5(random_model(), folder, "split")
+    write_h5(model(), folder, "split")
     (folder / "model.safetensors").unlink()
     first = sorted(folder.glob("tf_model-*.h5"))[0]
     first.rename(folder.parent / first.name)
@@ -509,13 +521,12 @@ def test_a_tree_that_swells(folder: Path, what: str) -> None:
 @pytest.mark.parametrize("changes", [20, pytest.param(100, marks=pytest.mark.long)])
 def test_random_damage_is_a_line_or_nothing(tmp_path: Path, changes: int) -> None:
     """Seeded changes of single bytes in each format: opened, or refused in one line."""
-    model = random_model()
-    model.save_pretrained(tmp_path / "st")
-    write_h5(model, tmp_path / "h5", "single")
-    write_msgpack(model, tmp_path / "msgpack", "single")
+    model().save_pretrained(tmp_path / "st")
+    write_h5(model(), tmp_path / "h5", "single")
+    write_msgpack(model(), tmp_path / "msgpack", "single")
     for form, zipped in (("zip", True), ("old", False)):
         (tmp_path / form).mkdir()
-        torch.save(model.state_dict(), tmp_path / form / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        torch.save(model().state_dict(), tmp_path / form / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     generator, lines = np.random.default_rng(0), []
     for folder in sorted(tmp_path.iterdir()):
         path = max(folder.iterdir(), key=lambda file: file.stat().st_size)

@@ -10,20 +10,26 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from command import ROOT, launch, python
-from composing import dry
+from command import ROOT, python
+from composing import dry, mistake_of
 from deepspeed.launcher.multinode_runner import PDSHRunner
+from omegaconf import OmegaConf
 
+from opt_parallel.config.compose import one_line_errors
+from opt_parallel.config.run import ParallelConfig, Run
 from opt_parallel.launching.commands import SIGNALS, through_pdsh
 from opt_parallel.launching.kubernetes import manifests, to_yaml
 from opt_parallel.launching.settings import Kubernetes, Slurm, System, seconds_of
-from opt_parallel.launching.submit import composed
+from opt_parallel.launching.submit import check, composed, launch_from, rendered
+from opt_parallel.launching.submit import submit as start
+from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.lock import only_writer
 
 # values that a shell, sbatch, Kubernetes or pdsh would read otherwise
@@ -212,7 +218,9 @@ def test_deepspeed_s_words_come_through_pdsh(tmp_path: Path) -> None:
     assert words_of(through) == RUN
 
 
-@pytest.mark.parametrize("name", ["cpu-one", "cpu-many", "gpu-one", "gpu-many"])
+@pytest.mark.parametrize(
+    "name", ["cpu-one", "gpu-many", *(pytest.param(name, marks=pytest.mark.long) for name in ("cpu-many", "gpu-one"))]
+)
 def test_accelerate_s_command_goes_with_its_file(name: str) -> None:
     config = ROOT / "launch" / "accelerate" / f"{name}.yaml"
     many = ["launch.nodes=2", "launch.rank=1", "launch.address=node1"] if name.endswith("many") else []
@@ -269,57 +277,76 @@ def test_a_broken_manifest_is_refused(fault: str) -> None:
         validated(documents)
 
 
+def plain_run(tensor: int = 1) -> Run:
+    return replace(Run(), batch={"global": 32, "micro": 1}, parallel=ParallelConfig(tensor=tensor))
+
+
+# settings of a system, and what is said of them; a key of the run is none of them
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("torchrun", {"nodes": "two"}, "launch.nodes=two is not a number of nodes"),
+    ("torchrun", {"nodes": "2:1"}, "launch.nodes=2:1 is not a number of nodes"),
+    ("torchrun", {"nodes": 2, "endpoint": ":1"}, "launch.endpoint=:1 is not an endpoint"),
+    ("torchrun", {"nodes": 2}, "set launch.endpoint=HOST:29500"),
+    ("torchrun", {"processes": 3}, "batch.global=32 is not a multiple"),
+    ("torchrun", {"nodes": "3:4", "processes": 4, "endpoint": "a"}, "batch.global=32 is not a multiple"),
+    ("slurm", {"nodes": "1:2"}, "launch=torchrun, which can continue with fewer"),
+    ("slurm", {"time": "soon"}, "launch.time=soon is not a time limit"),
+    ("slurm", {"time": "10"}, "launch.warning=600 leaves no time to train"),
+    ("slurm", {"gpus_per_node": 4}, "each process uses one GPU"),
+    ("slurm", {"container": "a", "venv": "b"}, "both set the environment"),
+    ("slurm", {"options": ["rm"]}, "'rm' is not an option of sbatch"),
+    ("slurm", {"options": ["--mem 4G"]}, "'--mem 4G' is not an option of sbatch"),
+    ("deepspeed", {"nodes": 2}, "launch.hostfile=…"),
+    ("deepspeed", {"nodes": 2, "hostfile": "absent"}, "launch.hostfile=absent does not exist"),
+    ("accelerate", {}, "launch.config is not set"),
+    ("accelerate", {"config": "absent"}, "launch.config=absent cannot be read"),
+    ("accelerate", {"config": "gpu.yaml"}, "choose cpu-one.yaml, cpu-many.yaml,"),
+    ("kubernetes", {}, "launch.name is not set"),
+    ("kubernetes", {"name": "a.b", "image": "a", "claim": "b"}, "launch.name=a.b is not"),
+    ("kubernetes", {"name": "a", "image": "a", "claim": "b", "grace": 60}, "kills a pod before"),
+]
+
+
+@pytest.mark.parametrize(("system", "settings", "said"), WRONG)
+def test_a_wrong_setting_is_said_in_one_line(system: str, settings: dict[str, Any], said: str) -> None:
+    def work() -> None:
+        launch = launch_from(OmegaConf.create({"launch": {"system": system, **settings}}))
+        check(launch, plain_run())
+        rendered(launch, plain_run().run, [])
+
+    with pytest.raises(UserError) as caught:
+        work()
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_group_stays_on_its_node() -> None:
+    launch = launch_from(OmegaConf.create({"launch": {"system": "torchrun", "nodes": 2, "endpoint": "a"}}))
+    with pytest.raises(UserError, match=r"parallel\.allow_cross_node=true"):
+        check(launch, plain_run(tensor=2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["launch=slum"], "launch=slum does not exist: choose accelerate, deepspeed, kubernetes, slurm, torchrun"),
         (["launch.nodez=2"], "did you mean launch.nodes?"),
         (["launch.processes=many"], "launch.processes: Value 'many'"),
-        (["launch.nodes=two"], "launch.nodes=two is not a number of nodes"),
-        (["launch.nodes=2:1"], "launch.nodes=2:1 is not a number of nodes"),
-        (["launch.nodes=2", "launch.endpoint=:1"], "launch.endpoint=:1 is not an endpoint"),
-        (["launch.nodes=2"], "set launch.endpoint=HOST:29500"),
-        (["launch=slurm", "launch.nodes=1:2"], "launch=torchrun, which can continue with fewer"),
-        (["launch=slurm", "launch.time=soon"], "launch.time=soon is not a time limit"),
-        (["launch=slurm", "launch.time=10"], "launch.warning=600 leaves no time to train"),
-        (["launch=slurm", "launch.gpus_per_node=4"], "each process uses one GPU"),
-        (["launch=slurm", "launch.container=a", "launch.venv=b"], "both set the environment"),
-        (["launch=slurm", "launch.options=[rm]"], "'rm' is not an option of sbatch"),
-        (["launch=slurm", 'launch.options=["--mem 4G"]'], "'--mem 4G' is not an option of sbatch"),
         (["launch=slurm", "run.dir=runs/a%j"], "holds a %"),
-        (["launch=deepspeed", "launch.nodes=2"], "launch.hostfile=…"),
-        (["launch=deepspeed", "launch.nodes=2", "launch.hostfile=absent"], "launch.hostfile=absent does not exist"),
-        (["launch=accelerate"], "launch.config is not set"),
-        (["launch=accelerate", "launch.config=absent"], "launch.config=absent cannot be read"),
-        (["launch=kubernetes"], "launch.name is not set"),
-        (["launch=kubernetes", "launch.name=a.b", "launch.image=a", "launch.claim=b"], "launch.name=a.b is not"),
-        (["launch=kubernetes", "launch.name=a", "launch.image=a", "launch.claim=b", "launch.grace=60"],
-         "kills a pod before"),
         (["modle=opt-tiny"], "modle"),
         (["model=opt-tiny", "parallel.tensor=3"], "parallel.tensor=3"),
-        (["launch.processes=3"], "batch.global=32 is not a multiple"),
-        (["launch.nodes=3:4", "launch.processes=4", "launch.endpoint=a"], "batch.global=32 is not a multiple"),
-        (["launch.nodes=2", "launch.endpoint=a", "parallel.tensor=2"], "parallel.allow_cross_node=true"),
         (["optimizer.lr=-1"], "optimizer.lr=-1"),
         (["--multirun"], "--multirun is not an override"),
-        (["launch=accelerate", "launch.config=gpu.yaml"], "choose cpu-one.yaml, cpu-many.yaml,"),
     ],
-)  # fmt: skip
-def test_a_mistake_is_said_in_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from opt_parallel.config import compose
+)
+def test_a_mistake_is_said_in_one_line(arguments: list[str], said: str) -> None:
+    def work() -> None:
+        with one_line_errors():
+            dry(*arguments)
 
-    def stop(line: str, *_: object, **__: object) -> None:
-        raise SystemExit(f"error: {line}")
-
-    monkeypatch.setattr(
-        "opt_parallel.runtime.errors.leave", stop
-    )  # which ends the process; the next test sees it do so
-    with pytest.raises(SystemExit) as ended, compose.one_line_errors():
-        dry(*arguments)
-    assert said in str(ended.value)
-    assert "\n" not in str(ended.value)
+    line = mistake_of(work)
+    assert said in line
+    assert "\n" not in line
 
 
 def test_a_mistake_ends_with_status_2_and_nothing_else() -> None:
@@ -330,15 +357,14 @@ def test_a_mistake_ends_with_status_2_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("system", ["slurm", "kubernetes", "deepspeed"])
-def test_a_program_that_is_not_there_is_said(system: str, tmp_path: Path) -> None:
+def test_a_program_that_is_not_there_is_said(system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node1 slots=2\nnode2 slots=2\n")
     more = ["launch.nodes=2", f"launch.hostfile={hostfile}"] if system == "deepspeed" else []
     absent = {"slurm": "sbatch", "kubernetes": "kubectl", "deepspeed": "pdsh"}[system]
-    words = [*VARIOUS[system], *more, "model=opt-tiny", f"run.dir={tmp_path}"]
-    done = launch(1, "launch/submit.py", *words, PATH="/nowhere")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {absent} is not installed")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=f"^{absent} is not installed"):
+        start([*VARIOUS[system], *more, "model=opt-tiny", f"run.dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(

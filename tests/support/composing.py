@@ -5,22 +5,25 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import Action, ArgumentParser, Namespace, _HelpAction, _SubParsersAction
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 from command import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from opt_parallel.checkpoint.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
-from opt_parallel.config.compose import TEXTS, register_schema, run_from
+from opt_parallel.config.compose import TEXTS, CheckConfig, register_schema, run_from, to_dict, verbatim
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.paths import typed_fields
 from opt_parallel.config.run import Run
 from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed_launch, composed_run, rendered, split_overrides
+
+_register_schema = functools.cache(register_schema)
 
 
 def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "configs", tokenizer: bool = False) -> Run:
@@ -28,7 +31,7 @@ def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "co
 
     With `tokenizer`, the special tokens are also read from the tokenizer, which may be on the hub."""
     overrides = checked(arguments, TEXTS)
-    register_schema()
+    _register_schema()
     with initialize_config_dir(str(configs), version_base="1.3"):
         config = compose("config", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
@@ -40,6 +43,38 @@ def run_of(*arguments: str, evaluation: bool = False, configs: Path = ROOT / "co
     if tokenizer:
         take_special_tokens(config, overrides)
     return run_from(config)
+
+
+def mistake_of(work: Callable[[], Any]) -> str:
+    """The line that `work` reports before it ends the process. Here, the process continues."""
+
+    def leave(line: str, *_: Any, **__: Any) -> NoReturn:
+        raise SystemExit(line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opt_parallel.runtime.errors.leave", leave)
+        with pytest.raises(SystemExit) as left:
+            work()
+    return str(left.value)
+
+
+def mistake_before_hydra_writes(*arguments: str) -> str:
+    """The line that `train` reports for these arguments before Hydra makes a folder."""
+    _register_schema()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("config", checked(arguments, TEXTS), return_hydra_config=True)
+    return mistake_of(lambda: CheckConfig().on_run_start(config))
+
+
+def changed(run: Run, values: Mapping[str, Any]) -> Run:
+    """The run with other values of these dotted keys, checked as a file's values are.
+
+    It takes a quarter of the time of `run_of`, because Hydra does not compose."""
+    sections = to_dict(run)
+    for key, value in values.items():
+        *outer, name = key.split(".")
+        functools.reduce(dict.__getitem__, outer, sections)[name] = value
+    return run_from(OmegaConf.create(verbatim(sections)))
 
 
 def path_keys(section: type, prefix: str = "") -> list[str]:
