@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import python, small, train_rows
+from command import small, train_rows
 from composing import run_of
 from training import trained
 
@@ -38,8 +38,8 @@ def test_one_batch_does_one_step_of_everything(crew: Any, tmp_path: Path) -> Non
     assert "remove the folder" in again.stderr
 
 
-def test_profile_writes_a_trace_of_three_steps(tmp_path: Path) -> None:
-    process = python("train.py", *small(tmp_path), "debug=profile")
+def test_profile_writes_a_trace_of_three_steps(crew: Any, tmp_path: Path) -> None:
+    process = trained(crew(1), *small(tmp_path), "debug=profile")
     assert process.returncode == 0, process.stderr
     trace = json.loads((tmp_path / "run" / "profile" / "rank-0.json").read_text())
     names = {event.get("name", "") for event in trace["traceEvents"]}

@@ -59,7 +59,7 @@ ROWS = [
     Row("logs/rank-00000.log", "logs/*.log"),
     Row("logs/rank-00001.log", "logs/rank-00001.log", ranks=2),
     Row("logs/", "logs/*", calls=("mkdir", "open", "write")),
-    Row("logs/tensorboard/", "logs/tensorboard/*"),
+    Row("logs/tensorboard/", "logs/tensorboard/*", arguments=("logging.tensorboard=true",)),
     Row("curve.png", "curve.png*"),
     Row("wandb-id", "wandb-id*", arguments=("logging.wandb=offline",)),
     Row("lock: its beats", "lock", calls=("write", "fsync")),
@@ -119,8 +119,7 @@ def arguments_of(folder: Path, run: Path, cache: Path) -> list[str]:
     return [
         *small(folder), "steps=6", "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_best=true",
         f"data.validation={held}", "evaluation.every=2", "evaluation.prompts=[Sentence 1]",
-        "evaluation.max_new_tokens=4", "logging.tensorboard=true", "export.at_end=true", f"run.dir={run}",
-        f"data.cache={cache}",
+        "evaluation.max_new_tokens=4", "export.at_end=true", f"run.dir={run}", f"data.cache={cache}",
     ]  # fmt: skip
 
 

@@ -75,7 +75,7 @@ pytestmark = pytest.mark.filterwarnings("error:Found missing adapter keys")  # s
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in ("t1d2z3", "t2d1z2") else ()) for name in LAYOUTS]
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ("t2d2z3", "t2d1z2") else ()) for name in LAYOUTS]
 )
 def test_any_layout_is_one_process(straight: Straight, plain: tuple[list[float], list[float]], name: str) -> None:
     losses, norms = plain
@@ -123,8 +123,9 @@ def test_bf16_state_follows(
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("t2d2z3", "t1d1z0"),
+        ("t1d2z3", "t1d1z0"),
         ("t1d1z0", "t2d2z1-offload"),
+        pytest.param("t2d2z3", "t1d1z0", marks=pytest.mark.long),
         pytest.param("t2d1z1", "t1d2z3", marks=pytest.mark.long),
     ],
 )
@@ -138,7 +139,7 @@ def test_another_layout_goes_on(
 
 
 def test_a_checkpoint_holds_what_is_trained(straight: Straight, base: Path) -> None:
-    manifest = json.loads((checkpoint_of(straight("t2d2z3")[1], STEPS) / "manifest.json").read_text())
+    manifest = json.loads((checkpoint_of(straight("t1d2z3")[1], STEPS) / "manifest.json").read_text())
     names = {name.removeprefix("decoder.layers.") for name in manifest["tensors"]}
     layers = ("self_attn.qkv_proj", "self_attn.out_proj", "fc1", "fc2")
     assert names == {f"{n}.{layer}.lora_{x}" for n in (0, 1) for layer in layers for x in "ab"}

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from command import ROOT, launch, python, small
+from command import ROOT, small
+from composing import run_of
+from training import trained
 
 from opt_parallel.benchmarks.runs import composed
 from opt_parallel.config.run import Run
 from opt_parallel.planned import GIB, SHEETS, Devices, _check, out_of_memory
 from opt_parallel.runtime.errors import UserError
 
-TRAIN, PAGE = str(ROOT / "train.py"), ROOT / "docs" / "planning.md"
+PAGE = ROOT / "docs" / "planning.md"
 A100 = Devices("NVIDIA A100-SXM4-80GB", round(79.2 * GIB), hosts=1, per_host=8)
 
 
-def test_a_run_prints_its_planned_memory(tmp_path: Path) -> None:
-    process = python(TRAIN, *small(tmp_path), "steps=1")
+def test_a_run_prints_its_planned_memory(crew: Any, tmp_path: Path) -> None:
+    process = trained(crew(1), *small(tmp_path), "steps=1")
     assert process.returncode == 0, process.stderr
     (line,) = [line for line in process.stdout.splitlines() if line.startswith("planned memory: ")]
     assert "for weights and states" in line
 
 
-def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(tmp_path: Path) -> None:
-    process = python(TRAIN, *small(tmp_path), "model=opt-175b", "zero.offload=none")
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(crew: Any, tmp_path: Path) -> None:
+    process = trained(crew(1), *small(tmp_path), "model=opt-175b", "zero.offload=none")
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert "the run needs 3,252.3 GiB on the fullest rank" in line  # 20 bytes for each of 175 billion parameters
@@ -64,25 +67,21 @@ def test_rates_that_are_not_a_devices_own_are_named() -> None:
     assert "assumed rates" in dataclasses.replace(A100, name=None).rates
 
 
-def train_out_of_memory(*arguments: str) -> None:
-    """In a process of its own: train with a device whose memory runs out in the first step."""
-    from opt_parallel.commands.train import run
+def train_out_of_memory(run: Run) -> str:
+    """On the crew: the error of a run on a device whose memory runs out in the first step."""
     from opt_parallel.engine import Engine
+    from opt_parallel.loop import train
 
-    def step(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of …")
-
-    Engine.step = step  # type: ignore[method-assign, assignment]
-    sys.argv = ["train.py", *arguments]
-    run()
+    why = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of …"
+    with mock.patch.object(Engine, "step", side_effect=torch.OutOfMemoryError(why)), pytest.raises(UserError) as raised:
+        train(run)
+    return str(raised.value)
 
 
-def test_when_memory_runs_out_the_user_reads_the_plan_and_what_to_try(tmp_path: Path) -> None:
-    words = ["tests/support/call.py", __file__, "train_out_of_memory", *small(tmp_path), "batch.micro=4"]
-    process = launch(1, *words)
-    assert process.returncode == 2, process.stderr
-    (line,) = process.stderr.splitlines()
-    assert line.startswith("error: out of memory (CUDA out of memory. Tried to allocate 2.50 GiB): ")
+def test_when_memory_runs_out_the_user_reads_the_plan_and_what_to_try(crew: Any, tmp_path: Path) -> None:
+    (line,) = crew(1)(train_out_of_memory, run_of(*small(tmp_path), "batch.micro=4"))
+    assert "\n" not in line
+    assert line.startswith("out of memory (CUDA out of memory. Tried to allocate 2.50 GiB): ")
     assert "GiB were planned" in line
     assert "of tensors), and tensors had" in line
     assert ": try " in line

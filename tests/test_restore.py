@@ -56,8 +56,10 @@ def go_back(run: Run, saved_at: int) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, 1, 0, 2), Layout(1, 2, 1, precision="bf16"), Layout(2, 1, 2, 2, precision="bf16"),
-        Layout(1, 2, 3, 2, precision="bf16"), Layout(1, 2, 2, precision="fp16", offload=True),
+        Layout(2, 1, 0, 4), Layout(2, 1, 1, 4, precision="bf16"), Layout(1, 2, 3, 2, precision="bf16"),
+        Layout(1, 2, 2, 2, precision="fp16", offload=True),
+        pytest.param(Layout(1, 2, 1, precision="bf16"), marks=pytest.mark.long),
+        pytest.param(Layout(2, 1, 2, 2, precision="bf16"), marks=pytest.mark.long),
         pytest.param(Layout(2, 2, 3, 2, precision="bf16"), marks=pytest.mark.long),
     ],
     ids=str,

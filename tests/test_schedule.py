@@ -118,15 +118,15 @@ def test_padding_is_no_token() -> None:
 def test_train_py_goes_on_with_everything_changed(crew: Any, tmp_path: Path) -> None:
     """With larger batches and longer rows: the rate is that of the clock's tokens."""
     arguments = [
-        *small(tmp_path), "steps=20", "schedule.warmup_steps=null", "schedule.warmup_tokens=1280",
+        *small(tmp_path), "steps=8", "schedule.warmup_steps=null", "schedule.warmup_tokens=512",
         "schedule.name=constant", "optimizer.lr=1e-3",
     ]  # fmt: skip
-    assert trained(crew(1), *arguments, "stop_at=10").returncode == 0
+    assert trained(crew(1), *arguments, "stop_at=4").returncode == 0
     again = trained(crew(1), *arguments, "batch.global=8", "batch.micro=1", "data.sequence_length=24")
     assert again.returncode == 0, again.stderr
     rows = train_rows(tmp_path / "run")
-    assert [row["tokens"] for row in rows[8:12]] == [9 * 64, 640, 640 + 192, 640 + 2 * 192]
-    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * min(1, row["tokens"] / 1280) for row in rows], rel=1e-9)
+    assert [row["tokens"] for row in rows[2:6]] == [3 * 64, 256, 256 + 192, 256 + 2 * 192]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * min(1, row["tokens"] / 512) for row in rows], rel=1e-9)
 
 
 def test_train_py_refuses_a_warmup_that_would_not_end(crew: Any, tmp_path: Path) -> None:

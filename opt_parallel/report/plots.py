@@ -41,7 +41,7 @@ def draw(path: Path, title: str, rows: list[Row], unigram_entropy: float | None,
     from matplotlib.ticker import MaxNLocator
 
     figure = figure_with(figsize=(8, 4.8), dpi=150)
-    figure.subplots_adjust(left=0.1, right=0.96, top=0.89, bottom=0.12)  # A constrained layout draws twice.
+    figure.subplots_adjust(left=0.11, right=0.96, top=0.89, bottom=0.12)  # A constrained layout draws twice.
     axes = figure.add_subplot(
         xlabel="step", ylabel=f"loss (nats per {unit})" if unit == "token" else f"loss per {unit}"
     )

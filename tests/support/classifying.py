@@ -24,6 +24,7 @@ PROBLEMS = {
     "multi": Labels(("new", "hot", "big"), ProblemType.multi_label_classification),
     "regression": Labels(("LABEL_0",), ProblemType.regression),
 }
+LAYERS = 2
 NO_DROPOUT = {"dropout": 0.0, "layerdrop": 0.0}
 HELD_OUT = 7  # the number of validation examples, which is not a multiple of the batch
 
@@ -52,7 +53,9 @@ def run_of(layout: Layout, problem: str, steps: int = 3, model: dict[str, Any] |
     labels = PROBLEMS[problem]
     task = TaskConfig(name=Task.classify, labels=list(labels.names), problem_type=labels.problem_type)
     optimizer = OptimizerConfig(lr=1e-2, clip=0.5, eps=1e-6, weight_decay=0.0)
-    return dataclasses.replace(run_for(layout, model or NO_DROPOUT, steps), task=task, optimizer=optimizer)
+    return dataclasses.replace(
+        run_for(layout, {"num_hidden_layers": LAYERS, **(model or NO_DROPOUT)}, steps), task=task, optimizer=optimizer
+    )
 
 
 def feed_for(run: Run, problem: str, data_rank: int = 0, data_size: int = 1) -> Feed:
@@ -91,7 +94,7 @@ def their_model(problem: str, folder: Path) -> Any:
     torch.manual_seed(3)
     assert labels.problem_type is not None
     config = OPTConfig(
-        vocab_size=515, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, ffn_dim=256, dropout=0.0,
+        vocab_size=515, hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, ffn_dim=256, dropout=0.0,
         max_position_embeddings=64, init_std=0.08, num_labels=len(labels.names), problem_type=labels.problem_type.value,
         id2label=dict(enumerate(labels.names)), label2id={name: n for n, name in enumerate(labels.names)},
     )  # fmt: skip

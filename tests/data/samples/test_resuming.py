@@ -201,7 +201,7 @@ def test_train_py_with_other_sources(crew: Any, tmp_path: Path) -> None:
     """And the weights once more: no source's epochs fall. The tokenizer stays that which was trained on the first."""
     (tmp_path / "more").mkdir()
     paths = [write_text(tmp_path, 60), write_text(tmp_path / "more", 25)]
-    arguments = [*SMALL, f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "steps=18"]
+    arguments = [*SMALL, f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "steps=6"]
 
     def go(stop: int, *weights: int) -> str:
         sources = [
@@ -212,21 +212,21 @@ def test_train_py_with_other_sources(crew: Any, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    go(6, 1)
+    go(2, 1)
     os.utime(paths[0].rename(tmp_path / "elsewhere.jsonl"))  # the same text
     paths[0] = tmp_path / "elsewhere.jsonl"
-    said = go(12, 1, 3)
-    assert "sample 24 of the run: a after 24 samples, b from its start" in said
+    said = go(4, 1, 3)
+    assert "sample 8 of the run: a after 8 samples, b from its start" in said
     assert "warning" not in said
-    go(18, 1, 3)
+    go(6, 1, 3)
     epochs = [row["epochs"] for row in train_rows(tmp_path / "run")]
     assert all(one["a"] <= other["a"] for one, other in pairwise(epochs))
-    rate = epochs[5]["a"] / 6
-    assert epochs[17]["a"] == pytest.approx(rate * (6 + 12 / 4), rel=1e-6)
-    clock = json.loads((tmp_path / "run" / "checkpoints" / "step-18" / "manifest.json").read_text())["clock"]
-    assert (clock["mixed"], clock["taken"], clock["orders"]) == (24, {"a": 24, "b": 0}, {"a": ""})
-    newest = tmp_path / "run" / "checkpoints" / "step-18"
+    rate = epochs[1]["a"] / 2
+    assert epochs[5]["a"] == pytest.approx(rate * (2 + 4 / 4), rel=1e-6)
+    clock = json.loads((tmp_path / "run" / "checkpoints" / "step-6" / "manifest.json").read_text())["clock"]
+    assert (clock["mixed"], clock["taken"], clock["orders"]) == (8, {"a": 8, "b": 0}, {"a": ""})
+    newest = tmp_path / "run" / "checkpoints" / "step-6"
     assert tokenizer_of(newest) == newest / "tokenizer"
     (newest / "tokenizer" / "tokenizer.json").write_text("{}")  # as the checkpoint, it is set aside: the one before it
-    assert tokenizer_of(newest) == newest.parent / "step-12" / "tokenizer"
+    assert tokenizer_of(newest) == newest.parent / "step-4" / "tokenizer"
     assert tokenizer_of(None) is None
