@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import launch, small, train_rows
+from command import small, train_rows
 from training import trained
 
 from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.checkpoint.store import newest
 from opt_parallel.config.output import ExportDtype
+from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.parallel.shard import Constant, Shard
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.tools.export import export
@@ -25,31 +30,47 @@ RUN = [
     "model.layerdrop=0.2",
     "steps=6",
     "checkpoint.every=2",
+    "checkpoint.keep=3",
     "model.vocab_size=301",
 ]
 
 
 @pytest.fixture(scope="module")
-def stopped(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a run at tensor 2 that was stopped at step 4 of 6, and its arguments."""
-    folder = tmp_path_factory.mktemp("stopped")
+def straight(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run at tensor 2 that was saved at steps 2, 4 and 6, and its arguments."""
+    folder = tmp_path_factory.mktemp("straight")
     arguments = [*small(folder), *RUN]
-    process = trained(crew(2), *arguments, "stop_at=4")
+    process = trained(crew(2), *arguments)
     assert process.returncode == 0, process.stderr
     return folder, arguments
 
 
-def test_resume_is_the_straight_run(crew: Any, stopped: tuple[Path, list[str]]) -> None:
-    folder, arguments = stopped
-    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-2", "step-4"]
-    assert trained(crew(2), *arguments, f"run.dir={folder / 'straight'}").returncode == 0
-    resumed = trained(crew(2), *arguments)
-    assert resumed.returncode == 0
+def copy_of(straight: tuple[Path, list[str]], folder: Path, *steps: int) -> tuple[Path, list[str]]:
+    """A copy of the run in `folder` with these checkpoints only; its checkpoints, and its arguments."""
+    run = folder / "run"
+    shutil.copytree(straight[0] / "run", run)
+    for path in (run / "checkpoints").glob("step-*"):
+        if path.name not in [f"step-{step}" for step in steps]:
+            shutil.rmtree(path)
+    return run / "checkpoints", [*straight[1], f"run.dir={run}"]
+
+
+def names_in(checkpoints: Path) -> list[str]:
+    return sorted(path.name for path in checkpoints.iterdir())
+
+
+def test_resume_is_the_straight_run(crew: Any, straight: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """As after a kill: rows of the steps that are repeated are written anew."""
+    checkpoints, arguments = copy_of(straight, tmp_path, 2, 4)
+    resumed = trained(crew(2), *arguments, "checkpoint.keep=2")
+    assert resumed.returncode == 0, resumed.stderr
     assert "continuing at step 4" in resumed.stdout
-    assert [(row["step"], row["loss"], row["samples"], row["tokens"]) for row in train_rows(folder / "run")] == [
-        (row["step"], row["loss"], row["samples"], row["tokens"]) for row in train_rows(folder / "straight")
-    ]
-    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step-4", "step-6"]  # keep=2
+    found, expected = train_rows(tmp_path / "run"), train_rows(straight[0] / "run")
+    assert [row["step"] for row in found] == list(range(1, 7))
+    for key in ("loss", "samples", "tokens"):
+        assert [row[key] for row in found] == [row[key] for row in expected]
+    assert found[4]["tokens_per_second"] != expected[4]["tokens_per_second"]  # it was computed again
+    assert names_in(checkpoints) == ["step-4", "step-6"]
 
 
 REFUSED = {
@@ -59,21 +80,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refusals(crew: Any, stopped: tuple[Path, list[str]], what: str) -> None:
-    _, arguments = stopped
+def test_refusals(crew: Any, straight: tuple[Path, list[str]], what: str) -> None:
+    _, arguments = straight
     change, words = REFUSED[what]
     process = trained(crew(1), *arguments, *change, "steps=9")
     assert process.returncode == 2
     assert all(word in process.stderr for word in words), process.stderr
 
 
-def test_another_layout_and_learning_rate_go_on(crew: Any, stopped: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_another_layout_and_learning_rate_go_on(crew: Any, straight: tuple[Path, list[str]], tmp_path: Path) -> None:
     """What is configured now acts on the next step, and a table says what that is."""
-    folder, arguments = stopped
-    checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.copytree(folder / "run" / "checkpoints" / "step-4", checkpoints / "step-4")
+    checkpoints, arguments = copy_of(straight, tmp_path, 4)
     changed = ["parallel.tensor=1", "zero.stage=0", "batch.micro=4", "optimizer.lr=1e-2", "schedule.name=constant"]
-    process = trained(crew(1), *arguments, *changed, f"run.dir={tmp_path / 'run'}", "stop_at=5")
+    process = trained(crew(1), *arguments, *changed, "stop_at=5")
     assert process.returncode == 0, process.stderr
     assert "continuing at step 4:" in process.stdout
     lines = process.stdout.splitlines()
@@ -84,7 +103,7 @@ def test_another_layout_and_learning_rate_go_on(crew: Any, stopped: tuple[Path, 
         ["optimizer.lr", "0.0006", "0.01"],
         ["parallel.tensor", "2", "1"],
         ["processes", "2", "1"],
-        ["run.dir", str(folder / "run"), str(tmp_path / "run")],
+        ["run.dir", str(straight[0] / "run"), str(tmp_path / "run")],
         ["schedule.name", "linear", "constant"],
         ["zero.stage", "1", "0"],
     ]
@@ -104,22 +123,21 @@ def largest_change(checkpoints: Path) -> float:
     return max(changes)
 
 
-def test_another_tokenizer_is_refused(crew: Any, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(crew: Any, straight: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Another text keeps the checkpoint's tokenizer; a tokenizer of other words cannot continue the run."""
-    arguments = [*small(tmp_path), "steps=2"]
-    assert trained(crew(1), *arguments).returncode == 0
-    (tmp_path / "text.jsonl").write_text('{"text": "Wholly other words make wholly other tokens."}\n' * 40)
-    elsewhere = [*arguments, f"run.dir={tmp_path / 'other'}"]
-    assert trained(crew(1), *elsewhere).returncode == 0
-    tokenizers = [tmp_path / run / "checkpoints" / "step-2" / "tokenizer" for run in ("run", "other")]
-    refused = trained(crew(1), *arguments, "steps=4", f"data.tokenizer={tokenizers[1]}")
+    checkpoints, arguments = copy_of(straight, tmp_path, 4)
+    other = "Wholly other words make wholly other tokens."
+    save_tokenizer(train_tokenizer([other], 301), tmp_path / "other")
+    arguments += ["parallel.tensor=1", f"data.cache={tmp_path / 'cache'}"]
+    refused = trained(crew(1), *arguments, f"data.tokenizer={tmp_path / 'other'}")
     assert refused.returncode == 2
     assert "another tokenizer" in refused.stderr
-    again = trained(crew(1), *arguments, "steps=4")
+    (tmp_path / "text.jsonl").write_text(f"{json.dumps({'text': other})}\n" * 40)
+    again = trained(crew(1), *arguments, f"data.train={tmp_path / 'text.jsonl'}", "stop_at=5")
     assert again.returncode == 0, again.stderr
     assert "warning: the training text of train differs from the checkpoint's" in again.stdout
-    kept = tmp_path / "run" / "checkpoints" / "step-4" / "tokenizer" / "tokenizer.json"
-    assert kept.read_bytes() == (tokenizers[0] / "tokenizer.json").read_bytes()
+    before, kept = (checkpoints / f"step-{step}" / "tokenizer" / "tokenizer.json" for step in (4, 5))
+    assert kept.read_bytes() == before.read_bytes()
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
@@ -129,34 +147,40 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "step-99")
 
 
-def test_going_back_sets_the_abandoned_branch_aside(crew: Any, tmp_path: Path) -> None:
+def test_going_back_sets_the_abandoned_branch_aside(
+    crew: Any, straight: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     """From an earlier checkpoint with a lower learning rate: the remedy for a divergence."""
-    arguments = [*small(tmp_path), "steps=4", "checkpoint.every=1", "checkpoint.keep=3"]
-    assert trained(crew(1), *arguments).returncode == 0
-    checkpoints = tmp_path / "run" / "checkpoints"
-    back = trained(crew(1), *arguments, f"resume={checkpoints / 'step-2'}", "optimizer.lr=1e-5", "stop_at=3")
+    checkpoints, arguments = copy_of(straight, tmp_path, 2, 4, 6)
+    changed = ["parallel.tensor=1", f"resume={checkpoints / 'step-2'}", "optimizer.lr=1e-5", "stop_at=4"]
+    back = trained(crew(1), *arguments, *changed)
     assert back.returncode == 0, back.stderr
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "step-2",
-        "step-3",
-        "step-3.abandoned",
-        "step-4.abandoned",
-    ]
+    assert names_in(checkpoints) == ["step-2", "step-4", "step-4.abandoned", "step-6.abandoned"]
     rows = train_rows(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["lr"] < 1e-5  # what is configured now acts on the next step
-    again = trained(crew(1), *arguments, "optimizer.lr=1e-5")
-    assert "continuing at step 3" in again.stdout
+    assert newest(checkpoints) == checkpoints / "step-4"  # from which the next start continues
+
+
+def generated(checkpoint: str, tensor: int) -> str:
+    """On the crew: what `generate` prints."""
+    import opt_parallel.commands.generate as command
+
+    words = ["--checkpoint", checkpoint, "--tensor", str(tensor), "--prompt", "Sentence 7", "--max-new-tokens", "12"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", ["generate", *words])
+        command.main()
+    return said.getvalue()
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_generation_is_transformers_greedy_at_any_degree(
-    stopped: tuple[Path, list[str]], tmp_path: Path, ranks: int
+    crew: Any, straight: tuple[Path, list[str]], tmp_path: Path, ranks: int
 ) -> None:
     """On two ranks from the checkpoint, on one from its export."""
     from transformers import AutoTokenizer, OPTForCausalLM
 
-    checkpoint = stopped[0] / "run" / "checkpoints" / "step-4"
+    checkpoint = straight[0] / "run" / "checkpoints" / "step-4"
     output = tmp_path / "export"
     export(checkpoint, output, 10**9, ExportDtype.float32)
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -164,6 +188,5 @@ def test_generation_is_transformers_greedy_at_any_degree(
     theirs = OPTForCausalLM.from_pretrained(output)
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     text = tokenizer.decode(expected[0], skip_special_tokens=True)
-    source = ["--checkpoint", str(checkpoint if ranks == 2 else output), "--tensor", str(ranks)]
-    ours = launch(ranks, "scripts/generate.py", "--prompt", "Sentence 7", "--max-new-tokens", "12", *source)
-    assert ours.stdout == text + "\n", ours.stderr
+    said = crew(ranks)(generated, str(checkpoint if ranks == 2 else output), ranks)
+    assert said == [text + "\n"] + [""] * (ranks - 1)

@@ -55,6 +55,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 
 WAYS = ("resume", "inspect", "open")
+IN_TURN = ("inspect", "open", "inspect", "open", "resume")  # which also reads the checkpoint before
 
 
 def read_by_all(folder: Path, topology: Topology, ways: Sequence[str] = WAYS) -> list[str]:
@@ -145,10 +146,10 @@ def count_verdicts_of(folder: Path, file: str, changes: list[tuple[int, int]], t
 
 def test_flipped_bits_of_the_tables(crew: Any, run: Path) -> None:
     content, draw = (run / "checkpoints" / "step-4" / TABLES).read_bytes(), random.Random(14)
-    places = draw.sample(range(len(content)), 8)
+    places = draw.sample(range(len(content)), 4)
     changes = [(position, content[position] ^ 1 << draw.randrange(8)) for position in places]
     (counts,) = crew(1)(count_verdicts, run, TABLES, changes)
-    assert counts == {"renamed": 8}
+    assert counts == {"renamed": 4}
 
 
 def test_flipped_bits_and_changed_digits_of_a_manifest(crew: Any, run: Path, request: pytest.FixtureRequest) -> None:
@@ -495,7 +496,7 @@ def verdicts(folder: Path, scratch: Path, names: list[str], all_ways: bool) -> d
             shutil.copytree(folder, scratch / "run")
             CASES[name](scratch / "run" / "checkpoints" / "step-4")
             try:
-                found[name] = read_by_all(scratch / "run", topology, WAYS if all_ways else WAYS[place % 3 :][:1])
+                found[name] = read_by_all(scratch / "run", topology, WAYS if all_ways else [IN_TURN[place % 5]])
             except BaseException as error:
                 found[name] = [f"{type(error).__name__}: {error}"]
             shutil.rmtree(scratch / "run")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from command import python
-from composing import run_of
+from composing import quick_run_of, run_of
 from omegaconf import OmegaConf
 
 from opt_parallel.config.compose import run_from, to_dict, to_yaml
@@ -149,3 +149,14 @@ def test_a_file_that_is_no_yaml(tmp_path: Path, content: bytes, why: str) -> Non
 def test_a_missing_value_is_no_default(key: str) -> None:
     with pytest.raises(UserError, match=rf"^{key}=\?\?\? means a missing value"):
         run_of("model=opt-tiny", f"{key}=???")
+
+
+def test_quick_composition_is_hydras() -> None:
+    """By which tests of training get their runs."""
+    arguments = [
+        "experiment=opt-125m-paper", "data.tokenizer=null", "precision=fp32", "data.train=[{path: a, weight: 2}]",
+        "model.dropout=0", "optimizer.betas=[0.8,0.9]", "stop_at=3", "batch.global=8", "batch.micro=2", "run.name=a",
+    ]  # fmt: skip
+    for _ in range(2):  # what was composed once is not changed
+        assert quick_run_of(*arguments) == run_of(*arguments, tokenizer=True)
+        arguments.append("model.dropout=0.1")

@@ -72,8 +72,19 @@ def test_every_form_has_the_same_tensors(form: str, folder: Path, tmp_path: Path
     require_equal(opened, folder / "hf")
 
 
-@pytest.mark.parametrize(("parts", "shards"), [(1, 1), (4, 5), (8, 2), (1, 3), (2, 11)])
-@pytest.mark.parametrize("form", ["raw", "flat_one", "views"])
+# by default each number of parts and of shards, and each form with several parts
+CUTS = [("raw", 4, 5), ("raw", 1, 3), ("raw", 2, 11), ("flat_one", 8, 2), ("flat_one", 1, 1), ("views", 4, 5)]
+LONG_CUTS = [
+    (form, parts, shards)
+    for form in ("raw", "flat_one", "views")
+    for parts, shards in ((1, 1), (4, 5), (8, 2), (1, 3), (2, 11))
+    if (form, parts, shards) not in CUTS
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "parts", "shards"), [*CUTS, *(pytest.param(*cut, marks=pytest.mark.long) for cut in LONG_CUTS)]
+)
 def test_any_number_of_parts_and_shards(form: str, parts: int, shards: int, folder: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(written(form, tmp_path / form, SIZE, parts, shards))
     assert (opened.metaseq.described.parts, opened.metaseq.described.shards) == (parts, shards if form == "raw" else 1)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from composing import run_of as composed
 
 from opt_parallel.config.model import ModelConfig
@@ -26,8 +27,9 @@ H100 = Cluster(DEVICES["h100-80gb"], nodes=16)
 
 
 @functools.cache
-def run_of(size: str, *words: str) -> Run:
-    return composed(f"model=opt-{size}", *words)
+def run_of(size: str) -> Run:
+    values = yaml.safe_load((ROOT / "configs" / "model" / f"opt-{size}.yaml").read_text(encoding="utf-8"))
+    return Run(model=ModelConfig(**values))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -134,7 +136,7 @@ def test_an_all_gather_moves_all_parts_but_the_own() -> None:
 
 
 def test_time_adds_up_and_answers_to_each_part() -> None:
-    run = run_of("6.7b", "batch.global=128", "parallel.tensor=2", "precision=bf16")
+    run = composed("model=opt-6.7b", "batch.global=128", "parallel.tensor=2", "precision=bf16")
     workload = of_run(run, 16)
     time = time_of(workload, H100)
     assert time.step == pytest.approx(sum(time.parts().values()))

@@ -19,7 +19,7 @@ from opt_parallel.runtime.clock import Clock
 WIDE = {
     "hidden_size": 256,
     "ffn_dim": 1024,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "vocab_size": 2048,
     "max_position_embeddings": 128,
     "dropout": 0.0,
@@ -45,7 +45,8 @@ def live_peak(run: Run) -> tuple[int, str]:
         before = Live().now
         engine = Engine.build(run, topology, random_source(run.seed))
         batches = [micro_batches(run, step, topology.data.rank, topology.data.size) for step in range(2)]
-        engine.step(batches[0], Clock(0))
+        with Live().compiling():  # nothing is really compiled
+            engine.step(batches[0], Clock(0))
         with Live() as live, live.compiling():
             engine.step(batches[1], Clock(1))
         engine.close()

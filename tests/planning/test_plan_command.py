@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from command import ROOT, cold_python, python
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.commands.plan import plan_run
+from opt_parallel.commands.plan import check_layout, composed, main, planned_on
+from opt_parallel.config.compose import explain
+from opt_parallel.config.run import ParallelConfig, Run
+from opt_parallel.planning.compose import keys_from
+from opt_parallel.planning.text import VALIDATION, text
+from opt_parallel.planning.weather import weather
+from opt_parallel.runtime.errors import UserError
 
 PLAN = str(ROOT / "scripts" / "plan.py")
 OPT_30B = ["model=opt-30b", "cluster=h100-80gb", "cluster.nodes=2", "parallel.tensor=4", "batch.global=64"]
 
 
-def test_a_plan_says_what_fits_and_how_fast_it_is() -> None:
-    process = python(PLAN, *OPT_30B, "activation_checkpointing=selective", "cluster.price=2.5")
+def test_a_plan_says_what_fits_and_how_fast_it_is_without_torch() -> None:
+    words = ["plan", *OPT_30B, "activation_checkpointing=selective", "cluster.price=2.5"]
+    program = f"import sys; sys.argv = {words!r}; from opt_parallel.commands.plan import run; run()"
+    process = cold_python("-c", f"{program}; print('torch' in sys.modules, file=sys.stderr)")
     assert process.returncode == 0, process.stderr
     said = process.stdout
     assert "on 16 × h100-80gb on 2 hosts: data(4) × tensor(4)" in said
     for words in ("fits: ", "tokens/s a device", "MFU", "cost $", "strong: tokens/s", "4,096", "checkpoint.every="):
         assert words in said, said
+    assert process.stderr.splitlines()[-1] == "False"
 
 
 def test_json_has_the_same_and_its_parts_add_up(tmp_path: Path) -> None:
@@ -37,15 +49,6 @@ def test_json_has_the_same_and_its_parts_add_up(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plan_imports_no_torch() -> None:
-    program = (
-        f"import sys; sys.argv = ['plan', *{OPT_30B!r}]; from opt_parallel.commands.plan import run; run(); "
-        "print('torch' in sys.modules, file=sys.stderr)"
-    )
-    process = cold_python("-c", program)
-    assert process.stderr.splitlines()[-1] == "False"
-
-
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -55,27 +58,55 @@ def test_a_plan_imports_no_torch() -> None:
         (["cluster.nods=2"], "cluster.nods does not exist: did you mean cluster.nodes?"),
         (["cluster.price=-2"], "cluster.price=-2.0 must not be negative"),
         (["cluster.nodes=many"], "cluster.nodes"),
-        (["modle=opt-30b"], "modle"),
         (["model.hiden_size=8"], "model.hiden_size does not exist: did you mean model.hidden_size?"),
-        (["parallel.tensor=3"], "cluster.nodes=1 × cluster.gpus=8 = 8 devices are not a multiple of parallel.tensor=3"),
-        (["cluster.gpus=6", "cluster.nodes=2", "parallel.tensor=4"], "a tensor group would span hosts"),
-        (["batch.global=9"], "batch.global=9 is not a multiple of batch.micro(1) × data(8)"),
+        (["parallel.tensor=3"], "= 8 devices are not a multiple of parallel.tensor=3"),
         (["model=opt-175b", "parallel.tensor=auto", "zero.stage=auto"], "no settings fit on 8 × h100-80gb"),
-        (["--picture", "/nonexistent/plan.png"], "/nonexistent/plan.png"),
-        (["optimizer.lr=auto"], "optimizer.lr"),
+        pytest.param(["modle=opt-30b"], "modle", marks=pytest.mark.long),
+        pytest.param(["--picture", "/nonexistent/plan.png"], "/nonexistent/plan.png", marks=pytest.mark.long),
+        pytest.param(["optimizer.lr=auto"], "optimizer.lr", marks=pytest.mark.long),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], line: str) -> None:
-    process = python(PLAN, *words)
-    assert process.returncode == 2, process.stdout
-    (said,) = process.stderr.splitlines()
+def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, words: list[str], line: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", *words])
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as raised:
+        main()
+    (said,) = explain(raised.value).splitlines()
     assert line in said
 
 
-def test_rates_that_were_not_fitted_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "tensor", "batch", "line"),
+    [
+        ([], 3, 8, "cluster.nodes=1 × cluster.gpus=8 = 8 devices are not a multiple of parallel.tensor=3: choose"),
+        (["cluster.gpus=6", "cluster.nodes=2"], 4, 8, "per host: a tensor group would span hosts; choose"),
+        ([], 1, 9, "batch.global=9 is not a multiple of batch.micro(1) × data(8)"),
+    ],
+)
+def test_a_run_that_does_not_divide_over_the_devices(words: list[str], tensor: int, batch: int, line: str) -> None:
+    run = Run(parallel=ParallelConfig(tensor=tensor), batch={"global": batch, "micro": 1})
+    with pytest.raises(UserError) as raised:
+        check_layout(run, keys_from(words).cluster)
+    assert line in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [("cluster.nodes=many", "error: cluster.nodes: "), ("cluster.nodes=-1", "error: cluster.nodes=-1 must be")],
+)
+def test_a_mistake_ends_with_status_2(word: str, line: str) -> None:
+    process = python(PLAN, word)
+    assert (process.returncode, process.stdout) == (2, "")
+    (said,) = process.stderr.splitlines()
+    assert said.startswith(line)
+
+
+def test_rates_that_were_not_fitted_are_named() -> None:
+    _, run = composed([], ["model=opt-125m"])
     for words, named in ((["cluster=l4"], True), (["cluster.device=mine"], True), (["cluster=h200-141gb"], False)):
-        plan_run(["model=opt-125m", *words], False, None)
-        assert ("were fitted: the times assume that it reaches" in capsys.readouterr().out) is named, words
+        cluster = keys_from(words).cluster
+        plan, _ = planned_on(run, cluster, [])
+        said = text(plan, None, [], weather(plan, cluster), VALIDATION)
+        assert ("were fitted: the times assume that it reaches" in said) is named, words
 
 
 def test_train_names_plan_for_auto() -> None:

@@ -72,7 +72,7 @@ def test_rows_hold_the_promised_keys(tmp_path: Path) -> None:
     metrics = Metrics.open(run_in(tmp_path), 1, True, CPU, Clock())
     take(metrics, 1)
     metrics.validation(at(1), 3.0, None)
-    metrics.close(finished=False)
+    metrics.abandon()
     train, validation = rows_of(tmp_path)
     assert train.keys() == TRAIN_KEYS
     assert (train["kind"], train["step"], train["samples"], train["tokens"]) == ("train", 1, 8, 1000)
@@ -88,7 +88,7 @@ def test_fp16_rows_hold_the_loss_scale(tmp_path: Path) -> None:
     run = run_in(tmp_path, precision=PrecisionConfig(name=Precision.fp16))
     metrics = Metrics.open(run, 1, True, CPU, Clock())
     metrics.step(at(1), 2.0, float("inf"), 3e-4, 4.0, True, 0.0, EPOCHS)
-    metrics.close(finished=False)
+    metrics.abandon()
     (row,) = rows_of(tmp_path)
     assert row.keys() == TRAIN_KEYS | {"loss_scale", "skipped"}
     assert (row["loss_scale"], row["skipped"], row["grad_norm"]) == (4.0, True, None)
@@ -110,7 +110,7 @@ def test_a_step_is_written_at_the_next_call(tmp_path: Path) -> None:
             ("train", 3),
         ]
     take(metrics, 4)
-    metrics.close(finished=False)
+    metrics.abandon()
     assert rows_of(tmp_path)[-1]["step"] == 4
 
 
@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     metrics = Metrics.open(run_in(tmp_path), 1, True, CPU, Clock())
     take(metrics, 1, loss=float("nan"), norm=float("inf"))
     metrics.validation(at(1), 1000.0, None)  # whose perplexity overflows
-    metrics.close(finished=False)
+    metrics.abandon()
     train, validation = rows_of(tmp_path)
     assert (train["loss"], train["grad_norm"]) == (None, None)
     assert (validation["loss"], validation["perplexity"]) == (1000.0, None)
@@ -168,7 +168,7 @@ def test_utilisation_of_opt_1b3_and_pauses(tmp_path: Path, monkeypatch: pytest.M
     metrics.step(Clock(2, 16, 363_640 + 181_820), one, one, 1e-4, None, False, 0.0, EPOCHS)
     watch.now += 1.0
     metrics.step(Clock(3, 24, 363_640 + 181_820 + 90_910), one, one, 1e-4, None, False, 0.0, EPOCHS)
-    metrics.close(finished=False)
+    metrics.abandon()
     assert len(rows_of(tmp_path)) == 3
     for row in rows_of(tmp_path):
         assert row["tokens_per_second"] == pytest.approx(2 * 45_455)
@@ -226,7 +226,7 @@ def test_on_a_gpu_the_device_keeps_the_time(
     metrics = Metrics.open(run, 1, True, torch.device("cuda", 0), Clock())
     Event.device_clock += 100.0
     take(metrics, 1)
-    metrics.close(finished=False)
+    metrics.abandon()
     (row,) = rows_of(tmp_path)
     assert (row["tokens_per_second"], row["peak_memory_bytes"]) == (pytest.approx(1e4), 12345)
     assert row["mfu"] == (None if mfu is None else pytest.approx(mfu * run.model.flops_per_token(128)))
@@ -240,7 +240,7 @@ def test_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     watch.now += 0.4
     metrics.step(Clock(120, 960, 119_000 + 2048), 4.5123, 0.83, 3e-4, None, False, 0.0, EPOCHS)
     metrics.note("a word")
-    metrics.close(finished=False)
+    metrics.abandon()
     assert capsys.readouterr().out.splitlines()[:2] == [
         "a word",
         "step 120/600  loss 4.512  lr 3.0e-04  |g| 0.83  5,120 tokens/s  ETA 3:12",
@@ -257,7 +257,7 @@ def test_about_a_hundred_lines(
     metrics = Metrics.open(run_in(tmp_path, steps=steps), 1, True, CPU, at(first - 1))
     for step in range(first, steps + 1):
         take(metrics, step)
-    metrics.close(finished=True)
+    metrics.abandon()
     assert [int(step) for step in re.findall(r"^step (\d+)/", capsys.readouterr().out, re.MULTILINE)] == expected
 
 

@@ -63,7 +63,7 @@ def with_prompts(run: Run) -> Run:
 
 
 def run_in(layout: Layout) -> Run:
-    return run_for(layout, {"num_hidden_layers": 1}, steps=2)
+    return run_for(layout, {"num_hidden_layers": 1, "vocab_size": 301}, steps=2)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from argparse import Action, ArgumentParser, Namespace, _HelpAction, _SubParsersAction
@@ -13,8 +14,10 @@ from typing import Any, NoReturn
 import pytest
 from command import ROOT
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, open_dict
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from opt_parallel.checkpoint.inherit import inherit_for_evaluation, start_from_checkpoint, take_special_tokens
 from opt_parallel.config.compose import TEXTS, CheckConfig, register_schema, run_from, to_dict, verbatim
@@ -75,6 +78,34 @@ def changed(run: Run, values: Mapping[str, Any]) -> Run:
         *outer, name = key.split(".")
         functools.reduce(dict.__getitem__, outer, sections)[name] = value
     return run_from(OmegaConf.create(verbatim(sections)))
+
+
+def quick_run_of(*arguments: str) -> Run:
+    """The `Run` for these arguments of `train`, in a third of the time. Hydra composes the files of equal groups
+    (`model=…`, `task=…`) once, and its function for the other arguments changes a copy."""
+    overrides = checked(arguments, TEXTS)
+    groups = tuple(each for each in overrides if _is_group(each.lstrip("+~").partition("=")[0]))
+    composed = _composed_groups(groups)
+    HydraConfig.instance().set_config(composed)
+    config = copy.deepcopy(composed)
+    with open_dict(config):
+        del config["hydra"]
+    parsed = OverridesParser.create().parse_overrides([each for each in overrides if each not in groups])
+    ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+    start_from_checkpoint(config, overrides)
+    take_special_tokens(config, overrides)
+    return run_from(config)
+
+
+def _is_group(key: str) -> bool:
+    return key.startswith("hydra") or (ROOT / "configs" / key.partition("@")[0]).is_dir()
+
+
+@functools.cache
+def _composed_groups(groups: tuple[str, ...]) -> DictConfig:
+    _register_schema()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("config", list(groups), return_hydra_config=True)
 
 
 def path_keys(section: type, prefix: str = "") -> list[str]:

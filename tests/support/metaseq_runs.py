@@ -27,16 +27,25 @@ def run_from(folder: Path, layout: Layout, rank: int = 0, steps: int = 2) -> Run
     )
 
 
+def fp32_tensors() -> list[torch.Tensor]:
+    """The fp32 tensors of this process, without a compiler's fake tensors."""
+    gc.collect()
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    return [each for each in gc.get_objects() if type(each) in kinds and each.dtype is torch.float32]
+
+
 def train_from(run: Run) -> dict[str, Any]:
     """Train on each worker process. Return the losses, and facts about the frozen weights: their dtypes, their number
     of elements on this rank and that of the smallest matrix, how many of them have a gradient, and the number of
-    elements of the largest fp32 storage in the process."""
+    elements of the largest fp32 storage that the run has made."""
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.engine import Engine
     from opt_parallel.parallel.topology import Topology
     from opt_parallel.start import weights
 
-    start = open_checkpoint(str(run.init_from))
+    earlier = fp32_tensors()  # of other tests in this process; kept, so that no other tensor gets one's id
+    known = set(map(id, earlier))
+    start = open_checkpoint(str(run.init_from)).grown(run.model.vocab_size)
     with Topology.open(run.parallel.tensor) as topology:
         engine = Engine.build(run, topology, weights(run.seed, start, None))
         steps = [
@@ -47,8 +56,7 @@ def train_from(run: Run) -> dict[str, Any]:
         base = {name: tensor for name, tensor in named if not tensor.requires_grad}
         frozen = list(base.values())
         matrices = [tensor.numel() for name, tensor in base.items() if name.endswith("weight") and tensor.dim() > 1]
-        gc.collect()
-        held = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.dtype is torch.float32]
+        held = [each for each in fp32_tensors() if id(each) not in known]
         found = {
             "losses": [float(step.loss) for step in steps],
             "read": start.metaseq.bytes_read if start.metaseq else 0,

@@ -6,7 +6,7 @@ import contextlib
 import io
 import subprocess
 
-from composing import run_of
+from composing import quick_run_of
 from crew import Crew
 
 from opt_parallel.config.run import Run
@@ -20,7 +20,7 @@ def trained(crew: Crew, *arguments: str) -> subprocess.CompletedProcess[str]:
     status, said, error = 0, io.StringIO(), ""
     try:
         with contextlib.redirect_stdout(said):
-            run = run_of(*arguments, tokenizer=True)
+            run = quick_run_of(*arguments)
             run.check_world(crew.size)
         status, printed, error = crew(_train, run)[0]
         said.write(printed)
