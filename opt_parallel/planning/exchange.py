@@ -6,10 +6,44 @@ from dataclasses import dataclass
 
 from opt_parallel.planning.cluster import Cluster, Link
 from opt_parallel.planning.layer_time import Layer, collective, exposed
-from opt_parallel.planning.parameters import embedding_parameters, layer_parameters
+from opt_parallel.planning.parameters import embedding_parameters, layer_parameters, lora_parameters
 from opt_parallel.planning.rates import HIDDEN, rates_of
 from opt_parallel.planning.states import rank_parameters
 from opt_parallel.planning.workload import Trainer, Workload
+
+
+def data_bytes(workload: Workload) -> dict[str, float]:
+    """Bytes of the full tensors that this trainer sends over the data ranks in a step, by collective.
+
+    ZeRO-3 gathers a parameter for the forward and for the backward of each micro-batch, and the tied embedding also for
+    the output projection. It gathers up to a layer less, because weights that are used again soon stay gathered. Small
+    vectors are gathered once, after the update."""
+    every, micros = rank_parameters(workload), workload.accumulation
+    gradients = 4 * (lora_parameters(workload) if workload.lora else every)
+    if workload.data == 1:
+        return {}
+    if workload.stage == 0:
+        return {"all-reduce": gradients}
+    if workload.stage < 3:
+        return {"reduce": gradients * micros, "all-gather": workload.states.weight * gradients / 4}
+    kept = _kept_whole(workload)
+    gathered = 2 * (every - kept) + embedding_parameters(workload.network, workload.tensor)
+    return {
+        "reduce-scatter": gradients * micros,
+        "all-gather": workload.states.weight * (gathered * micros + kept),
+    }
+
+
+def _kept_whole(workload: Workload) -> int:
+    """Elements of the biases and normalisations that ZeRO-3 does not split, because they are small."""
+    network, tensor = workload.network, workload.tensor
+    biases = [3 * network.queries // tensor, network.hidden, network.ffn // tensor, network.hidden]
+    norms = [network.hidden] * network.norm
+    vectors = [*(biases if network.biases else []), *norms, *norms]
+    last = norms if network.final_norm else []
+    return network.layers * sum(each for each in vectors if each <= workload.persistence) + sum(
+        each for each in last if each <= workload.persistence
+    )
 
 
 @dataclass(frozen=True)
@@ -54,12 +88,12 @@ class Exchange:
     def _of_this_trainer(self, layer: Layer, stage: float) -> float:
         """Stages 0 to 2 (`gradients.py`): at stages 1 and 2, the fp32 gradients are summed over the data ranks
         while each backward runs. The gathering of the updated weights and the all-reduce of stage 0 overlap nothing."""
-        workload = self.workload
-        own = rank_parameters(workload)
-        reduce, gather = self.ring(4 * own), self.ring(workload.states.weight * own)
+        workload, sent = self.workload, data_bytes(self.workload)
         if workload.stage == 0:
-            return 2 * reduce
-        return workload.accumulation * exposed(reduce, stage * layer.total * (1 - layer.forward)) + gather
+            return 2 * self.ring(sent["all-reduce"])
+        reduce = self.ring(sent["reduce"] / workload.accumulation)
+        backward = stage * layer.total * (1 - layer.forward)
+        return workload.accumulation * exposed(reduce, backward) + self.ring(sent["all-gather"])
 
     def _gathering(self, layer: Layer, stage: float) -> float:
         """ZeRO-3 gathers each layer's weights in the forward and in the backward of every micro-batch, and reduces its

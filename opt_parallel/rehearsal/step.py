@@ -1,8 +1,7 @@
 """Rehearse one optimizer step of a run for one of many ranks, on fake CUDA tensors and with ranks that do not exist.
 
 The real network, loss, recomputation, parallel layers, sums of gradients (ZeRO-1 and 2), norm and optimizer run. At
-stages 0 and 3, DeepSpeed exchanges gradients and weights, and its code cannot run on fake tensors. So the collectives
-of the data group are missing there.
+stages 0 and 3, `exchange.py` sends what DeepSpeed would send.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from torch import Tensor, nn
 from opt_parallel.config.model import Labels, ProblemType
 from opt_parallel.config.optimizer import StateDtype
 from opt_parallel.config.run import Offload, Run
-from opt_parallel.gradients import PartitionedGradients
 from opt_parallel.model.build import network
 from opt_parallel.optim import build_optimizer, norm_of
 from opt_parallel.parallel.collectives import all_reduce
 from opt_parallel.parallel.random import Draw
 from opt_parallel.parallel.shard import fill
 from opt_parallel.parallel.topology import DTYPES, Group
+from opt_parallel.rehearsal.exchange import Gathered, Partitioned, Whole
 from opt_parallel.rehearsal.fake_cuda import DEVICE, built, fake_tensors, group_of, load
 from opt_parallel.rehearsal.ledger import Fault, Ledger, Trace, explaining_faults
-from opt_parallel.rehearsal.trace import nothing, without_gradients
+from opt_parallel.rehearsal.trace import nothing
 from opt_parallel.runtime.errors import UserError
 
 
@@ -134,43 +133,12 @@ def _loss(run: Run, model: nn.Module) -> Tensor:
 
 
 def _gradients(run: Run, model: nn.Module, data: Group) -> Any:
-    if run.zero.stage not in (1, 2):
-        return _FreedGradients(model)
-    return _Rehearsed(model, _partitions(run, model, data), data, run.zero.reduce_bucket_size)
-
-
-class _Rehearsed(PartitionedGradients):
-    """The gradients of ZeRO-1 and 2, with a list of the tensors that exist during the whole step."""
-
-    def states(self) -> list[Tensor]:
-        own = [*self.weights, *(weights.grad for weights in self.weights)]
-        host = getattr(self.optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", [])
-        return [*self.optimizer.bit16_groups_flat, *own, *host, *self.buffers]
-
-    def sums(self, micros: int) -> int:
-        """The number of times in a step of `micros` micro-batches that gradients are summed over the data ranks."""
-        return micros
-
-
-class _FreedGradients:
-    """Stages 0 and 3, where DeepSpeed takes the gradients."""
-
-    def __init__(self, model: nn.Module) -> None:
-        without_gradients(model)
-
-    def states(self) -> list[Tensor]:
-        return []
-
-    def backward(self, loss: Tensor, first: bool, last: bool) -> None:
-        loss.backward()
-
-    def sums(self, micros: int) -> int:
-        return 0
-
-    def squares(self) -> Tensor:
-        return torch.zeros(2, device=DEVICE)
-
-    def update(self, factor: float) -> None: ...
+    """What takes the gradients of a step, with the methods of `gradients.py`."""
+    if run.zero.stage == 0:
+        return Whole(model, data)
+    if run.zero.stage == 3:
+        return Gathered(model, data, run.zero, run.model.layer_parameters // run.parallel.tensor)
+    return Partitioned(model, _partitions(run, model, data), data, run.zero.reduce_bucket_size)
 
 
 def _partitions(run: Run, model: nn.Module, data: Group) -> Any:
