@@ -14,6 +14,7 @@ import torch
 from layouts import Layout, in_bf16, micro_batches, run_for
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opt_parallel.config.run import Run
 from opt_parallel.parallel import compiled
@@ -80,6 +81,60 @@ def test_bytes_of_gradients(crew: Any, stage: int, micro: int, state: str, expec
     for backward, update in crew(2)(bytes_in_step, run):
         assert expected < update < expected + 0.8
         assert expected < backward < expected + 0.8
+
+
+class Messages(TorchDispatchMode):
+    """Records the elements and dtypes of the sums and gathers of gradients and weights. Integers and scalars are left
+    out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[tuple[int, torch.dtype]] = []
+        self.gathers: list[tuple[int, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function.namespace == "c10d":
+            tensors = [each for each in tree_leaves(arguments) if isinstance(each, torch.Tensor)]
+            whole = max(tensors, key=torch.Tensor.numel)
+            if whole.numel() > 8 and whole.is_floating_point():
+                found = self.gathers if "gather" in function.__name__ else self.sums
+                found.append((whole.numel(), whole.dtype))
+        return function(*arguments, **(named or {}))
+
+
+def messages_of_a_step(run: Run) -> tuple[int, Any, Any]:
+    """On the crew: the number of parameters, and the sums and gathers of the second step."""
+    from opt_parallel.engine import Engine
+    from opt_parallel.parallel.shard import random_source, trained
+    from opt_parallel.parallel.topology import Topology
+
+    with Topology.open(run.parallel.tensor) as topology:
+        engine = Engine.build(run, topology, random_source(run.seed))
+        parameters = sum(getattr(each, "ds_numel", each.numel()) for _, each, _ in trained(engine.wrapped.module))
+        for step in range(2):
+            messages = Messages()
+            with messages:
+                engine.step(micro_batches(run, step, topology.data.rank, topology.data.size), Clock(step))
+        engine.close()
+    return parameters, messages.sums, messages.gathers
+
+
+@pytest.mark.parametrize("micros", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_messages_of_each_stage(crew: Any, micros: int) -> None:
+    """The table of docs/performance.md: how often a step sums all gradients and gathers all weights. Gradients are
+    summed in fp32, and weights are gathered in their dtype."""
+    found = {}
+    for stage, sums, gathers in [(0, 1, 0), (1, micros, 1), (2, micros, 1), (3, micros, 2 * micros)]:
+        layout = Layout(1, 2, stage, 2 // micros, precision="fp32" if stage == 0 else "bf16")
+        run = run_for(layout, {"num_hidden_layers": 4 if stage == 3 else 1, "layerdrop": 0.0}, batch=4)
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, sequence_length=4))
+        parameters, *found[stage] = crew(2)(messages_of_a_step, run)[0]
+        # The difference is padding, and at stage 3 the layer that stays gathered until its backward.
+        wanted = [(sums, torch.float32), (gathers, torch.bfloat16)]
+        for messages, (times, dtype) in zip(found[stage], wanted, strict=True):
+            assert sum(count for count, _ in messages) / parameters == pytest.approx(times, abs=0.1), stage
+            assert {each for _, each in messages} <= {dtype}, stage
+    assert found[1] == found[2]
 
 
 class Waits(TorchDispatchMode):

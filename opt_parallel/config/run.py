@@ -80,8 +80,9 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020). Sizes count elements."""
 
-    # 0 partitions nothing (fp32 only), and communicates gradients once in a step; 1 and 2 partition the optimizer state
-    # and the gradients over the data ranks, and sum gradients in each micro-batch; 3 also partitions weights
+    # 0 partitions nothing (fp32 only), and communicates gradients once in a step; 1 and 2 are the same: they partition
+    # the optimizer state and the gradients over the data ranks, and sum gradients in each micro-batch; 3 also
+    # partitions weights
     stage: int = 1
     # cpu: keep the optimizer's state in the host's memory and update the weights on the CPU
     offload: Offload = Offload.none
