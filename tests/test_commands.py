@@ -66,14 +66,17 @@ def forked(folder: Path, output: Path, commands: Sequence[list[str]], package: P
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel, built from a copy of the files that it needs."""
+    """A wheel, built from a copy of the files that it needs, as pip lets setuptools build it."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("opt_parallel", "configs", "launch"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    words = ["wheel", str(source), "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(made)]
-    subprocess.run([sys.executable, "-m", "pip", *words], check=True)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(made)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     (path,) = made.glob("*.whl")
     return path
 
@@ -146,15 +149,32 @@ COMPLETIONS = {
 }
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
-def test_completion(tmp_path: Path, every: int) -> None:
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    chosen = dict(list(COMPLETIONS.items())[::every])
-    results = forked(folder, tmp_path / "output", [["--complete", line] for line in chosen])
-    for (line, found), done in zip(chosen.items(), results, strict=True):
-        assert (done.stdout.strip(), done.stderr, done.returncode) == (found, "", 0), line
-    assert not list(folder.iterdir())
+OF_A_USER = [
+    ["train", "--config-dir", "my", "experiment=mine", "--cfg", "job"],
+    ["train", "--config-dir", ".", "--config-name", "own", "model=opt-tiny", "--cfg", "job"],
+]
+
+
+@pytest.fixture(scope="module")
+def answers(site: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The results of completions and of commands with a user's configurations, from one process."""
+    folder = tmp_path_factory.mktemp("user")
+    mine = folder / "my" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ndefaults:\n  - override /model: opt-tiny\nsteps: 7\n")
+    (folder / "own.yaml").write_text(
+        "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://opt_parallel.configs']}\n"
+    )
+    lines = list(COMPLETIONS)[:: 1 if request.config.getoption("long") else 4]
+    commands = [*(["--complete", line] for line in lines), *OF_A_USER]
+    results = forked(folder, tmp_path_factory.mktemp("output") / "of", commands, site)
+    assert {path.name for path in folder.iterdir()} == {"my", "own.yaml"}
+    return dict(zip([*lines, "experiment", "own"], results, strict=True))
+
+
+def test_completion(answers: dict[str, Any]) -> None:
+    for line, done in list(answers.items())[: -len(OF_A_USER)]:
+        assert (done.stdout.strip(), done.stderr, done.returncode) == (COMPLETIONS[line], "", 0), line
 
 
 def test_bash_completes_with_the_script_that_is_printed(tmp_path: Path) -> None:
@@ -209,20 +229,9 @@ def test_the_wheel_works_outside_of_the_checkout(site: Path, tmp_path: Path) -> 
     assert not list(folder.iterdir())
 
 
-def test_a_folder_of_the_user_stands_beside_the_installed_one(site: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "my" / "experiment" / "mine.yaml"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("# @package _global_\ndefaults:\n  - override /model: opt-tiny\nsteps: 7\n")
-    (tmp_path / "own.yaml").write_text(
-        "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://opt_parallel.configs']}\n"
-    )
-    commands = [
-        ["train", "--config-dir", "my", "experiment=mine", "--cfg", "job"],
-        ["train", "--config-dir", ".", "--config-name", "own", "model=opt-tiny", "--cfg", "job"],
-    ]
-    experiment, own = forked(tmp_path, tmp_path / "output", commands, site)
-    assert "\nsteps: 7\n" in experiment.stdout, experiment.stderr
-    assert "hidden_size" in own.stdout, own.stderr
+def test_a_folder_of_the_user_stands_beside_the_installed_one(answers: dict[str, Any]) -> None:
+    assert "\nsteps: 7\n" in answers["experiment"].stdout, answers["experiment"].stderr
+    assert "hidden_size" in answers["own"].stdout, answers["own"].stderr
 
 
 @pytest.mark.long
