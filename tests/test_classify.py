@@ -136,7 +136,7 @@ def validation_rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def adapted(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """A run from a language model at tensor 2 to step 4 of 6, continued at ZeRO-0 and exported; its folder, arguments,
+    """A run from a language model at tensor 2 to step 2 of 4, continued at ZeRO-0 and exported; its folder, arguments,
     and what both said."""
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -149,11 +149,11 @@ def adapted(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     train_file, held_out = write_examples(folder / "train.jsonl", 60, 1), write_examples(folder / "held.jsonl", 13, 2)
     arguments = [
         "task=classify", f"init_from={folder / 'language'}", f"data.train={train_file}", f"data.validation={held_out}",
-        "precision=fp32", "data.sequence_length=16", "batch.global=8", "batch.micro=4", "steps=6", "evaluation.every=2",
+        "precision=fp32", "data.sequence_length=16", "batch.global=8", "batch.micro=8", "steps=4", "evaluation.every=2",
         "logging.wandb=disabled", "logging.tensorboard=false", "schedule.warmup_steps=0", "optimizer.lr=3e-3",
         f"data.cache={folder / 'cache'}", f"run.dir={folder / 'run'}", "export.at_end=true",
     ]  # fmt: skip
-    first = trained(crew(2), *arguments, "parallel.tensor=2", "zero.stage=3", "stop_at=4")
+    first = trained(crew(2), *arguments, "parallel.tensor=2", "stop_at=2")
     assert first.returncode == 0, first.stderr
     second = trained(crew(1), *arguments, "zero.stage=0")
     assert second.returncode == 0, second.stderr
@@ -165,11 +165,11 @@ def test_from_a_language_model_to_an_export_in_two_layouts(adapted: tuple[Path, 
 
     folder, _, said = adapted
     assert "has no classification head: a new head for 2 labels is trained" in said
-    assert "continuing at step 4" in said
-    assert "validation at step 6: loss" in said
+    assert "continuing at step 2" in said
+    assert "validation at step 4: loss" in said
     assert ", accuracy " in said
     assert (folder / "run" / "confusion.png").read_bytes().startswith(b"\x89PNG")
-    manifest = json.loads((folder / "run" / "checkpoints" / "step-6" / "manifest.json").read_text())
+    manifest = json.loads((folder / "run" / "checkpoints" / "step-4" / "manifest.json").read_text())
     assert manifest["labels"] == {"names": ["bad", "good"], "problem_type": "single_label_classification"}
     model = AutoModelForSequenceClassification.from_pretrained(folder / "run" / "export")
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "export")
@@ -183,7 +183,7 @@ def test_from_a_language_model_to_an_export_in_two_layouts(adapted: tuple[Path, 
     with torch.no_grad():
         output = model.eval()(inputs.input_ids, inputs.attention_mask, labels=labels)
     last = validation_rows(folder / "run")[-1]
-    assert last["step"] == 6
+    assert last["step"] == 4
     assert "perplexity" not in last
     assert last["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
     confusion = np.zeros((2, 2))
@@ -199,7 +199,7 @@ def test_ours_and_the_export_open_alike_and_verify(adapted: tuple[Path, list[str
     from opt_parallel.checkpoint.sources import open_checkpoint
     from opt_parallel.tools.verify import verify
 
-    checkpoint, exported = adapted[0] / "run" / "checkpoints" / "step-6", adapted[0] / "run" / "export"
+    checkpoint, exported = adapted[0] / "run" / "checkpoints" / "step-4", adapted[0] / "run" / "export"
     ours, theirs = (OPTForSequenceClassification.from_pretrained(each) for each in (checkpoint, exported))
     assert ours.config.labels() == theirs.config.labels() == open_checkpoint(checkpoint).labels
     assert ours.config.id2label == {0: "bad", 1: "good"}
@@ -209,7 +209,7 @@ def test_ours_and_the_export_open_alike_and_verify(adapted: tuple[Path, list[str
     verdict = verify(exported, against=checkpoint)
     assert verdict is not None
     assert verdict.agrees
-    with pytest.raises(UserError, match=r"step-6 is a classifier \(score.weight is unexpected\), not a language model"):
+    with pytest.raises(UserError, match=r"step-4 is a classifier \(score.weight is unexpected\), not a language model"):
         open_checkpoint(checkpoint).check_language_model()
 
 
@@ -225,7 +225,7 @@ def test_other_labels_do_not_continue_a_run(crew: Any, adapted: tuple[Path, list
         "is a classifier of bad, good (single_label_classification), but this run trains a classifier of good, poor"
         in line
     )
-    checkpoint = folder / "run" / "checkpoints" / "step-6"
+    checkpoint = folder / "run" / "checkpoints" / "step-4"
     process = trained(crew(1), *arguments, f"init_from={checkpoint}", "task.labels=[good,bad]", "steps=9")
     assert process.returncode == 2
     assert "task.labels=['good', 'bad'], but the classifier of init_from=" in process.stderr

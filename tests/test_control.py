@@ -42,7 +42,7 @@ def counted(folder: Path, steps: int) -> int:
     from opt_parallel.loop import train
 
     run = dataclasses.replace(
-        run_for(Layout(data=2, stage=1), {"vocab_size": 301}, steps=steps),
+        run_for(Layout(data=2, stage=1, micro=4), {"vocab_size": 301, "num_hidden_layers": 1}, steps=steps),
         data=DataConfig(train=str(folder / "text.jsonl"), sequence_length=16, cache=str(folder / "cache")),
         logging=LoggingConfig(wandb=Wandb.disabled, tensorboard=False),
         run=RunConfig("counted", str(folder / f"run-{steps}")),

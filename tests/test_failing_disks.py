@@ -117,8 +117,8 @@ def arguments_of(folder: Path, run: Path, cache: Path) -> list[str]:
     held = folder / "held.txt"
     held.write_text("Sentence 61 of the made-up text tells that 61 times 61 is 3721. " * 3)
     return [
-        *small(folder), "steps=6", "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_best=true",
-        f"data.validation={held}", "evaluation.every=2", "evaluation.prompts=[Sentence 1]",
+        *small(folder), "steps=6", "batch.micro=4", "checkpoint.every=2", "checkpoint.keep=1",
+        "checkpoint.keep_best=true", f"data.validation={held}", "evaluation.every=2", "evaluation.prompts=[Sentence 1]",
         "evaluation.max_new_tokens=4", "export.at_end=true", f"run.dir={run}", f"data.cache={cache}",
     ]  # fmt: skip
 

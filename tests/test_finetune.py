@@ -234,9 +234,10 @@ def test_a_fine_tuned_model_answers(crew: Any, tmp_path: Path, checkpoint: Path)
 
     data = write(tmp_path / "chats.jsonl", [*CHATS, *PAIRS] * 4)
     done = finetune(
-        crew, tmp_path, f"init_from={checkpoint}", f"data.train={data}", f"data.validation={data}", "steps=60",
-        "evaluation.every=30", "evaluation.prompts=['another dog']", "evaluation.max_new_tokens=8",
-        "optimizer.lr=3e-3", "optimizer.weight_decay=0", "model.dropout=0", "export.at_end=true",
+        crew, tmp_path, f"init_from={checkpoint}", f"data.train={data}", f"data.validation={data}",
+        "steps=60", "batch.micro=4", "evaluation.every=30", "evaluation.prompts=['another dog']",
+        "evaluation.max_new_tokens=8", "optimizer.lr=3e-3", "optimizer.weight_decay=0", "model.dropout=0",
+        "export.at_end=true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (examples,) = [line for line in done.stdout.splitlines() if line.startswith("data.train: 20 examples of ")]

@@ -24,10 +24,13 @@ def wait_for(happened: Callable[[], bool], ended: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def straight(
+    crew: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, list[str]]:
     """The folder of a run that nobody disturbs, and its arguments."""
     folder = tmp_path_factory.mktemp("straight")
-    arguments = [*small(folder), *RUN]
+    steps = [] if request.config.getoption("long") else ["steps=20"]  # the long tests wait for a save
+    arguments = [*small(folder), *RUN, *steps]
     process = trained(crew(1), *arguments)
     assert process.returncode == 0, process.stderr
     return folder / "run", arguments
@@ -38,7 +41,7 @@ def test_a_second_start_changes_nothing(crew: Any, straight: tuple[Path, list[st
     run = tmp_path / "run"
     arguments = [*straight[1], f"run.dir={run}"]
     first = start(tmp_path / "first", "train.py", *arguments)
-    wait_for((run / "metrics.jsonl").exists, lambda: first.ended_within(0))
+    wait_for((run / "state").exists, lambda: first.ended_within(0))
     os.kill(first.pid, signal.SIGSTOP)  # so that it does not end too soon
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for other in ([], ["optimizer.lr=5e-3", "seed=7"]):

@@ -60,8 +60,8 @@ def arguments_of(folder: Path, ranks: int) -> list[str]:
     held = folder / "held.txt"
     held.write_text("Sentence 61 of the made-up text tells that 61 times 61 is 3721. " * 3)
     return [
-        *small(folder), f"parallel.tensor={ranks}", "steps=12", "checkpoint.every=4", f"data.validation={held}",
-        "evaluation.every=4",
+        *small(folder), f"parallel.tensor={ranks}", "steps=12", "batch.micro=4", "checkpoint.every=4",
+        f"data.validation={held}", "evaluation.every=4",
     ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_a_rank_that_is_lost_in_the_last_save_is_named(
     crew: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """And not the disk, which took what the others wrote."""
-    arguments = [*small(tmp_path), "steps=4", "checkpoint.every=2", "parallel.tensor=2"]
+    arguments = [*small(tmp_path), "steps=4", "batch.micro=4", "checkpoint.every=2", "parallel.tensor=2"]
     run = tmp_path / "run"
     file = "checkpoints/step-4.partial*/rank-00001.safetensors"
     with ThreadPoolExecutor() as pool:

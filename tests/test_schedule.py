@@ -122,7 +122,7 @@ def test_train_py_goes_on_with_everything_changed(crew: Any, tmp_path: Path) -> 
         "schedule.name=constant", "optimizer.lr=1e-3",
     ]  # fmt: skip
     assert trained(crew(1), *arguments, "stop_at=4").returncode == 0
-    again = trained(crew(1), *arguments, "batch.global=8", "batch.micro=1", "data.sequence_length=24")
+    again = trained(crew(1), *arguments, "batch.global=8", "batch.micro=4", "data.sequence_length=24")
     assert again.returncode == 0, again.stderr
     rows = train_rows(tmp_path / "run")
     assert [row["tokens"] for row in rows[2:6]] == [3 * 64, 256, 256 + 192, 256 + 2 * 192]

@@ -150,7 +150,7 @@ def test_multirun_makes_a_folder_for_each(tmp_path: Path, rates: list[str]) -> N
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_interrupted_and_started_again_is_the_straight_run(crew: Any, tmp_path: Path, processes: int) -> None:
     """By Ctrl-C, which a terminal sends to every process; of two ranks by a launcher's signal, to one of them."""
-    arguments = [*small(tmp_path), "steps=600", f"parallel.tensor={processes}", "model.layerdrop=0.2"]
+    arguments = [*small(tmp_path), "steps=600", "batch.micro=4", f"parallel.tensor={processes}", "model.layerdrop=0.2"]
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
 
     def wait_for_three_steps() -> None:

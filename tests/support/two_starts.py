@@ -6,7 +6,7 @@ from pathlib import Path
 
 from command import train_rows
 
-RUN = ["steps=30", "checkpoint.every=10", "checkpoint.keep=9"]
+RUN = ["steps=60", "batch.micro=4", "checkpoint.every=10", "checkpoint.keep=9"]
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:

@@ -201,7 +201,7 @@ def test_train_py_with_other_sources(crew: Any, tmp_path: Path) -> None:
     """And the weights once more: no source's epochs fall. The tokenizer stays that which was trained on the first."""
     (tmp_path / "more").mkdir()
     paths = [write_text(tmp_path, 60), write_text(tmp_path / "more", 25)]
-    arguments = [*SMALL, f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "steps=6"]
+    arguments = [*SMALL, f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "steps=6", "batch.micro=4"]
 
     def go(stop: int, *weights: int) -> str:
         sources = [
