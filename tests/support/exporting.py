@@ -13,9 +13,9 @@ from layouts import Layout, micro_batches, run_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# This layout splits tensors in all ways: tensor parallelism, ZeRO and padding.
-LAYOUT = Layout(tensor=2, data=2, stage=3, micro=2)
-SMALLER = Layout(tensor=2, stage=1, micro=4)  # for the variants whose tensors have the shapes of other variants
+# The layout of 350m splits tensors in all ways: tensor parallelism, ZeRO and padding.
+LAYOUTS = {"350m": Layout(tensor=2, data=2, stage=3, micro=2), "pre-norm": Layout(tensor=2, stage=1, micro=4)}
+ONE_PROCESS = Layout(stage=1, micro=4)  # for the variants whose tensors have the shapes of these two, or are fewer
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def checkpoint(crew: Any, folder: Path, variant: str) -> Path:
     """Train two steps in the variant's layout, and save a checkpoint under `folder`."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
-    layout = LAYOUT if variant in ("pre-norm", "350m", "bare") else SMALLER
+    layout = LAYOUTS.get(variant, ONE_PROCESS)
     crew(layout.world)(_save, str(folder), variant, layout)
     return folder / "run" / "checkpoints" / "step-2"
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from classifying import their_model
-from command import ROOT, launch, python, small, write_text
+from command import python, small, write_text
+from composing import run_of
 from hugging_face import random_model
-from hydra import compose, initialize_config_dir
 from layouts import Layout
 from safetensors.torch import load_file, save_file
+from training import trained
 
-from opt_parallel.checkpoint.inherit import inherit_for_evaluation, start_from_checkpoint
-from opt_parallel.config.compose import register_schema, run_from
 from opt_parallel.config.run import ParallelConfig, Run
 from opt_parallel.data.encode.tokenizer import save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import prepare_validation
@@ -25,14 +24,9 @@ from opt_parallel.data.tasks import open_validation
 from opt_parallel.runtime.errors import UserError
 
 
-def configured(*overrides: str) -> Run:
-    """The run that scripts/evaluate.py makes of a command line."""
-    register_schema()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("config", overrides=[*overrides, "run.name=test"])
-    inherit_for_evaluation(config, overrides)
-    start_from_checkpoint(config, overrides)
-    return run_from(config)
+def evaluation_of(*arguments: str) -> Run:
+    """The run that `evaluate` makes of a command line."""
+    return run_of(*arguments, evaluation=True)
 
 
 def judged(run: Run) -> dict[str, Any]:
@@ -61,7 +55,7 @@ def test_a_language_models_loss_is_transformers_in_any_layout(crew: Any, tmp_pat
     text = write_text(tmp_path, 59)
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     save_tokenizer(train_tokenizer(documents, 300), tmp_path / "theirs")
-    run = configured(
+    run = evaluation_of(
         f"init_from={tmp_path / 'theirs'}", f"data.validation={text}", f"run.dir={tmp_path / 'out'}", "precision=fp32",
         f"data.cache={tmp_path / 'cache'}",
     )  # fmt: skip
@@ -98,7 +92,7 @@ def test_a_classifiers_figures_are_transformers_in_any_layout(crew: Any, tmp_pat
     labels = torch.tensor([each % 3 for each in range(11)])
     with torch.no_grad():
         output = model.eval()(inputs.input_ids, inputs.attention_mask, labels=labels)
-    run = configured(
+    run = evaluation_of(
         f"init_from={tmp_path / 'theirs'}", f"data.validation={path}", f"run.dir={tmp_path / 'out'}", "precision=fp32",
         f"data.cache={tmp_path / 'cache'}",
     )  # fmt: skip
@@ -112,15 +106,14 @@ def test_a_classifiers_figures_are_transformers_in_any_layout(crew: Any, tmp_pat
     assert (tmp_path / "out" / "confusion.png").is_file()
 
 
-def test_two_arguments_give_the_runs_own_validation_loss(tmp_path: Path) -> None:
+def test_two_arguments_give_the_runs_own_validation_loss(crew: Any, tmp_path: Path) -> None:
     more = [f"data.validation={tmp_path / 'text.jsonl'}", "steps=2", "evaluation.every=2"]
     arguments = [*small(tmp_path), *more]
-    assert python("train.py", *arguments).returncode == 0
+    assert trained(crew(1), *arguments).returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if row["kind"] == "validation"]
     two = [f"init_from={tmp_path / 'run' / 'checkpoints' / 'step-2'}", f"data.validation={tmp_path / 'text.jsonl'}"]
-    places = ["parallel.tensor=2", f"run.dir={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}"]
-    process = launch(2, "scripts/evaluate.py", *two, *places)
+    process = python("scripts/evaluate.py", *two, f"run.dir={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}")
     assert process.returncode == 0, process.stderr
     assert f"loss: {row['loss']:.6g}"[:11] in process.stdout  # to the fifth digit
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -139,6 +132,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     common = ["precision=fp32", f"run.dir={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}"]
     cases: list[tuple[list[str], str]] = [
         ([], "init_from is not set"),
+        (["init_from=" + str(tmp_path / "nothing")], "does not exist"),
         (["init_from=" + str(tmp_path / "language")], "data.validation is not set"),
         (["init_from=" + str(tmp_path / "language"), "task=classify"], "is a language model and has no labels"),
         (["init_from=" + str(tmp_path / "classifier"), "task=pretrain"], "is a classifier"),
@@ -146,15 +140,12 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     ]
     for arguments, line in cases:
         with pytest.raises(UserError, match=line) as caught:
-            evaluate(configured(*common, *arguments))
+            evaluate(evaluation_of(*common, *arguments))
         assert "\n" not in str(caught.value)
     model.config.id2label = {number: f"LABEL_{number}" for number in range(3)}
     model.config.save_pretrained(tmp_path / "classifier")
     with pytest.raises(UserError, match=r"has no names for its 3 labels: set task\.labels"):
-        evaluate(configured(*common, f"init_from={tmp_path / 'classifier'}", f"data.validation={text}"))
-    process = python("scripts/evaluate.py", f"init_from={tmp_path / 'nothing'}")
-    assert process.returncode == 2
-    assert len(process.stderr.splitlines()) == 1
+        evaluate(evaluation_of(*common, f"init_from={tmp_path / 'classifier'}", f"data.validation={text}"))
 
 
 @pytest.fixture
@@ -167,7 +158,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def evaluated(folder: Path, *overrides: str) -> Run:
-    return configured(
+    return evaluation_of(
         f"init_from={folder / 'theirs'}", f"data.validation={folder / 'text.jsonl'}", f"run.dir={folder / 'out'}",
         f"data.cache={folder / 'cache'}", "precision=fp32", *overrides,
     )  # fmt: skip

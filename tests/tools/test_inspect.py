@@ -31,7 +31,7 @@ def train_in(folder: Path, layout: Layout) -> None:
     text = str(folder / "text.jsonl")
     data = DataConfig(train=text, validation=text, sequence_length=16, cache=str(folder / "cache"))
     run = dataclasses.replace(
-        run_for(layout, {"vocab_size": 301, "layerdrop": 0.0}, steps=4),
+        run_for(layout, {"vocab_size": 301, "layerdrop": 0.0, "num_hidden_layers": 2}, steps=4),
         data=data,
         evaluation=EvaluationConfig(every=2),
         checkpoint=CheckpointConfig(every=2, keep=3),
@@ -45,8 +45,8 @@ def train_in(folder: Path, layout: Layout) -> None:
 def runs(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same run on one process and at tensor 2, where 301 words are padded."""
     folder = tmp_path_factory.mktemp("inspected")
-    write_text(folder)
-    layouts = {"one": Layout(stage=1), "two": Layout(tensor=2, stage=1)}
+    write_text(folder, 20)
+    layouts = {"one": Layout(stage=1, micro=8), "two": Layout(tensor=2, stage=1, micro=8)}
     for layout in layouts.values():
         crew(layout.world)(train_in, folder, layout)
     return {name: folder / str(layout) for name, layout in layouts.items()}

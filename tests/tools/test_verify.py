@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from command import python
 from composing import load_script
 from exporting import checkpoint, tampered
 from safetensors.torch import load_file
@@ -30,7 +29,7 @@ QUERY, KEY, VALUE = (f"{ATTENTION}.{part}_proj.weight" for part in "qkv")
 
 @pytest.fixture(scope="module")
 def exported(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of four processes and its export, in one file."""
+    """A checkpoint of two processes and its export, in one file."""
     folder = tmp_path_factory.mktemp("exported")
     source = checkpoint(crew, folder, "pre-norm")
     export(source, folder / "export", 10**9, ExportDtype.float32)
@@ -169,8 +168,17 @@ def test_an_export_agrees_with_what_was_exported(exported: tuple[Path, Path], tm
     assert verdict.limit > 0
 
 
-@pytest.mark.parametrize("head", ["OPTModel", "OPTForSequenceClassification"])
-@pytest.mark.parametrize("style", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 24}])
+STYLES: tuple[dict[str, Any], ...] = ({}, {"do_layer_norm_before": False, "word_embed_proj_dim": 24})
+HEADS = ("OPTModel", "OPTForSequenceClassification")
+# Every head and every style in one of two pairs, and the other two pairs in the long suite.
+OTHER_HEADS = [
+    pytest.param(head, style, marks=pytest.mark.long if first == second else ())
+    for first, head in enumerate(HEADS)
+    for second, style in enumerate(STYLES)
+]
+
+
+@pytest.mark.parametrize(("head", "style"), OTHER_HEADS)
 def test_folders_of_other_heads(tmp_path: Path, head: str, style: dict[str, Any]) -> None:
     import transformers
 
@@ -230,9 +238,9 @@ def test_the_script(
     agrees = f"{folder}: agrees with {source} in transformers; largest difference of outputs: "
     assert capsys.readouterr().out.startswith(agrees)
     wrong = tampered(folder, tmp_path / "wrong", swap_query_and_key)
-    no = python("scripts/verify.py", "--checkpoint", str(wrong))
-    assert no.returncode == 1, no.stderr
-    assert no.stdout.splitlines()[-1].startswith(f"{wrong}: DISAGREES with transformers; ")
+    monkeypatch.setattr(sys, "argv", ["verify", "--checkpoint", str(wrong)])
+    assert load_script("verify").main() == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{wrong}: DISAGREES with transformers; ")
 
 
 def test_a_training_checkpoint_is_nothing_for_transformers(exported: tuple[Path, Path]) -> None:
