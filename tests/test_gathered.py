@@ -19,14 +19,15 @@ from opt_parallel.runtime.clock import Clock
 
 
 class Gathered(TorchDispatchMode):
-    """Looks, at each operator, at the blocks of which a gathered weight exists, as the parameter or as a view of it.
+    """Looks, at each operator, at the blocks of which a gathered matrix exists, as the parameter or as a view of it.
 
     `most` is the largest number of elements of such weights so far."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         blocks = [block for block in model.modules() if isinstance(block, Block)]
-        self.parameters = [(each, each.ds_numel) for block in blocks for each in block.parameters()]
+        matrices = [each for block in blocks for each in block.parameters() if len(each.ds_shape) > 1]
+        self.parameters = [(each, each.ds_numel) for each in matrices]
         self.alive: dict[int, int] = {}
         self.most = 0
 

@@ -24,7 +24,7 @@ def test_losses_have_not_changed(crew: Any) -> None:
 
 
 def test_the_same_run_twice_is_identical(crew: Any) -> None:
-    run = run_for(Layout(2, 1, 1, 2), {"attention_dropout": 0.1}, steps=2)
+    run = run_for(Layout(2, 1, 1, 4), {"attention_dropout": 0.1}, steps=2)
     first, second = crew(2)(train, run), crew(2)(train, run)
     assert first[0][:2] == second[0][:2]
     assert all((first[rank][2][name][2] == second[rank][2][name][2]).all() for rank in (0, 1) for name in first[0][2])
