@@ -1,5 +1,5 @@
-"""A run's Kubernetes manifests. An Indexed Job starts the pods, and a headless Service gives them the address of the
-first pod."""
+"""Kubernetes manifests that train a run, or prepare its text. An Indexed Job starts the pods. The pods of a training run
+find the first pod by a headless Service."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ LABEL = "batch.kubernetes.io/job-name"  # the Job controller sets this label on 
 
 
 def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """The manifests of the Service and the Job as dictionaries. Each pod runs one torchrun."""
+    """The manifests as dictionaries: a Service and a Job whose pods run one torchrun each, or with `launch.prepare` a
+    Job whose pods prepare the text together."""
+    if launch.prepare:
+        return [_job(launch, _pod(launch, ["opt-parallel"], ["prepare", *overrides], {}))]
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -28,7 +31,15 @@ def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, An
             "publishNotReadyAddresses": True,
         },
     }
-    job = {
+    rendezvous = ["--rdzv-endpoint", f"{launch.name}-0.{launch.name}:{PORT}", "--rdzv-id", str(launch.name)]
+    arguments = [*torchrun_options(launch), *rendezvous, *TRAIN, *overrides]
+    pod = _pod(launch, ["torchrun"], arguments, torchrun_environment(launch) | threads(launch.cpus, launch.processes))
+    return [service, _job(launch, {"subdomain": launch.name, **pod})]
+
+
+def _job(launch: Kubernetes, pod: dict[str, Any]) -> dict[str, Any]:
+    """An Indexed Job of `launch.nodes` pods."""
+    return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": launch.name, "namespace": launch.namespace},
@@ -39,23 +50,23 @@ def manifests(launch: Kubernetes, overrides: Sequence[str]) -> list[dict[str, An
             "backoffLimit": launch.backoff,
             # Kubernetes replaces the pods of drained nodes without counting them as failed.
             "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
-            "template": {"spec": _pod(launch, overrides)},
+            "template": {"spec": pod},
         },
     }
-    return [service, job]
 
 
-def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
+def _pod(
+    launch: Kubernetes, command: list[str], arguments: Sequence[str], variables: dict[str, str]
+) -> dict[str, Any]:
+    """A pod that runs a command with these environment variables in the working folder of the run."""
     resources = {"cpu": str(launch.cpus), "memory": quantity_of(launch.memory, "launch.memory=")}
     if launch.gpus:
         resources["nvidia.com/gpu"] = str(launch.gpus)
-    variables = torchrun_environment(launch) | threads(launch.cpus, launch.processes)
-    rendezvous = ["--rdzv-endpoint", f"{launch.name}-0.{launch.name}:{PORT}", "--rdzv-id", str(launch.name)]
     container: dict[str, Any] = {
         "name": "trainer",
         "image": launch.image,
-        "command": ["torchrun"],
-        "args": [*map(literal, [*torchrun_options(launch), *rendezvous, *TRAIN, *overrides])],
+        "command": command,
+        "args": [*map(literal, arguments)],
         "workingDir": launch.mount,
         "env": [{"name": name, "value": literal(value)} for name, value in variables.items()],
         "resources": {"requests": resources, "limits": dict(resources)},
@@ -67,7 +78,6 @@ def _pod(launch: Kubernetes, overrides: Sequence[str]) -> dict[str, Any]:
     if launch.secret:
         container["envFrom"] = [{"secretRef": {"name": launch.secret}}]
     return {
-        "subdomain": launch.name,
         "restartPolicy": "Never",  # a failed pod stays with its log, and a new pod gets its index
         "terminationGracePeriodSeconds": launch.grace,
         "containers": [container],

@@ -201,9 +201,10 @@ class Kubernetes(Elastic):
     """torchrun in a Kubernetes Job. `image` has this package. `claim` is the PersistentVolumeClaim that all pods share,
     and `mount` is its mount path and the run's working folder. `secret` names a Secret whose entries become environment
     variables. `grace` is the number of seconds between a pod's SIGTERM and SIGKILL. `backoff` is the maximum number of
-    failed pods that the Job replaces."""
+    failed pods that the Job replaces. With `prepare`, the pods prepare the text of the run together and do not train."""
 
     name: str | None = None
+    prepare: bool = False
     namespace: str = "default"
     image: str | None = None
     gpus: int = 0
@@ -232,6 +233,11 @@ class Kubernetes(Elastic):
             self.gpus in (0, self.processes),
             f"launch.processes={self.processes} differs from launch.gpus={self.gpus}, and each process uses one GPU: "
             "set both to the same number, or 0 GPUs to train on CPUs",
+        )
+        require(
+            not self.prepare or (self.gpus, self.processes) == (0, 1),
+            f"launch.prepare=true prepares text on CPUs, in data.workers processes of each pod: leave out launch.gpus="
+            f"{self.gpus} and launch.processes={self.processes}",
         )
         require(self.cpus >= 1, f"launch.cpus={self.cpus} must be at least 1")
         bytes_of(self.memory, "launch.memory=")

@@ -112,7 +112,9 @@ def launch_from(config: DictConfig) -> Launch:
 
 def check(launch: Launch, run: Run) -> None:
     """Raise UserError unless the run's grid and batch fit the number of processes, for each number of nodes from
-    `fewest` to `most`."""
+    `fewest` to `most`. Any number of nodes may prepare text."""
+    if isinstance(launch, Kubernetes) and launch.prepare:
+        return
     for nodes in range(launch.fewest, launch.most + 1):
         run.check_world(nodes * launch.processes)
     tensor, processes = run.parallel.tensor, launch.processes

@@ -262,6 +262,21 @@ def test_kubernetes_takes_the_manifests() -> None:
     assert container["workingDir"] == container["volumeMounts"][0]["mountPath"] == "/data"
 
 
+def test_pods_prepare_text_together() -> None:
+    settings = ["launch.name=opt", "launch.image=opt:1", "launch.claim=runs", "launch.nodes=3", "launch.cpus=8"]
+    run = ["data.train=/data/text", "parallel.tensor=2"]  # one process of each pod: no tensor group is formed
+    (job,) = yaml.safe_load_all(dry("launch=kubernetes", "launch.prepare=true", *settings, *run))
+    validated([job])
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert (job["spec"]["completionMode"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Indexed", 3, 3)
+    assert container["command"] == ["opt-parallel"]
+    assert container["args"] == ["prepare", "data.train=/data/text", "parallel.tensor=2"]
+    assert container["workingDir"] == container["volumeMounts"][0]["mountPath"] == "/data"
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert "subdomain" not in pod
+
+
 @pytest.mark.parametrize("fault", ["completions", "key", "kind", "quantity"])
 def test_a_broken_manifest_is_refused(fault: str) -> None:
     documents = manifests(KUBERNETES, RUN)
@@ -304,7 +319,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("kubernetes", {}, "launch.name is not set"),
     ("kubernetes", {"name": "a.b", "image": "a", "claim": "b"}, "launch.name=a.b is not"),
     ("kubernetes", {"name": "a", "image": "a", "claim": "b", "grace": 60}, "kills a pod before"),
-]
+    ("kubernetes", {"name": "a", "image": "a", "claim": "b", "prepare": True, "gpus": 2, "processes": 2},
+     "leave out launch.gpus=2 and launch.processes=2"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("system", "settings", "said"), WRONG)
