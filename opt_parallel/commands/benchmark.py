@@ -6,6 +6,7 @@
     opt-parallel benchmark collectives
     opt-parallel benchmark ranks --processes 2 4 8 16 32
     opt-parallel benchmark io model=opt-1.3b parallel.tensor=2 precision=bf16
+    opt-parallel benchmark convert --checkpoint FOLDER
     opt-parallel benchmark checkpoint precision=fp32
     opt-parallel benchmark resume --processes 1024 --tensor 8 --tensor 4 model=opt-175b parallel.tensor=8
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
@@ -27,6 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opt_parallel.benchmarks.runs import combinations, composed, in_bf16, published
+from opt_parallel.commands.benchmark_arguments import OTHERS, parser_of
 from opt_parallel.config.options import parsed
 from opt_parallel.config.paths import make_folder, reach
 from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
@@ -35,113 +37,9 @@ from opt_parallel.runtime.errors import UserError, reporting
 from opt_parallel.runtime.log import aligned, quiet_libraries
 from opt_parallel.runtime.machine import cpu_model, cpus
 
-OTHERS = ("transformers", "autotp", "dtensor")
-NAMES = ("ours", "whole", *OTHERS)
-AUTO = "auto (default): bf16 if this device supports it natively, else fp32"
-
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    _add_training(verbs)
-    _add_files(verbs)
-    _add_text(verbs)
-    _add_memory(verbs)
-    return parser
-
-
-def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    train = verbs.add_parser(
-        "train", help="compare the speed of training with transformers, DeepSpeed AutoTP and torch DTensor"
-    )
-    train.add_argument("--processes", type=_positive, default=1)
-    train.add_argument("--threads", type=_positive, help="threads of each process; default: CPU cores / processes")
-    train.add_argument(
-        "--contenders",
-        type=_names,
-        default=["ours", *OTHERS],
-        help=f"default: ours,{','.join(OTHERS)}; whole is ours with parallel.sequence=false",
-    )
-    train.add_argument("--rounds", type=_positive, default=5)
-    train.add_argument(
-        "--steps", type=_positive, default=2, help="number of optimizer steps of each trainer in a round"
-    )
-    train.add_argument("--accumulation", type=_positive, default=1, help="number of micro-batches in a step")
-    train.add_argument("--name", help="name of the result files; default: date and time")
-    train.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
-    train.add_argument("overrides", nargs="*", metavar="key=value")
-    loss = verbs.add_parser("loss", help="measure the loss of the output projection, fused and plain")
-    loss.add_argument("--tokens", type=_positive, nargs="+", default=[1024])
-    loss.add_argument("--width", type=_positive, default=768)
-    loss.add_argument("--words", type=_positive, nargs="+", default=[50272])
-    loss.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=AUTO)
-    loss.add_argument("--threads", type=_positive, default=1)
-    loss.add_argument("--rounds", type=_positive, default=7)
-    host = verbs.add_parser("host", help="measure the CPU time to start the operations of a decoder layer")
-    host.add_argument("--tensor", type=_positive, default=2, help="tensor-parallel degree")
-    host.add_argument("--rounds", type=_positive, default=20)
-    collectives = verbs.add_parser("collectives", help="measure the time that collectives take on the host")
-    collectives.add_argument("--rounds", type=_positive, default=7)
-    ranks = verbs.add_parser("ranks", help="measure the time and the sockets that it takes to connect ranks")
-    ranks.add_argument("--processes", type=_positive, nargs="+", default=[2, 4, 8])
-    ranks.add_argument("--tensor", type=_positive, default=2, help="tensor-parallel degree")
-
-
-def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    io = verbs.add_parser("io", help="measure memory and time of importing and exporting a checkpoint")
-    io.add_argument("--max-shard-size", default="1GB")
-    io.add_argument("overrides", nargs="*", metavar="key=value")
-    checkpoint = verbs.add_parser(
-        "checkpoint", help="compare the speed of saving and loading checkpoints with DeepSpeed"
-    )
-    checkpoint.add_argument("--processes", type=_positive, default=4, help="number of processes with one thread each")
-    checkpoint.add_argument("--rounds", type=_positive, default=5)
-    checkpoint.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
-    checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor=2 unless given")
-    resume = verbs.add_parser(
-        "resume", help="measure how one of many ranks finds its part of a checkpoint, whose values are made up"
-    )
-    resume.add_argument("--processes", type=_positive, default=1024, help="number of ranks that save and resume")
-    resume.add_argument(
-        "--tensor", type=_positive, action="append", help="tensor degree of the resumed run; default: as saved"
-    )
-    resume.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the checkpoint")
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.tensor is the saved run's")
-
-
-def _add_text(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    generate = verbs.add_parser("generate", help="compare the speed of greedy generation in fp32 with transformers")
-    generate.add_argument(
-        "--batch", type=_positive, action="append", help="number of prompts in a batch; default: 1, then 8"
-    )
-    generate.add_argument("--prompt", type=_positive, default=16, help="number of tokens in a prompt")
-    generate.add_argument("--new", type=_positive, default=128, help="number of tokens to generate")
-    generate.add_argument("--threads", type=_positive, default=cpus())
-    generate.add_argument("--rounds", type=_positive, default=7)
-    generate.add_argument("overrides", nargs="*", metavar="key=value")
-    prepare = verbs.add_parser(
-        "prepare", help="compare the preparation of text with datasets.map, and resume a killed preparation"
-    )
-    prepare.add_argument(
-        "--megabytes",
-        type=_positive,
-        default=500,
-        help="size of the text, which is made of changed copies of a short text",
-    )
-    prepare.add_argument("--workers", type=_positive, default=2)
-    prepare.add_argument("--vocab-size", type=_positive, default=16384)
-    prepare.add_argument("--rounds", type=_positive, default=3)
-    prepare.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder on the measured disk")
-
-
-def _add_memory(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    memory = verbs.add_parser(
-        "memory", help="trace the memory and the collectives of a micro-batch on one GPU, without a GPU"
-    )
-    memory.add_argument("--page", type=Path, help="write the table of the published sizes to this page")
-    memory.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="several values, separated by commas, are traced in turn"
-    )
+    return parser_of(__doc__)
 
 
 def main() -> None:
@@ -150,25 +48,9 @@ def main() -> None:
     runners = {
         "train": run_race, "loss": run_loss, "host": run_host, "collectives": run_collectives,
         "ranks": run_ranks, "io": run_io, "checkpoint": run_checkpoint, "resume": run_resume,
-        "generate": run_generation, "prepare": run_preparation, "memory": run_memory,
+        "generate": run_generation, "prepare": run_preparation, "memory": run_memory, "convert": run_conversion,
     }  # fmt: skip
     runners[arguments.verb](arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be an integer of at least 1")
-    return int(text)
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]} does not exist: choose from {','.join(NAMES)}")
-    if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text} names a trainer twice: name each once")
-    return names
 
 
 def run_race(arguments: argparse.Namespace) -> None:
@@ -308,6 +190,14 @@ def run_io(arguments: argparse.Namespace) -> None:
         f"{run.precision.name.value}; total memory of a process\n"
     )
     print(aligned(rows))
+
+
+def run_conversion(arguments: argparse.Namespace) -> None:
+    make_folder("--output ", arguments.output)
+    from opt_parallel.benchmarks.conversion import measure
+
+    print(f"\n{arguments.checkpoint}, {cpu_model()}, {cpus()} CPUs\n")
+    print(aligned(measure(arguments.checkpoint, arguments.output, arguments.rounds)))
 
 
 def run_checkpoint(arguments: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ MODEL_FILES = (
     CONFIG, GENERATION_CONFIG, CHECKSUMS, "*.safetensors", "pytorch_model*.bin", "*.h5", "*.msgpack", "*.index.json",
 )  # fmt: skip
 STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # the names of dtypes in safetensors
+PIECE = 1 << 20  # Number of bytes that are written at a time.
 
 Shapes = dict[str, tuple[int, ...]]  # the names and shapes of the tensors in one file, in order
 
@@ -202,8 +203,12 @@ def _write_tensor(file: BinaryIO, name: str, tensor: tuple[str, Tensor], dtype: 
                 f"{largest:.4g}: choose dtype float32"
             )
         say(f"warning: {name} has values that are not finite (NaN or infinite), and they are written unchanged")
-    file.write(_bytes(stored))
-    return checksum(stored)
+    content, total = _bytes(stored), 0
+    for start in range(0, len(content), PIECE):  # a piece is still in the processor's cache when it is written
+        piece = content[start : start + PIECE]
+        total = zlib.crc32(piece, total)
+        file.write(piece)
+    return f"{total:08x}"
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -31,6 +31,7 @@ from opt_parallel.huggingface.folder import GENERATION_CONFIG, generation_config
 from opt_parallel.huggingface.hub import INDEX_SUFFIX
 from opt_parallel.huggingface.hub import WEIGHTS as FORMATS
 from opt_parallel.huggingface.tokenizer import files_for, special_tokens_in
+from opt_parallel.metaseq.weights import Turns
 from opt_parallel.model.heads import SCORE, CausalLM, SequenceClassifier
 from opt_parallel.model.lora import ADAPTER_WEIGHTS, config_for_peft, to_peft
 from opt_parallel.parallel.shard import Constant, Shard, marked
@@ -38,12 +39,12 @@ from opt_parallel.parallel.topology import ALONE
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 from opt_parallel.storage.foreign import content_of, file_in
-from opt_parallel.tools.progress import shown
+from opt_parallel.tools.progress import ahead, shown
 
 CARD, BASE = "README.md", "base"
 SHARD = 5 * 10**9  # Maximum number of bytes of a weights file of an adapter's base model.
 ORIGIN = "checkpoint.json"  # Name of the file that identifies the exported checkpoint.
-COPIES = 2  # Copies of a tensor in memory besides the exported copy: the tensor as read, and a rearranged copy.
+COPIES = 3  # Copies of a tensor in memory besides the exported one: as read, the next one, and a rearranged one.
 
 
 def export(
@@ -79,7 +80,9 @@ def export(
     require_memory(f"{checkpoint}: exporting its largest tensor", needed, "free memory, or raise the limit")
     files = _other_files(opened)
     total = sum(shard.numel for _, shard in parameters)
-    with shown("export", opened.weights, total) as source:
+    if opened.metaseq:
+        opened.metaseq.memory = Turns(2)
+    with shown("export", opened.weights, total) as weights, ahead(weights, parameters) as source:
         write_folder(output, content, parameters, source, stored, max_shard_size, files, replace=replace)
     if opened.metaseq:
         opened.warn_of_not_finite(ALONE)

@@ -1,8 +1,9 @@
-"""Shows on a terminal how far a command has read a checkpoint."""
+"""Sources of weights for commands: one shows on a terminal how far it has read, and one reads ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -22,3 +23,24 @@ def shown(what: str, weights: Source, elements: int) -> Iterator[Source]:
             return values
 
         yield source
+
+
+@contextmanager
+def ahead(source: Source, parameters: Iterable[tuple[str, Shard]]) -> Iterator[Source]:
+    """A source that returns `parameters` in their order. It reads the next one while the caller uses the last one."""
+    following = iter(parameters)
+    with ThreadPoolExecutor(1) as thread:
+
+        def start() -> Future[Tensor] | None:
+            parameter = next(following, None)
+            return thread.submit(source, *parameter) if parameter else None
+
+        reading = start()
+
+        def read(name: str, shard: Shard) -> Tensor:
+            nonlocal reading
+            assert reading is not None
+            values, reading = reading.result(), start()
+            return values
+
+        yield read

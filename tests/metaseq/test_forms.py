@@ -14,11 +14,13 @@ from opt_parallel.checkpoint.sources import Opened, open_checkpoint
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.huggingface.names import HuggingFaceWeights
 from opt_parallel.metaseq.settings import HEADS
+from opt_parallel.metaseq.weights import Turns
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import Shard, marked
 from opt_parallel.parallel.topology import ALONE, Group
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.tools.export import export
+from opt_parallel.tools.progress import ahead
 
 SIZE = Size()
 SMALL_350M = Size(post_norm=True)
@@ -113,6 +115,27 @@ def test_an_export_has_the_tensors_and_the_outputs_of_transformers(form: str, fo
     ours = open_checkpoint(tmp_path / form).model(ALONE, torch.device("cpu"))
     with torch.no_grad():
         assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-5)  # other kernels sum in another order
+
+
+def test_memory_is_used_in_turns_and_the_next_tensor_is_read_ahead(folder: Path, tmp_path: Path) -> None:
+    """The last two tensors are intact, whatever their sizes."""
+    opened = open_checkpoint(written("raw", tmp_path / "raw", SIZE))
+    expected, asked = HuggingFaceWeights(folder / "hf"), []
+    parameters = shards_of(opened, 1)
+    opened.metaseq.memory = Turns(2)
+
+    def source(name: str, shard: Shard) -> torch.Tensor:
+        asked.append(name)
+        return opened.weights(name, shard)
+
+    last = None
+    with ahead(source, parameters) as read:
+        for number, (name, shard) in enumerate(parameters, start=1):
+            assert last is None or torch.equal(last, expected(*parameters[number - 2]))
+            last = read(name, shard)
+            assert torch.equal(last, expected(name, shard))
+            assert len(asked) <= number + 1
+    assert asked == [name for name, _ in parameters]
 
 
 def test_what_the_settings_say_must_fit_the_tensors(tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
 """Writes a small OPT in the forms of metaseq's checkpoints, with torch.save, and the same OPT for transformers.
 
 Flat tensors are cut as fairscale's FSDP cuts them: into ⌈numel / shards⌉ elements each, with zeros after the last one.
+
+python tests/support/metaseq_forms.py FORM FOLDER [LAYERS]
+
+writes 2 parts, each of 4 shards if FORM is raw, of a network with the width of OPT-1.3b and 6 layers: 0.8 GB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,3 +261,9 @@ WRITERS = {
     "fused": _write_fused, "singleton": _write_singleton, "bare": _write_bare, "args": _write_args,
     "arrays": _write_arrays,
 }  # fmt: skip
+
+
+if __name__ == "__main__":
+    form, folder, *layers = sys.argv[1:]
+    wide = Size(int(layers[0]) if layers else 6, hidden=2048, heads=32, ffn=8192, rows=50272, positions=2048)
+    write(form, Path(folder), wide, weights_of(wide), parts=2, shards=4)

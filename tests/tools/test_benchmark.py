@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from command import ROOT, python
 from composing import load_script
+from metaseq_forms import Size, weights_of, write
 
 from opt_parallel.runtime.errors import UserError
 
@@ -164,3 +165,14 @@ def test_the_time_to_start_a_layer() -> None:
     rows = [tuple(line.split()[:2]) for line in printed.splitlines()[-8:]]
     modes = ("none", "selective", "full", "offload")
     assert rows == [(mode, sequence) for sequence in ("false", "true") for mode in modes]
+
+
+@pytest.mark.long
+def test_the_conversion_beside_copying(tmp_path: Path) -> None:
+    write("raw", tmp_path / "raw", Size(), weights_of(Size()))
+    arguments = ("--checkpoint", str(tmp_path / "raw"), "--rounds", "2", "--output", str(tmp_path / "out"))
+    status, printed, said = benchmark("convert", *arguments)
+    assert status == 0, said
+    assert "in memory" in printed
+    assert len(printed.splitlines()) == 6
+    assert not any((tmp_path / "out").iterdir())
