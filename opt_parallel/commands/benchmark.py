@@ -25,7 +25,6 @@ import os
 import statistics
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 from opt_parallel.benchmarks.runs import combinations, composed, in_bf16, published
 from opt_parallel.commands.benchmark_arguments import OTHERS, parser_of

@@ -1,5 +1,5 @@
-"""Kubernetes manifests that train a run, or prepare its text. An Indexed Job starts the pods. The pods of a training run
-find the first pod by a headless Service."""
+"""Kubernetes manifests that train a run, or prepare its text. An Indexed Job starts the pods. The pods of a training
+run find the first pod by a headless Service."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def _job(launch: Kubernetes, pod: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pod(
-    launch: Kubernetes, command: list[str], arguments: Sequence[str], variables: dict[str, str]
-) -> dict[str, Any]:
+def _pod(launch: Kubernetes, command: list[str], arguments: Sequence[str], variables: dict[str, str]) -> dict[str, Any]:
     """A pod that runs a command with these environment variables in the working folder of the run."""
     resources = {"cpu": str(launch.cpus), "memory": quantity_of(launch.memory, "launch.memory=")}
     if launch.gpus:

@@ -201,7 +201,7 @@ class Kubernetes(Elastic):
     """torchrun in a Kubernetes Job. `image` has this package. `claim` is the PersistentVolumeClaim that all pods share,
     and `mount` is its mount path and the run's working folder. `secret` names a Secret whose entries become environment
     variables. `grace` is the number of seconds between a pod's SIGTERM and SIGKILL. `backoff` is the maximum number of
-    failed pods that the Job replaces. With `prepare`, the pods prepare the text of the run together and do not train."""
+    failed pods that the Job replaces. With `prepare`, the pods prepare the text of the run and do not train."""
 
     name: str | None = None
     prepare: bool = False
