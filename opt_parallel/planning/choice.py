@@ -25,6 +25,7 @@ PARTS = {
     "launching": "waiting for the host",
     "tensor": "tensor collectives",
     "data": "data collectives",
+    "offload": "copies to and from the host",
     "pipeline": "waiting for stages",
     "optimizer": "optimizer",
     "input": "reading text",

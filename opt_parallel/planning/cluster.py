@@ -52,13 +52,15 @@ class Link:
 @dataclass(frozen=True)
 class Cluster:
     """`nodes` hosts of `per_host` devices. `within` links devices of one host, `between` those of two hosts.
-    `host_memory` is in bytes, `price` in dollars for a device and hour, None if unknown."""
+    `to_host` are the bytes/s that a device copies to its host, and as many back. `host_memory` is in bytes, `price` in
+    dollars for a device and hour, None if unknown."""
 
     device: Device
     nodes: int = 1
     per_host: int = 8
     within: Link = Link(300e9, 5e-6)
     between: Link = Link(25e9, 12e-6)
+    to_host: float = 32e9
     host_memory: int = 1024 * GIB
     price: float | None = None
 

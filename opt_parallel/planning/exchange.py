@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from opt_parallel.planning.cluster import Cluster, Link
 from opt_parallel.planning.layer_time import Layer, collective, exposed
 from opt_parallel.planning.parameters import embedding_parameters, layer_parameters, lora_parameters
-from opt_parallel.planning.rates import HIDDEN, rates_of
+from opt_parallel.planning.rates import HIDDEN, HOST_MEMORY, rates_of
 from opt_parallel.planning.states import rank_parameters
 from opt_parallel.planning.workload import Trainer, Workload
 
@@ -136,4 +136,6 @@ class Exchange:
         if workload.trainer is not Trainer.megatron or not workload.scattered:  # Megatron's product adds to the sum
             kept = own / (shards if workload.gradients_split else 1)
             moved += kept * workload.accumulation * (states.weight + 8)
+        if workload.offload:
+            return moved / HOST_MEMORY
         return moved / (self.cluster.device.bandwidth * rates_of(self.cluster.device, workload).memory)

@@ -21,6 +21,8 @@ POWER = 0.85  # of the rates of an H100 of 700 W, at 500 W
 BESIDE = 0.42  # of a collective's time by which it slows the products that run beside it
 HIDDEN = 0.21  # the same for Megatron's gradients and weights, beside the last backward and the first forward
 PIECES, TORCH_PIECES = 0.17, 0.6  # of the tensor group's collectives is left if they run in pieces beside products
+TO_HOST = 0.75  # of the link to the host, in copies of tensors of many MB; an estimate
+HOST_MEMORY = 50e9  # bytes/s with which a process updates an offloaded optimizer on the CPU; an estimate
 LOGIT_BYTES, COMPILED_LOGIT_BYTES = 60.0, 20.0  # read and written for a logit, in its loss and gradient
 
 

@@ -30,6 +30,7 @@ class ClusterConfig(Section):
     within_latency: float = 0.0
     between: float = 0.0
     between_latency: float = 0.0
+    to_host: float = 0.0
     host_memory: float = 0.0
     storage: float = 0.0
     failures: float = 0.0
@@ -45,7 +46,7 @@ class ClusterConfig(Section):
             f"cluster.nodes={self.nodes} × cluster.gpus={self.gpus} are {self.nodes * self.gpus:,} devices, more than "
             "the maximum of 65,536: plan fewer",
         )
-        for name in ("within", "between", "storage"):
+        for name in ("within", "between", "to_host", "storage"):
             require(getattr(self, name) > 0, f"cluster.{name}={getattr(self, name)} must be positive: GB/s")
         for name in ("memory", "bf16", "fp8", "fp32", "bandwidth", "within_latency", "between_latency", "host_memory",
                      "failures", "restart", "price"):  # fmt: skip
@@ -68,6 +69,7 @@ class ClusterConfig(Section):
             self.gpus,
             Link(self.within * GIGA, self.within_latency * MICRO),
             Link(self.between * GIGA, self.between_latency * MICRO),
+            self.to_host * GIGA,
             round(self.host_memory * GIB),
             self.price,
         )
@@ -77,5 +79,7 @@ class ClusterConfig(Section):
 class PlanKeys(Section):
     """The keys of `opt-parallel plan` beside those of `train`."""
 
-    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(within=1.0, between=1.0, storage=1.0))
+    cluster: ClusterConfig = field(
+        default_factory=lambda: ClusterConfig(within=1.0, between=1.0, to_host=1.0, storage=1.0)
+    )
     rehearse: bool = False

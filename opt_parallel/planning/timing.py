@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.exchange import Exchange
 from opt_parallel.planning.layer_time import head_of, layer_of
+from opt_parallel.planning.offload import offloaded_inputs, offloaded_states
 from opt_parallel.planning.parameters import model_flops, recomputed_flops
 from opt_parallel.planning.rates import rates_of
 from opt_parallel.planning.workload import Workload
@@ -21,10 +22,11 @@ from opt_parallel.planning.workload import Workload
 class Time:
     """Seconds of an optimizer step on the slowest rank. Collectives count as far as nothing is computed beside them.
 
-    `pipeline` is the time in which a stage waits for others. `launching` is the time in which the device waits for the
-    host. `data` is the exchange of gradients and weights over the data ranks, `input` reading text, and `checkpoint`
-    the stall of saving, spread over the steps. FLOPs are those of one device in a step; `hardware_flops` include what
-    is computed again. `peak` is the device's peak in FLOP/s, `tokens` the tokens of a step on `devices` devices."""
+    `offload` are the copies to the host's memory and back. `pipeline` is the time in which a stage waits for others.
+    `launching` is the time in which the device waits for the host. `data` is the exchange of gradients and weights
+    over the data ranks, `input` reading text, and `checkpoint` the stall of saving, spread over the steps. FLOPs are
+    those of one device in a step; `hardware_flops` include what is computed again. `peak` is the device's peak in
+    FLOP/s, `tokens` the tokens of a step on `devices` devices."""
 
     products: float
     attention: float
@@ -32,6 +34,7 @@ class Time:
     launching: float
     tensor: float
     data: float
+    offload: float
     pipeline: float
     optimizer: float
     input: float
@@ -88,6 +91,7 @@ def time_of(workload: Workload, cluster: Cluster) -> Time:
         launching=0.0,
         tensor=in_all("tensor"),
         data=exchange.exposed(layer, stage),
+        offload=offloaded_inputs(workload, cluster, layer) + offloaded_states(workload, cluster),
         pipeline=(workload.pipeline - 1) / workload.virtual * stage * layer.total + exchange.piped(),
         optimizer=exchange.optimizer(),
         input=0.0,

@@ -14,10 +14,11 @@ from composing import run_of as composed
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.config.run import Run
 from opt_parallel.planning import megatron, parameters
-from opt_parallel.planning.activations import activations, layer_bytes
+from opt_parallel.planning.activations import activations, layer_bytes, part_bytes
 from opt_parallel.planning.cluster import DEVICES, Cluster, Link
-from opt_parallel.planning.layer_time import collective
+from opt_parallel.planning.layer_time import collective, layer_of
 from opt_parallel.planning.memory import memory
+from opt_parallel.planning.rates import TO_HOST
 from opt_parallel.planning.timing import time_of
 from opt_parallel.planning.workload import Network, Recompute, States, Trainer, Workload, network_of, of_run
 
@@ -165,3 +166,30 @@ def test_a_plan_needs_no_more_memory_for_fewer_states() -> None:
     assert offloaded.masters == offloaded.moments == 0
     assert offloaded.host > memory(fp32, H100).host
     assert ModelConfig().hidden_size == network_of(Run()).hidden
+
+
+def test_copies_of_inputs_to_the_host_count_as_far_as_they_outlast_the_layers() -> None:
+    workload = Workload(Network(24, 1024, 16, 4096, 50272), micro=8, accumulation=2, recompute=Recompute.offload)
+    fast = dataclasses.replace(H100, to_host=1e15)
+    slow = dataclasses.replace(H100, to_host=1e9)
+    assert time_of(workload, fast).offload == 0
+    layer = layer_of(workload, slow)
+    copies = 2 * part_bytes(workload) / (1e9 * TO_HOST)
+    assert time_of(workload, slow).offload == pytest.approx(2 * 24 * (copies - layer.total))
+    for kind in (Recompute.none, Recompute.selective, Recompute.full):
+        assert time_of(dataclasses.replace(workload, recompute=kind), slow).offload == 0
+    wide = dataclasses.replace(workload, network=Network(24, 8192, 64, 32768, 50272))
+    assert time_of(wide, H100).offload == 0, "a layer's computation grows faster than its input"
+
+
+def test_an_offloaded_optimizer_copies_gradients_and_weights() -> None:
+    """4 bytes of gradient to the host, after a second micro-batch also back and again, and 2 bytes of weight back."""
+    network = Network(24, 1024, 16, 4096, 50272)
+    workload = Workload(network, data=4, offload=True)
+    each = parameters.parameters(network) / 4 / (H100.to_host * TO_HOST)
+    assert time_of(workload, H100).offload == pytest.approx(each * (4 + 2), rel=1e-3)
+    twice = dataclasses.replace(workload, accumulation=2)
+    assert time_of(twice, H100).offload == pytest.approx(each * (12 + 2), rel=1e-3)
+    assert (
+        time_of(workload, H100).optimizer > 10 * time_of(dataclasses.replace(workload, offload=False), H100).optimizer
+    )
