@@ -39,8 +39,9 @@ def saved(crew: Any, folder: Path, layout: Layout, step: int) -> Path:
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(tensor=2, data=2, stage=1, micro=2),
+        Layout(tensor=2, stage=1, micro=2),
         Layout(data=2, stage=3, micro=2),
+        pytest.param(Layout(tensor=2, data=2, stage=1, micro=2), marks=pytest.mark.long),
         pytest.param(Layout(tensor=2, data=2, stage=3, micro=2), marks=pytest.mark.long),
     ],
     ids=str,

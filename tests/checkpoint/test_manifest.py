@@ -55,7 +55,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 
 WAYS = ("resume", "inspect", "open")
-IN_TURN = ("inspect", "open", "inspect", "open", "resume")  # which also reads the checkpoint before
+IN_TURN = (*("inspect", "open") * 4, "resume")  # which also reads the checkpoint before
 
 
 def read_by_all(folder: Path, topology: Topology, ways: Sequence[str] = WAYS) -> list[str]:
@@ -495,8 +495,9 @@ def verdicts(folder: Path, scratch: Path, names: list[str], all_ways: bool) -> d
         for place, name in enumerate(names):
             shutil.copytree(folder, scratch / "run")
             CASES[name](scratch / "run" / "checkpoints" / "step-4")
+            ways = WAYS if all_ways else [IN_TURN[place % len(IN_TURN)]]
             try:
-                found[name] = read_by_all(scratch / "run", topology, WAYS if all_ways else [IN_TURN[place % 5]])
+                found[name] = read_by_all(scratch / "run", topology, ways)
             except BaseException as error:
                 found[name] = [f"{type(error).__name__}: {error}"]
             shutil.rmtree(scratch / "run")

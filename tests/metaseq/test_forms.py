@@ -35,11 +35,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SHARDS: dict[tuple[str, int], list[tuple[str, Shard]]] = {}  # by configuration and degree
+
+
 def shards_of(opened: Opened, degree: int) -> list[tuple[str, Shard]]:
     """The parts of all parameters on all ranks of a tensor group."""
-    with torch.device("meta"):
-        models = [CausalLM(opened.config, Group(None, rank, degree)) for rank in range(degree)]
-    return [(name, shard) for model in models for name, _, shard in marked(model)]
+    key = str(opened.config), degree
+    if key not in SHARDS:
+        with torch.device("meta"):
+            models = [CausalLM(opened.config, Group(None, rank, degree)) for rank in range(degree)]
+        SHARDS[key] = [(name, shard) for model in models for name, _, shard in marked(model)]
+    return SHARDS[key]
 
 
 def state_heads(folder: Path, **values: Any) -> None:

@@ -121,8 +121,18 @@ def plain(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return output.detach(), hidden.grad, {each: t.grad for each, t in tensors.items() if t.grad is not None}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("name", BLOCKS)
+# by default all blocks on two ranks, and one each on one rank and on four
+SIZES = [("column then row", 2), ("q and v", 2), ("v", 2), ("all three", 2), ("q and v", 1), ("all three", 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[pytest.mark.long] * ((name, size) not in SIZES))
+        for name in BLOCKS
+        for size in (1, 2, 4)
+    ],
+)
 def test_equals_the_plain_formula(crew: Any, name: str, size: int) -> None:
     output, input_gradient, gradients = plain(name)
     answers = crew(size)(split, name, size)

@@ -54,8 +54,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "rank"),
+    [
+        ("standard", 0), ("standard", 4), ("gelu", 4), ("silu", 0), ("gelu_new, no biases", 4), ("350m", 0),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (("gelu", 0), ("silu", 4), ("gelu_new, no biases", 0), ("350m", 4))
+        ),
+    ],
+)  # fmt: skip
 def test_every_mode_computes_the_same_bits(variant: str, rank: int) -> None:
     lora = LoraConfig(rank=rank, targets=["q_proj", "v_proj", "out_proj", "fc1", "fc2"])
     results = []
