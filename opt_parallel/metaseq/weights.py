@@ -21,7 +21,7 @@ from opt_parallel.runtime import process
 from opt_parallel.runtime.errors import UserError, one_line
 
 MOST_OPEN = 16  # Number of files that are open at a time; one tensor of OPT-175B is in a few hundred files.
-CHUNK = 1 << 24  # Number of bytes that are read at a time if the file stores the elements in another order.
+CHUNK = 1 << 22  # Number of bytes that are read at a time if the file stores the elements in another order.
 PAGE = 1 << 12  # Shorter runs are read together with the bytes between them, which the disk reads anyway.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from id_runs import losses
 
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.config.run import DataConfig, Run
@@ -76,3 +77,28 @@ def test_the_tokens_are_those_of_the_text(
     save_tokenizer(TOKENIZER, tmp_path / "tokenizer")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     assert tokens(write(tmp_path, end), text_field="input_ids") == tokens(tmp_path / "text.jsonl")
+
+
+def numpy(folder: Path, end: list[int]) -> Path:
+    """NumPy's file has no index, so an end follows each document."""
+    np.save(folder / "array.npy", np.array([token for ids in DOCUMENTS for token in [*ids, END]], np.uint16))
+    return folder / "array.npy"
+
+
+@pytest.mark.long
+def test_the_losses_are_those_of_the_text(tmp_path: Path) -> None:
+    """20 steps from each corpus, from two mixed ones, and resumed at another tensor degree, bit for bit."""
+    save_tokenizer(TOKENIZER, tmp_path / "tokenizer")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    files = {write.__name__: write(tmp_path, []) for write in (megatron, datatrove, saved_dataset, parquet, numpy)}
+    wanted = losses(tmp_path, str(text))
+    assert len(set(wanted)) == len(wanted)
+    for name, path in files.items():
+        field = ["data.text_field=input_ids"] if name in ("saved_dataset", "parquet") else []
+        assert losses(tmp_path, str(path), *field) == wanted, name
+    pairs = [(text, text), (files["megatron"], files["datatrove"]), (files["numpy"], files["megatron"])]
+    mixtures = [f"[{{path: {one}, name: a, weight: 2}}, {{path: {two}, name: b}}]" for one, two in pairs]
+    straight, *others = [losses(tmp_path, each, layouts=(1, 2)) for each in mixtures]
+    assert others == [straight] * 2
+    assert straight != wanted

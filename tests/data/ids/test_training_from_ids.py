@@ -6,26 +6,12 @@ from pathlib import Path
 
 import id_files
 import pytest
-from command import SMALL, launch, python, train_rows, write_text
+from command import python, write_text
+from id_runs import losses
 
 from opt_parallel.data.encode.tokenizer import encode_documents, load_tokenizer
 
-END, STEPS = 2, 20
-
-
-def losses(folder: Path, name: str, *arguments: str, layouts: tuple[int, ...] = (1,)) -> list[float]:
-    """The losses of a run on the training text `name`, which is resumed with each tensor degree in turn."""
-    run, steps = folder / "runs" / f"{len(list(folder.glob('runs/*')))}", STEPS // len(layouts)
-    for number, tensor in enumerate(layouts, start=1):
-        ended = launch(
-            tensor, "train.py", *SMALL, f"data.train={name}", f"data.tokenizer={folder / 'tokenizer'}",
-            f"data.cache={folder / 'cache'}", f"run.dir={run}", f"parallel.tensor={tensor}", f"steps={STEPS}",
-            f"stop_at={number * steps}", *arguments,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr
-    rows = train_rows(run)
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in rows]
+END = 2
 
 
 @pytest.mark.long
