@@ -17,6 +17,7 @@ from opt_parallel.runtime.log import aligned, bytes_in_words
 from opt_parallel.tools.progress import shown
 
 DEGREES = (1, 2, 4, 8, 16)  # tensor degrees for which the bytes of a rank are shown
+DISK = 2 * 10**9  # bytes per second of the disk for which the time to load is shown
 
 
 def odd_values(folder: Path, md5: Path | None) -> list[str]:
@@ -50,13 +51,14 @@ def described(folder: Path) -> str:
         ["parameters", f"{sum(shard.numel for _, _, shard in marked(network)):,}"],
         ["dtype", ", ".join(sorted(known.dtypes))],
     ]  # fmt: skip
-    lines = [["tensor degree", "bytes a rank reads"]]
+    lines = [["tensor degree", "bytes a rank reads", f"minutes for a tensor group at {bytes_in_words(DISK)}/s"]]
     for degree in DEGREES:
         try:
             config.check_splits(degree, "")
         except UserError:
             continue
-        lines.append([str(degree), bytes_in_words(bytes_of_rank(opened, degree))])
+        held = bytes_of_rank(opened, degree)
+        lines.append([str(degree), bytes_in_words(held), f"{degree * held / DISK / 60:.1f}"])
     return f"{aligned(facts)}\n\n{aligned(lines)}"
 
 

@@ -62,7 +62,7 @@ print(json.dumps(found))
 
 
 def measured(folder: Path, forms: tuple[str, ...]) -> list[Any]:
-    """For each form, degree and rank: the growth of memory, the bytes of the rank's part, of a layer in it, and read."""
+    """For each form, degree and rank: bytes of the growth of memory, of the rank's part, of a layer in it, and read."""
     for form in forms:
         write(form, folder / form, SIZE, weights_of(SIZE), parts=2, shards=3)
         if form in ("bare", "arrays"):
