@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command import launch, python, small, train_rows
-from composing import run_of
+from composing import quick_run_of
 from hugging_face import SHAPE, VARIANTS, logits_of, random_model, some_ids
 from safetensors.torch import load_file, save_file
 from stores import feed_of
@@ -166,7 +166,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 def test_a_mistake_is_one_line(checkpoint: Path, mistake: str) -> None:
     arguments, words = MISTAKES[mistake]
     with pytest.raises(UserError) as caught:
-        run_of(f"init_from={checkpoint}", "data.sequence_length=16", *arguments)
+        quick_run_of(f"init_from={checkpoint}", "data.sequence_length=16", *arguments)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
@@ -187,7 +187,7 @@ def test_the_same_shape_may_be_named_and_dropouts_differ(checkpoint: Path) -> No
         (["model.word_embed_proj_dim=null"], 0.0),
     ]
     for given, dropout in cases:
-        assert run_of(*given, f"init_from={checkpoint}", "data.sequence_length=16").model.dropout == dropout
+        assert quick_run_of(*given, f"init_from={checkpoint}", "data.sequence_length=16").model.dropout == dropout
 
 
 def test_wrong_weights_are_one_line_on_every_rank(
@@ -204,8 +204,8 @@ def test_wrong_weights_are_one_line_on_every_rank(
     assert "score.weight is unexpected" in process.stderr
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
-        run_of(*start(tmp_path, broken))
+        quick_run_of(*start(tmp_path, broken))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"init_from=someone/else is not a local folder") as caught:
-        run_of(*start(tmp_path, "someone/else"))
+        quick_run_of(*start(tmp_path, "someone/else"))
     assert "\n" not in str(caught.value)

@@ -22,11 +22,22 @@ SHAPE = {
     "vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 96,
     "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.2,
 }  # fmt: skip
+LONG = pytest.mark.long
 # a style of the network and a tensor degree
-CELLS: list[Any] = [
-    ("pre-norm", 1), ("350m", 2),
-    *(pytest.param(*cell, marks=pytest.mark.long) for cell in (("pre-norm", 2), ("350m", 1))),
-]  # fmt: skip
+ALL_CELLS = [("pre-norm", 1), ("350m", 2), ("pre-norm", 2), ("350m", 1)]
+CELLS = [pytest.param(*cell, marks=LONG if number > 1 else ()) for number, cell in enumerate(ALL_CELLS)]
+ONE_STYLE = pytest.mark.parametrize("folder", ["350m", pytest.param("pre-norm", marks=LONG)], indirect=True)
+
+
+def paired(values: list[Any]) -> list[Any]:
+    """Each value with one of the first two cells, in turns; with all other cells in the long suite."""
+    return [
+        pytest.param(value, *cell, marks=() if cell == ALL_CELLS[place % 2] else LONG)
+        for place, value in enumerate(values)
+        for cell in ALL_CELLS
+    ]
+
+
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 values of order 1 to 10, summed in another order
 
 
@@ -83,8 +94,7 @@ def everything(model: Any, ids: Tensor, mask: Tensor | None, labels: Tensor) -> 
     }
 
 
-@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize(("padding", "folder", "tensor"), paired(["none", "left", "right"]), indirect=["folder"])
 def test_every_output_is_transformers(crew: Any, folder: Path, padding: str, tensor: int) -> None:
     from transformers import OPTForCausalLM
 
@@ -122,8 +132,8 @@ def cached(model: Any, ids: Tensor, mask: Tensor, steps: list[int]) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
-@pytest.mark.parametrize("steps", [[9], [9, 10, 11]], ids=["three at once", "one by one"])
+# three at once, and one by one
+@pytest.mark.parametrize(("steps", "folder", "tensor"), paired([[9], [9, 10, 11]]), indirect=["folder"])
 def test_cached_is_uncached(crew: Any, folder: Path, steps: list[int], tensor: int) -> None:
     ids, mask = ids_of(4, 12), mask_of(4, 12)
     whole = on_ranks(crew, tensor, cached, folder, ids, mask, [])
@@ -216,8 +226,7 @@ def without_heads(model: Any, ids: Tensor, dropped: list[tuple[int, int]], by_ma
         return model(ids, head_mask=head_mask if by_mask else None, output_attentions=attentions).logits
 
 
-@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
-@pytest.mark.parametrize("attentions", [False, True])
+@pytest.mark.parametrize(("attentions", "folder", "tensor"), paired([False, True]), indirect=["folder"])
 def test_a_masked_head_is_a_head_that_nobody_reads(crew: Any, folder: Path, attentions: bool, tensor: int) -> None:
     ids, dropped = ids_of(2, 10), [(0, 1), (2, 0), (2, 3)]
     masked = on_ranks(crew, tensor, without_heads, folder, ids, dropped, True, attentions)
@@ -233,6 +242,7 @@ def one_mask_for_all_layers(model: Any, ids: Tensor) -> list[Any]:
     return [short.logits.numpy(), full.logits.numpy()]
 
 
+@ONE_STYLE
 def test_a_head_mask_without_layers_serves_all(crew: Any, folder: Path) -> None:
     short, full = on_ranks(crew, 2, one_mask_for_all_layers, folder, ids_of(2, 10))
     torch.testing.assert_close(short, full, rtol=0, atol=0)
@@ -245,6 +255,7 @@ def shapes_of_tuple(model: Any, ids: Tensor) -> list[Any]:
     return [[tuple(each.shape) for each in plain], len(more), more[0].dim(), kept.length]
 
 
+@ONE_STYLE
 def test_tuples(crew: Any, folder: Path) -> None:
     got = on_ranks(crew, 1, shapes_of_tuple, folder, ids_of(2, 10))
     assert got == [[(2, 10, 131)], 4, 0, 10]  # loss, logits, past_key_values, hidden_states
@@ -276,6 +287,7 @@ def refusals(model: Any, ids: Tensor) -> list[str]:
     return said
 
 
+@ONE_STYLE
 def test_refusals(crew: Any, folder: Path) -> None:
     said = on_ranks(crew, 1, refusals, folder, ids_of(2, 10))
     wanted = ["exactly one", "exactly one", "(2, 9)", "max_position_embeddings=64", "vocab_size − 1 = 130"]
@@ -300,6 +312,7 @@ def in_training(model: Any, ids: Tensor) -> list[Any]:
     return [*losses, again, model(ids, use_cache=False).past_key_values, model.eval()(ids, labels=ids).loss.item()]
 
 
+@ONE_STYLE
 def test_dropout_in_training_mode(crew: Any, folder: Path) -> None:
     runs = [on_ranks(crew, tensor, in_training, folder, ids_of(2, 10)) for tensor in (1, 2)]
     first, second, again, cache, evaluated = runs[0]
@@ -317,8 +330,7 @@ def generated(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> list[An
 SETTINGS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "drawn": {"do_sample": True}}
 
 
-@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
-@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize(("how", "folder", "tensor"), paired(list(SETTINGS)), indirect=["folder"])
 def test_generate(crew: Any, folder: Path, how: str, tensor: int) -> None:
     from transformers import OPTForCausalLM
 
@@ -378,8 +390,7 @@ def saved(folder: str, tensor: int, output: str, name: str, dtype: str) -> None:
         model.save_pretrained(output, max_shard_size="20KB")
 
 
-@pytest.mark.parametrize(("folder", "tensor"), CELLS, indirect=["folder"])
-@pytest.mark.parametrize("name", ["OPTModel", "OPTForCausalLM"])
+@pytest.mark.parametrize(("name", "folder", "tensor"), paired(["OPTModel", "OPTForCausalLM"]), indirect=["folder"])
 def test_what_we_save_is_what_transformers_saved(
     crew: Any, folder: Path, tmp_path: Path, name: str, tensor: int
 ) -> None:
@@ -398,12 +409,14 @@ def test_what_we_save_is_what_transformers_saved(
         torch.testing.assert_close(values, before[key], rtol=0, atol=0)
 
 
+@ONE_STYLE
 def test_saving_never_overwrites(crew: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AssertionError, match=r"UserError.* exists and has the .* of a model: remove it"):
         crew(2)(saved, str(folder), 2, str(tmp_path), "OPTModel", "float32")
 
 
+@ONE_STYLE
 def test_half_precision_is_kept(crew: Any, folder: Path, tmp_path: Path) -> None:
     from transformers import OPTForCausalLM
 

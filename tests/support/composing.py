@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 from argparse import Action, ArgumentParser, Namespace, _HelpAction, _SubParsersAction
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from opt_parallel.config.compose import TEXTS, CheckConfig, register_schema, run
 from opt_parallel.config.overrides import checked
 from opt_parallel.config.paths import typed_fields
 from opt_parallel.config.run import Run
-from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed_launch, composed_run, rendered, split_overrides
+from opt_parallel.launching.submit import LAUNCH_TEXTS, check, composed_run, launch_from, rendered, split_overrides
 
 _register_schema = functools.cache(register_schema)
 
@@ -84,17 +84,23 @@ def quick_run_of(*arguments: str) -> Run:
     """The `Run` for these arguments of `train`, in a third of the time. Hydra composes the files of equal groups
     (`model=…`, `task=…`) once, and its function for the other arguments changes a copy."""
     overrides = checked(arguments, TEXTS)
+    config = _composed("config", overrides)
+    start_from_checkpoint(config, overrides)
+    take_special_tokens(config, overrides)
+    return run_from(config)
+
+
+def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration that the file `name` of configs/ and the overrides make."""
     groups = tuple(each for each in overrides if _is_group(each.lstrip("+~").partition("=")[0]))
-    composed = _composed_groups(groups)
+    composed = _composed_groups(name, groups)
     HydraConfig.instance().set_config(composed)
     config = copy.deepcopy(composed)
     with open_dict(config):
         del config["hydra"]
     parsed = OverridesParser.create().parse_overrides([each for each in overrides if each not in groups])
     ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
-    start_from_checkpoint(config, overrides)
-    take_special_tokens(config, overrides)
-    return run_from(config)
+    return config
 
 
 def _is_group(key: str) -> bool:
@@ -102,10 +108,10 @@ def _is_group(key: str) -> bool:
 
 
 @functools.cache
-def _composed_groups(groups: tuple[str, ...]) -> DictConfig:
+def _composed_groups(name: str, groups: tuple[str, ...]) -> DictConfig:
     _register_schema()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("config", list(groups), return_hydra_config=True)
+        return compose(name, list(groups), return_hydra_config=True)
 
 
 def path_keys(section: type, prefix: str = "") -> list[str]:
@@ -116,9 +122,9 @@ def path_keys(section: type, prefix: str = "") -> list[str]:
 def dry(*arguments: str) -> str:
     """The command, batch script or manifests that `opt-parallel submit` would start for these arguments.
 
-    Equal arguments of the run are composed once."""
+    Hydra composes each system's file once, and equal arguments of the run once."""
     ours, theirs = split_overrides(checked(arguments, TEXTS | LAUNCH_TEXTS))
-    launch, run = composed_launch(ROOT / "configs", ours), _composed_run(tuple(theirs))
+    launch, run = launch_from(_composed("launch", ours)), _composed_run(tuple(theirs))
     check(launch, run)
     return str(rendered(launch, run.run, theirs))
 

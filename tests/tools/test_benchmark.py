@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,19 @@ TINY = ["model=opt-tiny", "model.num_hidden_layers=1", "data.sequence_length=16"
 def benchmark(*arguments: str) -> tuple[int, str, str]:
     process = python(str(ROOT / "scripts" / "benchmark.py"), *arguments)
     return process.returncode, process.stdout, process.stderr
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`here(*arguments)` runs the benchmark in this process, which has imported the libraries."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+        module = load_script("benchmark")
+        monkeypatch.setattr(module, "quiet_libraries", lambda: None)  # which changes the settings of this process
+        module.main()
+
+    return run
 
 
 @pytest.mark.long
@@ -104,15 +118,14 @@ def test_one_of_many_ranks_resumes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_generation_beside_transformers() -> None:
+def test_generation_beside_transformers(here: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark itself ends with an error where the two do not make the same texts."""
-    status, printed, said = benchmark(
+    here(
         "generate", "--batch", "1", "--batch", "8", "--new", "6", "--rounds", "2", "--threads", "1",
         "model=opt-350m", "model.num_hidden_layers=2", "model.hidden_size=64", "model.ffn_dim=128",
         "model.word_embed_proj_dim=32", "model.vocab_size=500",
     )  # fmt: skip
-    assert status == 0, said
-    assert [line.split()[0] for line in printed.splitlines()[-2:]] == ["1", "8"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["1", "8"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +147,11 @@ def test_generation_beside_transformers() -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Callable[..., None],
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stop(line: str, *_: object, **__: object) -> None:
         print(line, file=sys.stderr)
@@ -143,11 +160,8 @@ def test_a_mistake_is_one_line(
     monkeypatch.setattr(
         "opt_parallel.runtime.errors.leave", stop
     )  # which ends the process; the next test sees it do so
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
-    module = load_script("benchmark")
-    monkeypatch.setattr(module, "quiet_libraries", lambda: None)  # which changes the settings of this process
     with pytest.raises((UserError, SystemExit)) as caught:
-        module.main()
+        here(*arguments)
     said = str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err
     assert words in said.splitlines()[-1]
 
