@@ -17,24 +17,28 @@ from opt_parallel.runtime.log import say
 COMPILED_FROM = 2**19  # elements. For smaller tensors, compilation takes longer than the time it saves.
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Callable[..., Any]:
     """`function`, compiled for calls whose first argument is a tensor of COMPILED_FROM elements or more.
 
     `function` may contain only tensor operations, no collectives. On a host without a working compiler, `function`
-    runs eagerly, and a message is printed."""
+    runs eagerly, and a message is printed.
+
+    Args:
+        dynamic: True compiles once for all shapes. None compiles for the first shape, whose calls start in a third of
+            the time, and once more for all shapes when another shape comes."""
 
     @wraps(function)
     def call(large: Tensor, *rest: Any) -> Any:
         if large.numel() < COMPILED_FROM or not _works(large.device.type):
             return function(large, *rest)
-        return _fast(function)(large, *rest)
+        return _fast(function, dynamic)(large, *rest)
 
     return call
 
 
 @cache
-def _fast(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+def _fast(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=dynamic)
 
 
 @cache

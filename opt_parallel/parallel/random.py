@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class _Dropout(torch.autograd.Function):
         return _dropped(gradient, ctx.samples, ctx.p, ctx.key, ctx.first), None, None, None, None
 
 
-@compiled
+@partial(compiled, dynamic=None)  # called four times in each layer, and most runs have one shape
 def _dropped(hidden: Tensor, samples: Tensor, p: float, key: Tensor, first: int) -> Tensor:
     mask = hash_dropped(samples, hidden.size(1), hidden.size(2), p, key, first)
     return hidden.masked_fill(mask, 0.0) * (1.0 / (1.0 - p))

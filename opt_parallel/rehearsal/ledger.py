@@ -165,7 +165,7 @@ class Ledger(TorchDispatchMode):
     def compiling(self) -> Iterator[None]:
         """A context in which compiled functions count as one operator, whose intermediate results need no memory."""
 
-        def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+        def compiled_function(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
                 self.fused = True
                 result = function(*args)
