@@ -17,9 +17,9 @@ from opt_parallel.data.ids.formats import IdFile
 
 COMPLETE = 1 << 28  # bytes of a file that is read completely
 PLACES, PLACE = 1024, 1 << 15  # number of places that are read of a larger file, and number of ids in each of them
-PIECE_BYTES = 1 << 26  # bytes of a piece, which becomes a part of the token store
+PIECE_BYTES = 1 << 28  # bytes of a piece, which becomes a part of the token store, whose files are fsynced
 CHUNK = 1 << 22  # number of ids that are read at a time
-ASKED = 64  # number of documents of a piece of a larger file that show whether documents have ends
+ASKED = 256  # number of documents of a piece of a larger file that show whether documents have ends
 
 Spans = tuple[np.ndarray, np.ndarray]  # the first token of each document and the token after it, int64
 
