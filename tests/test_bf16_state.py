@@ -13,7 +13,6 @@ from resumed_runs import go, run_of, with_tokenizer
 from opt_parallel.checkpoint.reader import CheckpointReader
 from opt_parallel.config.run import Run
 
-STEPS = 3
 SMALL = {"num_hidden_layers": 2}  # so that no rounding is compiled, which would take longer than the tests
 ALONE = Layout(1, 1, 1, 4)
 ON_TWO = [Layout(1, 2, stage, 4) for stage in (1, 2, 3)]
@@ -21,13 +20,13 @@ ON_TWO = [Layout(1, 2, stage, 4) for stage in (1, 2, 3)]
 
 @pytest.fixture(scope="module")
 def alone(crew: Any) -> Any:
-    return crew(1)(train, in_bf16(run_for(ALONE, SMALL, STEPS)))[0]
+    return crew(1)(train, in_bf16(run_for(ALONE, SMALL, 3)))[0]
 
 
 @pytest.mark.parametrize("layout", ON_TWO, ids=str)
 def test_stages_and_data_ranks_give_the_same_bits(crew: Any, alone: Any, layout: Layout) -> None:
     """Two micro-batches of four samples, on one process or on two. Their gradients are added in fp32 in both cases."""
-    ranks = crew(2)(train, in_bf16(run_for(layout, SMALL, STEPS)))
+    ranks = crew(2)(train, in_bf16(run_for(layout, SMALL, 3)))
     wanted = assemble([alone[2]])
     for losses, _, _ in ranks:
         assert losses == alone[0]
@@ -37,7 +36,7 @@ def test_stages_and_data_ranks_give_the_same_bits(crew: Any, alone: Any, layout:
 
 def test_tensor_ranks_follow(crew: Any, alone: Any) -> None:
     """Products are summed in another order, in bf16, so that some elements are rounded to the other neighbour."""
-    ranks = crew(2)(train, in_bf16(run_for(Layout(2, 1, 1, 4), SMALL, STEPS)))
+    ranks = crew(2)(train, in_bf16(run_for(Layout(2, 1, 1, 4), SMALL, 3)))
     assert ranks[0][0] == pytest.approx(alone[0], abs=0.02)
 
 
@@ -58,11 +57,12 @@ def state_of(run: Run) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def saved(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run with bf16 state on two ranks of ZeRO-3, saved after the second of three steps; and one with fp32 state."""
+    """A run with bf16 state on two ranks of ZeRO-3, saved after the second of four steps, so that a later loss depends
+    on the restored moments; and one with fp32 state."""
     runs = {}
-    for name, last in (("bf16", 3), ("fp32", 2)):
+    for name, last in (("bf16", 4), ("fp32", 2)):
         folder = with_tokenizer(tmp_path_factory.mktemp(name) / "run")
-        run = run_of(folder, dataclasses.replace(ON_TWO[2], micro=2), STEPS, "bf16", SMALL)
+        run = run_of(folder, dataclasses.replace(ON_TWO[2], micro=2), 4, "bf16", SMALL)
         runs[name] = folder, crew(2)(go, in_bf16(run) if name == "bf16" else run, 0, last, (2,))
     return runs
 
@@ -71,16 +71,16 @@ def saved(crew: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_any_layout_continues_to_the_last_bit(crew: Any, saved: Any, layout: Layout) -> None:
     folder, answers = saved["bf16"]
     layout = dataclasses.replace(layout, micro=2)
-    got = crew(layout.world)(go, in_bf16(run_of(folder, layout, STEPS, "bf16", SMALL)), 2, 3)
+    got = crew(layout.world)(go, in_bf16(run_of(folder, layout, 4, "bf16", SMALL)), 2, 4)
     assert got[0]["losses"] == answers[0]["losses"][2:]
-    assert got[0]["updates"] == 3
+    assert got[0]["updates"] == 4
 
 
 @pytest.mark.parametrize(("before", "after"), [("bf16", "fp32"), ("fp32", "bf16")])
 def test_another_dtype_continues(crew: Any, saved: Any, before: str, after: str) -> None:
     """A checkpoint has fp32 values. bf16 values are exact in fp32, and fp32 values are rounded to the nearest."""
     folder, _ = saved[before]
-    run = run_of(folder, ALONE, STEPS, "bf16", SMALL)
+    run = run_of(folder, ALONE, 4, "bf16", SMALL)
     restored = crew(1)(state_of, in_bf16(run) if after == "bf16" else run)[0]
     reader = CheckpointReader(folder / "checkpoints" / "step-2")
     dtype = torch.bfloat16 if after == "bf16" else torch.float32
