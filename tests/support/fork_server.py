@@ -34,7 +34,7 @@ PRELOADED = (
     "opt_parallel.config.compose", "opt_parallel.loop", "opt_parallel.tools.verify", "opt_parallel.tools.evaluate",
     "opt_parallel.launching.sweep", "deepspeed.module_inject.auto_ep_layer", "torch._dynamo.repro.after_dynamo",
     "deepspeed.runtime.zero.muon.muon_optimizer", "torch.profiler._cupti_monitor", "omegaconf._impl",
-    "pydantic.type_adapter", "antlr4.LL1Analyzer",
+    "pydantic.type_adapter", "antlr4.LL1Analyzer", "transformers.models.opt.modeling_opt",
 )  # fmt: skip
 
 
