@@ -18,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.runtime.log import bytes_in_words
 from opt_parallel.tools.export import export
@@ -29,7 +30,10 @@ HEAD = [
 
 
 def measure(checkpoint: Path, folder: Path, rounds: int) -> list[list[str]]:
-    """The table of medians and ranges, in seconds and as ratios of the two times in each round."""
+    """The table of medians and ranges, in seconds and as ratios of the two times in each round.
+
+    Raises: UserError if `checkpoint` is no checkpoint."""
+    open_checkpoint(str(checkpoint), "--checkpoint ")  # reports a mistake before anything is copied
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
     size = bytes_in_words(sum(path.stat().st_size for path in files))
     lines = [HEAD]

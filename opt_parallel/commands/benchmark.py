@@ -26,8 +26,8 @@ import statistics
 import time
 from importlib.util import find_spec
 
+from opt_parallel.benchmarks.arguments import OTHERS, add_verbs
 from opt_parallel.benchmarks.runs import combinations, composed, in_bf16, published
-from opt_parallel.commands.benchmark_arguments import OTHERS, parser_of
 from opt_parallel.config.options import parsed
 from opt_parallel.config.paths import make_folder, reach
 from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
@@ -38,7 +38,9 @@ from opt_parallel.runtime.machine import cpu_model, cpus
 
 
 def parser() -> argparse.ArgumentParser:
-    return parser_of(__doc__)
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_verbs(result)
+    return result
 
 
 def main() -> None:

@@ -206,6 +206,8 @@ OPTIONS: dict[tuple[str, str | None, str], tuple[str | None, str]] = {
     ("benchmark", "checkpoint", "--output"): (None, "checkpoint model=opt-tiny precision=fp32"),
     ("benchmark", "resume", "--output"): (None, "resume --processes 2 model=opt-tiny"),
     ("benchmark", "prepare", "--output"): (None, "prepare --megabytes 1"),
+    ("benchmark", "convert", "--checkpoint"): ("model", "convert --rounds 1 --output new"),
+    ("benchmark", "convert", "--output"): (None, "convert --rounds 1 --checkpoint good/model"),
     ("benchmark", "memory", "--page"): ("text.jsonl", "memory model=opt-tiny"),
     ("checkpoint", "list", "run"): ("run", "list"),
     ("checkpoint", "show", "folder"): ("run/checkpoints/step-4", "show"),

@@ -12,14 +12,13 @@ NAMES = ("ours", "whole", *OTHERS)
 AUTO = "auto (default): bf16 if this device supports it natively, else fp32"
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_verbs(parser: argparse.ArgumentParser) -> None:
+    """Add a subcommand for each measurement."""
     verbs = parser.add_subparsers(dest="verb", required=True)
     _add_training(verbs)
     _add_files(verbs)
     _add_text(verbs)
     _add_memory(verbs)
-    return parser
 
 
 def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
