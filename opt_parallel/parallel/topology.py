@@ -51,6 +51,9 @@ class Group:
 
 
 ALONE = Group(None, 0, 1)
+# Parts of the messages with which a collective fails when a rank is lost. gloo's messages name its source files, except
+# the last one: it reaches a collective that waits while another one runs into its timeout.
+LOST = ("gloo", "NCCL", "Application timeout caused pair closure")
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
@@ -194,7 +197,7 @@ class Topology:
             yield
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
-            if not (isinstance(error, dist.DistError) or "gloo" in why or "NCCL" in why):
+            if not (isinstance(error, dist.DistError) or any(text in why for text in LOST)):
                 raise
             why = re.sub(r"^\[\S+:\d+\] ", "", why)  # gloo's messages start with a file and line of its source code
             missing, speaks = self.roll_call.ask() if self.roll_call else ("", True)

@@ -94,6 +94,23 @@ def test_a_checkpoint_may_take_longer_than_a_step(crew: Any, tmp_path: Path) -> 
     assert crew(2)(one_writes_longer, tmp_path, 1.0) == [None, None]
 
 
+def the_message_of_another_collective() -> str:
+    with Topology.open(1) as topology:
+        try:
+            with topology.losing(1.0):
+                raise RuntimeError("Application timeout caused pair closure")
+        except Lost as lost:
+            return str(lost)
+        finally:
+            topology.exchange(None)  # rank 0 keeps the store that the other rank asks
+
+
+def test_a_collective_that_fails_because_another_one_did_is_a_lost_rank(crew: Any) -> None:
+    """gloo gives it a message without the name of a source file."""
+    for line in crew(2)(the_message_of_another_collective):
+        assert "another rank is gone" in line
+
+
 def other_errors_stay() -> str:
     with Topology.open(1) as topology:
         try:
