@@ -69,7 +69,7 @@ def saving_a_view(hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tens
 
 
 def run_of(recompute: ActivationCheckpointing) -> Run:
-    run = run_for(Layout(data=2, stage=3, micro=2), {"num_hidden_layers": 4, "layerdrop": 0.0}, batch=4)
+    run = run_for(Layout(data=2, stage=3, micro=2), {"num_hidden_layers": 5, "layerdrop": 0.0}, batch=4)
     return dataclasses.replace(run, activation_checkpointing=recompute)
 
 
@@ -87,4 +87,4 @@ def test_at_most_two_blocks_are_gathered(crew: Any, recompute: ActivationCheckpo
 
 def test_a_saved_view_of_a_weight_is_found(crew: Any) -> None:
     for found in crew(2)(most_gathered, run_of(ActivationCheckpointing.none), with_views=True):
-        assert min(found) > 2, found
+        assert min(found) > 3, found

@@ -186,7 +186,7 @@ def test_planted_faults_are_found(found: Any) -> None:
     assert [name for name in FAULTS if not found["faults"][name]] == []
 
 
-BATCH, LENGTH, WIDTH, HEADS, LAYERS = 4, 2048, 64, 4, 5
+BATCH, LENGTH, WIDTH, HEADS, LAYERS = 4, 2048, 64, 4, 8
 UNIT = 2 * BATCH * LENGTH * WIDTH  # bytes of the hidden states in bf16
 
 
@@ -223,9 +223,9 @@ def results() -> dict[str, Any]:
         "2 full": traced_run(2, "full"),
         "2 sequence": traced_run(2, "none", sequence=True),
     }
+    traces = {"whole": trace.trace(runs["2 none"], LAYERS), "2 none": trace.extrapolated(runs["2 none"])}
     with mock.patch.object(trace, "DEPTHS", (2, 3)):  # faster, and these layers are equal from the first on
-        traces = {name: trace.extrapolated(run) for name, run in runs.items()}
-    traces["whole"] = trace.trace(runs["2 none"], LAYERS)
+        traces |= {name: trace.extrapolated(run) for name, run in runs.items() if name not in traces}
     return {
         "errors": errors_of(FEW),
         "faults": errors_of_faults("none"),
@@ -268,7 +268,7 @@ def test_the_peak_is_what_the_formula_says(traces: Any) -> None:
     """With full recomputation, the peak is in the backward of the last layer's activation: the inputs of all layers,
     the layer's tensors without its input, the gradient of its output, and both gradients around the activation."""
     peak = UNIT * (LAYERS + 3 + 8 / 2 + 1 + 2 * 4 / 2)
-    assert traces["2 full"]["peak"] == pytest.approx(peak, rel=0.025)  # the rest: token ids, sums, a gradient
+    assert traces["2 full"]["peak"] == pytest.approx(peak, rel=0.02)  # the rest: token ids, sums, a gradient
 
 
 def test_collectives_of_a_forward_and_a_backward(traces: Any) -> None:

@@ -375,3 +375,6 @@ def test_the_scripts(tmp_path: Path) -> None:
     assert tokens_of(store) == ids
     assert f"data.train: 50 documents, {len(ids)} tokens" in prepared.stdout
     assert "unigram entropy" in prepared.stdout
+    wrong = python("scripts/prepare.py", *arguments, "data.text_field=text")
+    assert wrong.returncode == 2
+    assert "line 1 has no field 'text', only ['body']: set data.text_field=text" in wrong.stderr

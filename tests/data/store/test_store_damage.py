@@ -293,3 +293,7 @@ def test_the_commands(crew: Any, tmp_path: Path) -> None:
         assert refused.returncode == 2
         assert "part-00000/ids.bin differs from its checksum" in line
         assert "remove it, and the next start builds it again" in line
+    shutil.rmtree(ids.parent.parent)
+    again = python("scripts/prepare.py", *arguments, "verify=true")
+    assert again.returncode == 0, again.stderr
+    assert "are undamaged" in again.stdout
