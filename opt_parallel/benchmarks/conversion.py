@@ -21,9 +21,8 @@ from pathlib import Path
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.config.output import ExportDtype
 from opt_parallel.runtime.log import bytes_in_words
-from opt_parallel.tools.export import export
+from opt_parallel.tools.export import SHARD, export
 
-SHARD = 5 * 10**9  # The default of export's --max-shard-size.
 HEAD = [
     "files", "copy", "copy and sync", "export", "its rate ÷ copy", "its rate ÷ copy and sync", "start of the command",
 ]  # fmt: skip

@@ -252,15 +252,14 @@ class OPTForCausalLM(PretrainedOPT):
         """Continue prompts (B, P), padded on the left; returns prompts with n new tokens (B · texts, P + n).
 
         Args:
-            inputs: the prompts, also by the name `input_ids`; None: one
-                prompt of the beginning-of-text token.
+            inputs: the prompts, also by the name `input_ids`; None: the
+                beginning-of-text token alone.
             generation_config: ours, transformers', or a dictionary; settings that it leaves open are those of
                 `self.generation_config`, which `from_pretrained` reads from generation_config.json.
             attention_mask: (B, P), 0 for padding; None: padding tokens are masked.
             streamer: an object with `put(tokens)` and `end()`, such as transformers' TextStreamer.
-            seed: the seed of random sampling. A token depends on the seed, its row and its position
-                only. None: a seed from torch's generator, which `torch.manual_seed` sets; a tensor group takes its
-                first rank's.
+            seed: the seed of random sampling. A token depends on the seed, its row and its position only. None:
+                from torch's generator, which `torch.manual_seed` sets; a tensor group takes its first rank's.
             settings: the fields of `GenerationConfig`.
 
         Raises: WrongArgument."""

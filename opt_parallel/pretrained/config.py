@@ -50,8 +50,8 @@ class OPTConfig:
 
     Arguments that it does not know become attributes, and are written to config.json again. An attribute may be changed
     at any time. A built model reads at each call: use_cache, output_attentions, output_hidden_states, return_dict,
-    problem_type, id2label and pad_token_id (where a sequence ends). The sizes cannot be changed after the
-    model has been built.
+    problem_type, id2label and pad_token_id (where a sequence ends). The sizes cannot be
+    changed after the model has been built.
 
     Raises: WrongArgument, a ValueError, for a network that OPT cannot be.
     """

@@ -68,7 +68,7 @@ def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
 
 
 def free_name(path: Path, why: str) -> Path:
-    """An unused path to which `path` can be moved, which is `step-8.damaged`, and if that exists
+    """An unused path to which `path` can be moved, such as `step-8.damaged`, or if that exists,
     `step-8.damaged1` or the next free number."""
     names = (path.with_name(f"{path.name}.{why}{number or ''}") for number in itertools.count())
     return next(name for name in names if not os.path.lexists(name))

@@ -31,16 +31,17 @@ def ahead(source: Source, parameters: Iterable[tuple[str, Shard]]) -> Iterator[S
     following = iter(parameters)
     with ThreadPoolExecutor(1) as thread:
 
-        def start() -> Future[Tensor] | None:
+        def start() -> tuple[str, Future[Tensor]] | None:
             parameter = next(following, None)
-            return thread.submit(source, *parameter) if parameter else None
+            return (parameter[0], thread.submit(source, *parameter)) if parameter else None
 
         reading = start()
 
         def read(name: str, shard: Shard) -> Tensor:
             nonlocal reading
             assert reading is not None
-            values, reading = reading.result(), start()
+            assert reading[0] == name, f"{name} is not the next of `parameters`"
+            values, reading = reading[1].result(), start()
             return values
 
         yield read
