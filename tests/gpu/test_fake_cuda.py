@@ -37,7 +37,7 @@ pytestmark = [
 
 def alone(function: str, *arguments: str) -> Any:
     """What a function of this file prints in a new process, as JSON."""
-    process = cold_python("tests/support/call.py", __file__, function, *arguments)
+    process = cold_python("tests/support/call.py", __file__, function, *arguments, timeout=1200)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
