@@ -72,10 +72,10 @@ class Exchange:
         workload = self.workload
         if workload.data * workload.context == 1:
             return 0.0
+        if workload.trainer is Trainer.ours:
+            return self._of_this_trainer_at_stage_3(layer) if workload.stage == 3 else self._of_this_trainer(layer)
         if workload.stage == 3:
             return self._gathering(layer, stage)
-        if workload.trainer is Trainer.ours:
-            return self._of_this_trainer(layer, stage)
         own = stage * layer_parameters(workload.network, workload.tensor).total
         own += embedding_parameters(workload.network, workload.tensor)
         gradients, weights = workload.states.gradient * own, workload.states.weight * own
@@ -85,20 +85,35 @@ class Exchange:
         computed = stage * layer.total  # beside the last backward and the first forward
         return max(0.0, total - computed) + HIDDEN * min(total, computed)
 
-    def _of_this_trainer(self, layer: Layer, stage: float) -> float:
+    def _of_this_trainer(self, layer: Layer) -> float:
         """Stages 0 to 2 (`gradients.py`): at stages 1 and 2, the fp32 gradients are summed over the data ranks
         while each backward runs. The gathering of the updated weights and the all-reduce of stage 0 overlap nothing."""
         workload, sent = self.workload, data_bytes(self.workload)
         if workload.stage == 0:
             return 2 * self.ring(sent["all-reduce"])
         reduce = self.ring(sent["reduce"] / workload.accumulation)
-        backward = stage * layer.total * (1 - layer.forward)
+        backward = workload.network.layers * layer.total * (1 - layer.forward)
         return workload.accumulation * exposed(reduce, backward) + self.ring(sent["all-gather"])
 
+    def _of_this_trainer_at_stage_3(self, layer: Layer) -> float:
+        """Each layer's weights are gathered in the forward and in the backward of every micro-batch, and its gradients
+        are reduced, each beside the computation of another layer. The rest of `data_bytes` counts as if nothing hid
+        it: the embeddings, which the first and the last operation of a micro-batch wait for, their gradients, which are
+        computed last, and the small vectors after the update."""
+        workload, sent = self.workload, data_bytes(self.workload)
+        layers, micros = workload.network.layers, workload.accumulation
+        own = layer_parameters(workload.network, workload.tensor).total
+        weights = workload.states.weight * (own - _kept_whole(workload) / layers)
+        gradients = 4 * (lora_parameters(workload) / layers if workload.lora else own)
+        rest = sum(sent.values()) - layers * micros * (2 * weights + gradients)
+        gather, reduce = self.ring(weights), self.ring(gradients)
+        forward, backward = layer.total * layer.forward, layer.total * (1 - layer.forward)
+        return layers * micros * (exposed(gather, forward) + exposed(gather + reduce, backward)) + self.ring(rest)
+
     def _gathering(self, layer: Layer, stage: float) -> float:
-        """ZeRO-3 gathers each layer's weights in the forward and in the backward of every micro-batch, and reduces its
-        gradients, each beside the computation of another layer. What the computation does not hide is exposed, and what
-        it hides slows it."""
+        """FSDP and DeepSpeed gather each layer's weights in the forward and in the backward of every micro-batch, and
+        reduce its gradients, each beside the computation of another layer. What the computation does not hide is
+        exposed, and what it hides slows it."""
         workload = self.workload
         own = layer_parameters(workload.network, workload.tensor).total
         gather, reduce = self.ring(workload.value * own), self.ring(workload.reduced * own)

@@ -16,7 +16,8 @@ from opt_parallel.config.run import Run
 from opt_parallel.planning import megatron, parameters
 from opt_parallel.planning.activations import activations, layer_bytes, part_bytes
 from opt_parallel.planning.cluster import DEVICES, Cluster, Link
-from opt_parallel.planning.layer_time import collective, layer_of
+from opt_parallel.planning.exchange import Exchange, data_bytes
+from opt_parallel.planning.layer_time import Layer, collective, layer_of
 from opt_parallel.planning.memory import memory
 from opt_parallel.planning.rates import TO_HOST
 from opt_parallel.planning.timing import time_of
@@ -149,6 +150,16 @@ def test_time_adds_up_and_answers_to_each_part() -> None:
     slow = dataclasses.replace(H100, within=Link(45e9, 5e-6))
     assert time_of(workload, slow).tensor > 3 * time.tensor
     assert time_of(dataclasses.replace(workload, tensor=1, data=16), H100).tensor == 0.0
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(0, 0), (1, 0), (2, 8), (3, 0), (3, 8)])
+def test_the_time_of_the_data_group_is_that_of_all_bytes_it_sends(stage: int, lora: int) -> None:
+    """With nothing to hide it and no latency, an exchange takes the time of its bytes, an all-reduce twice that."""
+    idle = Layer(0.0, 0.0, 0.0, 0.0, 1 / 3)
+    workload = Workload(network_of(run_of("125m")), data=16, accumulation=3, stage=stage, lora=lora)
+    exchange = Exchange(workload, dataclasses.replace(H100, between=Link(50e9, 0.0), within=Link(450e9, 0.0)))
+    sent = sum(data_bytes(workload).values()) * (2 if stage == 0 else 1)
+    assert exchange.exposed(idle, workload.network.layers) == pytest.approx(exchange.ring(sent))
 
 
 def test_a_small_network_waits_for_the_host() -> None:
