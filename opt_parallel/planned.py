@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -35,8 +36,13 @@ SHEETS = {
     "NVIDIA GeForce RTX 4090": "4090",
 }
 UNKNOWN = "a100-80gb"  # the file whose rates another GPU takes
-# the rates of a CPU, which are not measured here because that takes up to a minute
-ASSUMED = {"device": "cpu", "bf16": 0.1, "fp32": 0.1, "bandwidth": 20.0, "measured": True}
+# the rates of a CPU of two cores, which are not measured here because that takes up to a minute
+ASSUMED: dict[str, Any] = {
+    "device": "cpu", "bf16": 0.1, "fp32": 0.1, "bandwidth": 20.0, "measured": {
+        "small": 20.0, "attention": 0.3, "attention_backward": 0.3, "memory": 0.5, "host": 2e-3, "dropout": 4e-9,
+        "eager_dropout": 2e-8, "score": 2e-8, "logit": 5e-9, "update": 1e-9,
+    },
+}  # fmt: skip
 RESERVE = 0.9  # after memory has run out, the tensors of other settings must need less than this share of the planned
 
 
@@ -55,7 +61,7 @@ class Devices:
         return self.hosts * self.per_host
 
     @property
-    def rates(self) -> str:
+    def source_of_rates(self) -> str:
         """The origin of the rates and links that a plan assumes here, as a part of a message."""
         if self.name is None:
             return "at assumed rates; opt-parallel plan with cluster=cpu measures those of this machine"
@@ -67,7 +73,7 @@ class Devices:
         )
 
     def cluster(self) -> Cluster:
-        """The cluster of these devices, with the rates and links of `rates`. The memory of hosts does not count."""
+        """The cluster of these devices, at the rates that `source_of_rates` names. Hosts have memory enough."""
         config = cluster_file("cpu", **ASSUMED) if self.name is None else cluster_file(SHEETS.get(self.name, UNKNOWN))
         found = config.cluster()
         device = replace(found.device, memory=self.memory)
@@ -126,7 +132,7 @@ def _advice(run: Run, devices: Devices, limit: int) -> str:
     ]
     if not found:
         return "use more devices, or a smaller model"
-    return f"try {', or '.join(found)} (fewest changes first, then the fastest {devices.rates})"
+    return f"try {', or '.join(found)} (fewest changes first, then the fastest {devices.source_of_rates})"
 
 
 @contextmanager

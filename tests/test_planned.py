@@ -63,8 +63,8 @@ def test_a_known_gpu_takes_the_rates_of_its_file() -> None:
 
 def test_rates_that_are_not_a_devices_own_are_named() -> None:
     for name in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA L40S", "AMD Instinct MI300X"):
-        assert f"because those of {name} are unknown" in dataclasses.replace(A100, name=name).rates
-    assert "assumed rates" in dataclasses.replace(A100, name=None).rates
+        assert f"because those of {name} are unknown" in dataclasses.replace(A100, name=name).source_of_rates
+    assert "assumed rates" in dataclasses.replace(A100, name=None).source_of_rates
 
 
 def train_out_of_memory(run: Run) -> str:

@@ -19,6 +19,7 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     _add_files(verbs)
     _add_text(verbs)
     _add_memory(verbs)
+    _add_plans(verbs)
 
 
 def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -133,3 +134,15 @@ def _names(text: str) -> list[str]:
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text} names a trainer twice: name each once")
     return names
+
+
+def _add_plans(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = verbs.add_parser("plan", help="compare planned and measured step times of four shapes on this CPU")
+    auto = verbs.add_parser("auto", help="compare the settings that auto chooses on this CPU with five others")
+    auto.add_argument("--processes", type=_positive, default=2)
+    auto.add_argument("--batch", type=_positive, default=8, help="sequences of an optimizer step")
+    for verb in (plan, auto):
+        verb.add_argument("--threads", type=_positive, help="threads of each process; default: CPU cores / processes")
+        verb.add_argument("--rounds", type=_positive, default=3)
+        verb.add_argument("--steps", type=_positive, default=1, help="number of optimizer steps in a round")
+    auto.add_argument("overrides", nargs="*", metavar="key=value")

@@ -52,7 +52,8 @@ def measure(tensor: int, rounds: int) -> dict[Variant, list[float]]:
     compiled.COMPILED_FROM = 0
     group = fake_group(tensor)
     variants = [(mode, sequence) for sequence in ([False] if tensor == 1 else [False, True]) for mode in MODES]
-    models = {(variant, layers): _model(layers, group, *variant) for variant in variants for layers in (SHORT, LONG)}
+    depths = (SHORT, LONG)
+    models = {(variant, layers): tiny_model(layers, group, *variant) for variant in variants for layers in depths}
     measured: dict[Variant, list[float]] = {variant: [] for variant in variants}
     for turn in range(-2, rounds):
         for variant in variants:
@@ -62,7 +63,7 @@ def measure(tensor: int, rounds: int) -> dict[Variant, list[float]]:
     return measured
 
 
-def _model(layers: int, group: Group, mode: ActivationCheckpointing, sequence: bool) -> CausalLM:
+def tiny_model(layers: int, group: Group, mode: ActivationCheckpointing, sequence: bool) -> CausalLM:
     config = ModelConfig(
         vocab_size=64 * group.size, hidden_size=8 * group.size, num_hidden_layers=layers, ffn_dim=8 * group.size,
         num_attention_heads=group.size, max_position_embeddings=LENGTH, dropout=0.1, attention_dropout=0.1,
@@ -82,11 +83,16 @@ def _attend_without_dropout(
     return Attention.attend(attention, query, key, value, mask, 0.0)
 
 
-def _milliseconds(model: CausalLM) -> float:
+def step(model: CausalLM) -> None:
+    """A forward and a backward."""
     ids = torch.full((1, LENGTH), 5)
     draw = Draw(seed=1, step=0, micro=0, data_rank=0, samples=torch.zeros(1, dtype=torch.int64))
-    start = time.process_time()
     model(ids, ids, draw=draw).backward()
+
+
+def _milliseconds(model: CausalLM) -> float:
+    start = time.process_time()
+    step(model)
     return 1000 * (time.process_time() - start)
 
 

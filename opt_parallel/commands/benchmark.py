@@ -11,10 +11,12 @@
     opt-parallel benchmark resume --processes 1024 --tensor 8 --tensor 4 model=opt-175b parallel.tensor=8
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
     opt-parallel benchmark prepare --megabytes 500 --workers 2
+    opt-parallel benchmark plan --rounds 5
+    opt-parallel benchmark auto --processes 2 --batch 4 model=opt-125m model.num_hidden_layers=4 model.vocab_size=8192
     opt-parallel benchmark memory model=opt-13b,opt-175b parallel.tensor=8 activation_checkpointing=none,full
 
-The commands `train`, `io`, `checkpoint`, `resume`, `generate` and `memory` take configuration keys of `train` after
-their options.
+The commands `train`, `io`, `checkpoint`, `resume`, `generate`, `auto` and `memory` take configuration keys of `train`
+after their options.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ def main() -> None:
         "train": run_race, "loss": run_loss, "host": run_host, "collectives": run_collectives,
         "ranks": run_ranks, "io": run_io, "checkpoint": run_checkpoint, "resume": run_resume,
         "generate": run_generation, "prepare": run_preparation, "memory": run_memory, "convert": run_conversion,
+        "plan": run_plan, "auto": run_auto,
     }  # fmt: skip
     runners[arguments.verb](arguments)
 
@@ -277,6 +280,29 @@ def run_memory(arguments: argparse.Namespace) -> None:
     from opt_parallel.rehearsal.trace import traces
 
     print(aligned([HEAD, *(row(run, trace) for run, trace in zip(runs, traces(runs), strict=True))]))
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    from opt_parallel.benchmarks.predicted import SHAPES_HEAD, time_shapes
+
+    threads = arguments.threads or cpus()
+    found = time_shapes(threads, arguments.rounds, arguments.steps)
+    print(f"\na step of one process in fp32, {cpu_model()}, {threads} threads, {arguments.rounds} rounds\n")
+    print(aligned([SHAPES_HEAD, *(timed.row() for timed in found)]))
+
+
+def run_auto(arguments: argparse.Namespace) -> None:
+    processes = arguments.processes
+    threads = arguments.threads or max(1, cpus() // processes)
+    from opt_parallel.benchmarks.predicted import AUTO_HEAD, time_auto
+
+    run = composed(["precision=fp32", *arguments.overrides])
+    if run.precision.name is not Precision.fp32:
+        raise UserError(f"precision={run.precision.name.value}: this benchmark measures rates in fp32: leave it out")
+    run = dataclasses.replace(run, batch={"global": arguments.batch, "micro": 1})
+    rows = time_auto(run, processes, threads, arguments.rounds, arguments.steps)
+    print(f"\n{processes} processes of {threads} threads, {cpu_model()}, {arguments.rounds} rounds, auto first\n")
+    print(aligned([AUTO_HEAD, *rows]))
 
 
 def run() -> None:

@@ -10,8 +10,7 @@ from opt_parallel.config.overrides import AUTO, PLANNED
 from opt_parallel.config.run import ActivationCheckpointing, Precision, Run
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.memory import memory
-from opt_parallel.planning.plan import Plan, plan_of
-from opt_parallel.planning.workload import of_run
+from opt_parallel.planning.plan import Plan, plan_of, workload_on
 from opt_parallel.runtime.errors import UserError
 
 GIB = 2**30
@@ -108,7 +107,7 @@ def choose(run: Run, cluster: Cluster, free: Collection[str]) -> Choice:
     searched, fitting, least = 0, list[Plan](), None
     for each in candidates(run, cluster, free):
         searched += 1
-        needed = memory(of_run(each, cluster.devices), cluster).total
+        needed = memory(workload_on(each, cluster), cluster).total
         if needed > (1 - MARGIN) * cluster.device.memory:
             least = min(least or (needed, each), (needed, each), key=lambda pair: pair[0])
             continue

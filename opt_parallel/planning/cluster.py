@@ -8,6 +8,22 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class OnCpu:
+    """Seconds of this trainer's operations on a CPU that has been measured, in fp32, forward and backward together.
+
+    `dropout` and `eager_dropout` are those of hidden dropout for an element, compiled and not. `score` is that of
+    unfused attention for a score, beside its products: softmax, mask and dropout. `logit` is that of the loss for a
+    logit, beside its products. `update` is that of a step's update for a parameter: its gradient's copy and norm, and
+    AdamW."""
+
+    dropout: float
+    eager_dropout: float
+    score: float
+    logit: float
+    update: float
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a device reaches, as a share of its data sheet.
 
@@ -15,7 +31,7 @@ class Rates:
     reaches half of it. `attention` is that of a fused kernel's forward, counted without the masked half; the backward
     reaches `attention_backward`. `memory` is that of the memory bandwidth in element-wise operations. `within` and
     `between` are those of the links in large collectives. `host` are the seconds in which the host launches the kernels
-    of one layer's forward and backward."""
+    of one layer's forward and backward. A CPU computes nothing meanwhile, and has further costs `on_cpu`."""
 
     product: float
     fp8: float
@@ -26,19 +42,24 @@ class Rates:
     within: float
     between: float
     host: float
+    on_cpu: OnCpu | None = None
 
 
 @dataclass(frozen=True)
 class Device:
     """A device. `peak` maps a precision to FLOP/s of dense matrix products, from the maker's data sheet. `memory` is
     the total that the driver reports, in bytes. `bandwidth` is that of the device's memory in bytes/s. `rates` are
-    those of a measured device; else `rates.py` has them by family."""
+    those of a measured CPU; else `rates.py` has them by family."""
 
     name: str
     memory: int
     peak: dict[str, float]
     bandwidth: float
     rates: Rates | None = None
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.rates is not None
 
 
 @dataclass(frozen=True)

@@ -153,4 +153,7 @@ class Exchange:
             moved += kept * workload.accumulation * (states.weight + 8)
         if workload.offload:
             return moved / HOST_MEMORY
-        return moved / (self.cluster.device.bandwidth * rates_of(self.cluster.device, workload).memory)
+        rates = rates_of(self.cluster.device, workload)
+        if rates.on_cpu:
+            return rates.on_cpu.update * own / shards
+        return moved / (self.cluster.device.bandwidth * rates.memory)

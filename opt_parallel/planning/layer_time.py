@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opt_parallel.planning import rates as constants
-from opt_parallel.planning.cluster import Cluster, Link, Rates
+from opt_parallel.planning.cluster import Cluster, Link, OnCpu, Rates
 from opt_parallel.planning.parameters import layer_matrices, share_again
 from opt_parallel.planning.rates import rates_of
 from opt_parallel.planning.workload import Recompute, Trainer, Workload
 
 FUSED_PASSES, EAGER_PASSES = 1.0, 2.5  # passes over memory, relative to fused element-wise operations
+COMPILED_FROM = 2**19  # elements from which dropout is compiled, see `parallel/compiled.py`
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,14 @@ def _attention(workload: Workload, cluster: Cluster, rates: Rates, again: float)
         forward = 2 * product / 2 / (peak * rates.attention)
         return forward * (1 + again) + 5 * product / 2 / (peak * rates.attention_backward)
     scores = network.heads * workload.length * tokens / workload.tensor
+    if rates.on_cpu:
+        moved = scores * rates.on_cpu.score * (1 + again / 3)
+        return product * (2 * (1 + again) + 4) / (peak * rates.product) + moved
     moved = scores * (13 * (1 + again) + 20) / (cluster.device.bandwidth * rates.memory)
     return product * (2 * (1 + again) + 4) / (peak * rates.product * 0.7) + moved
 
 
-def _element_bytes(workload: Workload, again: float) -> float:
+def element_bytes(workload: Workload, again: float) -> float:
     """Bytes of element-wise operations. Per token, normalisations, dropout and residual sums move about 11 values of
     the hidden width in the forward and 16 in the backward, split over the ranks with sequence parallelism; the
     activation moves 2 values of the feed-forward's width (3 if gated) and 3 (5) in the backward; attention copies its
@@ -76,6 +80,16 @@ def _element_bytes(workload: Workload, again: float) -> float:
     backward = 16 * hidden + (5 if gated else 3) * ffn + 4 * network.queries / workload.tensor
     cast = 3 * (2 * hidden + ffn + network.queries) / workload.tensor if workload.precision == "fp8" else 0.0
     return workload.value * tokens * (forward * (1 + again) + backward + cast * (2 + again))
+
+
+def _dropout_on_cpu(workload: Workload, cost: OnCpu, again: float) -> float:
+    """Both dropouts of a layer, whose hashed masks are computed again in the backward. A GPU computes them while it
+    reads and writes the hidden states, a CPU does not."""
+    if not workload.network.dropout:
+        return 0.0
+    elements = workload.micro * workload.length * workload.network.hidden / workload.splits
+    each = cost.dropout if elements >= COMPILED_FROM else cost.eager_dropout
+    return 2 * elements * each * (1 + again / 2)
 
 
 def _tensor(workload: Workload, cluster: Cluster, rates: Rates, again: float, by_weight: float) -> float:
@@ -114,7 +128,9 @@ def layer_of(workload: Workload, cluster: Cluster) -> Layer:
     again = share_again(workload)
     backward = 1.0 if workload.lora else 2.0
     passes = FUSED_PASSES if workload.compiled or workload.trainer is Trainer.megatron else EAGER_PASSES
-    moved = _element_bytes(workload, again.elementwise) * passes / (cluster.device.bandwidth * rates.memory)
+    moved = element_bytes(workload, again.elementwise) * passes / (cluster.device.bandwidth * rates.memory)
+    if rates.on_cpu:
+        moved += _dropout_on_cpu(workload, rates.on_cpu, again.elementwise)
     products = flops * (1 + again.products + backward) / rate
     attention = _attention(workload, cluster, rates, again.attention)
     columns_share = (network.queries + 2 * network.keys + network.ffn) * network.hidden / layer_matrices(network)
@@ -130,10 +146,13 @@ def head_of(workload: Workload, cluster: Cluster) -> Layer:
     network, rates = workload.network, rates_of(cluster.device, workload)
     tokens, tensor = workload.micro * workload.length / workload.context, workload.tensor
     flops = 2.0 * network.vocab * network.width * tokens / tensor
-    peak = cluster.device.peak["bf16" if workload.precision == "fp8" else workload.precision] * rates.product
+    rate = cluster.device.peak["bf16" if workload.precision == "fp8" else workload.precision] * rates.product
+    if rates.on_cpu:
+        rate = rate_of_products(workload, cluster, rates, network.width, network.vocab / tensor, tokens)
     split = tensor if workload.logits.split else 1
     each = constants.COMPILED_LOGIT_BYTES if workload.compiled else constants.LOGIT_BYTES
-    moved = each * tokens * network.vocab / split / (cluster.device.bandwidth * rates.memory)
+    by_logit = rates.on_cpu.logit if rates.on_cpu else each / (cluster.device.bandwidth * rates.memory)
+    moved = by_logit * tokens * network.vocab / split
     size = workload.value * tokens * (network.hidden if workload.logits.split else network.vocab)
     sent = 2 * collective(size, tensor, cluster.within, rates.within)
-    return Layer(flops * (2 if workload.lora else 3) / peak, 0.0, moved, sent, 1 / 3)
+    return Layer(flops * (2 if workload.lora else 3) / rate, 0.0, moved, sent, 1 / 3)

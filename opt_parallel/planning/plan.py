@@ -55,9 +55,17 @@ class Plan:
         return None if price is None else price * self.cluster.devices * self.seconds / 3600
 
 
+def workload_on(run: Run, cluster: Cluster) -> Workload:
+    """The workload of a run on all devices of `cluster`. On CPUs, torch's fused attention has no dropout."""
+    workload = of_run(run, cluster.devices)
+    if cluster.device.is_cpu:
+        workload = replace(workload, cpu=True, flash=not workload.network.attention_dropout)
+    return workload
+
+
 def plan_of(run: Run, cluster: Cluster) -> Plan:
     """The plan of a run on all devices of `cluster`. `run.check_world` must accept their number."""
-    workload = of_run(run, cluster.devices)
+    workload = workload_on(run, cluster)
     return Plan(run, workload, cluster, memory(workload, cluster), time_of(workload, cluster))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from opt_parallel.config.model import Section, require
-from opt_parallel.planning.cluster import GIB, Cluster, Device, Link, Rates
+from opt_parallel.planning.cluster import GIB, Cluster, Device, Link, OnCpu, Rates
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
-# of a device whose products and memory bandwidth are measured by programs like ours; attention is an estimate
-MEASURED = Rates(1.0, 0.0, 0, 0.5, 0.5, 1.0, 0.8, 0.8, 0.0)
+LINKS = {"within": 0.8, "between": 0.8}  # shares of a CPU's links that large collectives reach; an estimate
 
 
 @dataclass
@@ -36,7 +35,7 @@ class ClusterConfig(Section):
     failures: float = 0.0
     restart: float = 0.0
     price: float | None = None
-    measured: bool = False
+    measured: dict[str, float] = field(default_factory=dict)  # a CPU's values of `Rates` and `OnCpu` by their names
 
     def check(self) -> None:
         for name in ("nodes", "gpus"):
@@ -62,9 +61,7 @@ class ClusterConfig(Section):
         if self.fp8:
             peak["fp8"] = self.fp8 * TERA
         return Cluster(
-            Device(
-                self.device, round(self.memory * GIB), peak, self.bandwidth * GIGA, MEASURED if self.measured else None
-            ),
+            Device(self.device, round(self.memory * GIB), peak, self.bandwidth * GIGA, self._rates()),
             self.nodes,
             self.gpus,
             Link(self.within * GIGA, self.within_latency * MICRO),
@@ -73,6 +70,14 @@ class ClusterConfig(Section):
             round(self.host_memory * GIB),
             self.price,
         )
+
+    def _rates(self) -> Rates | None:
+        """The rates of a measured CPU, whose peak is that of its measured products."""
+        if not self.measured:
+            return None
+        of_cpu = {each.name: self.measured[each.name] for each in fields(OnCpu)}
+        rates = {name: value for name, value in self.measured.items() if name not in of_cpu}
+        return Rates(product=1.0, fp8=0.0, **rates, **LINKS, on_cpu=OnCpu(**of_cpu))
 
 
 @dataclass

@@ -23,10 +23,10 @@ class Time:
     """Seconds of an optimizer step on the slowest rank. Collectives count as far as nothing is computed beside them.
 
     `offload` are the copies to the host's memory and back. `pipeline` is the time in which a stage waits for others.
-    `launching` is the time in which the device waits for the host. `data` is the exchange of gradients and weights
-    over the data ranks, `input` reading text, and `checkpoint` the stall of saving, spread over the steps. FLOPs are
-    those of one device in a step; `hardware_flops` include what is computed again. `peak` is the device's peak in
-    FLOP/s, `tokens` the tokens of a step on `devices` devices."""
+    `launching` is the time in which the device waits for the host, on a CPU the host's own time. `data` is the exchange
+    of gradients and weights over the data ranks, `input` reading text, and `checkpoint` the stall of saving, spread
+    over the steps. FLOPs are those of one device in a step; `hardware_flops` include what is computed again. `peak` is
+    the device's peak in FLOP/s, `tokens` the tokens of a step on `devices` devices."""
 
     products: float
     attention: float
@@ -102,5 +102,6 @@ def time_of(workload: Workload, cluster: Cluster) -> Time:
         tokens=workload.tokens,
         devices=workload.devices,
     )
-    host = rates_of(cluster.device, workload).host * micros * stage * (1 + (workload.pipeline - 1) / micros)
-    return replace(found, launching=max(0.0, host - found.step))
+    rates = rates_of(cluster.device, workload)
+    host = rates.host * micros * stage * (1 + (workload.pipeline - 1) / micros)
+    return replace(found, launching=host if rates.on_cpu else max(0.0, host - found.step))

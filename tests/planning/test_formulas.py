@@ -16,9 +16,11 @@ from opt_parallel.config.run import Run
 from opt_parallel.planning import megatron, parameters
 from opt_parallel.planning.activations import activations, layer_bytes, part_bytes
 from opt_parallel.planning.cluster import DEVICES, Cluster, Link
+from opt_parallel.planning.compose import cluster_file
 from opt_parallel.planning.exchange import Exchange, data_bytes
 from opt_parallel.planning.layer_time import Layer, collective, layer_of
 from opt_parallel.planning.memory import memory
+from opt_parallel.planning.plan import plan_of
 from opt_parallel.planning.rates import TO_HOST
 from opt_parallel.planning.timing import time_of
 from opt_parallel.planning.workload import Network, Recompute, States, Trainer, Workload, network_of, of_run
@@ -167,6 +169,29 @@ def test_a_small_network_waits_for_the_host() -> None:
     assert time_of(small, H100).launching > 0
     large = Workload(network_of(run_of("6.7b")), micro=4, stage=2)
     assert time_of(large, H100).launching == 0
+
+
+def test_a_cpu_computes_what_a_gpu_hides() -> None:
+    """On a CPU, the host's time, dropout and unfused attention come in addition."""
+    costs = {"dropout": 1e-9, "eager_dropout": 9e-9, "score": 2e-8, "logit": 5e-9, "update": 1e-9}
+    rates = {"small": 0.0, "attention": 0.5, "attention_backward": 0.5, "memory": 1e3, "host": 2e-3}
+    config = cluster_file("cpu", fp32=0.1, bf16=0.1, bandwidth=20.0, memory=64.0, host_memory=64.0)
+    cpu = dataclasses.replace(config, measured=rates | costs).cluster()
+    run = composed("model=opt-125m", "precision=fp32", "batch.micro=1", "batch.global=1", "data.sequence_length=512")
+    planned = plan_of(run, cpu)
+    assert planned.workload.cpu
+    assert not planned.workload.flash
+    assert planned.time.launching == pytest.approx(12 * 2e-3)
+    assert planned.time.optimizer == pytest.approx(1e-9 * run.model.parameters(), rel=0.02)
+    # 2 products forward and 4 backward of 64 multiplications, for each of 12 × 12 × 512² scores
+    assert planned.time.attention == pytest.approx(144 * 512**2 * (6 * 2 * 64 / 1e11 + 2e-8))
+    eager = 12 * 2 * 512 * 768 * 9e-9
+    logits = 512 * 50272 * 5e-9
+    assert planned.time.elementwise == pytest.approx(eager + logits, rel=0.01)
+    compiled = plan_of(dataclasses.replace(run, batch={"global": 2, "micro": 2}), cpu)
+    assert compiled.time.elementwise == pytest.approx(2 * (eager / 9 + logits), rel=0.01)
+    still = composed("model=opt-125m", "precision=fp32", "model.dropout=0", "model.attention_dropout=0")
+    assert plan_of(still, cpu).workload.flash
 
 
 def test_a_plan_needs_no_more_memory_for_fewer_states() -> None:

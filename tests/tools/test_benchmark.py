@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from command import ROOT, python
 from composing import load_script
 from metaseq_forms import Size, weights_of, write
 
+from opt_parallel.benchmarks.runs import composed
 from opt_parallel.runtime.errors import UserError
 
 TINY = ["model=opt-tiny", "model.num_hidden_layers=1", "data.sequence_length=16", "batch.micro=2", "precision=fp32"]
@@ -190,3 +193,33 @@ def test_the_conversion_beside_copying(tmp_path: Path) -> None:
     assert "in memory" in printed
     assert len(printed.splitlines()) == 6
     assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.long
+def test_plans_are_compared_with_real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round has a planned and a measured time of each shape; the settings that auto chooses come first."""
+    from opt_parallel.benchmarks import predicted
+
+    monkeypatch.setattr(predicted, "SHAPES", ((1, 64, 512, 1, 32), (2, 64, 512, 2, 32)))
+    for timed in predicted.time_shapes(threads=1, rounds=2, steps=1):
+        assert len(timed.planned) == len(timed.measured) == 2
+        assert min(timed.planned + timed.measured) > 0
+    model = ["model=opt-tiny", "model.num_hidden_layers=1", "data.sequence_length=16", "precision=fp32"]
+    run = dataclasses.replace(composed(model), batch={"global": 4, "micro": 1})
+    monkeypatch.setattr(predicted, "OTHERS", 1)
+    chosen, other = predicted.time_auto(run, processes=2, threads=1, rounds=1, steps=1)
+    assert chosen[0] != other[0]
+    assert chosen[-1] == "1.00 (1.00-1.00)"
+
+
+def test_the_rates_of_products_give_their_peak() -> None:
+    """The fit returns the peak and the small dim from which the rates were computed."""
+    from opt_parallel.benchmarks.cpu import SIZES, peak_and_small
+
+    def rate(tokens: int, width: int) -> float:
+        dims = (tokens, width, 4 * width)
+        return 9e10 * math.prod(dim / (dim + 33) for dim in dims)
+
+    peak, small = peak_and_small({size: rate(*size) for size in SIZES})
+    assert small == 33
+    assert peak == pytest.approx(9e10)

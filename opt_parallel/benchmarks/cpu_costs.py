@@ -1,0 +1,161 @@
+"""Measure what a CPU needs for the operations of a step beside the large matrix products, in fp32.
+
+Each measurement runs this trainer's own functions, or those of torch that it calls. A plan multiplies the results by
+the numbers of tokens, scores, logits and parameters of any run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opt_parallel.benchmarks import host
+from opt_parallel.config.run import ActivationCheckpointing
+from opt_parallel.parallel.loss import vocab_parallel_linear_cross_entropy
+from opt_parallel.parallel.random import Draw
+from opt_parallel.parallel.topology import ALONE
+from opt_parallel.planning.layer_time import COMPILED_FROM, element_bytes
+from opt_parallel.planning.workload import Network, Workload
+
+CALLS, SECONDS = 5, 3.0  # of each measurement, at most
+TOKENS, WIDTH, HEADS = 512, 512, 8  # of attention and of element-wise operations
+EAGER = COMPILED_FROM // 4  # elements of a tensor whose dropout is not compiled
+WORDS, NARROW = 16384, 64  # of the loss, whose products are small beside its logits
+PARAMETERS = 2**22  # of the update
+
+
+def fastest(work: Callable[[], object]) -> float:
+    """The seconds of the fastest of some calls, after one that compiles and allocates."""
+    work()
+    times: list[float] = []
+    while len(times) < CALLS and sum(times) < SECONDS:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def costs(peak: float, bandwidth: float) -> dict[str, float]:
+    """The values of `Rates` and `OnCpu` by name. `peak` are the FLOP/s of products, and `bandwidth` the bytes/s of a
+    copy."""
+    forward, backward = fused_attention()
+    flops = TOKENS * TOKENS * WIDTH  # of a product of attention, the half that is not masked
+    return {
+        "attention": 2 * flops / forward / peak,
+        "attention_backward": 5 * flops / backward / peak,
+        "memory": elementwise_bytes() / elementwise() / bandwidth,
+        "host": layer_on_host(),
+        "dropout": dropout(COMPILED_FROM) / COMPILED_FROM,
+        "eager_dropout": dropout(EAGER) / EAGER,
+        "score": unfused_attention() / (HEADS * TOKENS**2) - 6 * 2 * (WIDTH // HEADS) / peak,
+        "logit": loss() / (TOKENS * WORDS),
+        "update": update() / PARAMETERS,
+    }
+
+
+def elementwise() -> float:
+    """Seconds of a layer's LayerNorms, residual sums, activation and copies of attention's inputs and output, forward
+    and backward, and of the gradients of its biases."""
+    hidden, wide, projected = (torch.randn(1, TOKENS, WIDTH * times, requires_grad=True) for times in (1, 4, 3))
+    scale, shift = (torch.ones(WIDTH, requires_grad=True) for _ in range(2))
+    gradient, by_wide, by_projected = (torch.randn_like(each) for each in (hidden, wide, projected))
+
+    def work() -> None:
+        once = hidden + F.layer_norm(hidden, (WIDTH,), scale, shift)
+        twice = once + F.layer_norm(once, (WIDTH,), scale, shift)
+        heads = projected.view(1, TOKENS, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        mixed = heads[2].transpose(1, 2).reshape(1, TOKENS, -1)
+        outputs, gradients = [twice, wide.relu(), mixed], [gradient, by_wide, gradient]
+        torch.autograd.grad(outputs, [hidden, scale, shift, wide, projected], gradients)
+        for each in (by_projected, gradient, by_wide, gradient):
+            each.flatten(0, 1).sum(0)
+
+    return fastest(work)
+
+
+def elementwise_bytes() -> float:
+    """The bytes that a plan counts for these operations."""
+    network = Network(layers=1, hidden=WIDTH, heads=HEADS, ffn=4 * WIDTH, vocab=0)
+    return element_bytes(Workload(network, length=TOKENS, precision="fp32"), again=0.0)
+
+
+def dropout(elements: int) -> float:
+    """Seconds of hidden dropout, forward and backward."""
+    hidden, draw = torch.ones(1, elements // WIDTH, WIDTH), Draw(1, 0, 0, 0, torch.zeros(1, dtype=torch.long))
+    return 2 * fastest(lambda: draw.dropout(hidden, 0.1, layer=0, site=0))
+
+
+def fused_attention() -> tuple[float, float]:
+    """Seconds of the forward and of the backward without dropout."""
+    inputs = attention_inputs()
+    forward = fastest(lambda: F.scaled_dot_product_attention(*inputs, is_causal=True))
+    return forward, trained_attention(inputs, 0.0) - forward
+
+
+def unfused_attention() -> float:
+    """Seconds of forward and backward with dropout."""
+    return trained_attention(attention_inputs(), 0.1)
+
+
+def attention_inputs() -> list[Tensor]:
+    return [torch.randn(1, HEADS, TOKENS, WIDTH // HEADS, requires_grad=True) for _ in range(3)]
+
+
+def trained_attention(inputs: list[Tensor], p: float) -> float:
+    gradient = torch.randn_like(inputs[0])
+
+    def work() -> None:
+        output = F.scaled_dot_product_attention(*inputs, dropout_p=p, is_causal=True)
+        torch.autograd.grad(output, inputs, gradient)
+
+    return fastest(work)
+
+
+def loss() -> float:
+    """Seconds of the loss and its gradients, less those of its three products."""
+    hidden, weight = torch.randn(TOKENS, NARROW, requires_grad=True), torch.randn(WORDS, NARROW, requires_grad=True)
+    labels, by_logits = torch.zeros(TOKENS, dtype=torch.long), torch.randn(TOKENS, WORDS)
+    left, right = hidden.detach(), weight.detach()
+
+    def work() -> None:
+        total = vocab_parallel_linear_cross_entropy(hidden, weight, labels, range(WORDS), ALONE)
+        torch.autograd.grad(total, [hidden, weight])
+
+    def products() -> None:
+        left @ right.T, by_logits @ right, by_logits.T @ left
+
+    return max(0.0, fastest(work) - fastest(products))
+
+
+@torch.no_grad()
+def update() -> float:
+    """Seconds of the update of fp32 weights from a gradient, as `gradients.PartitionedGradients` does it."""
+    weights, gradient = torch.ones(PARAMETERS), torch.full([PARAMETERS], 1e-3)
+    own = torch.nn.Parameter(torch.ones(PARAMETERS))
+    own.grad = torch.zeros(PARAMETERS)
+    optimizer = torch.optim.AdamW([own], lr=1e-4, fused=True)
+
+    def work() -> None:
+        assert own.grad is not None
+        own.grad.copy_(gradient)
+        torch._foreach_norm([own.grad])
+        torch._foreach_mul_([own.grad], 0.5)
+        optimizer.step()
+        weights.copy_(own)
+
+    return fastest(work)
+
+
+def layer_on_host() -> float:
+    """Seconds in which Python and torch start the operations of a layer, forward and backward, whose tensors are so
+    small that computing takes almost no time."""
+    short, long = (
+        fastest(partial(host.step, host.tiny_model(layers, ALONE, ActivationCheckpointing.none, sequence=False)))
+        for layers in (host.SHORT, host.LONG)
+    )
+    return max(0.0, long - short) / (host.LONG - host.SHORT)
