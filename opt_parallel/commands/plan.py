@@ -31,9 +31,9 @@ from opt_parallel.config.values import check_values
 from opt_parallel.planning.choice import Choice, choose
 from opt_parallel.planning.compose import keys_from
 from opt_parallel.planning.plan import Plan, plan_of
+from opt_parallel.planning.reliability import reliability
 from opt_parallel.planning.settings import ClusterConfig, PlanKeys
 from opt_parallel.planning.text import VALIDATION, report, text
-from opt_parallel.planning.weather import weather
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
 
 def validation_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="opt-parallel plan validate", description="compare plans with measurements")
-    parser.add_argument("file", type=Path, help="a CSV file of measurements, with the columns of docs/planning.md")
+    parser.add_argument(
+        "file", type=Path, help="a CSV file of measurements, with the columns of docs/planning-formulas.md"
+    )
     parser.add_argument("--json", type=Path, help="also write the compared quantities to this file")
     return parser
 
@@ -74,11 +76,11 @@ def plan_run(overrides: list[str], as_json: bool, picture: Path | None) -> None:
     config, planned = composed(checked(ours, {"cluster"}), checked(theirs, TEXTS))
     cluster = measured(config.cluster)
     plan, choice = planned_on(planned, cluster, free)
-    seen = weather(plan, cluster)
+    failures = reliability(plan, cluster)
     if as_json:
-        print(json.dumps(report(plan, choice, seen, VALIDATION), indent=1))
+        print(json.dumps(report(plan, choice, failures, VALIDATION), indent=1))
     else:
-        print(text(plan, choice, free, seen, VALIDATION))
+        print(text(plan, choice, free, failures, VALIDATION))
     if picture is not None:
         from opt_parallel.planning.picture import draw
 

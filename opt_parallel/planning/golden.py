@@ -1,4 +1,4 @@
-"""Rows with the columns of `megatron_golden.csv`: arguments of Megatron-LM's functional tests, memory and step time."""
+"""Rows with the columns of tests/planning/golden.csv: arguments of Megatron-LM's functional tests, memory and times."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ UNKNOWN = {
     "fsdp": "Megatron-FSDP splits weights and gradients too",
     "fp8": "fp8 copies of the weights are not described",
 }
-RELEASE = "gpt3_15b"  # its network and 192 devices are those of row G5 of validation.csv; on GB200 64, from its memory
-WORKSPACE = 67 * 2**20  # two of cuBLAS, of 32 MiB, and small tensors: fitted to gpt3_mcore_te_tp1_pp1 on A100
-SMALL_WORKSPACE = (
-    17 * 2**20
-)  # the same on A100 where results need not be equal from run to run: fitted to …_cp2 on A100
+RELEASE = "gpt3_15b"  # its network and 192 devices are those of row G5 of published.csv; on GB200 64, from its memory
+# Two workspaces of cuBLAS, of 32 MiB, and small tensors: fitted to gpt3_mcore_te_tp1_pp1 on A100. The small one is used
+# where results need not be equal from run to run: fitted to gpt3_mcore_te_tp2_pp2_cp2 on A100.
+WORKSPACE, SMALL_WORKSPACE = 67 * 2**20, 17 * 2**20
 HOPPER = 28 * 2**20  # the workspace of Transformer Engine is 32 MiB from Hopper on, and 4 MiB before
 
 

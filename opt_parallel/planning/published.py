@@ -1,4 +1,4 @@
-"""Rows with the columns of `validation.csv`: an id, a network, a layout, and what was published of it."""
+"""Rows with the columns of tests/planning/published.csv: an id, a network, a layout, and what was published of it."""
 
 from __future__ import annotations
 

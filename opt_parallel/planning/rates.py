@@ -1,4 +1,7 @@
-"""Rates that published measurements were needed for, by family of device. docs/planning.md names the rows they fit."""
+"""The shares of its data sheet that a device reaches, fitted to published measurements, by family of device.
+
+docs/planning-formulas.md names the measurements.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,20 @@ from dataclasses import replace
 from opt_parallel.planning.cluster import Device, Rates
 from opt_parallel.planning.workload import Trainer, Workload
 
-# Fitted, see docs/planning.md. H100 and B200 share what no row of B200 could show.
+# No measurement of B200 was fitted, so it has the shares of H100, except in fp8 and of the host's time.
+_A100 = Rates(
+    product=0.79, fp8=0.0, small=180, attention=0.40, attention_backward=0.31, memory=0.65, within=0.92, between=0.82,
+    host=6e-3,
+)  # fmt: skip
+_H100 = Rates(
+    product=0.59, fp8=0.68, small=160, attention=0.65, attention_backward=0.50, memory=0.65, within=0.54, between=0.92,
+    host=4e-3,
+)  # fmt: skip
 RATES = {
-    "a100": Rates(0.79, 0.0, 180, 0.40, 0.31, 0.65, 0.92, 0.82, 6e-3),
-    "h100": Rates(0.59, 0.68, 160, 0.65, 0.50, 0.65, 0.54, 0.92, 4e-3),
-    "h200": Rates(0.78, 0.485, 160, 0.65, 0.50, 0.65, 0.50, 0.69, 4e-3),
-    "b200": Rates(0.59, 0.55, 160, 0.65, 0.50, 0.65, 0.54, 0.92, 5.5e-3),
+    "a100": _A100,
+    "h100": _H100,
+    "h200": replace(_H100, product=0.78, fp8=0.485, within=0.50, between=0.69),
+    "b200": replace(_H100, fp8=0.55, host=5.5e-3),
 }
 UNFITTED = "a100"  # whose shares other devices take
 FP8_SMALL = 220.0  # as `small`, of products in fp8, with the conversion of their inputs

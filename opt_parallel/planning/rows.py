@@ -1,7 +1,7 @@
 """Workloads and measurements from rows of published tables.
 
-A row of `validation.csv` has an id, a network, a layout and what was measured. A row of `megatron_golden.csv` has the
-arguments of one of Megatron-LM's functional tests. An empty or unknown cell has a rule, which stands where it is used.
+A row of tests/planning/published.csv has an id, a network, a layout and what was measured. A row of golden.csv has the
+arguments of one of Megatron-LM's functional tests. The rule for an empty or unknown cell is where the cell is read.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from opt_parallel.planning.choice import PARTS, Choice, settings, words
 from opt_parallel.planning.memory import Memory
 from opt_parallel.planning.plan import DAY, Plan, scaling
 from opt_parallel.planning.rates import UNFITTED, is_fitted
-from opt_parallel.planning.weather import PUBLISHED, Weather
+from opt_parallel.planning.reliability import PUBLISHED, Reliability
 from opt_parallel.runtime.log import aligned
 
 GIB = 2**30
@@ -126,16 +126,16 @@ def _cells(plan: Plan | None) -> list[str]:
     return [f"{plan.time.tokens_per_second * plan.cluster.devices:,.0f}", f"{plan.time.mfu:.1%}", memory]
 
 
-def weather_lines(plan: Plan, weather: Weather) -> list[str]:
+def reliability_lines(plan: Plan, found: Reliability) -> list[str]:
     rates = "; ".join(f"{each.per_1000_days:.2f} ({each.source})" for each in PUBLISHED)
     given = plan.run.checkpoint.every
     return [
-        f"failures: one in {duration(weather.between)}, {weather.failures:,.1f} in the run; published failures in "
+        f"failures: one in {duration(found.between)}, {found.failures:,.1f} in the run; published failures in "
         f"1,000 days of a device: {rates}",
-        f"checkpoint.every={weather.every} loses least ({duration(weather.every * plan.time.step)}; a save stops "
-        f"training for {duration(weather.stall)} and is complete after {duration(weather.writing)}; a restart takes "
-        f"{duration(weather.restart)})" + (f"; given: {given or 'only at the end'}" if given != weather.every else ""),
-        f"effective training time: {weather.effective:.1%}",
+        f"checkpoint.every={found.every} loses least ({duration(found.every * plan.time.step)}; a save stops "
+        f"training for {duration(found.stall)} and is complete after {duration(found.writing)}; a restart takes "
+        f"{duration(found.restart)})" + (f"; given: {given or 'only at the end'}" if given != found.every else ""),
+        f"effective training time: {found.effective:.1%}",
     ]
 
 
@@ -152,15 +152,15 @@ def choice_text(choice: Choice, free: list[str]) -> str:
     return "\n".join(lines)
 
 
-def text(plan: Plan, choice: Choice | None, free: list[str], weather: Weather | None, validation: str) -> str:
+def text(plan: Plan, choice: Choice | None, free: list[str], failures: Reliability | None, validation: str) -> str:
     """The plan as `opt-parallel plan` prints it."""
     parts = [title(plan)]
     if choice:
         parts.append(choice_text(choice, free))
     times = [time_table(plan), speed_line(plan), rates_line(plan)]
     parts += [f"{memory_table(plan)}\n{verdict(plan)}", "\n".join(filter(None, times)), scaling_table(plan)]
-    if weather:
-        parts.append("\n".join(weather_lines(plan, weather)))
+    if failures:
+        parts.append("\n".join(reliability_lines(plan, failures)))
     return "\n\n".join([*parts, validation])
 
 
@@ -185,7 +185,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def report(plan: Plan, choice: Choice | None, weather: Weather | None, validation: str) -> dict[str, Any]:
+def report(plan: Plan, choice: Choice | None, failures: Reliability | None, validation: str) -> dict[str, Any]:
     """All that `opt-parallel plan --json` prints."""
     curves = {
         name: [as_dict(each) for each in scaling(plan, strong)] for name, strong in (("strong", True), ("weak", False))
@@ -200,6 +200,6 @@ def report(plan: Plan, choice: Choice | None, weather: Weather | None, validatio
             "against": dict(choice.against),
         },
         "scaling": curves,
-        "weather": weather and vars(weather),
+        "reliability": failures and vars(failures),
         "validation": validation,
     }

@@ -20,8 +20,7 @@ UNITS = dict.fromkeys(("peak", "reserved", "allocated", "states", "activations")
 UNITS |= {"iter_s": (1.0, "s"), "tok_s_gpu": (1.0, "tokens/s"), "tflops_gpu": (1.0, "TFLOP/s")}
 UNITS |= {"hardware_tflops_gpu": (1.0, "TFLOP/s")}
 ALL = "all"
-# The rows that constants were fitted on: of validation.csv by id, of megatron_golden.csv by the case's beginning. The
-# others were not used for a constant.
+# The rows that constants were fitted on: of tests/planning/published.csv by id, of golden.csv by the case's beginning.
 FITTED = {
     "K1", "K3", "K8", "K10", "K13", "K22", "M1", "M3", "M6", "S1", "S5", "P1", "P7", "P12", "T1", "B1", "B4", "B9",
     "B11", "TT1", "TT4", "TT6", "TT7", "TT10", "TT12", "G1", "F1",
@@ -71,7 +70,7 @@ def read(path: Path) -> list[Row]:
     if names >= golden.COLUMNS:
         return [_row(golden.row, each, f"{each['case']}/{each['platform']}") for each in cells]
     missing = ", ".join(sorted(published.COLUMNS - names))
-    raise UserError(f"{path} has no columns {missing}: use the columns that docs/planning.md lists")
+    raise UserError(f"{path} has no columns {missing}: use the columns that docs/planning-formulas.md lists")
 
 
 def _row(kind: Callable[[Cells], Row], cells: Cells, name: str) -> Row:

@@ -31,7 +31,7 @@ class Partitioned(PartitionedGradients):
         host = getattr(self.optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", [])
         return [*self.optimizer.bit16_groups_flat, *own, *host, *self.buffers]
 
-    def sums(self, micros: int) -> int:
+    def exchanges(self, micros: int) -> int:
         """The number of times in a step of `micros` micro-batches that `backward` exchanges over the data ranks."""
         return micros
 
@@ -64,7 +64,7 @@ class Whole(_Freed):
     def states(self) -> list[Tensor]:
         return [self.buffer]
 
-    def sums(self, micros: int) -> int:
+    def exchanges(self, micros: int) -> int:
         return 1
 
     def backward(self, loss: Tensor, first: bool, last: bool) -> None:
@@ -107,7 +107,7 @@ class Gathered(_Freed):
     def states(self) -> list[Tensor]:
         return [self.buffer, self.weights]
 
-    def sums(self, micros: int) -> int:
+    def exchanges(self, micros: int) -> int:
         return micros
 
     def backward(self, loss: Tensor, first: bool, last: bool) -> None:

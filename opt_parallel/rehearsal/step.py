@@ -106,7 +106,7 @@ def _step(run: Run, model: nn.Module, gradients: Any, tensor: Group, data: Group
     gradients.backward(loss * 1.0, first=True, last=True)
     del loss
     ledger.repeat("tensor", micros)
-    ledger.repeat("data", gradients.sums(micros))
+    ledger.repeat("data", gradients.exchanges(micros))
     if run.zero.offload is Offload.cpu:  # the norm and the update are computed on the CPU
         ledger.strict = False
         total = total.cpu()

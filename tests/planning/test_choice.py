@@ -1,4 +1,4 @@
-"""The choice of `auto`, the settings nearest to those that do not fit, scaling, and the weather."""
+"""The choice of `auto`, the settings nearest to those that do not fit, scaling, and failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opt_parallel.planning.choice import MARGIN, SAME, changes, choose, nearest,
 from opt_parallel.planning.cluster import DEVICES, Cluster
 from opt_parallel.planning.compose import keys_from
 from opt_parallel.planning.plan import plan_of, scaled
-from opt_parallel.planning.weather import PUBLISHED, best_interval, lost, weather
+from opt_parallel.planning.reliability import PUBLISHED, best_interval, lost, reliability
 from opt_parallel.runtime.errors import UserError
 
 CLUSTER = Cluster(DEVICES["a100-40gb"], nodes=2, per_host=8)
@@ -100,13 +100,13 @@ def test_the_interval_of_checkpoints_loses_least() -> None:
 def test_more_devices_fail_more_often() -> None:
     config = keys_from(["cluster=a100-40gb", "cluster.nodes=2"]).cluster
     plan = plan_of(run_of(), config.cluster())
-    seen = weather(plan, config)
+    seen = reliability(plan, config)
     assert seen is not None
     assert seen.between == pytest.approx(86_400_000 / 0.47 / 16)
     assert 0.9 < seen.effective < 1
     more = dataclasses.replace(config, failures=47.0)
-    assert weather(plan, more).every < seen.every  # type: ignore[union-attr]
-    assert weather(plan, dataclasses.replace(config, failures=0.0)) is None
+    assert reliability(plan, more).every < seen.every  # type: ignore[union-attr]
+    assert reliability(plan, dataclasses.replace(config, failures=0.0)) is None
 
 
 def test_the_published_rates_are_those_of_the_sources() -> None:

@@ -15,8 +15,8 @@ from opt_parallel.commands.plan import check_layout, composed, main, planned_on
 from opt_parallel.config.compose import explain
 from opt_parallel.config.run import ParallelConfig, Run
 from opt_parallel.planning.compose import keys_from
+from opt_parallel.planning.reliability import reliability
 from opt_parallel.planning.text import VALIDATION, text
-from opt_parallel.planning.weather import weather
 from opt_parallel.runtime.errors import UserError
 
 PLAN = str(ROOT / "scripts" / "plan.py")
@@ -105,7 +105,7 @@ def test_rates_that_were_not_fitted_are_named() -> None:
     for words, named in ((["cluster=l4"], True), (["cluster.device=mine"], True), (["cluster=h200-141gb"], False)):
         cluster = keys_from(words).cluster
         plan, _ = planned_on(run, cluster, [])
-        said = text(plan, None, [], weather(plan, cluster), VALIDATION)
+        said = text(plan, None, [], reliability(plan, cluster), VALIDATION)
         assert ("were fitted: the times assume that it reaches" in said) is named, words
 
 

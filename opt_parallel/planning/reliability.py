@@ -1,4 +1,4 @@
-"""Failures to expect on many devices, the distance of checkpoints that loses least, and the time that is left."""
+"""Failures to expect on many devices, the interval between checkpoints that loses least, and the time that remains."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True)
-class Weather:
+class Reliability:
     """`between` are the seconds between two failures of any device, `failures` those during all steps. `stall` is the
     time for which a save stops training, and `writing` the time until it is complete. `every` is the number of steps
-    between two saves that loses least, and `effective` the share of the time in which steps are made that stay."""
+    between two saves that loses least, and `effective` the share of the time for steps that no failure undoes."""
 
     between: float
     failures: float
@@ -64,8 +64,8 @@ def lost(interval: float, stall: float, between: float, restart: float) -> float
     return stall / interval + (interval / 2 + stall + restart) / between
 
 
-def weather(plan: Plan, config: ClusterConfig) -> Weather | None:
-    """The weather of a run, or None if nothing fails."""
+def reliability(plan: Plan, config: ClusterConfig) -> Reliability | None:
+    """The failures of a run and what they cost, or None if nothing fails."""
     if not config.failures:
         return None
     between = DAY * 1000 / config.failures / plan.cluster.devices
@@ -77,4 +77,4 @@ def weather(plan: Plan, config: ClusterConfig) -> Weather | None:
     interval = max(best_interval(stall, between), writing, step)
     every = max(1, round(interval / step))
     loss = lost(every * step, stall, between, config.restart)
-    return Weather(between, plan.seconds / between, stall, writing, config.restart, every, 1 / (1 + loss))
+    return Reliability(between, plan.seconds / between, stall, writing, config.restart, every, 1 / (1 + loss))
