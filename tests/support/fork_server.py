@@ -35,6 +35,7 @@ PRELOADED = (
     "opt_parallel.launching.sweep", "deepspeed.module_inject.auto_ep_layer", "torch._dynamo.repro.after_dynamo",
     "deepspeed.runtime.zero.muon.muon_optimizer", "torch.profiler._cupti_monitor", "omegaconf._impl",
     "pydantic.type_adapter", "antlr4.LL1Analyzer", "transformers.models.opt.modeling_opt",
+    "pytest",
 )  # fmt: skip
 
 
