@@ -40,6 +40,8 @@ def model_at(folder: Path, key: str) -> ModelConfig:
             f"{key}{folder} is a PEFT adapter, not a network: name the LoRA run's own checkpoint, or merge the "
             "adapter into its base first (peft's merge_and_unload)"
         )
+    if folder.is_file():
+        raise UserError(f"{key}{folder} is a file: name the folder that contains the checkpoint")
     if is_metaseq(folder):
         return describe(folder).config
     if file_in(folder, CONFIG):

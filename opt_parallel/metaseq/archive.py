@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
+from zlib import crc32
 
 from opt_parallel.metaseq.pickled import MOST_BYTES, read_pickle
 from opt_parallel.runtime.errors import UserError, one_line
 
 ZIP = b"PK\x03\x04"  # The first bytes of an archive, and of each record's header.
+CHUNK = 1 << 20  # Number of bytes that are read at a time.
 HEADER = 30  # Number of bytes of a record's header before its name.
 MOST_DIRECTORY = 1 << 26  # Maximum bytes of the list of records, which has about 100 bytes a record.
 
@@ -98,6 +100,26 @@ def _read(path: Path, file: BinaryIO, size: int) -> Archive:
         name: Record(each.header_offset, each.file_size, each.CRC) for name, each in zip(names, listed, strict=True)
     }
     return Archive(path, records, content)
+
+
+def wrong_records(path: Path) -> list[str]:
+    """The names of the records whose content does not have the checksum that the file stores with it.
+
+    The complete file is read. Raises: UserError as `open_archive`, or if the file cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return [name for name, record in open_archive(path).records.items() if _crc(file, record) != record.crc]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error):.200}): use a complete copy") from error
+
+
+def _crc(file: io.FileIO, record: Record) -> int:
+    file.seek(record.header)
+    file.seek(record.header + start_of(file.read(HEADER)))
+    crc, left = 0, record.size
+    while left and (content := file.read(min(left, CHUNK))):
+        crc, left = crc32(content, crc), left - len(content)
+    return crc
 
 
 @lru_cache(maxsize=8)

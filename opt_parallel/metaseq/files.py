@@ -14,8 +14,9 @@ from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.foreign import file_in
 
 # checkpoint_last-model_part-3-shard17.pt, reshard-model_part-0.pt, checkpoint_1_4000.pt-model_part-0.pt, restored.pt
-NAME = re.compile(r"(?P<stem>.+?)(?P<part>-model_part-\d+)?(?P<shard>-shard\d+)?\.pt")
-ALONE = re.compile(r"restored\.pt|reshard\.pt|.*consolidated\.pt")  # Names of complete checkpoints in one file.
+# Some file systems change the case of names.
+NAME = re.compile(r"(?i)(?P<stem>.+?)(?:-model_part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pt")
+ALONE = re.compile(r"(?i)restored\.pt|reshard\.pt|.*consolidated\.pt")  # Names of complete checkpoints in one file.
 ARRAY = re.compile(r"(?:model\.)?((?:decoder\.|lm_head\.)[\w.]+?)(?:\.npy)?")
 EMBEDDING = "decoder.embed_tokens.weight"
 
@@ -53,7 +54,7 @@ def group_in(folder: Path) -> Group:
 
     Raises: UserError if the folder holds several checkpoints, or if a part or shard is missing or occurs twice."""
     groups = _grouped(folder)
-    kinds = [f"{pattern} ({len(names)} files)" for pattern, names in groups.items()]
+    kinds = [f"{pattern} ({len(names)} file{'s' * (len(names) > 1)})" for pattern, names in groups.items()]
     if _holds_hugging_face(os.listdir(folder)):
         kinds.append("the weights of a Hugging Face folder")
     if len(kinds) > 1:
@@ -95,8 +96,8 @@ def _require_all(folder: Path, pattern: str, files: dict[tuple[int, int], Path])
         wanted = ((part, shard) for part in range(parts) for shard in range(shards))
         part, shard = next(number for number in wanted if number not in files)
         name = pattern.replace("-model_part-*", f"-model_part-{part}").replace("-shard*", f"-shard{shard}")
-        more = f" and {missing - 1:,} more" if missing > 1 else ""
-        raise UserError(f"{folder / name}{more} is missing: use a complete copy")
+        what = f" and {missing - 1:,} more are missing" if missing > 1 else " is missing"
+        raise UserError(f"{folder / name}{what}: use a complete copy")
 
 
 def _grouped(folder: Path) -> dict[str, list[str]]:
@@ -106,11 +107,13 @@ def _grouped(folder: Path) -> dict[str, list[str]]:
     that no other program uses count."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     foreign, found = _holds_hugging_face(names), defaultdict(list)
+    spelled: dict[str, str] = {}
     for name in names:
         match = NAME.fullmatch(name)
         if match and (match["part"] or match["shard"] or ALONE.fullmatch(name) or not foreign):
-            stem, part, shard = match["stem"], "-model_part-*" * bool(match["part"]), "-shard*" * bool(match["shard"])
-            found[f"{stem}{part}{shard}.pt"].append(name)
+            part, shard = "-model_part-*" * bool(match["part"]), "-shard*" * bool(match["shard"])
+            pattern = f"{match['stem']}{part}{shard}.pt"
+            found[spelled.setdefault(pattern.lower(), pattern)].append(name)
     arrays = [name for name in names if ARRAY.fullmatch(name)]
     if any(name.removesuffix(".npy").endswith(EMBEDDING) for name in arrays):
         found[f"{EMBEDDING} and other arrays"] = arrays
@@ -125,5 +128,4 @@ def _numbers(name: str) -> tuple[int, int]:
     """The numbers of part and shard in the name of a file, 0 for a number that the name does not have."""
     match = NAME.fullmatch(name)
     assert match is not None
-    part, shard = match["part"] or "0", match["shard"] or "0"
-    return int(part.removeprefix("-model_part-")), int(shard.removeprefix("-shard"))
+    return int(match["part"] or 0), int(match["shard"] or 0)

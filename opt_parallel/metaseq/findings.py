@@ -55,11 +55,11 @@ def warnings_of(folder: Path, ranks: Iterable[Findings]) -> list[str]:
     lines = []
     if named := _counted({key: (count, 0.0) for key, count in together.not_finite.items()}):
         tensors = [f"{name} ({count:,})" for name, (count, _) in named.items()]
-        lines.append(f"has values that are not finite, in {_listed(tensors)}")
+        lines.append(f"has values that are not finite, in {listed(tensors)}")
     if named := _counted(together.large):
         tensors = [f"{name} ({count:,}, up to {largest:.4g})" for name, (count, largest) in named.items()]
         lines.append(
-            f"has values beyond {LARGE:g}, in {_listed(tensors)}: trained weights of OPT are smaller, so compare the "
+            f"has values beyond {LARGE:g}, in {listed(tensors)}: trained weights of OPT are smaller, so compare the "
             "MD5 sums of the files"
         )
     if together.differing:
@@ -80,5 +80,6 @@ def _counted(parts: dict[tuple[str, int], tuple[int, float]]) -> dict[str, tuple
     return found
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first five names, and the number of the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ NUMBERS = {
     "decoder_layers": "num_hidden_layers", "decoder_embed_dim": "hidden_size", "decoder_ffn_embed_dim": "ffn_dim",
     "decoder_attention_heads": "num_attention_heads",
 }  # fmt: skip
+
+LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.")
 
 Shapes = dict[str, tuple[int, ...]]  # the shapes of full tensors by metaseq's names
 
@@ -115,11 +118,9 @@ def network(folder: Path, settings: Settings, shapes: Shapes) -> ModelConfig:
 
 def _from_shapes(folder: Path, shapes: Shapes) -> dict[str, Any]:
     """The values of a config.json that the shapes of the tensors tell."""
-    layers = 0
-    while f"decoder.layers.{layers}.fc1.weight" in shapes:
-        layers += 1
+    layers = 1 + max((int(match[1]) for name in shapes if (match := LAYER.match(name))), default=-1)
     names = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight")
-    for name in names:
+    for name in (*names, *(f"layers.{number}.fc1.weight" for number in range(layers))):
         if len(shapes.get(f"decoder.{name}", ())) != 2:
             raise UserError(f"{folder}: decoder.{name} is missing or no matrix: use a complete copy")
     (vocabulary, width), (rows, hidden), (ffn, _) = (shapes[f"decoder.{name}"] for name in names)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from opt_parallel.checkpoint.sources import Opened, open_checkpoint
-from opt_parallel.metaseq.findings import warnings_of
+from opt_parallel.metaseq.archive import wrong_records
+from opt_parallel.metaseq.findings import listed, warnings_of
 from opt_parallel.metaseq.weights import MetaseqWeights
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import marked
@@ -21,17 +23,30 @@ DISK = 2 * 10**9  # bytes per second of the disk for which the time to load is s
 
 
 def odd_values(folder: Path, md5: Path | None) -> list[str]:
-    """Read all values of a metaseq checkpoint, one tensor at a time, after its files are compared with the list `md5`.
+    """Read all values of a metaseq checkpoint, one tensor at a time, after its files are compared with the list `md5`,
+    or else with the checksums that they store.
 
     Returns one line for each kind of odd values. Raises: UserError if the checkpoint is damaged."""
     opened, weights = _opened(folder)
     opened.check_md5("--md5 ", md5)
+    lines = [] if md5 else _wrong_files(weights)
     with torch.device("meta"):
         parameters = [(name, shard) for name, _, shard in marked(CausalLM(opened.config, ALONE))]
     with shown("verify", weights, sum(shard.numel for _, shard in parameters)) as source:
         for name, shard in parameters:
             source(name, shard)
-    return warnings_of(folder, [weights.findings])
+    return lines + warnings_of(folder, [weights.findings])
+
+
+def _wrong_files(weights: MetaseqWeights) -> list[str]:
+    """A line if files of a checkpoint have records that are not what was stored. NumPy files have no checksums."""
+    files = [path for path in weights.described.files if path.suffix.lower() == ".pt"]
+    wrong = {path.name: wrong_records(path) for path in tqdm(files, "verify", unit=" files", leave=False, disable=None)}
+    named = [f"{name} ({', '.join(records[:5])})" for name, records in wrong.items() if records]
+    if not named:
+        return []
+    what = f"has files with wrong bytes, as the checksums in them show: {listed(named)}"
+    return [f"warning: {weights.folder} {what}: copy them again"]
 
 
 def described(folder: Path) -> str:

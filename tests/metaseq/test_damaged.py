@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from metaseq_forms import Size, flattened, metadata_of, part_of, weights_of, wri
 
 from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.metaseq import pickled
+from opt_parallel.metaseq.md5 import read_sums
 from opt_parallel.metaseq.pickled import Inert, read_pickle
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.tools.metaseq import odd_values
@@ -77,6 +79,8 @@ def _legacy(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard missing": (lambda folder: (folder / SHARD.format(1, 1)).unlink(), r"part-1-shard1.pt is missing"),
+    "two shards missing": (lambda folder: [(folder / SHARD.format(part, 1)).unlink() for part in range(2)],
+                           r"part-0-shard1.pt and 1 more are missing"),
     "last shards missing": (lambda folder: [(folder / SHARD.format(part, 2)).unlink() for part in range(2)],
                             "do not add up to it .they are cut for 3 shards."),
     "part missing": (lambda folder: [(folder / SHARD.format(1, shard)).unlink() for shard in range(3)],
@@ -134,6 +138,42 @@ def test_odd_values_and_differing_copies_are_warned_of(raw: Path, tmp_path: Path
     assert "has values beyond 100, in decoder.layers.1.fc1.weight (18, up to 4.998e+04): " in large
 
 
+def test_wrong_bytes_are_seen_without_a_list(raw: Path, tmp_path: Path) -> None:
+    """torch stores a checksum of each record. Zeros are what a download leaves that was interrupted."""
+    folder = tmp_path / "copy"
+    shutil.copytree(raw, folder)
+    name = SHARD.format(1, 1)
+    content = bytearray((folder / name).read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 500] = bytes(500)
+    (folder / name).write_bytes(content)
+    line = odd_values(folder, None)[0]  # the others are about the values that are now zero
+    assert re.search(rf"files with wrong bytes, .*: {name} \(data/\d\): copy them again", line)
+
+
+def test_names_in_upper_case_are_read(raw: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(raw, folder)
+    listed = tmp_path / "sums"
+    listed.write_text("".join(f"{hashlib.md5(path.read_bytes()).hexdigest()} {path.name}\n" for path in raw.iterdir()))
+    for path in [*folder.iterdir()][::2]:
+        path.rename(folder / path.name.upper())
+    assert odd_values(folder, listed) == []
+    (folder / SHARD.format(0, 0)).touch()
+    (folder / SHARD.format(0, 0).upper()).touch()
+    with pytest.raises(UserError, match="have the same numbers: remove one"):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
+    write("arrays", tmp_path / "arrays", SIZE, weights_of(SIZE))
+    (tmp_path / "arrays/decoder.layers.1.fc1.weight").unlink()
+    with pytest.raises(UserError, match=r"decoder.layers.1.fc1.weight is missing"):
+        open_checkpoint(tmp_path / "arrays")
+    with pytest.raises(UserError, match="is a file: name the folder that contains the checkpoint"):
+        open_checkpoint(tmp_path / "arrays/decoder.layers.0.fc1.weight")
+
+
 def test_the_copies_of_part_0_are_used(tmp_path: Path) -> None:
     write("stale", tmp_path / "parts", SIZE, weights_of(SIZE), 2)
     name = "decoder.layers.0.fc2.bias"
@@ -152,6 +192,12 @@ def test_files_are_compared_with_a_list_of_md5_sums(raw: Path, tmp_path: Path) -
     listed.write_text("".join(f"{'0' * 32 if key == name else total}  {key}\n" for key, total in sums.items()))
     with pytest.raises(UserError, match=f"{name} has the MD5 sum {sums[name]}, but .* says 000"):
         odd_values(raw, listed)
+    for line in ("MD5 ({}) = {}\n", "{1} *{0}\r\n", "C:\\data\\{},{}\n", '"{}": "{}", ', "{1}  /data/opt 175b/{0}\n"):
+        listed.write_text("".join(line.format(key, total) for key, total in sums.items()))
+        assert read_sums("", listed) == sums
+    listed.write_text("".join(f"{total}  {name}\n" for total in (sums[name], "0" * 32)))
+    with pytest.raises(UserError, match=rf"has two sums of {name}, {sums[name]} and 000.*: remove the wrong line"):
+        read_sums("", listed)
     listed.write_text(f"{sums[name]}  {name}\n")
     with pytest.raises(UserError, match=r"lists other files, checkpoint_last-model_part-0-shard0.pt is not in it"):
         odd_values(raw, listed)

@@ -80,8 +80,10 @@ def test_every_form_has_the_same_tensors(form: str, folder: Path, tmp_path: Path
     require_equal(opened, folder / "hf")
 
 
-# by default each number of parts and of shards, and each form with several parts
-CUTS = [("raw", 4, 5), ("raw", 1, 3), ("raw", 2, 11), ("flat_one", 8, 2), ("flat_one", 1, 1), ("views", 4, 5)]
+# by default each number of parts and of shards, and each form with several parts. 16 parts are OPT-IML's, and part10 is
+# before part2 in the order of text.
+CUTS = [("raw", 4, 5), ("raw", 1, 3), ("raw", 2, 11), ("flat_one", 8, 2), ("flat_one", 1, 1), ("views", 4, 5),
+        ("iml", 16, 1)]  # fmt: skip
 LONG_CUTS = [
     (form, parts, shards)
     for form in ("raw", "flat_one", "views")
