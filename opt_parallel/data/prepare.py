@@ -166,7 +166,7 @@ def _numbered(run: Run, source: SourceConfig, corpus: Corpus, ours: LoadedTokeni
     )
     if source.ids_of is None:
         return replace(corpus, ids=replace(corpus.ids, end=end))
-    numbering = numbering_of(source.ids_of, read_tokenizer(source.ids_of), ours, end)
+    numbering = numbering_of(source.ids_of, read_tokenizer(source.ids_of, "data.ids_of="), ours, end)
     corpus = replace(corpus, ids=replace(corpus.ids, end=numbering.end))
     records = islice((item for _, item in corpus.streamed()), SAMPLED) if source.stream else corpus.spread(SAMPLED)
     given = [corpus.text.ids_of(record) for record in records if isinstance(record, Record)]

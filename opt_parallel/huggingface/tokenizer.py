@@ -23,6 +23,7 @@ from opt_parallel.huggingface.tokenizer_trial import require_bounded
 from opt_parallel.runtime.errors import UserError, one_line
 from opt_parallel.storage.foreign import content_of, file_in, parse_json, read_json, read_limited
 
+KEY = "data.tokenizer="  # the start of messages about a tokenizer
 START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
 OF_GPT2 = "<|endoftext|>"
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -85,32 +86,35 @@ def other_ids(model: ModelConfig) -> list[list[int]]:
     return [] if ids == usual else [ids]
 
 
-def find_tokenizer(name: str) -> Path:
-    """The file or folder `name`, or the folder with a download of the hub id `name`. Raises: UserError."""
-    if path := reach("data.tokenizer=", name):
+def find_tokenizer(name: str, key: str = KEY) -> Path:
+    """The file or folder `name`, or the folder with a download of the hub id `name`. `key` is the key that set `name`,
+    for messages. Raises: UserError."""
+    if path := reach(key, name):
         return path
-    way_out = "name a folder with tokenizer.json, or set data.tokenizer=null to train one on data.train"
-    require(HUB_ID.fullmatch(name) is not None, f"data.tokenizer={name} does not exist: {way_out}")
+    way_out = f"name a folder with tokenizer.json{_or_train(key)}"
+    require(HUB_ID.fullmatch(name) is not None, f"{key}{name} does not exist: {way_out}")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:
         raise UserError(
-            f"data.tokenizer={name} is not a local folder and could not be downloaded from the hub "
-            f"({one_line(error)}): {way_out}"
+            f"{key}{name} is not a local folder and could not be downloaded from the hub ({one_line(error)}): {way_out}"
         ) from error
 
 
-def read_tokenizer(name: str) -> LoadedTokenizer:
-    """The tokenizer in the file tokenizer.json, the folder or the hub id `name`. Raises: UserError."""
-    path = find_tokenizer(name)
+def _or_train(where: str) -> str:
+    return ", or set data.tokenizer=null to train a tokenizer on data.train" if where.startswith(KEY) else ""
+
+
+def read_tokenizer(name: str, key: str = KEY) -> LoadedTokenizer:
+    """The tokenizer in the file tokenizer.json, the folder or the hub id `name`. `key` is the key that set `name`, for
+    messages. Raises: UserError."""
+    path, where = find_tokenizer(name, key), f"{key}{name}"
     try:
-        return LoadedTokenizer(_from_json(path, name)) if path.is_file() else _from_folder(path, name)
+        return LoadedTokenizer(_from_json(path, where)) if path.is_file() else _from_folder(path, where)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the library `tokenizers` is a BaseException, not an Exception
-        raise UserError(
-            f"data.tokenizer={name} cannot be read ({one_line(error):.500}): use a complete copy"
-        ) from error
+        raise UserError(f"{where} cannot be read ({one_line(error):.500}): use a complete copy") from error
 
 
 def write_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
@@ -181,10 +185,10 @@ def check_size(tokenizer: Tokenizer, name: str, rows: int) -> None:
     )
 
 
-def _from_folder(folder: Path, name: str) -> LoadedTokenizer:
+def _from_folder(folder: Path, where: str) -> LoadedTokenizer:
     settings, decoder, added = _settings(folder)
     path = file_in(folder, TOKENIZER)
-    tokenizer = _from_vocabulary(folder, name, settings) if path is None else _from_json(path, name)
+    tokenizer = _from_vocabulary(folder, where, settings) if path is None else _from_json(path, where)
     tokenizer.add_tokens([token for _, token in sorted(decoder.items())])  # sets the flags of tokens that exist
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     others = [*(token for _, token in sorted(added.items())), *_special_tokens(settings)]
@@ -193,7 +197,7 @@ def _from_folder(folder: Path, name: str) -> LoadedTokenizer:
         found = tokenizer.token_to_id(token.content)
         require(
             found == number,
-            f"data.tokenizer={name}: its files give the token {token.content!r:.80} the id {number}, but by the order "
+            f"{where}: its files give the token {token.content!r:.80} the id {number}, but by the order "
             f"of the tokens its id is {found}: use a complete copy",
         )
     if not any(settings.get(role) for role in ROLES) and OF_GPT2 in present:
@@ -253,27 +257,27 @@ def _token(value: Any, special: bool | None = None) -> AddedToken:
     return AddedToken(_text(value), **(flags if special is None else {**flags, "special": special}))
 
 
-def _from_json(path: Path, name: str) -> Tokenizer:
+def _from_json(path: Path, where: str) -> Tokenizer:
     text = read_limited(path).decode()
-    require_bounded(text, name)
+    require_bounded(text, where)
     tokenizer = Tokenizer.from_str(text)
-    require(tokenizer.get_vocab_size() > 0, f"data.tokenizer={name} has no tokens: use another tokenizer")
+    require(tokenizer.get_vocab_size() > 0, f"{where} has no tokens: use another tokenizer")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Tokenizer:
+def _from_vocabulary(folder: Path, where: str, settings: dict[str, Any]) -> Tokenizer:
     """The tokenizer of OPT or GPT-2 from vocab.json and merges.txt, with the special tokens that the settings name."""
     vocabulary, merges = file_in(folder, VOCABULARY), file_in(folder, MERGES)
     if vocabulary is None or merges is None:
         raise UserError(
-            f"data.tokenizer={name} contains neither {TOKENIZER} nor {VOCABULARY} with {MERGES}: name a folder with "
-            "these files, or set data.tokenizer=null to train a tokenizer on data.train"
+            f"{where} contains neither {TOKENIZER} nor {VOCABULARY} with {MERGES}: name a folder with these files"
+            f"{_or_train(where)}"
         )
     require(
         settings.get("tokenizer_class") in LIKE_GPT2,
-        f"data.tokenizer={name} is a {settings.get('tokenizer_class')!r:.80}, but {VOCABULARY} alone is read as a "
+        f"{where} is a {settings.get('tokenizer_class')!r:.80}, but {VOCABULARY} alone is read as a "
         f"GPT-2 tokenizer: add the file {TOKENIZER}, which transformers can save",
     )
     read_limited(vocabulary), read_limited(merges)  # raises an error if one of the files is too large
@@ -283,7 +287,7 @@ def _from_vocabulary(folder: Path, name: str, settings: dict[str, Any]) -> Token
         named = [OF_GPT2] if model.token_to_id(OF_GPT2) is not None else [PAD, END]
         if missing := [text for text in named if model.token_to_id(text) is None]:
             raise UserError(
-                f"data.tokenizer={name}: {VOCABULARY} has no token {missing[0]}, so it is not OPT's, and no file names "
+                f"{where}: {VOCABULARY} has no token {missing[0]}, so it is not OPT's, and no file names "
                 f"the special tokens: add the file {SETTINGS} or {TOKENIZER}"
             )
         settings |= dict.fromkeys(("bos_token", "eos_token"), named[-1])

@@ -54,8 +54,9 @@ for text in json.loads(sys.stdin.readline()):
 _tried: set[bytes] = set()
 
 
-def require_bounded(content: str, name: str) -> None:
+def require_bounded(content: str, where: str) -> None:
     """Raise UserError unless the tokenizer.json with this `content` works within the limits of time and memory.
+    `where` names it in the message.
 
     Raises: ValueError if the content is not a tokenizer."""
     values = parse_json(content.encode())
@@ -73,18 +74,18 @@ def require_bounded(content: str, name: str) -> None:
             check=False, env={"TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise UserError(_refusal(name, f"takes over {TIMEOUT} s")) from None
+        raise UserError(_refusal(where, f"takes over {TIMEOUT} s")) from None
     lines = [line for line in process.stderr.decode(errors="replace").splitlines() if line.strip()]
     if process.returncode == -signal.SIGXCPU:
-        raise UserError(_refusal(name, f"takes over {TO_TRY} s"))
+        raise UserError(_refusal(where, f"takes over {TO_TRY} s"))
     if process.returncode:  # after a signal, the first line states the cause; after an error, the last line does
         cause = lines[0 if process.returncode < 0 else -1] if lines else f"status {process.returncode}"
-        raise UserError(_refusal(name, f"fails ({cause:.200})")) if process.stdout else ValueError(cause)
+        raise UserError(_refusal(where, f"fails ({cause:.200})")) if process.stdout else ValueError(cause)
     _tried.add(digest)
 
 
-def _refusal(name: str, what: str) -> str:
-    return f"data.tokenizer={name} {what} on texts of {RUN:,} characters: use another tokenizer"
+def _refusal(where: str, what: str) -> str:
+    return f"{where} {what} on texts of {RUN:,} characters: use another tokenizer"
 
 
 def _types_in(part: Any) -> set[str]:

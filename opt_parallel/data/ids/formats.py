@@ -139,7 +139,7 @@ def is_ids_or_index(path: Path) -> bool:
 
 def partners_of(path: Path) -> list[Path]:
     """The files beside a file of ids that belong to it, as far as they exist."""
-    every = [path.with_suffix(".idx")] if path.suffix.lower() == ".bin" else []
+    every = [_beside(path, ".idx")] if path.suffix.lower() == ".bin" else []
     if path.suffix.lower() == ".ds":
         every = [Path(f"{path}.index"), Path(f"{path}.metadata")]
     return [each for each in every if each.is_file()]
@@ -150,9 +150,15 @@ def data_file_of(path: Path, where: str) -> Path:
     ending = path.suffix.lower()
     if ending not in PARTNERS:
         return path
-    data = path.with_suffix(".bin") if ending == ".idx" else path.with_suffix("")
+    data = _beside(path, ".bin") if ending == ".idx" else path.with_suffix("")
     require(data.is_file(), f"{where} is an index, and its ids are missing: copy {data.name} beside it")
     return data
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """The path with another ending, in upper case if only that file exists."""
+    upper = path.with_suffix(ending.upper())
+    return upper if upper.is_file() and not path.with_suffix(ending).is_file() else path.with_suffix(ending)
 
 
 def open_ids(path: Path, where: str, dtype: str | None = None) -> IdFile:
@@ -176,7 +182,7 @@ def open_ids(path: Path, where: str, dtype: str | None = None) -> IdFile:
 
 def _bin(path: Path, where: str, size: int, head: bytes, dtype: str | None) -> IdFile:
     """A file with an index of Megatron, with the header of llm.c, or without both. `dtype` chooses the latter."""
-    index = path.with_suffix(".idx")
+    index = _beside(path, ".idx")
     words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     has_index, has_header = path.suffix.lower() == ".bin" and index.is_file(), len(words) > 2 and words[0] in LLM_C
     if dtype is None and has_index:
@@ -240,6 +246,7 @@ def _numpy(path: Path, where: str, size: int) -> IdFile:
             offset = file.tell()
     except ValueError as error:
         raise UserError(f"{where} has a damaged header ({one_line(error):.200}): write it with np.save") from error
+    require(min(shape, default=0) >= 0, f"{where} has a damaged header (its shape is {shape}): write it with np.save")
     require(
         dtype.name in TYPES and dtype.byteorder != ">" and not (column_major and len(shape) > 1),
         f"{where} is an array of {dtype}{' in Fortran order' if column_major else ''}: write ids as integers in C "

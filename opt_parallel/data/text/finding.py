@@ -96,6 +96,8 @@ def find(key: str, entry: str) -> Found:
         _settle(key, found)
         missing = f"{where} matches no file that is read: check the pattern, or name the files"
     else:
+        index = Path(f"{path}.idx")
+        require(not index.is_file(), f"{where}: no such file or folder, but {index.name} exists: set {where}.idx")
         hub_id = re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", entry) and ending_of(path)[0] not in (*ENDINGS, *IDS)
         require(bool(hub_id), f"{where}: no such file or folder; check the path")
         found.datasets.append(entry)

@@ -104,6 +104,8 @@ class Text:
 
     @property
     def _wanted(self) -> str:
+        if self.template is None and self.field == IDS:
+            return "write its token ids as a list, or leave the record out"
         if self.template is None:
             return f"set data.text_field={self.field} to the field that holds the text"
         return f"data.template={self.template!r} needs text or a number in each of its fields"

@@ -179,6 +179,14 @@ def test_a_file_that_was_moved_is_the_same_text(folder: Path, tmp_path: Path) ->
         tokens_of(after)
 
 
+def test_an_index_in_upper_case_and_a_name_without_ending(place: Path, wanted: list[list[list[int]]]) -> None:
+    fails(place / "megatron", "no such file or folder, but megatron.idx exists: set data.train=.*megatron.idx")
+    for ending in ("bin", "idx"):
+        (place / f"megatron.{ending}").rename(place / f"MEGATRON.{ending.upper()}")
+    for name in ("MEGATRON.BIN", "MEGATRON.IDX"):
+        assert tokens_of(prepare(run_of(place / name, place / "cache"))) == wanted[0]
+
+
 def test_a_folder_is_read_as_ids_only_without_text(folder: Path, tmp_path: Path, capsys: Any) -> None:
     place = tmp_path / "corpus" / "shards"
     place.mkdir(parents=True)
@@ -267,6 +275,13 @@ def test_what_is_wrong_with_a_file_is_named(place: Path) -> None:
     fails(place / "array.npy", "bytes instead of the [0-9,]+ of its header: copy the file again")
     np.save(place / "float.npy", np.ones(9, np.float32))
     fails(place / "float.npy", "is an array of float32: write ids as integers")
+    np.save(place / "big.npy", np.ones(9, ">u2"))
+    fails(place / "big.npy", "is an array of >u2: write ids as integers in C order")
+    np.save(place / "columns.npy", np.asfortranarray(np.ones((3, 3), "<u2")))
+    fails(place / "columns.npy", "is an array of uint16 in Fortran order: write ids")
+    header = b"{'descr': '<u2', 'fortran_order': False, 'shape': (-5, -4)}"
+    (place / "shape.npy").write_bytes(b"\x93NUMPY\1\0" + bytes([len(header), 0]) + header + bytes(40))
+    fails(place / "shape.npy", r"has a damaged header .its shape is \(-5, -4\).: write it with np.save")
     (place / "plain.ds.index").unlink()
     fails(place / "plain.ds", "needs its index: copy plain.ds.index beside it")
     cut(place / "ended.ds", -4)
@@ -294,6 +309,8 @@ def test_ids_outside_the_vocabulary(place: Path, tmp_path: Path) -> None:
     fails(place / "gpt2.bin", "has the id [0-9]+, outside", dtype="uint16")  # its header read as ids
     (place / "ids.jsonl").write_text('{"input_ids": [5, 6]}\n{"input_ids": [7, 300]}\n')
     fails(place / "ids.jsonl", "line 2 has the id 300, outside .*; 1 of 2 records is bad", text_field="input_ids")
+    (place / "null.jsonl").write_text('{"input_ids": [5, 6]}\n{"input_ids": null}\n')
+    fails(place / "null.jsonl", "line 2: 'input_ids' is None, not a string: write its token", text_field="input_ids")
     fails(place / "ids.jsonl", r"has no field 'text', only \['input_ids'\]: set data.text_field=input_ids")
 
 

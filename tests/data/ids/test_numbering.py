@@ -17,6 +17,7 @@ from opt_parallel.config.run import DataConfig, Run
 from opt_parallel.data.encode import numbering
 from opt_parallel.data.encode.tokenizer import encode_documents, save_tokenizer, train_tokenizer
 from opt_parallel.data.prepare import prepare
+from opt_parallel.data.store import elsewhere
 from opt_parallel.data.store.store import TokenStore
 from opt_parallel.huggingface.tokenizer import OF_GPT2, byte_level
 from opt_parallel.runtime.errors import UserError
@@ -81,6 +82,18 @@ def test_the_tokens_are_those_of_the_text(place: Path, capsys: pytest.CaptureFix
     assert tokens_of(place, "nano.bin", ids_of=str(place / "theirs"), deduplicate=True)  # the selection decodes
 
 
+def test_a_damaged_table_is_named(place: Path) -> None:
+    id_files.flat(place / "nano.bin", encode_documents(THEIRS, TEXTS), THEIRS.token_to_id(OF_GPT2))
+    tokens_of(place, "nano.bin", ids_of=str(place / "theirs"))
+    (table,) = (place / "cache").rglob("table-*.npy")
+    content = bytearray(table.read_bytes())
+    content[-4] ^= 1
+    table.write_bytes(content)
+    elsewhere._table.cache_clear()
+    with pytest.raises(UserError, match=r"table-.* cannot be read .it differs from its checksum.: remove"):
+        tokens_of(place, "nano.bin", ids_of=str(place / "theirs"))
+
+
 def refused(place: Path, name: str, message: str, ids: list[list[int]] | None = None) -> None:
     id_files.flat(place / "ids.bin", ids or [[5, 6]], THEIRS.token_to_id(OF_GPT2))
     with pytest.raises(UserError, match=message) as failure:
@@ -100,7 +113,7 @@ def test_other_tokens_are_refused(place: Path) -> None:
     words = Tokenizer(models.WordLevel({"a": 0, OF_GPT2: 1}, unk_token="a"))
     write(words, place / "words")
     refused(place, "words", "is a WordLevel and data.tokenizer a BPE, but only the ids of byte-pair encodings")
-    refused(place, "absent", "data.tokenizer=.*absent does not exist")
+    refused(place, "absent", "^data.ids_of=.*absent does not exist: name a folder with tokenizer.json$")
 
 
 def test_a_token_without_a_partner(place: Path) -> None:
