@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,14 +23,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from opt_parallel.checkpoint.inherit import start_from_checkpoint
+from opt_parallel.checkpoint.manifest import MANIFEST
 from opt_parallel.config.compose import CONFIGS, TEXTS, one_line_errors, register_schema, run_from
 from opt_parallel.config.model import require
 from opt_parallel.config.options import parsed
 from opt_parallel.config.overrides import AUTO, PLANNED, checked
 from opt_parallel.config.run import Run
 from opt_parallel.config.values import check_values
+from opt_parallel.huggingface.hub import find_checkpoint, weights_of
+from opt_parallel.metaseq.files import is_metaseq
+from opt_parallel.metaseq.folder import describe
 from opt_parallel.planning.choice import Choice, choose
 from opt_parallel.planning.compose import keys_from
+from opt_parallel.planning.loading import loading
 from opt_parallel.planning.plan import Plan, plan_of
 from opt_parallel.planning.reliability import reliability
 from opt_parallel.planning.settings import ClusterConfig, PlanKeys
@@ -76,11 +82,12 @@ def plan_run(overrides: list[str], as_json: bool, picture: Path | None) -> None:
     config, planned = composed(checked(ours, {"cluster"}), checked(theirs, TEXTS))
     cluster = measured(config.cluster)
     plan, choice = planned_on(planned, cluster, free)
-    failures = reliability(plan, cluster)
+    failures, stored = reliability(plan, cluster), stored_bytes(plan.run.init_from)
+    read = loading(plan, cluster, stored) if stored else None
     if as_json:
-        print(json.dumps(report(plan, choice, failures, VALIDATION), indent=1))
+        print(json.dumps(report(plan, choice, failures, VALIDATION, read), indent=1))
     else:
-        print(text(plan, choice, free, failures, VALIDATION))
+        print(text(plan, choice, free, failures, VALIDATION, read))
     if picture is not None:
         from opt_parallel.planning.picture import draw
 
@@ -115,6 +122,20 @@ def composed(ours: list[str], theirs: list[str]) -> tuple[PlanKeys, Run]:
         check_values(OmegaConf.to_container(full))
         start_from_checkpoint(full, theirs)
         return config, run_from(full)
+
+
+def stored_bytes(init_from: str | None) -> int:
+    """The bytes of the weights in a metaseq checkpoint or a Hugging Face folder.
+
+    The result is 0 for random weights, and for a training checkpoint, whose files also hold the optimizer's state."""
+    if init_from is None:
+        return 0
+    folder = find_checkpoint(init_from, "init_from=")
+    if (folder / MANIFEST).is_file():
+        return 0
+    if is_metaseq(folder):
+        return describe(folder).nbytes
+    return sum(path.stat().st_size for each in weights_of(os.listdir(folder)) for path in folder.glob(each))
 
 
 def measured(config: ClusterConfig) -> ClusterConfig:

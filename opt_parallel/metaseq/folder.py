@@ -5,6 +5,7 @@ No values are read, and torch is not imported. A description is complete before 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -55,6 +56,11 @@ class Description:
     @property
     def dtypes(self) -> set[str]:
         return {block.stored.flat.dtype for full in self.tensors.values() for block in full.blocks}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the full tensors. The files have more, because parts hold copies."""
+        return sum(math.prod(full.shape) * full.blocks[0].stored.flat.item for full in self.tensors.values())
 
 
 def describe(folder: Path) -> Description:

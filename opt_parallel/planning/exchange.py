@@ -53,6 +53,16 @@ class Exchange:
     workload: Workload
     cluster: Cluster
 
+    @property
+    def trained(self) -> float:
+        """The parameters that the optimizer updates on a rank, before ZeRO splits them. LoRA's base is frozen."""
+        workload, network = self.workload, self.workload.network
+        layers = network.layers / workload.pipeline
+        if workload.lora:
+            return lora_parameters(workload) * layers / network.layers
+        own = layers * layer_parameters(network, workload.tensor).total
+        return own + embedding_parameters(network, workload.tensor)
+
     def ring(self, size: float) -> float:
         """Seconds to gather a tensor of `size` bytes over the data ranks. All ranks of a host that belong to one data
         group share the bytes that leave the host, and each has its own port of the network."""
@@ -76,9 +86,7 @@ class Exchange:
             return self._of_this_trainer_at_stage_3(layer) if workload.stage == 3 else self._of_this_trainer(layer)
         if workload.stage == 3:
             return self._gathering(layer, stage)
-        own = stage * layer_parameters(workload.network, workload.tensor).total
-        own += embedding_parameters(workload.network, workload.tensor)
-        gradients, weights = workload.states.gradient * own, workload.states.weight * own
+        gradients, weights = (each * self.trained for each in (workload.states.gradient, workload.states.weight))
         total = self.ring(gradients) + self.ring(weights if workload.stage else gradients)
         if workload.stage == 0:
             return total
@@ -144,8 +152,7 @@ class Exchange:
     def optimizer(self) -> float:
         """Seconds of the update: reads and writes of the states (weight, gradient, master and both moments)."""
         workload, states = self.workload, self.workload.states
-        own = workload.network.layers / workload.pipeline * layer_parameters(workload.network, workload.tensor).total
-        own += embedding_parameters(workload.network, workload.tensor)
+        own = self.trained
         shards = workload.data * workload.context if workload.stage else 1
         moved = own / shards * (2 * (states.master + states.moments) + states.weight + 2 * states.gradient)
         if workload.trainer is not Trainer.megatron or not workload.scattered:  # Megatron's product adds to the sum

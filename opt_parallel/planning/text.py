@@ -6,11 +6,12 @@ from typing import Any
 
 from opt_parallel.planning.accuracy import LINE
 from opt_parallel.planning.choice import PARTS, Choice, settings, words
+from opt_parallel.planning.loading import Loading
 from opt_parallel.planning.memory import Memory
 from opt_parallel.planning.plan import DAY, Plan, scaling
 from opt_parallel.planning.rates import UNFITTED, is_fitted
 from opt_parallel.planning.reliability import PUBLISHED, Reliability
-from opt_parallel.runtime.log import aligned
+from opt_parallel.runtime.log import aligned, bytes_in_words
 
 GIB = 2**30
 # how far plans are from published measurements
@@ -139,6 +140,15 @@ def reliability_lines(plan: Plan, found: Reliability) -> list[str]:
     ]
 
 
+def loading_line(loading: Loading, devices: int) -> str:
+    everything = bytes_in_words(devices * loading.rank)
+    return (
+        f"init_from={loading.name} has {bytes_in_words(loading.stored)} of weights: a rank reads "
+        f"{bytes_in_words(loading.rank)}, and all ranks read {everything}, in {duration(loading.seconds)} at "
+        f"cluster.storage={loading.storage:g} GB/s"
+    )
+
+
 def choice_text(choice: Choice, free: list[str]) -> str:
     best = choice.best
     rows = [[words(plan.run), *_cells(plan), f"{1000 * plan.time.step:,.0f} ms"] for plan in [best, *choice.others]]
@@ -152,13 +162,22 @@ def choice_text(choice: Choice, free: list[str]) -> str:
     return "\n".join(lines)
 
 
-def text(plan: Plan, choice: Choice | None, free: list[str], failures: Reliability | None, validation: str) -> str:
+def text(
+    plan: Plan,
+    choice: Choice | None,
+    free: list[str],
+    failures: Reliability | None,
+    validation: str,
+    loading: Loading | None = None,
+) -> str:
     """The plan as `opt-parallel plan` prints it."""
     parts = [title(plan)]
     if choice:
         parts.append(choice_text(choice, free))
     times = [time_table(plan), speed_line(plan), rates_line(plan)]
     parts += [f"{memory_table(plan)}\n{verdict(plan)}", "\n".join(filter(None, times)), scaling_table(plan)]
+    if loading:
+        parts.append(loading_line(loading, plan.cluster.devices))
     if failures:
         parts.append("\n".join(reliability_lines(plan, failures)))
     return "\n\n".join([*parts, validation])
@@ -185,7 +204,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def report(plan: Plan, choice: Choice | None, failures: Reliability | None, validation: str) -> dict[str, Any]:
+def report(
+    plan: Plan, choice: Choice | None, failures: Reliability | None, validation: str, loading: Loading | None = None
+) -> dict[str, Any]:
     """All that `opt-parallel plan --json` prints."""
     curves = {
         name: [as_dict(each) for each in scaling(plan, strong)] for name, strong in (("strong", True), ("weak", False))
@@ -200,6 +221,7 @@ def report(plan: Plan, choice: Choice | None, failures: Reliability | None, vali
             "against": dict(choice.against),
         },
         "scaling": curves,
+        "loading": loading and vars(loading),
         "reliability": failures and vars(failures),
         "validation": validation,
     }

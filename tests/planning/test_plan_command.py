@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from command import ROOT, cold_python, python
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from opt_parallel.commands.plan import check_layout, composed, main, planned_on
+from opt_parallel.commands.plan import check_layout, composed, main, planned_on, stored_bytes
 from opt_parallel.config.compose import explain
 from opt_parallel.config.run import ParallelConfig, Run
+from opt_parallel.config.task import LoraConfig, TaskConfig
 from opt_parallel.planning.compose import keys_from
+from opt_parallel.planning.loading import loading
 from opt_parallel.planning.reliability import reliability
 from opt_parallel.planning.text import VALIDATION, text
 from opt_parallel.runtime.errors import UserError
@@ -107,6 +110,26 @@ def test_rates_that_were_not_fitted_are_named() -> None:
         plan, _ = planned_on(run, cluster, [])
         said = text(plan, None, [], reliability(plan, cluster), VALIDATION)
         assert ("were fitted: the times assume that it reaches" in said) is named, words
+
+
+def test_what_the_ranks_read_of_init_from(tmp_path: Path) -> None:
+    """A part of the weights each. ZeRO does not divide what a rank reads, and LoRA's frozen base is not updated."""
+    from metaseq_175b import write_sparse
+    from metaseq_forms import Size
+
+    write_sparse(tmp_path / "small", Size(layers=2, hidden=1024, heads=8, ffn=4096, rows=50272, positions=2048), 2, 3)
+    words = [f"init_from={tmp_path / 'small'}", "data.tokenizer=x", "parallel.tensor=2", "batch.global=8"]
+    config, run = composed(["cluster=a100-80gb", "cluster.storage=2"], [*words, "zero.stage=3"])
+    plan, _ = planned_on(run, config.cluster, [])
+    found = loading(plan, config.cluster, stored_bytes(run.init_from))
+    split = 2 * (run.model.parameters() - 2050 * 1024)  # each rank has all positions, biases and norms
+    assert found.stored == 2 * run.model.parameters()
+    assert found.rank == pytest.approx(split / 2 + 2 * 2050 * 1024, rel=1e-3)
+    assert found.seconds == pytest.approx(8 * found.rank / 2e9)
+    said = text(plan, None, [], None, VALIDATION, found)
+    assert "has 158 MB of weights: a rank reads 80.9 MB, and all ranks read 647 MB, in 0.3 seconds at" in said
+    lora, _ = planned_on(replace(run, task=TaskConfig(lora=LoraConfig(rank=8))), config.cluster, [])
+    assert lora.time.optimizer < plan.time.optimizer / 100
 
 
 def test_train_names_plan_for_auto() -> None:
