@@ -128,10 +128,9 @@ def _by_sample(
     full = stops > starts
     starts, stops = starts[full], stops[full]
     some = np.unique(np.linspace(0, len(starts) - 1, min(ASKED, len(starts))).astype(np.int64))
-    before = [file.read(int(start), int(start) + 1)[0] == end for start in starts[some]]
-    after = [file.read(int(stop) - 1, int(stop))[0] == end for stop in stops[some]]
-    if any(before) != all(before) or any(after) != all(after) or not before:
+    before, after = file.at(starts[some]) == end, file.at(stops[some] - 1) == end
+    if before.any() != before.all() or after.any() != after.all() or not len(some):
         return None
-    starts = starts + all(before)
+    starts = starts + before.all()
     kept = stops > starts
-    return starts[kept], stops[kept], np.full(int(kept.sum()), not all(after), np.uint8)
+    return starts[kept], stops[kept], np.full(int(kept.sum()), not after.all(), np.uint8)

@@ -16,6 +16,7 @@ Sources: `indexed_dataset.py` of megatron-core,
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,18 @@ class IdFile:
             raise UserError(f"{self.where} cannot be read ({one_line(error)}): restore the file") from error
         require(len(ids) == stop - start, f"{self.where} ends early: copy the file again")
         return ids.astype(np.int64)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The ids at some positions of the file, as (positions,) int64. Raises: UserError."""
+        item = self.itemsize
+        try:
+            with self.path.open("rb") as file:
+                places = (positions * item + self.offset).tolist()
+                read = b"".join(os.pread(file.fileno(), item, place) for place in places)
+        except OSError as error:
+            raise UserError(f"{self.where} cannot be read ({one_line(error)}): restore the file") from error
+        require(len(read) == len(positions) * item, f"{self.where} ends early: copy the file again")
+        return np.frombuffer(read, self.dtype).astype(np.int64)
 
     def bounds(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """The first token and the token after the last one of the documents `first` to `last` of the index.

@@ -41,9 +41,9 @@ def locate(folder: Path, name: str, piece: Piece, recipe: Recipe, duplicates: se
 def _write_all(maker: PartMaker, file: IdFile, piece: Piece, encoder: TextEncoder, end: int) -> None:
     starts, stops, ended = sequences(file, piece.start, piece.stop, end)
     first, last = piece.start, piece.stop
-    if file.documents is not None:
-        bounds = file.bounds(piece.start, piece.stop)
-        first, last = int(bounds[0][0]), int(bounds[1][-1])
+    if file.documents is not None:  # `sequences` has compared the complete index of the piece
+        first = int(file.bounds(first, first + 1)[0][0])
+        last = int(file.bounds(last - 1, last)[1][-1])
     seen = 0
     for _, ids in looked_at(file, first, last):
         maker.count(mapped(ids, file.where, encoder.tokens, encoder.table))
