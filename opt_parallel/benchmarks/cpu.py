@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from opt_parallel.benchmarks.cpu_costs import costs, fastest
+from opt_parallel.benchmarks.cpu_costs import costs, seconds_of
 from opt_parallel.planning.cluster import GIB
 from opt_parallel.planning.settings import ClusterConfig
 from opt_parallel.rehearsal.fake_cuda import cache
@@ -24,6 +24,7 @@ from opt_parallel.storage.atomic import write_text
 
 FORMAT = 2  # of the kept file
 SIZES = ((128, 256), (512, 256), (512, 512), (1024, 1024))  # tokens and hidden width of the measured products
+WEIGHTS = 2**23  # elements of the weights of these products, which a cache does not hold, as in a network
 SMALL = range(512)  # the values of `Rates.small` that are tried
 ROWS = (16, 128, 1024)  # of products in bf16
 SLOW = 0.5  # seconds of a product from which larger ones are not measured, because the CPU emulates bf16
@@ -65,12 +66,14 @@ def filled(config: ClusterConfig, values: dict[str, Any], threads: int) -> Clust
 
 def products(tokens: int, width: int) -> float:
     """FLOP/s of the products of a feed-forward's first layer: the forward, and both of the backward."""
-    hidden, weight, gradient = torch.ones(tokens, width), torch.ones(4 * width, width), torch.ones(tokens, 4 * width)
+    hidden, gradient = torch.ones(tokens, width), torch.ones(tokens, 4 * width)
+    weights = torch.ones(WEIGHTS // (4 * width * width), 4 * width, width)
 
     def work() -> None:
-        hidden @ weight.T, gradient @ weight, gradient.T @ hidden
+        for weight in weights:
+            hidden @ weight.T, gradient @ weight, gradient.T @ hidden
 
-    return 3 * 2 * tokens * width * 4 * width / fastest(work)
+    return 3 * 2 * tokens * weights.numel() / seconds_of(work)
 
 
 def peak_and_small(rates: dict[tuple[int, int], float]) -> tuple[float, float]:
@@ -91,7 +94,7 @@ def emulated(dtype: torch.dtype) -> float:
     right, rate = torch.ones(1024, 4096, dtype=dtype), 0.0
     for rows in ROWS:
         left = torch.ones(rows, 1024, dtype=dtype)
-        seconds = fastest(partial(torch.mm, left, right))
+        seconds = seconds_of(partial(torch.mm, left, right))
         rate = 2 * rows * right.numel() / seconds
         if seconds > SLOW:
             break
@@ -102,4 +105,4 @@ def copied() -> float:
     """Bytes/s that a copy reads and writes."""
     source = torch.ones(2**26)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
