@@ -115,11 +115,11 @@ class IdFile:
             f"{self.where}: {self._named} names sequences that do not exist: copy both files again",
         )
         starts = self._entries("<i8", pointers, low, min(high + 1, self.sequences))
-        starts = np.append(starts, [self.size] if high == self.sequences else [])
-        cuts = (starts // self.itemsize).astype(np.int64)
+        if high == self.sequences:
+            starts = np.append(starts, self.size)
+        cuts, rest = np.divmod(starts, self.itemsize)
         require(
-            bool((starts % self.itemsize == 0).all())
-            and bool((np.diff(cuts) == self._entries("<i4", lengths, low, high)).all()),
+            not rest.any() and bool((np.diff(cuts) == self._entries("<i4", lengths, low, high)).all()),
             f"{self.where}: the positions of the sequences in {self._named} contradict their lengths, or do not follow "
             "each other: copy both files again, or write them again",
         )
@@ -138,7 +138,7 @@ class IdFile:
         except OSError as error:
             raise UserError(f"{self.where}: {self._named} cannot be read ({one_line(error)}): restore it") from error
         require(len(found) == last - first, f"{self.where}: {self._named} ends early: copy the file again")
-        return found.astype(np.int64)
+        return found.astype(np.int64, copy=False)
 
 
 def is_ids(path: Path) -> bool:
