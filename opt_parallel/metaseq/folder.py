@@ -15,7 +15,7 @@ from pathlib import Path
 
 from opt_parallel.config.model import ModelConfig
 from opt_parallel.metaseq.arrays import array_in
-from opt_parallel.metaseq.files import Group, group_in
+from opt_parallel.metaseq.files import EMBEDDING, Group, group_in
 from opt_parallel.metaseq.layout import layout_of
 from opt_parallel.metaseq.parts import FLAT, File, Layout, flat_tensors, joined, named_tensors, open_files
 from opt_parallel.metaseq.settings import Settings, network, settings_of
@@ -23,7 +23,6 @@ from opt_parallel.metaseq.stored import Block, Full, Ranges, Stored
 from opt_parallel.runtime.errors import UserError
 
 DROPPED = {"decoder.version", "decoder.embed_positions._float_tensor"}  # They are no weights.
-EMBEDDING = "decoder.embed_tokens.weight"
 TIED = ("decoder.output_projection.weight", "lm_head.weight")  # A second copy of the embedding, in some files.
 RENAMED = {
     "decoder.layer_norm.": "decoder.final_layer_norm.", "decoder.project_in_dim.": "decoder.project_in.",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from opt_parallel.huggingface.names import compare_values
 from opt_parallel.metaseq.archive import HEADER, start_of
+from opt_parallel.metaseq.files import EMBEDDING
 from opt_parallel.metaseq.findings import Findings
-from opt_parallel.metaseq.folder import EMBEDDING, TIED, Description
+from opt_parallel.metaseq.folder import TIED, Description
 from opt_parallel.metaseq.stored import Flat, Full, Piece, Stored
 from opt_parallel.parallel.shard import Shard, overlap, require_same_tensors
 from opt_parallel.runtime import process
