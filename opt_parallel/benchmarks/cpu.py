@@ -22,7 +22,7 @@ from opt_parallel.runtime.log import say
 from opt_parallel.runtime.machine import cpu_model, cpus, memory_limit
 from opt_parallel.storage.atomic import write_text
 
-FORMAT = 2  # of the kept file
+FORMAT = 3  # of the kept file
 SIZES = ((128, 256), (512, 256), (512, 512), (1024, 1024))  # tokens and hidden width of the measured products
 WEIGHTS = 2**23  # elements of the weights of these products, which a cache does not hold, as in a network
 SMALL = range(512)  # the values of `Rates.small` that are tried

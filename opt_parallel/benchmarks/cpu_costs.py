@@ -27,6 +27,7 @@ CALLS, SECONDS = 5, 1.5  # of each measurement, at most
 TOKENS, WIDTH, HEADS = 512, 512, 8  # of attention and of element-wise operations
 EAGER = COMPILED_FROM // 4  # elements of a tensor whose dropout is not compiled
 WORDS, NARROW = 16384, 64  # of the loss, whose products are small beside its logits
+EMBEDDING = 2**24  # elements of the embedding, whose gradients are allocated anew in each step
 PARAMETERS = 2**22  # of the update
 
 
@@ -55,6 +56,7 @@ def costs(peak: float, bandwidth: float) -> dict[str, float]:
         "eager_dropout": dropout(EAGER) / EAGER,
         "score": unfused_attention() / (HEADS * TOKENS**2) - 6 * 2 * (WIDTH // HEADS) / peak,
         "logit": loss() / (TOKENS * WORDS),
+        "embedding": embedding() / EMBEDDING,
         "update": update() / PARAMETERS,
     }
 
@@ -135,6 +137,20 @@ def loss() -> float:
         left @ right.T, by_logits @ right, by_logits.T @ left
 
     return max(0.0, seconds_of(work) - seconds_of(products))
+
+
+def embedding() -> float:
+    """Seconds of the tied embedding's gradient beside the products: the loss's part is scaled, that of the inputs is
+    computed, and both are added."""
+    weight = torch.ones(EMBEDDING // WIDTH, WIDTH, requires_grad=True)
+    ids, gradient, by_loss = torch.zeros(TOKENS, dtype=torch.long), torch.ones(TOKENS, WIDTH), torch.ones(weight.shape)
+
+    def work() -> None:
+        scaled = by_loss * 0.5
+        (by_inputs,) = torch.autograd.grad(F.embedding(ids, weight), weight, gradient)
+        scaled.add_(by_inputs)
+
+    return seconds_of(work)
 
 
 @torch.no_grad()

@@ -153,6 +153,8 @@ def head_of(workload: Workload, cluster: Cluster) -> Layer:
     each = constants.COMPILED_LOGIT_BYTES if workload.compiled else constants.LOGIT_BYTES
     by_logit = rates.on_cpu.logit if rates.on_cpu else each / (cluster.device.bandwidth * rates.memory)
     moved = by_logit * tokens * network.vocab / split
+    if rates.on_cpu and not workload.lora:
+        moved += rates.on_cpu.embedding * network.vocab / tensor * network.width
     size = workload.value * tokens * (network.hidden if workload.logits.split else network.vocab)
     sent = 2 * collective(size, tensor, cluster.within, rates.within)
     return Layer(flops * (2 if workload.lora else 3) / rate, 0.0, moved, sent, 1 / 3)

@@ -173,7 +173,7 @@ def test_a_small_network_waits_for_the_host() -> None:
 
 def test_a_cpu_computes_what_a_gpu_hides() -> None:
     """On a CPU, the host's time, dropout and unfused attention come in addition."""
-    costs = {"dropout": 1e-9, "eager_dropout": 9e-9, "score": 2e-8, "logit": 5e-9, "update": 1e-9}
+    costs = {"dropout": 1e-9, "eager_dropout": 9e-9, "score": 2e-8, "logit": 5e-9, "embedding": 2e-9, "update": 1e-9}
     rates = {"small": 0.0, "attention": 0.5, "attention_backward": 0.5, "memory": 1e3, "host": 2e-3}
     config = cluster_file("cpu", fp32=0.1, bf16=0.1, bandwidth=20.0, memory=64.0, host_memory=64.0)
     cpu = dataclasses.replace(config, measured=rates | costs).cluster()
@@ -187,9 +187,10 @@ def test_a_cpu_computes_what_a_gpu_hides() -> None:
     assert planned.time.attention == pytest.approx(144 * 512**2 * (6 * 2 * 64 / 1e11 + 2e-8))
     eager = 12 * 2 * 512 * 768 * 9e-9
     logits = 512 * 50272 * 5e-9
-    assert planned.time.elementwise == pytest.approx(eager + logits, rel=0.01)
+    gradients = 50272 * 768 * 2e-9
+    assert planned.time.elementwise == pytest.approx(eager + logits + gradients, rel=0.01)
     compiled = plan_of(dataclasses.replace(run, batch={"global": 2, "micro": 2}), cpu)
-    assert compiled.time.elementwise == pytest.approx(2 * (eager / 9 + logits), rel=0.01)
+    assert compiled.time.elementwise == pytest.approx(2 * (eager / 9 + logits) + gradients, rel=0.01)
     still = composed("model=opt-125m", "precision=fp32", "model.dropout=0", "model.attention_dropout=0")
     assert plan_of(still, cpu).workload.flash
 
