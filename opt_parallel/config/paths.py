@@ -111,7 +111,8 @@ def reach(key: str, name: str | Path) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{key}{name} cannot be read ({error.strerror}): {WAY_OUT}") from error
+        way_out = "remove the link, which leads to itself" if error.errno == errno.ELOOP else WAY_OUT
+        raise UserError(f"{key}{name} cannot be read ({error.strerror}): {way_out}") from error
     return path
 
 

@@ -41,6 +41,12 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
+def _link_to_itself(folder: Path) -> None:
+    path = folder / SHARD.format(1, 1)
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def _cut_short(folder: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["model"]["flat_param_0"] = content["model"]["flat_param_0"][:-5].clone()
@@ -89,6 +95,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
                           "have the same numbers"),
     "doubled by content": (lambda folder: shutil.copy(folder / SHARD.format(0, 1), folder / SHARD.format(1, 1)),
                            "part-1-shard1.pt is a copy of checkpoint_last-model_part-0-shard1.pt"),
+    "link to itself": (_link_to_itself, r"part-1-shard1.pt cannot be read \(Too many levels .*\): remove the link"),
     "truncated": (_truncate, "part-1-shard1.pt is damaged, truncated"),
     "shorter": (_cut_short, "part-1-shard1.pt: flat_param_0 has"),
     "all shorter": (_all_short, "do not add up"),
