@@ -12,7 +12,7 @@
     opt-parallel benchmark generate --batch 1 --batch 8 model=opt-125m
     opt-parallel benchmark prepare --megabytes 500 --workers 2
     opt-parallel benchmark plan --rounds 5
-    opt-parallel benchmark auto --processes 2 --batch 4 model=opt-125m model.num_hidden_layers=4 model.vocab_size=8192
+    opt-parallel benchmark auto --processes 2 --batch 4 model.num_hidden_layers=4 data.sequence_length=256
     opt-parallel benchmark memory model=opt-13b,opt-175b parallel.tensor=8 activation_checkpointing=none,full
 
 The commands `train`, `io`, `checkpoint`, `resume`, `generate`, `auto` and `memory` take configuration keys of `train`
