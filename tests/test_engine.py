@@ -243,23 +243,24 @@ def test_a_growing_loss_scale_changes_nothing(crew: Any, stage: int) -> None:
     assert found[1] == pytest.approx(constant[1], rel=1e-2)
 
 
-def models_left(run: Run) -> int:
-    """The number of models that a run leaves in this process after it has closed its engine."""
+def left_by(run: Run) -> int:
+    """The number of models and topologies that a run leaves in this process after it has closed its engine."""
     from opt_parallel.model.heads import CausalLM
+    from opt_parallel.parallel.topology import Topology
 
-    def models() -> int:
+    def number() -> int:
         gc.collect()
-        return sum(type(each) is CausalLM for each in gc.get_objects())
+        return sum(type(each) in (CausalLM, Topology) for each in gc.get_objects())
 
-    before = models()
+    before = number()
     train(run)
-    return models() - before
+    return number() - before
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_closed_engine_frees_its_model(crew: Any, stage: int) -> None:
     """A model holds its process groups, and each group has threads. A sweep builds one engine after the other."""
-    assert crew(2)(models_left, small_run(Layout(1, 2, stage), batch=2)) == [0, 0]
+    assert crew(2)(left_by, small_run(Layout(1, 2, stage), batch=2)) == [0, 0]
 
 
 def gathered_after_forward(run: Run) -> list[str]:
