@@ -1,5 +1,5 @@
 # make demo: train a small OPT, export it, write a sample.   make test: the tests.   make check: ruff, mypy, the house.
-# make test-all: everything, also what takes long; as root with Slurm and iproute2 installed, see CONTRIBUTING.md.
+# make test-all: everything, also what takes long, in over an hour; as root with what CONTRIBUTING.md lists.
 # make docs: the pages that are written from the configuration's comments.
 # make test-slurm, make test-nodes: a Slurm of four nodes, and two hosts, made on this machine; both need root.
 # make test-interop: TensorFlow's and Flax's OPT and ours, in an environment of its own.
@@ -45,8 +45,13 @@ endif
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
+# these start clusters on this machine, and would share its cores with the other tests
+CLUSTERS := tests/launching/test_nodes.py tests/launching/test_slurm.py
+
 test-all: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --long --all-pairs
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --long --all-pairs $(CLUSTERS:%=--ignore=%)
+	$(MAKE) test-nodes
+	$(MAKE) test-slurm
 	$(MAKE) test-interop
 
 # the device of make test-gpu: cuda, or cpu for what a CPU can check of it
