@@ -14,8 +14,7 @@ class OnCpu:
     `dropout` and `eager_dropout` are those of hidden dropout for an element, compiled and not. `score` is that of
     unfused attention for a score, beside its products: softmax, mask and dropout. `logit` is that of the loss for a
     logit, beside its products. `embedding` is that of adding the two gradients of the tied embedding, for an element.
-    `update` is that of a step's update for a parameter: its gradient's copy and norm, and
-    AdamW."""
+    `update` is that of a step's update for a parameter: its gradient's copy and norm, and AdamW."""
 
     dropout: float
     eager_dropout: float

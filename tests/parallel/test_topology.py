@@ -94,34 +94,28 @@ def test_a_checkpoint_may_take_longer_than_a_step(crew: Any, tmp_path: Path) -> 
     assert crew(2)(one_writes_longer, tmp_path, 1.0) == [None, None]
 
 
-def the_message_of_another_collective() -> str:
+def raised_after(message: str) -> Exception | None:
+    """On the crew: what `losing` makes of a RuntimeError."""
     with Topology.open(1) as topology:
         try:
             with topology.losing(1.0):
-                raise RuntimeError("Application timeout caused pair closure")
-        except Lost as lost:
-            return str(lost)
+                raise RuntimeError(message)
+        except (RuntimeError, Lost) as error:
+            return error
         finally:
             topology.exchange(None)  # rank 0 keeps the store that the other rank asks
 
 
 def test_a_collective_that_fails_because_another_one_did_is_a_lost_rank(crew: Any) -> None:
     """gloo gives it a message without the name of a source file."""
-    for line in crew(2)(the_message_of_another_collective):
-        assert "another rank is gone" in line
-
-
-def other_errors_stay() -> str:
-    with Topology.open(1) as topology:
-        try:
-            with topology.losing(1.0):
-                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-        except RuntimeError as error:
-            return type(error).__name__
+    for error in crew(2)(raised_after, "Application timeout caused pair closure"):
+        assert isinstance(error, Lost)
+        assert "another rank is gone" in str(error)
 
 
 def test_a_fault_of_our_own_is_no_lost_rank(crew: Any) -> None:
-    assert crew(2)(other_errors_stay) == ["RuntimeError"] * 2
+    errors = crew(2)(raised_after, "mat1 and mat2 shapes cannot be multiplied")
+    assert [type(error) for error in errors] == [RuntimeError] * 2
 
 
 def mistakes(lines: list[str | None]) -> list[str]:
