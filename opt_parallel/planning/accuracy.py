@@ -6,7 +6,7 @@ from opt_parallel.planning.validate import Compared, mean_of
 
 LINE = (
     "memory within 2.3% mean, 17.2% worst of 21 published numbers; "
-    "time within 4.1% mean, 13.4% worst of 32 published numbers"
+    "time within 3.9% mean, 13.4% worst of 32 published numbers"
 )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opt_parallel.planning.cluster import Cluster, Link
+from opt_parallel.planning.fsdp import ends
 from opt_parallel.planning.layer_time import Layer, collective, exposed
 from opt_parallel.planning.parameters import embedding_parameters, layer_parameters, lora_parameters
-from opt_parallel.planning.rates import HIDDEN, HOST_MEMORY, rates_of
+from opt_parallel.planning.rates import BESIDE, BESIDE_PORTS, HIDDEN, HOST_MEMORY, rates_of
 from opt_parallel.planning.states import rank_parameters
 from opt_parallel.planning.workload import Trainer, Workload
 
@@ -63,6 +64,11 @@ class Exchange:
         own = layers * layer_parameters(network, workload.tensor).total
         return own + embedding_parameters(network, workload.tensor)
 
+    @property
+    def beside(self) -> float:
+        """The share of a data group's collective by which it slows what is computed beside it."""
+        return BESIDE if self.cluster.per_host > self.workload.tensor else BESIDE_PORTS
+
     def ring(self, size: float) -> float:
         """Seconds to gather a tensor of `size` bytes over the data ranks. All ranks of a host that belong to one data
         group share the bytes that leave the host, and each has its own port of the network."""
@@ -101,7 +107,7 @@ class Exchange:
             return 2 * self.ring(sent["all-reduce"])
         reduce = self.ring(sent["reduce"] / workload.accumulation)
         backward = workload.network.layers * layer.total * (1 - layer.forward)
-        return workload.accumulation * exposed(reduce, backward) + self.ring(sent["all-gather"])
+        return workload.accumulation * exposed(reduce, backward, self.beside) + self.ring(sent["all-gather"])
 
     def _of_this_trainer_at_stage_3(self, layer: Layer) -> float:
         """Each layer's weights are gathered in the forward and in the backward of every micro-batch, and its gradients
@@ -116,22 +122,28 @@ class Exchange:
         rest = sum(sent.values()) - layers * micros * (2 * weights + gradients)
         gather, reduce = self.ring(weights), self.ring(gradients)
         forward, backward = layer.total * layer.forward, layer.total * (1 - layer.forward)
-        return layers * micros * (exposed(gather, forward) + exposed(gather + reduce, backward)) + self.ring(rest)
+        hidden = exposed(gather, forward, self.beside) + exposed(gather + reduce, backward, self.beside)
+        return layers * micros * hidden + self.ring(rest)
 
     def _gathering(self, layer: Layer, stage: float) -> float:
         """FSDP and DeepSpeed gather each layer's weights in the forward and in the backward of every micro-batch, and
         reduce its gradients, each beside the computation of another layer. What the computation does not hide is
-        exposed, and what it hides slows it."""
+        exposed, and what it hides slows it. Nothing hides FSDP's exchange of the embedding and the output projection:
+        the first operation of a micro-batch waits for them, and their gradients are the last."""
         workload = self.workload
         own = layer_parameters(workload.network, workload.tensor).total
         gather, reduce = self.ring(workload.value * own), self.ring(workload.reduced * own)
         forward, backward = layer.total * layer.forward, layer.total * (1 - layer.forward)
         micros = workload.accumulation
         reductions = 1 if not workload.gradients_split else micros
-        return stage * (
-            micros * exposed(gather, forward)
-            + (micros - reductions) * exposed(gather, backward)
-            + reductions * exposed(gather + reduce, backward)
+        rest = 0.0
+        if workload.trainer is Trainer.fsdp:
+            elements, times = ends(workload), micros if workload.ends_gathered else 2 * micros
+            rest = times * self.ring(workload.value * elements) + reductions * self.ring(workload.reduced * elements)
+        return rest + stage * (
+            micros * exposed(gather, forward, self.beside)
+            + (micros - reductions) * exposed(gather, backward, self.beside)
+            + reductions * exposed(gather + reduce, backward, self.beside)
         )
 
     def piped(self) -> float:

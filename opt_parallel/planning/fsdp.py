@@ -40,7 +40,7 @@ def layer_bytes(workload: Workload) -> int:
     """What a layer keeps of a micro-batch. `operators` keeps the layer's input, the results of the products of queries,
     values, the first of the feed-forward and its last, and attention's output."""
     network, tensor = workload.network, workload.tensor
-    tokens, value = workload.micro * workload.length, workload.value
+    tokens, value = workload.micro * workload.length // workload.context, workload.value
     if workload.recompute is not Recompute.operators:
         return megatron.layer_bytes(workload, copies=1)
     split = 2 * network.queries + network.keys + network.ffn
@@ -48,9 +48,45 @@ def layer_bytes(workload: Workload) -> int:
     return value * tokens * (outer // workload.splits + split // tensor) + 4 * tokens * network.heads // tensor
 
 
+def _split(workload: Workload) -> bool:
+    return workload.data * workload.context > 1
+
+
 def part(workload: Workload) -> Part:
-    """The bytes of a rank where their sum is largest: at the loss, or in the backward of the last layer."""
-    return max(_at_the_loss(workload), _at_the_last_layer(workload), key=lambda each: each.total)
+    """The bytes of a rank where their sum is largest: at the loss, or in the backward of the last layer. In a pipeline,
+    those of its first stage or, unless the publication gives that one, of its last."""
+    if workload.pipeline == 1:
+        places = [_at_the_loss(workload), _at_the_last_layer(workload)]
+    else:
+        lasts = (False,) if workload.stage_memory == "first" else (False, True)
+        places = [_of_a_stage(workload, last) for last in lasts]
+    return max(places, key=lambda each: each.total)
+
+
+def _of_a_stage(workload: Workload, last: bool) -> Part:
+    """A stage of torch's pipeline (torch.distributed.pipelining), between the first and the last backward of a step.
+    Until then the weights stay gathered and the gradients are sums in fp32 that are not split. The stage holds its
+    layers' inputs of several micro-batches, one layer that is computed again, and for every micro-batch of the step
+    what it sends in the forward and receives in the backward; the last stage, which sends nothing, all logits."""
+    network, states, shards = workload.network, workload.states, workload.data * workload.context
+    rows = network.vocab * network.width // (workload.tensor if workload.embedding_split or last else 1)
+    own = network.layers * layer_parameters(network, workload.tensor).total // workload.pipeline + rows
+    tokens = workload.micro * workload.length // workload.context
+    again = megatron.layer_bytes(replace(workload, recompute=Recompute.none), copies=1)
+    held = round(megatron.layers_in_flight(workload, last) * layer_bytes(workload)) + again
+    sent = 2 * workload.accumulation * workload.value * tokens * network.hidden
+    logit = tokens * network.vocab // (workload.tensor if workload.logits.split else 1)
+    logits = (workload.logits.value + workload.value * (workload.accumulation - 1)) * logit
+    return Part(
+        own * states.weight // shards,
+        own * 4,
+        own * states.master // shards,
+        own * states.moments // shards,
+        held + (sent // 2 if last else sent),
+        round(logits) if last else 0,
+        GATHERED * own if shards > 1 else 0,
+        f"the {'last' if last else 'first'} stage",
+    )
 
 
 def _states(workload: Workload) -> tuple[int, int, int]:
@@ -70,7 +106,7 @@ def _at_the_loss(workload: Workload) -> Part:
     """All layers hold what they keep. Beside the logits there are the last normalisation in fp32 (its input, its result
     and one more), the embedding's output, and one gathered layer. There are gradients between micro-batches, and none
     between steps, but torchtitan publishes what the allocator reserves, which has had them."""
-    network, tokens = workload.network, workload.micro * workload.length
+    network, tokens = workload.network, workload.micro * workload.length // workload.context
     weights, masters, moments = _states(workload)
     layer = layer_parameters(network, workload.tensor).total
     hidden = tokens * network.hidden
@@ -85,7 +121,7 @@ def _at_the_loss(workload: Workload) -> Part:
         moments,
         held,
         round(workload.logits.value * tokens * network.vocab / split),
-        gathered if workload.data > 1 else 0,
+        gathered if _split(workload) else 0,
         "the loss",
     )
 
@@ -98,6 +134,6 @@ def _at_the_last_layer(workload: Workload) -> Part:
     layer = layer_parameters(network, workload.tensor).total
     again = megatron.layer_bytes(replace(workload, recompute=Recompute.none), copies=1)
     held = network.layers * layer_bytes(workload) + again
-    gathered = GATHERED * (2 * layer + 2 * ends(workload)) + (GATHERED + 4) * layer if workload.data > 1 else 0
+    gathered = GATHERED * (2 * layer + 2 * ends(workload)) + (GATHERED + 4) * layer if _split(workload) else 0
     grads = 0 if workload.accumulation == 1 else _gradients(workload)
     return Part(weights, grads, masters, moments, held, 0, gathered, "the backward of the last layer")

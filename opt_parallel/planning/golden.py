@@ -43,8 +43,8 @@ def row(cells: Cells) -> Row:
     workload = _workload(cells)
     if workload.network.layers % (workload.pipeline * workload.virtual):
         raise Refused(f"{workload.network.layers} layers do not split into {workload.pipeline} × {workload.virtual}")
-    gpu = next((each for each in ("gb200", "h100", "a100") if each in platform), "a100")
-    cluster = cluster_of(gpu, workload.devices)
+    named = re.search(r"[a-z]+\d{3}", platform.replace("dgx", ""))  # `lts` and `dev` alone are of A100
+    cluster = cluster_of(named[0] if named else "a100", workload.devices)
     found = []
     for column, quantity in (("mem_max_allocated_bytes", "peak"), ("mem_allocated_bytes_median", "allocated")):
         # with fp16, Megatron's optimizer keeps fp32 gradients after a step, which the next step frees first
@@ -71,16 +71,16 @@ def _no_time(case: str, platform: str, workload: Workload, cluster: Cluster) -> 
 
 def _network(cells: Cells) -> Network:
     """An empty `vocab-size` is that of GPT-2's tokens, 50,257. An empty probability of dropout is 0.1."""
-    case, hidden, length = cells["case"], whole(cells["hidden-size"], 0), whole(cells["seq-length"], 1024)
+    case, hidden, length = cells["case"], whole(cells, "hidden-size", 0), whole(cells, "seq-length", 1024)
     release, gated = case.startswith(RELEASE), cells.get("swiglu") == "true"
     ffn = int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden  # Megatron's default
     return Network(
-        layers=whole(cells["num-layers"], 0),
+        layers=whole(cells, "num-layers", 0),
         hidden=hidden,
-        heads=whole(cells["num-attention-heads"], 1),
-        ffn=whole(cells.get("ffn-hidden-size"), ffn),
-        vocab=whole(cells.get("vocab-size"), 256000 if release else 50257),
-        kv_heads=whole(cells.get("num-query-groups"), 0),
+        heads=whole(cells, "num-attention-heads", 1),
+        ffn=whole(cells, "ffn-hidden-size", ffn),
+        vocab=whole(cells, "vocab-size", 256000 if release else 50257),
+        kv_heads=whole(cells, "num-query-groups", 0),
         gated=gated,
         tied=cells.get("untie-embeddings-and-output-weights") != "true",
         positions=0 if release or "rope" in case else length - 2,
@@ -98,21 +98,21 @@ def _fused(cells: Cells) -> bool:
     backend, case, platform = cells.get("attention-backend") or "", cells["case"], cells["platform"]
     if backend:
         return backend != "unfused"
-    old = "dracooci" in platform or (platform == "lts_dgx_a100" and whole(cells.get("n_iter"), 100) <= 21)
+    old = "dracooci" in platform or (platform == "lts_dgx_a100" and whole(cells, "n_iter", 100) <= 21)
     return not (old and "reshard" not in case) and "cross_entropy_loss_fusion" not in case and "_te_" in f"{case}_te_"
 
 
 def _workload(cells: Cells) -> Workload:
     """The tests run on eight devices, and on one host of four where the name ends in `1node` on GB200."""
     case, platform = cells["case"], cells["platform"]
-    tensor, pipeline = (whole(cells[f"{axis}-model-parallel-size"], 1) for axis in ("tensor", "pipeline"))
-    context, layers = whole(cells.get("context-parallel-size"), 1), whole(cells["num-layers"], 1)
+    tensor, pipeline = (whole(cells, f"{axis}-model-parallel-size", 1) for axis in ("tensor", "pipeline"))
+    context, layers = whole(cells, "context-parallel-size", 1), whole(cells, "num-layers", 1)
     devices = 4 if "1node" in case and "gb200" in platform else 8
     if case.startswith(RELEASE):
         devices = 64 if "gb200" in platform else 192
     data = max(1, devices // (tensor * pipeline * context))
     piece = number(cells.get("num-layers-per-virtual-pipeline-stage"))
-    micro, local = whole(cells["micro-batch-size"], 1), "mcore_t" in case and "_te_" not in case
+    micro, local = whole(cells, "micro-batch-size", 1), "mcore_t" in case and "_te_" not in case
     samples = (
         number(cells["global-batch-size"]) or number(cells.get("step-batch-size-schedule", "").split(":")[-1]) or 0
     )
@@ -123,7 +123,7 @@ def _workload(cells: Cells) -> Workload:
     workload = Workload(
         network=network,
         trainer=Trainer.megatron,
-        length=whole(cells["seq-length"], 1024),
+        length=whole(cells, "seq-length", 1024),
         micro=micro,
         accumulation=max(1, int(samples) // (micro * data)),
         precision="fp16" if half else "bf16",

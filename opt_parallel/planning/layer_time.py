@@ -35,10 +35,10 @@ def collective(size: float, ranks: int, link: Link, share: float) -> float:
     return 0.0 if ranks == 1 else (ranks - 1) * (size / ranks / (link.bandwidth * share) + link.latency)
 
 
-def exposed(sent: float, computed: float) -> float:
-    """Seconds that a collective adds to the computation beside it: what the computation does not hide, and a share of
-    what it hides, because both use the device."""
-    return max(0.0, sent - computed) + constants.BESIDE * min(sent, computed)
+def exposed(sent: float, computed: float, beside: float = constants.BESIDE) -> float:
+    """Seconds that a collective adds to the computation beside it: what the computation does not hide, and the share
+    `beside` of what it hides, because both use the device."""
+    return max(0.0, sent - computed) + beside * min(sent, computed)
 
 
 def rate_of_products(workload: Workload, cluster: Cluster, rates: Rates, *dims: float) -> float:
@@ -144,7 +144,7 @@ def head_of(workload: Workload, cluster: Cluster) -> Layer:
 
     Unfused, a logit is read and written in about ten operations in fp32; compiled, in three."""
     network, rates = workload.network, rates_of(cluster.device, workload)
-    tokens, tensor = workload.micro * workload.length / workload.context, workload.tensor
+    tokens, tensor = workload.micro * workload.length / workload.context, workload.tensor if workload.head_split else 1
     flops = 2.0 * network.vocab * network.width * tokens / tensor
     rate = cluster.device.peak["bf16" if workload.precision == "fp8" else workload.precision] * rates.product
     if rates.on_cpu:

@@ -22,14 +22,16 @@ _H100 = Rates(
 RATES = {
     "a100": _A100,
     "h100": _H100,
-    "h200": replace(_H100, product=0.78, fp8=0.485, within=0.50, between=0.69),
+    "h200": replace(_H100, product=0.82, fp8=0.485, within=0.44, between=0.58),
     "b200": replace(_H100, fp8=0.55, host=5.5e-3),
 }
 UNFITTED = "a100"  # whose shares other devices take
 FP8_SMALL = 220.0  # as `small`, of products in fp8, with the conversion of their inputs
 TORCH_ATTENTION = 0.92  # of the rate of Megatron's attention on Hopper: torch's scaled_dot_product_attention
 POWER = 0.85  # of the rates of an H100 of 700 W, at 500 W
-BESIDE = 0.42  # of a collective's time by which it slows the products that run beside it
+# Of a collective's time, by which it slows the products beside it: in rings that pass the links within a host, whose
+# kernels take many of the device's processors, and in rings that use the ports between hosts alone.
+BESIDE, BESIDE_PORTS = 0.42, 0.1
 HIDDEN = 0.21  # the same for Megatron's gradients and weights, beside the last backward and the first forward
 PIECES, TORCH_PIECES = 0.17, 0.6  # of the tensor group's collectives is left if they run in pieces beside products
 TO_HOST = 0.75  # of the link to the host, in copies of tensors of many MB; an estimate

@@ -21,7 +21,7 @@ class Measurement:
 
     Bytes: `peak` of tensors, `reserved` by the allocator, `allocated` between steps, `states` and `activations`. Time:
     seconds of a step (`iter_s`), tokens a second of a device (`tok_s_gpu`), TFLOP/s of a device, those of the model
-    (`tflops_gpu`) or with recomputation (`hardware_tflops_gpu`)."""
+    (`tflops_gpu`) or with recomputation (`hardware_tflops_gpu`), or the model's as percent of the peak (`mfu_pct`)."""
 
     quantity: str
     value: float
@@ -45,23 +45,43 @@ class Refused(Exception):
     """The reason why a row cannot be planned."""
 
 
+NONE = {"", "-", "–", "none", "n/a", "na", "nan", "null", "unknown"}  # a cell that says nothing
+MAY_BE_ZERO = {"vp", "accum", "dp_or_fsdp", "kv_heads", "n_iter"}  # where 0 stands for none
+
+
 def number(cell: str | None) -> float | None:
     """The first number of a cell such as `153 HARDWARE`, `~704` or `24 (inferred)`. None if there is none, or if the
-    cell begins with a question mark."""
+    cell begins with a question mark. Raises: Refused if the number is not written out, or negative."""
     text = (cell or "").strip()
-    found = re.search(r"\d+(\.\d+)?(e[+-]?\d+)?", text.replace(",", ""))
-    return None if found is None or text.startswith("?") else float(found[0])
+    plain = re.sub(r"(?<=\d)[,_' \u00a0\u202f](?=\d{3}(?!\d))", "", text)
+    found = re.search(r"\d+(\.\d+)?(e[+-]?\d+)?", plain)
+    if found is None or text.startswith("?"):
+        return None
+    before, after = plain[: found.start()].rstrip(), plain[found.end() :]
+    if before.endswith(("-", "−")):
+        raise Refused(f"a cell says {text!r}, and no column may be negative")
+    if re.match(r",\d|\.\d|[kK]\b", after):
+        raise Refused(f"a cell says {text!r}: write the digits out, with a point before decimals")
+    return float(found[0])
 
 
-def whole(cell: str | None, empty: int) -> int:
-    """The cell's number as an integer, or `empty` if it has none or 0."""
-    return int(number(cell) or empty)
+def whole(cells: Cells, column: str, empty: int) -> int:
+    """The cell's number as an integer, or `empty` if it says nothing. Raises: Refused for another text."""
+    text = (cells.get(column) or "").strip()
+    value = number(text)
+    if value is None and (text.lower() in NONE or text.startswith("?")):
+        return empty
+    if value is None or value != int(value):
+        raise Refused(f"the cell {column} says {text!r}, which is no whole number")
+    if value == 0 and column not in MAY_BE_ZERO:
+        raise Refused(f"the cell {column} says 0")
+    return int(value) or empty
 
 
 def require_numbers(cells: Cells, *columns: str) -> None:
     """Raise Refused unless each of the cells has a number."""
     for column in columns:
-        if not number(cells.get(column)):
+        if not whole(cells, column, 0):
             raise Refused(f"the cell {column} is empty")
 
 
@@ -70,6 +90,7 @@ HOSTS = {
     "a100": (8, Link(300e9, 6e-6), Link(25e9, 15e-6)),  # NVLink 3; one HDR InfiniBand port for each device
     "h100": (8, Link(450e9, 6e-6), Link(50e9, 15e-6)),  # NVLink 4; NDR
     "h200": (8, Link(450e9, 6e-6), Link(50e9, 15e-6)),
+    "b200": (8, Link(900e9, 6e-6), Link(50e9, 15e-6)),  # NVLink 5
     "gb200": (4, Link(900e9, 6e-6), Link(900e9, 6e-6)),  # NVLink 5 across hosts
 }
 
@@ -77,12 +98,16 @@ HOSTS = {
 def cluster_of(gpu: str, count: int, per_host: int | None = None) -> Cluster:
     """The cluster of a row. A device without its memory is the one of the vendor's hosts: 80 GB of A100 and H100."""
     text = gpu.lower()
-    family = next((name for name in ("gb200", "h200", "h100", "a100") if name in text.replace("_", "")), None)
+    family = next((name for name in ("gb200", "b200", "h200", "h100", "a100") if name in text.replace("_", "")), None)
     if family is None:
-        raise Refused(f"the device {gpu!r} is unknown: A100, H100, H200 and GB200 are known")
-    size = {"h200": "141", "gb200": "186"}.get(family, "80")
-    size = next((gigabytes for gigabytes in ("40/80", "80", "96", "40") if gigabytes in text), size)
-    device = DEVICES[f"{family}-{'80' if size == '40/80' else size}gb{'-500w' if '500w' in text else ''}"]
+        raise Refused(f"the device {gpu!r} is unknown: A100, H100, H200, B200 and GB200 are known")
+    size = {"h200": "141", "b200": "180", "gb200": "186"}.get(family, "80")
+    sizes = {"a100": ("40/80", "80", "40"), "h100": ("80", "96")}.get(family, ())
+    size = next((gigabytes for gigabytes in sizes if re.search(rf"(?<!\d){gigabytes}(?!\d)", text)), size)
+    name = f"{family}-{'80' if size == '40/80' else size}gb{'-500w' if '500w' in text else ''}"
+    if name not in DEVICES:
+        raise Refused(f"the device {gpu!r} is unknown: of 500 W, only H100-96 is known")
+    device = DEVICES[name]
     devices, within, between = HOSTS[family]
     devices = per_host or devices
     return Cluster(device, -(-count // devices), min(devices, count), within, between)

@@ -15,11 +15,12 @@ from opt_parallel.planning.timing import time_of
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.storage.atomic import write_text
 
-TIMES = ("iter_s", "tok_s_gpu", "tflops_gpu", "hardware_tflops_gpu")
+TIMES = ("iter_s", "tok_s_gpu", "tflops_gpu", "hardware_tflops_gpu", "mfu_pct")
 UNITS = dict.fromkeys(("peak", "reserved", "allocated", "states", "activations"), (1e9, "GB"))
 UNITS |= {"iter_s": (1.0, "s"), "tok_s_gpu": (1.0, "tokens/s"), "tflops_gpu": (1.0, "TFLOP/s")}
-UNITS |= {"hardware_tflops_gpu": (1.0, "TFLOP/s")}
+UNITS |= {"hardware_tflops_gpu": (1.0, "TFLOP/s"), "mfu_pct": (1.0, "%")}
 ALL = "all"
+CASE = ("case", "platform")
 # The rows that constants were fitted on: of tests/planning/published.csv by id, of golden.csv by the case's beginning.
 FITTED = {
     "K1", "K3", "K8", "K10", "K13", "K22", "M1", "M3", "M6", "S1", "S5", "P1", "P7", "P12", "T1", "B1", "B4", "B9",
@@ -58,26 +59,35 @@ class Compared:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file. Raises: UserError if the file cannot be read or has other columns."""
+    """The rows of a file, whose columns commas, semicolons or tabs separate. Raises: UserError if the file cannot be
+    read, has other columns, or no rows."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            cells, names = list(table), set(table.fieldnames or ())
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = file.readline()
+            file.seek(0)
+            table = csv.DictReader(file, delimiter=max(",;\t", key=header.count), restval="")
+            cells, names = list(table), {name.strip() for name in table.fieldnames or ()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if names >= published.COLUMNS:
-        return [_row(published.row, each, each["id"]) for each in cells]
-    if names >= golden.COLUMNS:
-        return [_row(golden.row, each, f"{each['case']}/{each['platform']}") for each in cells]
+    for kind, needed, name in ((published.row, published.COLUMNS, ("id",)), (golden.row, golden.COLUMNS, CASE)):
+        if names >= needed:
+            if not cells:
+                raise UserError(f"{path} has columns but no rows: add a row for each measurement")
+            return [_row(kind, each, name) for each in cells]
     missing = ", ".join(sorted(published.COLUMNS - names))
     raise UserError(f"{path} has no columns {missing}: use the columns that docs/planning-formulas.md lists")
 
 
-def _row(kind: Callable[[Cells], Row], cells: Cells, name: str) -> Row:
+def _row(kind: Callable[[Cells], Row], cells: dict[str | None, str], columns: tuple[str, ...]) -> Row:
+    """The row of a line's cells. A line that ends early has empty cells at its end."""
+    named = {column.strip(): (text or "").strip() for column, text in cells.items() if column is not None}
+    name = "/".join(named[column] for column in columns)
     try:
-        return kind(cells)
+        if None in cells:
+            raise Refused("it has more cells than the first line has columns: quote a cell that contains a separator")
+        return kind(named)
     except Refused as reason:
-        return Row(name, "", refused=str(reason))
+        return Row(name or "?", "", refused=str(reason))
 
 
 def predicted(row: Row, each: Measurement) -> float:
@@ -87,6 +97,7 @@ def predicted(row: Row, each: Measurement) -> float:
     if each.quantity in TIMES:
         time = time_of(row.workload, row.cluster)
         rates = {"tok_s_gpu": time.tokens_per_second, "tflops_gpu": time.mfu * time.peak / 1e12}
+        rates |= {"mfu_pct": 100 * time.mfu}
         return rates.get(each.quantity, time.step if each.quantity == "iter_s" else time.hfu * time.peak / 1e12)
     found = memory(row.workload, row.cluster)
     states = found.weights + found.gradients + found.masters + found.moments

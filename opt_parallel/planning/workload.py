@@ -138,6 +138,7 @@ class Workload:
     packed: bool = False  # attention needs a mask of (length, length)
     logits: Logits = Logits()
     embedding_split: bool = True  # over the tensor group
+    head_split: bool = True  # the output projection, over the tensor group
     gradients_split: bool = True  # between micro-batches
     reduced: int = 4  # bytes of a gradient that is summed over the data ranks
     scattered: bool = True  # the ranks of a tensor group send parts to the next pipeline stage

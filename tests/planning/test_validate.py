@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from opt_parallel.planning import accuracy, golden, published, validate
-from opt_parallel.planning.rows import Refused, number
+from opt_parallel.planning import accuracy, fsdp, golden, published, validate
+from opt_parallel.planning.rows import Refused, cluster_of, number
 from opt_parallel.planning.workload import Recompute, Trainer
 from opt_parallel.runtime.errors import UserError
 
@@ -34,12 +35,20 @@ def found() -> list[validate.Compared]:
         ("24 (inferred)", 24),
         ("? (says 24)", None),
         ("", None),
-        ("1,5", 15),
+        ("1,536", 1536),
+        ("12 288", 12288),
+        ("20663519232 / 57143791616", 20663519232),
         ("1e3", 1000),
     ],
 )
 def test_numbers_of_cells(cell: str, value: float | None) -> None:
     assert number(cell) == value
+
+
+@pytest.mark.parametrize("cell", ["-4", "~-4", "1,5", "4K", "1.2.3"])
+def test_numbers_that_could_be_misread_are_refused(cell: str) -> None:
+    with pytest.raises(Refused, match="a cell says"):
+        number(cell)
 
 
 def test_the_judged_rows_are_within_the_documented_errors() -> None:
@@ -87,6 +96,79 @@ def test_a_row_without_a_shape_or_with_an_unknown_device_is_refused() -> None:
         published.row(cells("S1", precision="fp8"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layers": "thirty"}, "the cell layers says 'thirty', which is no whole number"),
+        ({"tp": "two"}, "the cell tp says 'two'"),
+        ({"micro_batch": "0"}, "the cell micro_batch says 0"),
+        ({"micro_batch": "1.5"}, "which is no whole number"),
+        ({"gpus": "-8"}, "no column may be negative"),
+        ({"gpus": "10"}, "gpus 10 are not a multiple of tp × pp × cp = 4"),
+        ({"gpus": "64", "dp_or_fsdp": "3"}, "gpus 64 are not tp × pp × cp × dp_or_fsdp = 12"),
+        ({"precision": "nvfp4"}, "the cell precision says 'nvfp4'"),
+        ({"recompute": "every second layer"}, "the cell recompute says"),
+        ({"mem_gpu": "", "iter_s": "", "tok_s_gpu": "-", "tok_s_total": "", "tflops_gpu_model": "", "mfu_pct": "n/a"},
+         "no cell says what was measured"),
+    ],
+)  # fmt: skip
+def test_cells_that_cannot_be_planned_are_refused_with_their_reason(changes: dict[str, str], reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        published.row(cells("K22", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantity", "value"),
+    [
+        ({"iter_s": "", "tok_s_gpu": "", "tok_s_total": "35,824"}, "tok_s_gpu", 35824 / 64),
+        ({"iter_s": "none", "tok_s_gpu": "", "tflops_gpu_model": "251.5"}, "tflops_gpu", 251.5),
+        ({"iter_s": "", "tok_s_gpu": "", "tflops_gpu_model": "-", "mfu_pct": "25.4"}, "mfu_pct", 25.4),
+    ],
+)
+def test_the_time_of_a_row_is_the_first_that_is_given(changes: dict[str, str], quantity: str, value: float) -> None:
+    row = published.row(cells("K22", **changes))
+    times = {each.quantity: each for each in validate.compare([row]) if each.what == "time"}
+    assert times[quantity].measured == value
+    assert abs(times[quantity].error) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("H100", "h100-80gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("A100-SXM4-40GB", "a100-40gb"),
+        ("H100-96 500W", "h100-96gb-500w"),
+        ("GB200-186", "gb200-186gb"),
+        ("B200", "b200-180gb"),
+        ("H200-141", "h200-141gb"),
+    ],
+)
+def test_devices_of_cells(gpu: str, name: str) -> None:
+    assert cluster_of(gpu, 8).device.name == name
+
+
+def test_words_for_recomputation() -> None:
+    kept = {word: published.row(cells("B9", recompute=word)) for word in ("none", "mlp", "core_attn", "selective")}
+    modes = [row.workload.recompute for row in kept.values() if row.workload]
+    assert modes == [Recompute.none, Recompute.feed_forward, Recompute.attention, Recompute.attention]
+    titan = published.row(cells("TT6", recompute="selective")).workload
+    assert titan is not None
+    assert titan.recompute is Recompute.operators
+
+
+def test_a_stage_of_torchs_pipeline() -> None:
+    """Its local batch is divided by the stages. The first stage has no logits, and holds more micro-batches."""
+    row = published.row(cells("TT10", pp="4", gpus="1024"))
+    assert row.workload is not None
+    assert (row.workload.micro, row.workload.accumulation) == (4, 4)
+    both = fsdp.part(row.workload)
+    first = fsdp.part(replace(row.workload, stage_memory="first"))
+    assert first.logits == 0
+    assert both.peak_at == "the last stage"
+    assert fsdp.part(replace(row.workload, context=2)).activations < both.activations
+
+
 @pytest.mark.parametrize("cell", ["", "?", "0", "unknown"])
 def test_a_row_with_any_empty_cell_is_planned_or_refused(cell: str) -> None:
     """No cell, if it is empty or odd, ends the comparison of the other rows."""
@@ -125,6 +207,30 @@ def test_the_report_and_its_json(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "out.json").read_text())
     assert {"id", "quantity", "predicted", "measured"} == set(rows[0])
     assert len(rows) == len(validate.compare(validate.read(GOLDEN)))
+
+
+def test_files_of_spreadsheets(tmp_path: Path) -> None:
+    """A byte order mark, semicolons, CRLF, further columns, line breaks in cells and a line that ends early."""
+    lines = list(csv.reader(PUBLISHED.open(newline="", encoding="utf-8")))
+    path = tmp_path / "rows.csv"
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        table = csv.writer(file, delimiter=";", lineterminator="\r\n")
+        table.writerow([*lines[0], "note"])
+        table.writerow([*lines[1], "two\nlines"])
+        table.writerow(lines[2][:10])
+        table.writerow([*lines[3], "", "one cell more"])
+    first, second, third = validate.read(path)
+    assert (first.workload, first.refused) == (validate.read(PUBLISHED)[0].workload, None)
+    assert second.refused == "no cell says what was measured"
+    assert "more cells than the first line has columns" in (third.refused or "")
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "has no columns"), ("HEAD", "has columns but no rows")])
+def test_files_without_rows_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(PUBLISHED.read_text(encoding="utf-8").splitlines()[0] if text else "")
+    with pytest.raises(UserError, match=reason):
+        validate.report(path, None)
 
 
 def test_other_columns_are_refused(tmp_path: Path) -> None:
