@@ -111,7 +111,7 @@ def _at_the_loss(workload: Workload) -> Part:
     layer = layer_parameters(network, workload.tensor).total
     hidden = tokens * network.hidden
     held = network.layers * layer_bytes(workload) + 3 * 4 * hidden // workload.splits
-    held += 2 * workload.value * hidden if workload.sequence else 0
+    held += 2 * workload.value * hidden if workload.sequence and not workload.overlap else 0  # gathered in pieces
     split = workload.tensor if workload.logits.split else 1
     gathered = GATHERED * (layer + (ends(workload) if workload.ends_gathered else 0))
     return Part(

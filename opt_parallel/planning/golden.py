@@ -6,9 +6,11 @@ import re
 from dataclasses import replace
 
 from opt_parallel.planning.cluster import Cluster
+from opt_parallel.planning.megatron import layers_in_flight
+from opt_parallel.planning.published import DETERMINISTIC
 from opt_parallel.planning.rows import Cells, Measurement, Refused, Row, cluster_of, number, require_numbers, whole
 from opt_parallel.planning.timing import time_of
-from opt_parallel.planning.workload import Network, Recompute, States, Trainer, Workload
+from opt_parallel.planning.workload import Logits, Network, Recompute, States, Trainer, Workload
 
 COLUMNS = {"case", "platform", "num-layers", "hidden-size", "micro-batch-size", "mem_max_allocated_bytes"}
 # Words of a case's name that stand for an argument which no column has.
@@ -26,7 +28,10 @@ UNKNOWN = {
     "fsdp": "Megatron-FSDP splits weights and gradients too",
     "fp8": "fp8 copies of the weights are not described",
 }
-RELEASE = "gpt3_15b"  # its network and 192 devices are those of row G5 of published.csv; on GB200 64, from its memory
+FUSED_LOSS = "cross_entropy_loss_fusion"
+RELEASE = (
+    "gpt3_15b"  # its network and 192 devices are those of row G5 of published.csv; that of GB200 64, from its memory
+)
 # Two workspaces of cuBLAS, of 32 MiB, and small tensors: fitted to gpt3_mcore_te_tp1_pp1 on A100. The small one is used
 # where results need not be equal from run to run: fitted to gpt3_mcore_te_tp2_pp2_cp2 on A100.
 WORKSPACE, SMALL_WORKSPACE = 67 * 2**20, 17 * 2**20
@@ -39,6 +44,8 @@ def row(cells: Cells) -> Row:
     for word, reason in UNKNOWN.items():
         if word in case:
             raise Refused(f"the case's name says {word}: {reason}, and no column says how")
+    if "gb200" in case and "gb200" not in platform:
+        raise Refused("the case is of GB200 and the platform is not: its numbers are those of the case without gb200")
     require_numbers(cells, "num-layers", "hidden-size", "num-attention-heads", "seq-length", "micro-batch-size")
     workload = _workload(cells)
     if workload.network.layers % (workload.pipeline * workload.virtual):
@@ -63,6 +70,8 @@ def _no_time(case: str, platform: str, workload: Workload, cluster: Cluster) -> 
         return "one host of GB200 takes up to twenty times as long as two, and no column says why"
     if case.startswith(RELEASE):
         return "the number of devices is unknown"
+    if "gb200" in platform:
+        return DETERMINISTIC
     time = time_of(workload, cluster)
     if time.launching > time.step / 4:
         return "launching kernels takes longer than they do, and equal tests on equal devices differ by up to a half"
@@ -92,14 +101,23 @@ def _network(cells: Cells) -> Network:
 
 
 def _fused(cells: Cells) -> bool:
-    """Whether attention is one kernel. An empty backend is Megatron's choice: fused, except where results had to be
-    equal from run to run and the library was older (the records of `dracooci`, and those of `lts_dgx_a100` with at most
-    21 iterations), and where the loss is fused."""
+    """Whether attention is one kernel. An empty backend is Megatron's choice: fused, except where the library was
+    older. Records of it are those of `dracooci`, if results had to be equal from run to run also those of
+    `lts_dgx_a100` with at most 21 iterations, and with a fused loss those of `dev_dgx_a100`."""
     backend, case, platform = cells.get("attention-backend") or "", cells["case"], cells["platform"]
     if backend:
         return backend != "unfused"
-    old = "dracooci" in platform or (platform == "lts_dgx_a100" and whole(cells, "n_iter", 100) <= 21)
-    return not (old and "reshard" not in case) and "cross_entropy_loss_fusion" not in case and "_te_" in f"{case}_te_"
+    old = "dracooci" in platform
+    if FUSED_LOSS in case:
+        return not (old or platform == "dev_dgx_a100")
+    old = old or (platform == "lts_dgx_a100" and whole(cells, "n_iter", 100) <= 21)
+    return not (old and "reshard" not in case) and "_te_" in f"{case}_te_"
+
+
+def _logits(cells: Cells) -> Logits:
+    """A fused loss keeps one more fp32 tensor of the logits, and in the older library two."""
+    fused, old = FUSED_LOSS in cells["case"], "dracooci" in cells["platform"]
+    return Logits(6 + (4 if fused else 0) + (4 if fused and old else 0))
 
 
 def _workload(cells: Cells) -> Workload:
@@ -109,7 +127,7 @@ def _workload(cells: Cells) -> Workload:
     context, layers = whole(cells, "context-parallel-size", 1), whole(cells, "num-layers", 1)
     devices = 4 if "1node" in case and "gb200" in platform else 8
     if case.startswith(RELEASE):
-        devices = 64 if "gb200" in platform else 192
+        devices = 64 if "gb200" in case else 192
     data = max(1, devices // (tensor * pipeline * context))
     piece = number(cells.get("num-layers-per-virtual-pipeline-stage"))
     micro, local = whole(cells, "micro-batch-size", 1), "mcore_t" in case and "_te_" not in case
@@ -137,17 +155,21 @@ def _workload(cells: Cells) -> Workload:
         stage=1 if cells.get("use-distributed-optimizer") == "true" else 0,
         recompute=Recompute.full if cells.get("recompute-granularity") == "full" else Recompute.none,
         flash=_fused(cells) and not local,
+        logits=_logits(cells),
     )
-    return replace(workload, workspace=_workspace(workload, cells, local, half))
+    return replace(workload, workspace=_workspace(workload, cells, local))
 
 
-def _workspace(workload: Workload, cells: Cells, local: bool, half: bool) -> int:
-    """Bytes of libraries. Megatron's own attention also keeps a buffer of the scores of one layer."""
-    platform = cells["platform"]
+def _workspace(workload: Workload, cells: Cells, local: bool) -> int:
+    """Bytes of libraries. Megatron's own attention also keeps a buffer of the scores of one layer, and without Apex's
+    fused softmax a copy of the scores of each layer."""
+    case, platform = cells["case"], cells["platform"]
     hopper = re.search("h100|gb200", platform) is not None
-    words = "reshard" in cells["case"] or "cross_entropy_loss_fusion" in cells["case"]
-    free = (words and "h100" not in platform) or (cells.get("attention-backend") == "flash" and not hopper)
+    varies = ("reshard" in case or FUSED_LOSS in case) and "h100" not in platform
+    free = varies or (cells.get("attention-backend") == "flash" and not hopper)
     total = (SMALL_WORKSPACE if free else WORKSPACE) + 4 * 2**20
     if not local:
         return total + (HOPPER if hopper else 0)
-    return total + 2 * workload.micro * workload.network.heads * workload.length**2 // workload.tensor
+    copies = 1 + (layers_in_flight(workload, last=True) if "uninstall_te" in case else 0)
+    scores = 2 * workload.micro * workload.network.heads * workload.length**2 // workload.tensor
+    return total + round(copies * scores)

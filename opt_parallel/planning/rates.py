@@ -22,13 +22,16 @@ _H100 = Rates(
 RATES = {
     "a100": _A100,
     "h100": _H100,
-    "h200": replace(_H100, product=0.82, fp8=0.485, within=0.44, between=0.58),
+    "h200": replace(_H100, product=0.82, within=0.44, between=0.58),
     "b200": replace(_H100, fp8=0.55, host=5.5e-3),
 }
 UNFITTED = "a100"  # whose shares other devices take
 FP8_SMALL = 220.0  # as `small`, of products in fp8, with the conversion of their inputs
 TORCH_ATTENTION = 0.92  # of the rate of Megatron's attention on Hopper: torch's scaled_dot_product_attention
-POWER = 0.85  # of the rates of an H100 of 700 W, at 500 W
+# Forward and backward of FlashAttention-2, which does not use Hopper's own instructions (35% of an H100: Shah et al.
+# 2024, arXiv 2407.08608). The backward is fitted.
+FLASH2, FLASH2_BACKWARD = 0.35, 0.25
+POWER = 0.95  # of the rates of an H100 of 700 W, at 500 W
 # Of a collective's time, by which it slows the products beside it: in rings that pass the links within a host, whose
 # kernels take many of the device's processors, and in rings that use the ports between hosts alone.
 BESIDE, BESIDE_PORTS = 0.42, 0.1
@@ -56,6 +59,8 @@ def rates_of(device: Device, workload: Workload) -> Rates:
     rates = RATES.get(_family(device), RATES[UNFITTED])
     if workload.trainer is not Trainer.megatron and rates.fp8:
         attention, backward = rates.attention * TORCH_ATTENTION, rates.attention_backward * TORCH_ATTENTION
+        if workload.flash2:
+            attention, backward = FLASH2, FLASH2_BACKWARD
         rates = replace(rates, attention=attention, attention_backward=backward)
     if "500w" in device.name:
         shares = {key: getattr(rates, key) * POWER for key in ("product", "fp8", "attention", "attention_backward")}

@@ -60,7 +60,7 @@ def number(cell: str | None) -> float | None:
     before, after = plain[: found.start()].rstrip(), plain[found.end() :]
     if before.endswith(("-", "−")):
         raise Refused(f"a cell says {text!r}, and no column may be negative")
-    if re.match(r",\d|\.\d|[kK]\b", after):
+    if re.match(r",\d|\.\d|[kK]\b", after) or float(found[0]) > 1e18:
         raise Refused(f"a cell says {text!r}: write the digits out, with a point before decimals")
     return float(found[0])
 

@@ -130,6 +130,7 @@ class Workload:
     stage: int = 1
     recompute: Recompute = Recompute.none
     flash: bool = True
+    flash2: bool = False  # on Hopper the kernel is FlashAttention-2
     compiled: bool = True
     overlap: bool = False  # the tensor group's collectives run beside the products, in pieces
     offload: bool = False

@@ -16,6 +16,7 @@ from opt_parallel.runtime.errors import UserError
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 PUBLISHED, GOLDEN = HERE / "published.csv", HERE / "golden.csv"
+LATER = HERE / "blind.csv", HERE / "blind_golden.csv"
 
 
 def cells(name: str, **changes: str) -> dict[str, str]:
@@ -66,6 +67,13 @@ def test_the_page_has_the_table_and_plans_print_its_result() -> None:
     for line in validate.errors(found()):
         assert line in page
     assert accuracy.of(found()) == accuracy.LINE
+
+
+def test_the_page_has_the_errors_of_rows_collected_later() -> None:
+    page = (ROOT / "docs" / "planning-formulas.md").read_text(encoding="utf-8")
+    later = [each for path in LATER for each in validate.compare(validate.read(path))]
+    for line in validate.errors(later):
+        assert line in page
 
 
 def test_a_row_of_unknown_recomputation_gets_the_lightest_that_fits() -> None:
@@ -199,6 +207,41 @@ def test_arguments_of_megatrons_tests() -> None:
     judged = [each for each in validate.compare(list(rows.values())) if each.what == "memory"]
     assert validate.mean_of(judged) < 0.015
     assert set(GOLDEN.read_text(encoding="utf-8").splitlines()[0].split(",")) >= golden.COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("case", "platform", "backend", "flash", "logit"),
+    [
+        ("gpt3_mcore_te_tp2_pp2_cross_entropy_loss_fusion", "lts_dgx_a100", "", True, 10),
+        ("gpt3_mcore_te_tp2_pp2_cross_entropy_loss_fusion", "lts_dgxa100_dracooci", "", False, 14),
+        ("gpt3_mcore_te_tp2_pp2_cross_entropy_loss_fusion", "dev_dgx_h100", "unfused", False, 10),
+        ("gpt3_mcore_te_tp2_pp2_resume_torch_dist", "dev_dgx_h100", "", True, 6),
+    ],
+)
+def test_a_fused_loss_of_megatrons_tests(case: str, platform: str, backend: str, flash: bool, logit: int) -> None:
+    with open(GOLDEN, newline="", encoding="utf-8") as file:
+        one = next(csv.DictReader(file))
+    row = golden.row(one | {"case": case, "platform": platform, "attention-backend": backend, "n_iter": "11"})
+    assert row.workload is not None
+    assert (row.workload.flash, row.workload.logits.value) == (flash, logit)
+
+
+def test_records_of_other_devices_are_refused() -> None:
+    with open(GOLDEN, newline="", encoding="utf-8") as file:
+        release = next(row for row in csv.DictReader(file) if row["case"] == "gpt3_15b_8t_release")
+    with pytest.raises(Refused, match="the case is of GB200 and the platform is not"):
+        golden.row(release | {"case": "gpt3_15b_8t_release_sm_gb200"})
+    with pytest.raises(Refused, match="the device 'b300' is unknown"):
+        golden.row(release | {"platform": "dev_dgx_b300"})
+
+
+def test_times_without_a_fitted_rate_are_not_planned() -> None:
+    for name, changes, reason in (
+        ("TT10", {"precision": "fp8 rowwise compile"}, "a scale for each row"),
+        ("TT7", {"cp": "2", "dp_or_fsdp": "4"}, "over context ranks"),
+        ("G1", {"gpu": "GB200-186"}, "equal from run to run"),
+    ):
+        assert reason in (published.row(cells(name, **changes)).no_time or "")
 
 
 def test_the_report_and_its_json(tmp_path: Path) -> None:
