@@ -53,10 +53,10 @@ def _split(workload: Workload) -> bool:
 
 
 def part(workload: Workload) -> Part:
-    """The bytes of a rank where their sum is largest: at the loss, or in the backward of the last layer. In a pipeline,
-    those of its first stage or, unless the publication gives that one, of its last."""
+    """The bytes of a rank where their sum is largest: at the loss, in the backward of the last layer, or at the end of
+    the backward. In a pipeline, those of its first stage or, unless the publication gives that one, of its last."""
     if workload.pipeline == 1:
-        places = [_at_the_loss(workload), _at_the_last_layer(workload)]
+        places = [_at_the_loss(workload), _at_the_last_layer(workload), _at_the_end(workload)]
     else:
         lasts = (False,) if workload.stage_memory == "first" else (False, True)
         places = [_of_a_stage(workload, last) for last in lasts]
@@ -137,3 +137,11 @@ def _at_the_last_layer(workload: Workload) -> Part:
     gathered = GATHERED * (2 * layer + 2 * ends(workload)) + (GATHERED + 4) * layer if _split(workload) else 0
     grads = 0 if workload.accumulation == 1 else _gradients(workload)
     return Part(weights, grads, masters, moments, held, 0, gathered, "the backward of the last layer")
+
+
+def _at_the_end(workload: Workload) -> Part:
+    """The embedding and the output projection are reduced last: beside their gathered weights, their gradients exist in
+    bf16, and in fp32 to be reduced."""
+    weights, masters, moments = _states(workload)
+    reduced = (2 * GATHERED + 4) * ends(workload) if _split(workload) else 0
+    return Part(weights, _gradients(workload), masters, moments, 0, 0, reduced, "the end of the backward")

@@ -87,8 +87,8 @@ def network_of(cells: Cells) -> Network:
 def _recompute(text: str, trainer: Trainer) -> Recompute:
     """What is computed again. `selective` are operators in torch's programs and attention in Megatron-LM, where modules
     may be named instead: attention, the feed-forward (mlp), or both. Normalisations alone count as nothing."""
-    text = text.strip().lower()
-    if "full" in text:
+    text, word = text.lower(), _first_word(text)
+    if "full" in text or word in ("yes", "true"):
         return Recompute.full
     if "mlp" in text:
         return Recompute.feed_forward
@@ -96,9 +96,13 @@ def _recompute(text: str, trainer: Trainer) -> Recompute:
         return Recompute.attention
     if "selective" in text:
         return Recompute.attention if trainer is Trainer.megatron else Recompute.operators
-    if text in NONE or text[:1] == "?" or text in ("no", "off", "false") or "norm" in text:
+    if word in NONE or word[:1] == "?" or word in ("no", "off", "false") or "norm" in text:
         return Recompute.none
     raise Refused(f"the cell recompute says {text!r}: none, full, selective, core_attn and mlp are known")
+
+
+def _first_word(text: str) -> str:
+    return (text.lower().replace("(", " ").split() or [""])[0]
 
 
 def _precision(text: str) -> str:
@@ -235,8 +239,8 @@ def _guessed(cells: Cells, workload: Workload, cluster: Cluster) -> Workload:
 
 def _unsaid(cells: Cells, column: str) -> bool:
     """Whether the cell is empty or says that it is unknown."""
-    text = (cells.get(column) or "").strip().lower()
-    return text in NONE - {"none", "-"} or text.startswith("?")
+    word = _first_word(cells.get(column) or "")
+    return word in NONE - {"none", "-"} or word.startswith("?")
 
 
 def _no_time(cells: Cells, workload: Workload, cluster: Cluster) -> str | None:
