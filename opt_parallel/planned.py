@@ -38,7 +38,7 @@ SHEETS = {
 UNKNOWN = "a100-80gb"  # the file whose rates another GPU takes
 # the rates of a CPU of two cores, which are not measured here because that takes up to a minute
 ASSUMED: dict[str, Any] = {
-    "device": "cpu", "bf16": 0.1, "fp32": 0.1, "bandwidth": 20.0, "measured": {
+    "device": "cpu", "bf16": 0.1, "fp32": 0.1, "bandwidth": 20.0, "within": 1.6, "within_latency": 50.0, "measured": {
         "small": 20.0, "attention": 0.3, "attention_backward": 0.3, "memory": 0.5, "host": 2e-3, "dropout": 4e-9,
         "eager_dropout": 2e-8, "score": 2e-8, "logit": 5e-9, "embedding": 2e-9, "update": 1e-9,
     },

@@ -1,4 +1,4 @@
-"""Measure this machine's CPUs as the devices of a plan: matrix products, memory bandwidth and memory.
+"""Measure this machine's CPUs as the devices of a plan: matrix products, memory bandwidth, links and memory.
 
 `cpu_costs.py` measures the other operations of a step.
 """
@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import statistics
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from opt_parallel.benchmarks.cpu_costs import costs, seconds_of
 from opt_parallel.planning.cluster import GIB
@@ -22,37 +29,73 @@ from opt_parallel.runtime.log import say
 from opt_parallel.runtime.machine import cpu_model, cpus, memory_limit
 from opt_parallel.storage.atomic import write_text
 
-FORMAT = 3  # of the kept file
+FORMAT = 4  # of the kept file
 SIZES = ((128, 256), (512, 256), (512, 512), (1024, 1024))  # tokens and hidden width of the measured products
 WEIGHTS = 2**23  # elements of the weights of these products, which a cache does not hold, as in a network
 SMALL = range(512)  # the values of `Rates.small` that are tried
 ROWS = (16, 128, 1024)  # of products in bf16
+MESSAGE = 2**20  # elements of a summed tensor
 SLOW = 0.5  # seconds of a product from which larger ones are not measured, because the CPU emulates bf16
 
 
 def measure(config: ClusterConfig) -> ClusterConfig:
     """`config` with measured values in place of zeros. They are kept in the user's cache for the next plan."""
-    threads = max(1, cpus() // config.gpus)
-    path = cache() / f"cpu-{threads}.json"
-    key = f"{cpu_model()}, {threads} threads, torch {torch.__version__}, format {FORMAT}"
+    processes, threads = min(config.gpus, cpus()), max(1, cpus() // config.gpus)
+    path = cache() / f"cpu-{processes}x{threads}.json"
+    key = f"{cpu_model()}, {processes} × {threads} threads, torch {torch.__version__}, format {FORMAT}"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if found.get("key") != key:
-        say(f"measuring {cpu_model()}, {threads} threads …")
-        values = measured_values(threads)
+        say(f"measuring {cpu_model()}, {processes} processes of {threads} threads …")
+        values = measured_values(processes, threads)
         found = {"key": key, "values": values | {"bf16": emulated(torch.bfloat16) / 1e12}}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found))
     return filled(config, found["values"], threads)
 
 
-def measured_values(threads: int) -> dict[str, Any]:
-    """The values of `threads` threads, by the keys of a cluster, all but the rate in bf16."""
+def measured_values(processes: int, threads: int) -> dict[str, Any]:
+    """The values of a process by the keys of a cluster, all but the rate in bf16, while `processes` compute."""
+    if processes == 1:
+        return values_of_one(threads)
+    spawned = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, spawned) as pool:
+        member = partial(_member, processes, threads, str(Path(folder) / "store"))
+        return _means(list(pool.map(member, range(processes))))
+
+
+def _member(processes: int, threads: int, store: str, rank: int) -> dict[str, Any]:
+    """The values of one of the processes, which begin together."""
+    dist.init_process_group("gloo", store=FileStore(store, processes), rank=rank, world_size=processes)
+    return values_of_one(threads) | link(processes)
+
+
+def _means(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        key: _means([each[key] for each in found])
+        if isinstance(value, dict)
+        else statistics.fmean(each[key] for each in found)
+        for key, value in found[0].items()
+    }
+
+
+def link(ranks: int) -> dict[str, float]:
+    """GB/s and latency of messages to the other processes of this host, from all-reduces. Each is twice `ranks` - 1
+    messages of a part of the tensor, as `planning.layer_time.collective` counts them."""
+    messages = 2 * (ranks - 1)
+    small, large = torch.ones(ranks), torch.ones(MESSAGE)
+    latency, seconds = (seconds_of(partial(dist.all_reduce, each), math.inf) / messages for each in (small, large))
+    return {"within": large.nbytes / ranks / (seconds - latency) / 1e9, "within_latency": 1e6 * latency}
+
+
+def values_of_one(threads: int) -> dict[str, Any]:
+    """The values of this process. Its links are the memory, which nothing is sent over."""
     torch.set_num_threads(threads)
     peak, small = peak_and_small({size: products(*size) for size in SIZES})
     bandwidth = copied()
     return {
         "fp32": peak / 1e12,
         "bandwidth": bandwidth / 1e9,
+        "within": bandwidth / 1e9,
         "measured": {"small": small} | costs(peak, bandwidth),
     }
 

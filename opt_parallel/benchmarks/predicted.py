@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from opt_parallel.benchmarks.contenders import CONTENDERS
 from opt_parallel.benchmarks.cpu import filled, measured_values
-from opt_parallel.benchmarks.race import Team
+from opt_parallel.benchmarks.race import Team, tell
 from opt_parallel.benchmarks.runs import composed
 from opt_parallel.config.overrides import PLANNED
 from opt_parallel.config.run import Run
@@ -58,22 +58,22 @@ def shape_run(layers: int, width: int, vocabulary: int, micro: int, length: int)
 
 
 def cluster_here(processes: int, threads: int) -> Cluster:
-    """This machine's CPUs as a cluster, measured now with `threads` threads."""
-    return filled(cluster_file("cpu", gpus=processes), measured_values(threads), threads).cluster()
+    """This machine's CPUs as a cluster of `processes` devices, measured now."""
+    return filled(cluster_file("cpu", gpus=processes), measured_values(processes, threads), threads).cluster()
 
 
 def time_shapes(threads: int, rounds: int, steps: int) -> list[Timed]:
-    """Plan and measure steps of the four shapes, in turn with the rates of the CPU, in one process."""
+    """Plan and measure steps of the four shapes in one process. The rates of the CPU are measured just before."""
     runs = [shape_run(*shape) for shape in SHAPES]
     teams = _started(runs, 1, threads)
     found = [
         Timed(f"{layers} layers of {width}, {words} words, {micro} × {length} tokens", [], [])
         for layers, width, words, micro, length in SHAPES
     ]
-    for _ in range(rounds):
-        cluster = cluster_here(1, threads)
+    for turn in range(rounds):
+        tell(f"round {turn + 1} of {rounds}")
         for run, team, timed in zip(runs, teams, found, strict=True):
-            timed.planned.append(plan_of(run, cluster).time.step)
+            timed.planned.append(plan_of(run, cluster_here(1, threads)).time.step)
             timed.measured.append(max(team.ask("steps", steps)) / steps)
     for team in teams:
         team.dismiss()
@@ -96,7 +96,8 @@ def time_auto(run: Run, processes: int, threads: int, rounds: int, steps: int) -
     plans = settings_to_run(run, cluster_here(processes, threads), OTHERS)
     teams = _started([plan.run for plan in plans], processes, threads)
     seconds: list[list[float]] = [[] for _ in plans]
-    for _ in range(rounds):
+    for turn in range(rounds):
+        tell(f"round {turn + 1} of {rounds}")
         for team, times in zip(teams, seconds, strict=True):
             times.append(max(team.ask("steps", steps)) / steps)
     for team in teams:
@@ -110,12 +111,12 @@ def time_auto(run: Run, processes: int, threads: int, rounds: int, steps: int) -
 
 
 def _started(runs: Sequence[Run], processes: int, threads: int) -> list[Team]:
-    """The processes of all runs, which have started at the same time and wait."""
+    """The processes of all runs, which have done their first steps and wait."""
     teams = []
-    for run in runs:
+    for number, run in enumerate(runs, 1):
+        tell(f"starting run {number} of {len(runs)}: {words(run)}")
         data = processes // run.parallel.tensor
         share = replace(run, batch={"global": run.global_batch // data, "micro": run.micro_batch})
         teams.append(Team(CONTENDERS["ours"], share, processes, threads))
-    for team in teams:
-        team.answers()
+        teams[-1].answers()
     return teams

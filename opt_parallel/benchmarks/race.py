@@ -130,7 +130,7 @@ def race(names: list[str], run: Run, world: int, threads: int, steps: int, round
         results[name] = Result(name, contender.title, tensor, data, tokens, failure=refusal and f"not run: {refusal}")
         if refusal:
             continue
-        _tell(f"starting {contender.title}")
+        tell(f"starting {contender.title}")
         teams[name] = Team(contender, run, world, threads)
         try:
             results[name].first_loss = statistics.fmean(teams[name].answers())
@@ -149,7 +149,7 @@ def race(names: list[str], run: Run, world: int, threads: int, steps: int, round
                 continue
             rate = steps * results[name].tokens_a_step / seconds
             results[name].tokens_per_second.append(rate)
-            _tell(f"round {turn + 1}/{rounds}: {results[name].title} {rate:,.0f} tokens/s")
+            tell(f"round {turn + 1}/{rounds}: {results[name].title} {rate:,.0f} tokens/s")
     for name, team in list(teams.items()):
         try:
             results[name].peak_memory_bytes = max(team.ask("memory"))
@@ -163,10 +163,10 @@ def race(names: list[str], run: Run, world: int, threads: int, steps: int, round
 def _fail(result: Result, team: Team, failure: str) -> None:
     result.failure = failure
     team.dismiss()
-    _tell(f"{result.title} {failure}")
+    tell(f"{result.title} {failure}")
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -198,7 +198,7 @@ def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_poi
             done += 1 + arguments[0]
             pipe.send((True, _now(device) - start))
     except EOFError:  # the main process closed the pipe after the last round
-        return
+        os._exit(0)  # threads of torch may still run, and would abort an orderly exit
     except BaseException as error:
         traceback.print_exc()
         pipe.send((False, f"{type(error).__name__}: {one_line(error)[:200]}"))

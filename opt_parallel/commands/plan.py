@@ -140,7 +140,7 @@ def stored_bytes(init_from: str | None) -> int:
 
 def measured(config: ClusterConfig) -> ClusterConfig:
     """The cluster with measured values in place of the zeros of the cluster `cpu`."""
-    if config.memory and config.bf16 and config.bandwidth:
+    if not config.cpu:
         return config
     from opt_parallel.benchmarks.cpu import measure  # imports torch
 

@@ -8,7 +8,7 @@ from opt_parallel.planning.cluster import Cluster, Link
 from opt_parallel.planning.fsdp import ends
 from opt_parallel.planning.layer_time import Layer, collective, exposed
 from opt_parallel.planning.parameters import embedding_parameters, layer_parameters, lora_parameters
-from opt_parallel.planning.rates import BESIDE, BESIDE_PORTS, HIDDEN, HOST_MEMORY, rates_of
+from opt_parallel.planning.rates import HIDDEN, HOST_MEMORY, beside, rates_of
 from opt_parallel.planning.states import rank_parameters
 from opt_parallel.planning.workload import Trainer, Workload
 
@@ -67,7 +67,7 @@ class Exchange:
     @property
     def beside(self) -> float:
         """The share of a data group's collective by which it slows what is computed beside it."""
-        return BESIDE if self.cluster.per_host > self.workload.tensor else BESIDE_PORTS
+        return beside(self.cluster.device, by_ports=self.cluster.per_host <= self.workload.tensor)
 
     def ring(self, size: float) -> float:
         """Seconds to gather a tensor of `size` bytes over the data ranks. All ranks of a host that belong to one data

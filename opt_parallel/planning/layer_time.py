@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from opt_parallel.planning import rates as constants
 from opt_parallel.planning.cluster import Cluster, Link, OnCpu, Rates
 from opt_parallel.planning.parameters import layer_matrices, share_again
-from opt_parallel.planning.rates import rates_of
+from opt_parallel.planning.rates import beside, rates_of
 from opt_parallel.planning.workload import Recompute, Trainer, Workload
 
 FUSED_PASSES, EAGER_PASSES = 1.0, 2.5  # passes over memory, relative to fused element-wise operations
@@ -35,10 +35,10 @@ def collective(size: float, ranks: int, link: Link, share: float) -> float:
     return 0.0 if ranks == 1 else (ranks - 1) * (size / ranks / (link.bandwidth * share) + link.latency)
 
 
-def exposed(sent: float, computed: float, beside: float = constants.BESIDE) -> float:
+def exposed(sent: float, computed: float, slowed: float) -> float:
     """Seconds that a collective adds to the computation beside it: what the computation does not hide, and the share
-    `beside` of what it hides, because both use the device."""
-    return max(0.0, sent - computed) + beside * min(sent, computed)
+    `slowed` of what it hides, because both use the device."""
+    return max(0.0, sent - computed) + slowed * min(sent, computed)
 
 
 def rate_of_products(workload: Workload, cluster: Cluster, rates: Rates, *dims: float) -> float:
@@ -101,14 +101,18 @@ def _tensor(workload: Workload, cluster: Cluster, rates: Rates, again: float, by
     if workload.tensor == 1:
         return 0.0
     size = workload.value * workload.micro * workload.length / workload.context * workload.network.hidden
-    inside = workload.tensor <= cluster.per_host
-    link, share = (cluster.within, rates.within) if inside else (cluster.between, rates.between)
-    each = collective(size, workload.tensor, link, share)
+    each = collective(size, workload.tensor, *_link(workload, cluster, rates))
     if workload.trainer is not Trainer.ours:
         return 2 * each * (4 + 2 * again) * _left(workload)
     repeated = 3 if workload.sequence else 2  # full recomputation leaves out the last sum
     after = 4 + (repeated if again == 1.0 else 0) + (2 if workload.sequence else 0)
-    return each * after + exposed(4 * each, by_weight)
+    return each * after + exposed(4 * each, by_weight, beside(cluster.device))
+
+
+def _link(workload: Workload, cluster: Cluster, rates: Rates) -> tuple[Link, float]:
+    """The link between the ranks of a tensor group, and the share of it that large collectives reach."""
+    inside = workload.tensor <= cluster.per_host
+    return (cluster.within, rates.within) if inside else (cluster.between, rates.between)
 
 
 def _left(workload: Workload) -> float:
@@ -156,5 +160,5 @@ def head_of(workload: Workload, cluster: Cluster) -> Layer:
     if rates.on_cpu and not workload.lora:
         moved += rates.on_cpu.embedding * network.vocab / tensor * network.width
     size = workload.value * tokens * (network.hidden if workload.logits.split else network.vocab)
-    sent = 2 * collective(size, tensor, cluster.within, rates.within)
+    sent = 2 * collective(size, tensor, *_link(workload, cluster, rates))
     return Layer(flops * (2 if workload.lora else 3) / rate, 0.0, moved, sent, 1 / 3)

@@ -51,6 +51,14 @@ def is_fitted(device: Device) -> bool:
     return device.rates is not None or _family(device) in RATES
 
 
+def beside(device: Device, by_ports: bool = False) -> float:
+    """The share of a collective's time by which it slows what is computed beside it. `by_ports` is true if each device
+    sends only by its own port of the network. On a CPU the same cores compute and send."""
+    if device.is_cpu:
+        return 1.0
+    return BESIDE_PORTS if by_ports else BESIDE
+
+
 def rates_of(device: Device, workload: Workload) -> Rates:
     """The rates of a device, by the family that its name begins with. A measured device names its own, and a
     family without rates takes those of UNFITTED."""

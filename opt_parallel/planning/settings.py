@@ -8,15 +8,21 @@ from opt_parallel.config.model import Section, require
 from opt_parallel.planning.cluster import GIB, Cluster, Device, Link, OnCpu, Rates
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
-LINKS = {"within": 0.8, "between": 0.8}  # shares of a CPU's links that large collectives reach; an estimate
+POSITIVE = {  # the unit of each key that must not be 0
+    "memory": "GiB", "bandwidth": "GB/s", "within": "GB/s", "between": "GB/s", "to_host": "GB/s", "host_memory": "GiB",
+    "storage": "GB/s",
+}  # fmt: skip
+MEASURED = {"memory", "bandwidth", "within", "host_memory"}  # of these, on the CPUs of this machine
+LINKS = {"within": 1.0, "between": 0.8}  # shares of a CPU's links that large collectives reach; 0.8 is an estimate
 
 
 @dataclass
 class ClusterConfig(Section):
     """Hosts, devices and links, in the units of their data sheets. The comments of configs/cluster/ explain the keys.
 
-    Zeros of the cluster `cpu` are measured before the plan is computed."""
+    With `cpu`, zeros are measured on this machine before the plan is computed."""
 
+    cpu: bool = False
     device: str = ""
     nodes: int = 1
     gpus: int = 8
@@ -45,10 +51,12 @@ class ClusterConfig(Section):
             f"cluster.nodes={self.nodes} × cluster.gpus={self.gpus} are {self.nodes * self.gpus:,} devices, more than "
             "the maximum of 65,536: plan fewer",
         )
-        for name in ("within", "between", "to_host", "storage"):
-            require(getattr(self, name) > 0, f"cluster.{name}={getattr(self, name)} must be positive: GB/s")
-        for name in ("memory", "bf16", "fp8", "fp32", "bandwidth", "within_latency", "between_latency", "host_memory",
-                     "failures", "restart", "price"):  # fmt: skip
+        for name, unit in POSITIVE.items():
+            measured = self.cpu and name in MEASURED
+            value = getattr(self, name)
+            require(value > 0 or measured, f"cluster.{name}={value} must be positive: {unit}")
+        for name in ("memory", "bf16", "fp8", "fp32", "bandwidth", "within", "within_latency", "between_latency",
+                     "host_memory", "failures", "restart", "price"):  # fmt: skip
             require((getattr(self, name) or 0) >= 0, f"cluster.{name}={getattr(self, name)} must not be negative")
 
     @property
@@ -80,11 +88,14 @@ class ClusterConfig(Section):
         return Rates(product=1.0, fp8=0.0, **rates, **LINKS, on_cpu=OnCpu(**of_cpu))
 
 
+def any_cluster() -> ClusterConfig:
+    """A valid cluster, whose values a file of configs/cluster/ replaces."""
+    return ClusterConfig(memory=1.0, bandwidth=1.0, within=1.0, between=1.0, to_host=1.0, host_memory=1.0, storage=1.0)
+
+
 @dataclass
 class PlanKeys(Section):
     """The keys of `opt-parallel plan` beside those of `train`."""
 
-    cluster: ClusterConfig = field(
-        default_factory=lambda: ClusterConfig(within=1.0, between=1.0, to_host=1.0, storage=1.0)
-    )
+    cluster: ClusterConfig = field(default_factory=any_cluster)
     rehearse: bool = False

@@ -18,10 +18,10 @@ from opt_parallel.planning.activations import activations, layer_bytes, part_byt
 from opt_parallel.planning.cluster import DEVICES, Cluster, Link
 from opt_parallel.planning.compose import cluster_file
 from opt_parallel.planning.exchange import Exchange, data_bytes
-from opt_parallel.planning.layer_time import Layer, collective, layer_of
+from opt_parallel.planning.layer_time import Layer, collective, exposed, layer_of
 from opt_parallel.planning.memory import memory
 from opt_parallel.planning.plan import plan_of
-from opt_parallel.planning.rates import TO_HOST
+from opt_parallel.planning.rates import BESIDE, TO_HOST, beside, rates_of
 from opt_parallel.planning.timing import time_of
 from opt_parallel.planning.workload import Network, Recompute, States, Trainer, Workload, network_of, of_run
 
@@ -162,6 +162,14 @@ def test_the_time_of_the_data_group_is_that_of_all_bytes_it_sends(stage: int, lo
     exchange = Exchange(workload, dataclasses.replace(H100, between=Link(50e9, 0.0), within=Link(450e9, 0.0)))
     sent = sum(data_bytes(workload).values()) * (2 if stage == 0 else 1)
     assert exchange.exposed(idle, workload.network.layers) == pytest.approx(exchange.ring(sent))
+
+
+def test_the_cores_of_a_cpu_do_not_compute_while_they_send() -> None:
+    gpu = H100.device
+    assert exposed(2.0, 3.0, beside(gpu)) == pytest.approx(BESIDE * 2.0)
+    assert exposed(2.0, 1.0, beside(gpu)) == pytest.approx(1.0 + BESIDE)
+    cpu = dataclasses.replace(gpu, rates=rates_of(gpu, Workload(network_of(run_of("125m")))))
+    assert exposed(2.0, 3.0, beside(cpu)) == 2.0
 
 
 def test_a_small_network_waits_for_the_host() -> None:

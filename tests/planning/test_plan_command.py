@@ -60,6 +60,7 @@ def test_json_has_the_same_and_its_parts_add_up(tmp_path: Path) -> None:
         (["cluster.nodes=-1"], "cluster.nodes=-1 must be at least 1"),
         (["cluster.nods=2"], "cluster.nods does not exist: did you mean cluster.nodes?"),
         (["cluster.price=-2"], "cluster.price=-2.0 must not be negative"),
+        (["cluster.memory=0"], "cluster.memory=0.0 must be positive: GiB"),
         (["cluster.nodes=many"], "cluster.nodes"),
         (["model.hiden_size=8"], "model.hiden_size does not exist: did you mean model.hidden_size?"),
         (["parallel.tensor=3"], "= 8 devices are not a multiple of parallel.tensor=3"),
