@@ -6,6 +6,7 @@ compilation are not measured.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import multiprocessing
 import os
@@ -198,7 +199,7 @@ def _work(title: str, run: Run, rank: int, world: int, threads: int, meeting_poi
             done += 1 + arguments[0]
             pipe.send((True, _now(device) - start))
     except EOFError:  # the main process closed the pipe after the last round
-        os._exit(0)  # threads of torch may still run, and would abort an orderly exit
+        atexit.register(os._exit, 0)  # at the very end, where torch would abort because its threads still run
     except BaseException as error:
         traceback.print_exc()
         pipe.send((False, f"{type(error).__name__}: {one_line(error)[:200]}"))
