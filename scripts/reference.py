@@ -1,5 +1,5 @@
 """Write docs/configuration.md and the text of --help from the comments in the configuration's dataclasses, and the
-table of plans in docs/planning.md."""
+tables of plans in docs/planning.md."""
 
 from __future__ import annotations
 
