@@ -27,7 +27,6 @@ PARTS = {
     "offload": "copies to and from the host",
     "pipeline": "waiting for stages",
     "optimizer": "optimizer",
-    "input": "reading text",
     "checkpoint": "saving",
 }
 

@@ -74,8 +74,9 @@ class Link:
 @dataclass(frozen=True)
 class Cluster:
     """`nodes` hosts of `per_host` devices. `within` links devices of one host, `between` those of two hosts.
-    `to_host` are the bytes/s that a device copies to its host, and as many back. `host_memory` is in bytes, `price` in
-    dollars for a device and hour, None if unknown."""
+    `to_host` are the bytes/s that a device copies to its host, and as many back, and `storage` those that all hosts
+    together read and write checkpoints with. `host_memory` is in bytes, `price` in dollars for a device and hour, None
+    if unknown."""
 
     device: Device
     nodes: int = 1
@@ -83,6 +84,7 @@ class Cluster:
     within: Link = Link(300e9, 5e-6)
     between: Link = Link(25e9, 12e-6)
     to_host: float = 32e9
+    storage: float = 10e9
     host_memory: int = 1024 * GIB
     price: float | None = None
 

@@ -8,6 +8,7 @@ from opt_parallel.planning.activations import Activations, activations, at_the_f
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.fsdp import part as fully_split
 from opt_parallel.planning.megatron import part as megatron_part
+from opt_parallel.planning.saving import saved_bytes
 from opt_parallel.planning.states import Held, held
 from opt_parallel.planning.workload import Recompute, Trainer, Workload
 
@@ -97,7 +98,7 @@ def of_this_trainer(workload: Workload) -> Memory:
         gathered=states.gathered,
         reserved=round(allocated * FRAGMENTATION),
         context=CONTEXT + communicators(workload) * COMMUNICATOR,
-        host=states.host + _host(workload, states),
+        host=states.host + _host(workload),
         peak_at=act.peak_at,
     )
 
@@ -116,10 +117,7 @@ def communicators(workload: Workload) -> int:
     return sum(size > 1 for size in (workload.tensor, workload.data, workload.pipeline, workload.context))
 
 
-def _host(workload: Workload, states: Held) -> int:
+def _host(workload: Workload) -> int:
     """The copy of a checkpoint that is written during training, and offloaded inputs of the layers."""
     inputs = workload.network.layers * part_bytes(workload) if workload.recompute is Recompute.offload else 0
-    saved = states.masters + states.moments  # at stage 0 each data rank saves a share of the weights and moments
-    if workload.stage == 0:
-        saved = (states.weights + states.moments) // workload.data
-    return saved + inputs
+    return saved_bytes(workload) + inputs

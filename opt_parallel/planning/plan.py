@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from opt_parallel.config.run import Run
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.memory import Memory, memory
+from opt_parallel.planning.saving import saving
 from opt_parallel.planning.timing import Time, time_of
 from opt_parallel.planning.workload import Workload, of_run
 
@@ -66,7 +67,10 @@ def workload_on(run: Run, cluster: Cluster) -> Workload:
 def plan_of(run: Run, cluster: Cluster) -> Plan:
     """The plan of a run on all devices of `cluster`. `run.check_world` must accept their number."""
     workload = workload_on(run, cluster)
-    return Plan(run, workload, cluster, memory(workload, cluster), time_of(workload, cluster))
+    time = time_of(workload, cluster)
+    if every := run.checkpoint.every:
+        time = replace(time, checkpoint=saving(workload, cluster, run.checkpoint.asynchronous).stall / every)
+    return Plan(run, workload, cluster, memory(workload, cluster), time)
 
 
 def scaled(plan: Plan, devices: int, strong: bool) -> Plan | None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from opt_parallel.planning.parameters import lora_parameters
 from opt_parallel.planning.plan import DAY, Plan
+from opt_parallel.planning.saving import saving
 from opt_parallel.planning.settings import ClusterConfig
-
-HOST_COPY = 10e9  # bytes/s with which a device copies its state to the host's memory over PCIe 4, half of its peak
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,9 @@ def reliability(plan: Plan, config: ClusterConfig) -> Reliability | None:
     if not config.failures:
         return None
     between = DAY * 1000 / config.failures / plan.cluster.devices
-    workload, step = plan.workload, plan.time.step
-    trained = lora_parameters(workload) * workload.tensor if workload.lora else plan.run.model.parameters()
-    state = trained * (4 + workload.states.moments)
-    stall = plan.memory.host / HOST_COPY if plan.run.checkpoint.asynchronous else state / (config.storage * 1e9)
-    writing = state / (config.storage * 1e9)
-    interval = max(best_interval(stall, between), writing, step)
+    step = plan.time.step - plan.time.checkpoint
+    save = saving(plan.workload, plan.cluster, plan.run.checkpoint.asynchronous)
+    interval = max(best_interval(save.stall, between), save.writing, step)
     every = max(1, round(interval / step))
-    loss = lost(every * step, stall, between, config.restart)
-    return Reliability(between, plan.seconds / between, stall, writing, config.restart, every, 1 / (1 + loss))
+    loss = lost(every * step, save.stall, between, config.restart)
+    return Reliability(between, plan.seconds / between, save.stall, save.writing, config.restart, every, 1 / (1 + loss))

@@ -75,6 +75,7 @@ class ClusterConfig(Section):
             Link(self.within * GIGA, self.within_latency * MICRO),
             Link(self.between * GIGA, self.between_latency * MICRO),
             self.to_host * GIGA,
+            self.storage * GIGA,
             round(self.host_memory * GIB),
             self.price,
         )

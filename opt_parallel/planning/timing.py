@@ -24,9 +24,9 @@ class Time:
 
     `offload` are the copies to the host's memory and back. `pipeline` is the time in which a stage waits for others.
     `launching` is the time in which the device waits for the host, on a CPU the host's own time. `data` is the exchange
-    of gradients and weights over the data ranks, `input` reading text, and `checkpoint` the stall of saving, spread
-    over the steps. FLOPs are those of one device in a step; `hardware_flops` include what is computed again. `peak` is
-    the device's peak in FLOP/s, `tokens` the tokens of a step on `devices` devices."""
+    of gradients and weights over the data ranks, and `checkpoint` the stall of saving, spread over the steps. Texts are
+    read and copied while the device computes. FLOPs are those of one device in a step; `hardware_flops` include what is
+    computed again. `peak` is the device's peak in FLOP/s, `tokens` the tokens of a step on `devices` devices."""
 
     products: float
     attention: float
@@ -37,7 +37,6 @@ class Time:
     offload: float
     pipeline: float
     optimizer: float
-    input: float
     checkpoint: float
     model_flops: float
     hardware_flops: float
@@ -94,7 +93,6 @@ def time_of(workload: Workload, cluster: Cluster) -> Time:
         offload=offloaded_inputs(workload, cluster, layer) + offloaded_states(workload, cluster),
         pipeline=(workload.pipeline - 1) / workload.virtual * stage * layer.total + exchange.piped(),
         optimizer=exchange.optimizer(),
-        input=0.0,
         checkpoint=0.0,
         model_flops=model,
         hardware_flops=model + again,

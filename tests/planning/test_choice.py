@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from opt_parallel.config.model import ModelConfig
+from opt_parallel.config.output import CheckpointConfig
 from opt_parallel.config.overrides import PLANNED
-from opt_parallel.config.run import ActivationCheckpointing, Precision, PrecisionConfig, Run
+from opt_parallel.config.run import ActivationCheckpointing, Offload, Precision, PrecisionConfig, Run
 from opt_parallel.planning.choice import MARGIN, SAME, changes, choose, nearest, settings, with_settings
 from opt_parallel.planning.cluster import DEVICES, Cluster
 from opt_parallel.planning.compose import keys_from
 from opt_parallel.planning.plan import plan_of, scaled
+from opt_parallel.planning.rates import TO_HOST
 from opt_parallel.planning.reliability import PUBLISHED, best_interval, lost, reliability
+from opt_parallel.planning.saving import saved_bytes, saving
 from opt_parallel.runtime.errors import UserError
 
 CLUSTER = Cluster(DEVICES["a100-40gb"], nodes=2, per_host=8)
@@ -95,6 +98,21 @@ def test_the_interval_of_checkpoints_loses_least() -> None:
     best = best_interval(stall, between)
     least = min(range(100, 10_000), key=lambda seconds: lost(seconds, stall, between, restart))
     assert best == pytest.approx(least, rel=0.02)
+
+
+def test_a_step_has_its_share_of_saving() -> None:
+    """All ranks together write 12 bytes of each parameter. With zero.offload=cpu the host holds this copy too."""
+    run = dataclasses.replace(run_of(), checkpoint=CheckpointConfig(every=50))
+    plan, unsaved = plan_of(run, CLUSTER), plan_of(run_of(), CLUSTER)
+    everything = saved_bytes(plan.workload) * CLUSTER.devices
+    assert everything == pytest.approx(12 * run.model.parameters(), rel=1e-6)
+    stall = saving(plan.workload, CLUSTER, asynchronous=True).stall
+    assert stall == pytest.approx(everything / CLUSTER.devices / (CLUSTER.to_host * TO_HOST))
+    assert plan.time.step - unsaved.time.step == pytest.approx(stall / 50)
+    waiting = saving(plan.workload, CLUSTER, asynchronous=False).stall
+    assert waiting == pytest.approx(stall + everything / CLUSTER.storage)
+    offloaded = plan_of(dataclasses.replace(run, zero=dataclasses.replace(run.zero, offload=Offload.cpu)), CLUSTER)
+    assert offloaded.memory.host == pytest.approx((12 + 12 + 4) / 12 * plan.memory.host, rel=1e-6)
 
 
 def test_more_devices_fail_more_often() -> None:
