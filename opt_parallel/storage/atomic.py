@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from opt_parallel.runtime.log import say
 
 PARTIAL = ".partial"  # Suffix of temporary names.
 HELD = ".writing"  # The locked file in a temporary folder, since NFS cannot lock a folder.
+ABANDONED = 3600.0  # Seconds without a locked file after which the writer of a temporary folder was killed.
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
 NOT_OPENED = {errno.EACCES, errno.EPERM, errno.EISDIR}  # errors when opening a folder that is writable but not readable
 _warned: set[str] = set()
@@ -167,10 +169,10 @@ def remove_leftovers(path: Path, any_host: bool = False) -> None:
     host = "*" if any_host else glob.escape(process.host())
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.{host}-????????{PARTIAL}"):
         held = leftover / HELD if leftover.is_dir() else leftover
-        if any_host and not held.exists():
-            remove(leftover)  # the writer was killed while it deleted the folder
-            continue
         with suppress(OSError):  # after an error the file stays, since it may still be in use
+            if not held.exists() and (any_host or time.time() - leftover.stat().st_mtime > ABANDONED):
+                remove(leftover)  # the writer was killed before it made the locked file, or after it deleted it
+                continue
             number = os.open(held, os.O_RDWR)
             try:
                 if hold(number):

@@ -246,6 +246,17 @@ def test_without_locks_nothing_is_taken_for_a_leftover(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["there"]
 
 
+def test_a_folder_whose_lock_a_killed_process_never_made_is_deleted_later(tmp_path: Path) -> None:
+    """Until then it may be that of a writer that is about to make the lock, or to rename the folder."""
+    old, new = (atomic.beside(tmp_path / "folder") for _ in range(2))
+    for left in (old, new):
+        left.mkdir()
+    os.utime(old, (1, 1))
+    with new_folder(tmp_path / "folder"):
+        pass
+    assert names_in(tmp_path) == sorted(["folder", new.name])
+
+
 def test_publish(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     publish(tmp_path / "a", tmp_path / "c")
