@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from opt_parallel.planning.memory import Memory, of_this_trainer
 from opt_parallel.planning.plan import plan_of
 from opt_parallel.planning.text import KINDS, memory_line
 from opt_parallel.planning.workload import of_run
+from opt_parallel.report.metrics import peak_memory
 from opt_parallel.runtime.errors import UserError
 from opt_parallel.runtime.log import say
 from opt_parallel.runtime.machine import memory_limit
@@ -142,7 +142,7 @@ def explaining_out_of_memory(run: Run, topology: Topology) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        line = out_of_memory(str(error), run, devices_of(topology), _measured(topology))
+        line = out_of_memory(str(error), run, devices_of(topology), peak_memory(topology.device))
         raise UserError(line) from error
 
 
@@ -159,10 +159,3 @@ def out_of_memory(why: str, run: Run, devices: Devices, measured: int) -> str:
         f"{planned.allocated / GIB:.2f} GiB of tensors), and tensors had {measured / GIB:.2f} GiB "
         f"of {limit / GIB:.1f}: {_advice(run, devices, target)}"
     )
-
-
-def _measured(topology: Topology) -> int:
-    """The largest number of bytes of tensors on this rank's device, or of the process if it is a CPU."""
-    if topology.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(topology.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,7 +7,6 @@ stages 0 and 3, `exchange.py` sends what DeepSpeed would send.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +31,7 @@ from opt_parallel.rehearsal.fake_cuda import DEVICE, built, fake_tensors, group_
 from opt_parallel.rehearsal.ledger import Fault, Ledger, Trace, explaining_faults
 from opt_parallel.rehearsal.trace import nothing
 from opt_parallel.runtime.errors import UserError
+from opt_parallel.runtime.machine import resident_peak
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _rehearsed(run: Run, world: int) -> Rehearsal:
     load()
     started = time.perf_counter()
     found = traced_step(run, world)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident_peak()
     return Rehearsal(found, time.perf_counter() - started, peak)
 
 

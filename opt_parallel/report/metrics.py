@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import resource
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from opt_parallel.report.trackers import open_trackers
 from opt_parallel.runtime import terminal
 from opt_parallel.runtime.clock import Clock
 from opt_parallel.runtime.log import say
+from opt_parallel.runtime.machine import resident_peak
 from opt_parallel.storage.atomic import optional
 from opt_parallel.storage.checked import dump_checked
 from opt_parallel.storage.lines import Lines
@@ -346,10 +346,7 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes of the tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # on Linux ru_maxrss starts at the parent process's peak
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+    return resident_peak()
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -36,6 +36,16 @@ def cpu_model() -> str:
     return line[1].strip() if line else platform.machine()
 
 
+def resident_peak() -> int:
+    """The largest number of bytes of this process in memory. On Linux `ru_maxrss` would start at that of the parent
+    process."""
+    try:
+        status = (PROC / "status").read_text(encoding="utf-8")
+    except OSError:  # macOS, which counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def limit_threads() -> None:
     """Limit the threads of libraries to `cpus()`, because libraries consider the CPU affinity only. Libraries read
     these environment variables when they are imported."""

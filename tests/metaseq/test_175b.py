@@ -17,10 +17,11 @@ OPENING = """
 import json, resource, sys, time
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from opt_parallel.runtime.machine import resident_peak
 from opt_parallel.tools.metaseq import described
 start = time.process_time()
 shown = described(Path(sys.argv[1]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = resident_peak()
 print(json.dumps([shown, time.process_time() - start, peak]))
 """
 READING = """
@@ -32,17 +33,18 @@ from opt_parallel.checkpoint.sources import open_checkpoint
 from opt_parallel.model.heads import CausalLM
 from opt_parallel.parallel.shard import marked
 from opt_parallel.parallel.topology import Group
+from opt_parallel.runtime.machine import resident_peak
 os.environ |= {"RANK": "7", "WORLD_SIZE": "8"}
 opened = open_checkpoint(Path(sys.argv[1]))
 with torch.device("meta"):
     model = CausalLM(opened.config, Group(None, 7, 8))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = resident_peak()
 layer = [each for each in marked(model) if ".layers.5." in each[0] or "embed" in each[0]]
 sizes = [tensor.numel() for _, tensor, _ in layer]
 for name, _, shard in layer:
     assert opened.weights(name, shard).numel() == shard.numel // shard.count
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([1024 * (peak - before), opened.metaseq.bytes_read, 2 * sum(sizes), 2 * max(sizes)]))
+peak = resident_peak()
+print(json.dumps([peak - before, opened.metaseq.bytes_read, 2 * sum(sizes), 2 * max(sizes)]))
 """
 
 
