@@ -45,6 +45,7 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.failure: str | None = None
         self.lost: Exception | None = None
+        self._failed(None)  # connects the ranks, because the launcher's store may have ended before the first save
 
     def start(
         self,
