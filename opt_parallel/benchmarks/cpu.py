@@ -80,11 +80,12 @@ def _means(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def link(ranks: int) -> dict[str, float]:
     """GB/s and latency of messages to the other processes of this host, from all-reduces. Each is twice `ranks` - 1
-    messages of a part of the tensor, as `planning.layer_time.collective` counts them."""
+    messages of a part of the tensor, as `planning.layer_time.collective` counts them. The GB/s are those of large
+    messages with their latency, a small part of their time."""
     messages = 2 * (ranks - 1)
     small, large = torch.ones(ranks), torch.ones(MESSAGE)
     latency, seconds = (seconds_of(partial(dist.all_reduce, each), math.inf) / messages for each in (small, large))
-    return {"within": large.nbytes / ranks / (seconds - latency) / 1e9, "within_latency": 1e6 * latency}
+    return {"within": large.nbytes / ranks / seconds / 1e9, "within_latency": 1e6 * latency}
 
 
 def values_of_one(threads: int) -> dict[str, Any]:

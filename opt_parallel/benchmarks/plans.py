@@ -9,7 +9,7 @@ from opt_parallel.benchmarks.runs import PUBLISHED, composed
 from opt_parallel.config.overrides import PLANNED
 from opt_parallel.config.run import Precision, Run
 from opt_parallel.planning.choice import choose
-from opt_parallel.planning.compose import cluster_file, keys_from
+from opt_parallel.planning.compose import cluster_file
 from opt_parallel.planning.plan import Plan, plan_of
 from opt_parallel.planning.settings import ClusterConfig
 from opt_parallel.runtime.errors import UserError
@@ -56,7 +56,7 @@ def short(run: Run) -> str:
 
 def rows(sizes: Sequence[str] = PUBLISHED) -> Iterator[list[str]]:
     """The rows of the nine sizes: the settings that `auto` chooses on a number of GPUs."""
-    clusters = [keys_from([f"cluster={name}"]).cluster for name in CLUSTERS]
+    clusters = [cluster_file(name) for name in CLUSTERS]
     for size in sizes:
         run = paper_run(size)
         for devices in DEVICES:
@@ -111,11 +111,7 @@ def published_runs() -> Iterator[list[str]]:
 
 
 def beside_published(what: str, plan: Plan) -> list[str]:
-    run, time = plan.run, plan.time
-    settings = (
-        f"tensor {run.parallel.tensor}, ZeRO-{run.zero.stage}, micro-batch {run.micro_batch}, "
-        f"{plan.workload.accumulation} in a step, {run.activation_checkpointing.value}"
-    )
+    time, settings = plan.time, f"{short(plan.run)}, {plan.workload.accumulation} in a step"
     flops = f"{time.model_flops / time.step / 1e12:.1f}"
     return [what, settings, f"{time.mfu:.1%}", flops, f"{plan.memory.total / GIB:.1f} GiB"]
 

@@ -7,8 +7,17 @@ from dataclasses import replace
 
 from opt_parallel.planning.cluster import Cluster
 from opt_parallel.planning.megatron import layers_in_flight
-from opt_parallel.planning.published import DETERMINISTIC
-from opt_parallel.planning.rows import Cells, Measurement, Refused, Row, cluster_of, number, require_numbers, whole
+from opt_parallel.planning.rows import (
+    DETERMINISTIC,
+    Cells,
+    Measurement,
+    Refused,
+    Row,
+    cluster_of,
+    number,
+    require_numbers,
+    whole,
+)
 from opt_parallel.planning.timing import time_of
 from opt_parallel.planning.workload import Logits, Network, Recompute, States, Trainer, Workload
 
@@ -29,9 +38,8 @@ UNKNOWN = {
     "fp8": "fp8 copies of the weights are not described",
 }
 FUSED_LOSS = "cross_entropy_loss_fusion"
-RELEASE = (
-    "gpt3_15b"  # its network and 192 devices are those of row G5 of published.csv; that of GB200 64, from its memory
-)
+# Its network and its 192 devices are those of row G5 of published.csv. On GB200 it ran on 64, which its memory shows.
+RELEASE = "gpt3_15b"
 # Two workspaces of cuBLAS, of 32 MiB, and small tensors: fitted to gpt3_mcore_te_tp1_pp1 on A100. The small one is used
 # where results need not be equal from run to run: fitted to gpt3_mcore_te_tp2_pp2_cp2 on A100.
 WORKSPACE, SMALL_WORKSPACE = 67 * 2**20, 17 * 2**20

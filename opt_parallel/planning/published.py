@@ -9,6 +9,7 @@ from opt_parallel.planning.cluster import GIB, Cluster, Link
 from opt_parallel.planning.memory import memory
 from opt_parallel.planning.parameters import parameters
 from opt_parallel.planning.rows import (
+    DETERMINISTIC,
     NONE,
     Cells,
     Measurement,
@@ -22,7 +23,6 @@ from opt_parallel.planning.rows import (
 from opt_parallel.planning.workload import Logits, Network, Recompute, States, Trainer, Workload
 
 FULL = 0.9  # of the device's memory
-DETERMINISTIC = "on GB200, kernels whose results are equal from run to run have no fitted rate"
 COLUMNS = {"id", "layers", "hidden", "heads", "vocab", "seq", "gpu", "gpus", "tp", "pp", "dp_kind", "precision"}
 # Bytes of a logit at the peak of the loss. KempnerForge holds the logits, their softmax and two gradients of all words
 # in bf16. torchtitan of 2024 converts to fp32: logits, softmax and gradient, beside the bf16 logits; with the

@@ -45,6 +45,7 @@ class Refused(Exception):
     """The reason why a row cannot be planned."""
 
 
+DETERMINISTIC = "on GB200, kernels whose results are equal from run to run have no fitted rate"
 NONE = {"", "-", "–", "none", "n/a", "na", "nan", "null", "unknown"}  # a cell that says nothing
 MAY_BE_ZERO = {"vp", "accum", "dp_or_fsdp", "kv_heads", "n_iter"}  # where 0 stands for none
 
